@@ -1,0 +1,19 @@
+"""The eager backend's manifest: every op in plain torch, on any device that torch runs on.
+
+It is the reference for speed and the last resort of every choice; it refuses next to nothing.
+"""
+
+from __future__ import annotations
+
+from titans_backends.backend import Backend
+
+_OPS = ("fast_core", "fused_uw", "uw_transform", "slow_core", "gated_delta_rule", "gated_delta_step", "dual_core")
+
+BACKEND = Backend(
+    name="eager",
+    summary="plain torch: chunk-parallel products in slabs of chunks, a loop for the state alone",
+    contract_version=1,
+    ops={op: f"titans_backends.backends.eager.{op}" for op in _OPS},
+    simplicity=0,
+    rank={"cpu": 0, "cuda": 4, "*": 0},
+)

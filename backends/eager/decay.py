@@ -1,0 +1,46 @@
+"""The decay inside a chunk (SPEC.md 1): G, e^G, e^(G_C - G), e^(G_C) and Gamma, from g.
+
+Sums run in float64 where the device has it: a few tokens of g = -20 push |G| to where float32 cannot hold the differences that matter.
+exp(-G) is never formed, and the mask comes before the exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Decay", "causal_mask", "log_decay_gradient"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decay:
+    """`head` e^G and `tail` e^(G_C - G) `[n, H, C, 1]`, `total` e^(G_C) `[n, H, 1, 1]`, `pair` Gamma `[n, H, C, C]` with zeros above the diagonal."""
+
+    head: Tensor
+    tail: Tensor
+    total: Tensor
+    pair: Tensor
+
+    @classmethod
+    def of(cls, g: Tensor) -> Decay:
+        """From `g [n, H, C, 1]` of one slab."""
+        dtype = g.dtype
+        wide = g.to(torch.float64) if g.device.type != "mps" else g
+        log = wide.cumsum(2)
+        last = log[:, :, -1:]
+        pair = (log - log.transpose(2, 3)).to(dtype)
+        pair.masked_fill_(~causal_mask(pair), float("-inf")).exp_()
+        return cls(log.to(dtype).exp(), (last - log).to(dtype).exp_(), last.to(dtype).exp(), pair)
+
+
+def causal_mask(square: Tensor) -> Tensor:
+    """True on and below the diagonal, `[C, C]`."""
+    size = square.shape[-1]
+    return torch.ones(size, size, dtype=torch.bool, device=square.device).tril_()
+
+
+def log_decay_gradient(d_log: Tensor) -> Tensor:
+    """dg from dG `[n, H, C, 1]`: the reversed cumulative sum inside the chunk."""
+    return d_log.flip(2).cumsum(2).flip(2)

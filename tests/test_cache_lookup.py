@@ -1,0 +1,113 @@
+"""Lookup laws: exact first, then the nearest streams within a factor of 2, then the nearest length inside the tuned range, or a miss."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titans_backends.cache.lookup import Difference, Hit, Miss, lookup
+from titans_backends.cache.schema import Bucket, Device, Entry, Environment, Table, canonical_when
+
+DEFAULTS = {"group": 1, "launch": "eager"}
+
+
+def key(streams, **fields):
+    return canonical_when({"dtype": "float32", "head_dim": (64, 64), "streams": streams, **fields}, DEFAULTS)
+
+
+def table(*cells, op="slow_core", **fields):
+    rows = {Bucket(op, key(streams, **fields), seq_len): Entry("a/b", streams + seq_len / 1e6, 0, 0, env="a") for streams, seq_len in cells}
+    return Table(Device("cpu", "c", "c"), {"a": Environment("0", "2")}, rows)
+
+
+def find(tuned, streams, seq_len, **fields):
+    return lookup(tuned, "slow_core", key(streams, **fields), seq_len, DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "found"),
+    [
+        ((16, 512), "exact", (16, 512)),
+        ((16, 1000), "nearest", (16, 512)),
+        ((16, 1024), "nearest", (16, 2048)),  # between 512 and 2048 in log2: the longer
+        ((32, 600), "nearest", (64, 512)),  # between 16 and 64: the larger
+        ((31, 600), "nearest", (16, 512)),
+        ((128, 512), "nearest", (64, 512)),
+    ],
+)
+def test_nearest_row_in_log2_with_ties_to_the_larger(asked, kind, found):
+    hit = find(table((16, 512), (16, 2048), (64, 512), (64, 2048)), *asked)
+    assert (hit.kind, (hit.streams, hit.seq_len)) == (kind, found)
+    assert hit.entry.us == pytest.approx(found[0] + found[1] / 1e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("streams", "seq_len", "reason"),
+    [
+        (16, 511, "seq_len 511 is outside the tuned range, 512 to 2048 at streams 16"),
+        (16, 2049, "outside the tuned range"),
+        (16, 0, "outside the tuned range"),
+        (33, 512, "streams 33 is not within a factor of 2 of a tuned one (16)"),
+        (7, 512, "not within a factor of 2"),
+        (0, 512, "not within a factor of 2"),
+    ],
+)
+def test_beyond_what_was_tuned_is_a_miss_with_its_reason(streams, seq_len, reason):
+    miss = find(table((16, 512), (16, 2048)), streams, seq_len)
+    assert isinstance(miss, Miss)
+    assert reason in miss.reason
+
+
+def test_a_miss_names_the_closest_keys_field_by_field():
+    miss = find(table((8, 512), (32, 512), (32, 64)), 16, 512, group=2)
+    assert miss.reason == "no row with this key"
+    assert [row.seq_lens for row in miss.closest] == [(64, 512), (512,)]
+    assert miss.closest[0].differences == (Difference("group", 2, 1), Difference("streams", 16, 32))
+
+
+def test_another_op_is_no_answer():
+    assert find(table((16, 512), op="fast_core"), 16, 512) == Miss("no row for slow_core", ())
+
+
+def test_full_and_canonical_keys_find_the_same_row():
+    tuned = table((16, 512))
+    assert lookup(tuned, "slow_core", {**DEFAULTS, **dict(key(16))}, 512, DEFAULTS) == find(tuned, 16, 512)
+
+
+sizes = st.integers(1, 4096)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sets(st.tuples(sizes, sizes), min_size=1, max_size=8), sizes, sizes)
+def test_no_tuned_row_is_nearer_than_the_one_found(cells, streams, seq_len):
+    found = find(table(*cells), streams, seq_len)
+    near = [tuned for tuned, _ in cells if max(tuned, streams) <= 2 * min(tuned, streams)]
+    if (streams, seq_len) in cells:
+        assert found.kind == "exact"
+    if isinstance(found, Miss):
+        assert not near or all(not min(lengths) <= seq_len <= max(lengths) for lengths in [_lengths(cells, _nearest(near, streams))])
+        return
+    assert isinstance(found, Hit)
+    assert (found.streams, found.seq_len) in cells
+    assert found.streams == _nearest(near, streams)
+    lengths = _lengths(cells, found.streams)
+    assert min(lengths) <= seq_len <= max(lengths)
+    assert found.seq_len == _nearest(lengths, seq_len)
+
+
+def _lengths(cells, streams):
+    return [seq_len for tuned, seq_len in cells if tuned == streams]
+
+
+def _nearest(tuned, asked):
+    """By exact comparison: a is nearer than b when (a/asked or its inverse) is smaller, ties to the larger."""
+    best = max(tuned)
+    for value in tuned:
+        (top, bottom), (best_top, best_bottom) = sorted((value, asked))[::-1], sorted((best, asked))[::-1]
+        if top * best_bottom < best_top * bottom or (top * best_bottom == best_top * bottom and value > best):
+            best = value
+    assert math.isfinite(best)
+    return best

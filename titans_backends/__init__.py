@@ -1,0 +1,71 @@
+"""Kernels for memory layers of the Titans and DeltaNet family, chosen per machine by measurement.
+
+    import titans_backends as tb
+    rule = tb.get_op("gated_delta_rule")
+    o, state = rule(q, k, v, beta, g, output_final_state=True)
+    print(rule.explain(q, k, v, beta, g))
+
+Importing this imports torch and no kernel package; a backend is imported when a call is about to use it.
+"""
+
+from __future__ import annotations
+
+from titans_backends import _bridge
+from titans_backends._version import __version__
+
+_bridge.install()
+
+from titans_backends.backend import CONTRACT_VERSION, Backend, Candidate  # noqa: E402  (the bridge comes first)
+from titans_backends.contracts import CONTRACTS  # noqa: E402
+from titans_backends.errors import (  # noqa: E402
+    BackendError,
+    BackendRefusedError,
+    BoundCallMismatchError,
+    SwitchError,
+    UnknownNameError,
+)
+from titans_backends.machine import Machine, detect  # noqa: E402
+from titans_backends.op import BoundOp, Op, get_op  # noqa: E402
+from titans_backends.policy import autotune, policy, use_backend  # noqa: E402
+from titans_backends.signature import Signature  # noqa: E402
+from titans_backends.verdict import ACCEPTED, Verdict, refused  # noqa: E402
+
+__all__ = [
+    "ACCEPTED",
+    "CONTRACT_VERSION",
+    "Backend",
+    "BackendError",
+    "BackendRefusedError",
+    "BoundCallMismatchError",
+    "BoundOp",
+    "Candidate",
+    "Machine",
+    "Op",
+    "Signature",
+    "SwitchError",
+    "UnknownNameError",
+    "Verdict",
+    "__version__",
+    "autotune",
+    "detect",
+    "get_op",
+    "ops",
+    "policy",
+    "refused",
+    "reset",
+    "use_backend",
+]
+
+
+def ops() -> tuple[str, ...]:
+    """The names that `get_op` knows."""
+    return tuple(CONTRACTS)
+
+
+def reset() -> None:
+    """Reads the environment switches, the backends and the tuned tables again at the next call, and drops every memo."""
+    from titans_backends import plans, registry, switches
+
+    switches.reload()
+    registry.reset()
+    plans.invalidate()

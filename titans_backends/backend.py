@@ -1,0 +1,129 @@
+"""What a backend declares: a manifest that costs nothing to read, and the candidates that its modules offer.
+
+A backend is a folder. Its `__init__.py` holds one `BACKEND = Backend(...)` and imports nothing heavy. For each op,
+`ops[name]` names a module with
+
+    supports(signature, machine) -> Verdict              cheap, pure, every reason
+    candidates(signature, machine) -> list[Candidate]    the first is the default
+    run(call, candidate) -> tuple[Tensor | None, ...]    the contract's outputs, on the current stream, without synchronising,
+                                                         aliasing no input; then the chunk-start states, if `saves_states`
+
+and, where it can train,
+
+    backward_candidates(signature, machine) -> list[Candidate]
+    run_backward(call, grads, states, needs, candidate) -> tuple[Tensor | None, ...]
+
+where `grads` follows the contract's outputs (None: no gradient arrives there), `needs` names the inputs that want a
+gradient, and the result follows `contract.differentiable`, None for what `needs` leaves out. A backend whose own
+packages may be missing or broken exposes `probe(machine) -> Verdict` in `ops["probe"]`'s place: see `Backend.probe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from titans_backends.machine import Machine
+    from titans_backends.signature import Signature
+    from titans_backends.verdict import Verdict
+
+__all__ = ["CONTRACT_VERSION", "Backend", "Candidate", "OpModule", "Param", "TrainableOpModule"]
+
+CONTRACT_VERSION = 1
+"""Grows when a contract's signature or the interface above changes in a way that breaks backends."""
+
+Param = int | float | str | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run one direction of one op: a backend's variant with its parameters.
+
+    `saves_states`: a forward that also returns the state at each chunk's start, `[B, M, H, K, V]` on the grid of
+    `contract.state_grid(call)`; a backward that needs them. `deterministic`: the same bits twice. `batch_invariant`: neither
+    its parameters nor its order of summation depend on the batch size or the length. `sources`: modules beside its own whose code it runs.
+    """
+
+    backend: str
+    variant: str
+    params: tuple[tuple[str, Param], ...] = ()
+    direction: Literal["forward", "backward"] = "forward"
+    saves_states: bool = False
+    deterministic: bool = True
+    batch_invariant: bool = True
+    sources: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`backend/variant`, as the cache file writes it."""
+        return f"{self.backend}/{self.variant}"
+
+    @property
+    def label(self) -> str:
+        """The name with its parameters, for people: `eager/chunked chunk_size=64`."""
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.params)])
+
+    def param(self, name: str) -> Param:
+        """One parameter by name; KeyError lists what there is."""
+        for key, value in self.params:
+            if key == name:
+                return value
+        raise KeyError(f"{self.label} has no parameter {name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A backend's manifest.
+
+    `ops` maps op name to module. `requires` are the packages whose absence disables it (checked without importing them).
+    `simplicity` orders ties (0 is simplest); `rank` per device kind orders untuned defaults, a kind left out is not served.
+    `probe` names a module with `probe(machine) -> Verdict` that compiles and runs the smallest case; `doctor` and the tuner
+    call it, a call of an op never does. `quick` says whether `tune --quick` races it.
+    """
+
+    name: str
+    summary: str
+    contract_version: int
+    ops: Mapping[str, str]
+    simplicity: int
+    rank: Mapping[str, int]
+    requires: tuple[str, ...] = ()
+    install: str = ""
+    probe: str | None = None
+    quick: bool = True
+    origin: str = field(default="built in", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ops", MappingProxyType(dict(self.ops)))
+        object.__setattr__(self, "rank", MappingProxyType(dict(self.rank)))
+
+
+class OpModule(Protocol):
+    """The functions that a module named in `Backend.ops` has."""
+
+    def supports(self, signature: Signature, machine: Machine, /) -> Verdict: ...
+
+    def candidates(self, signature: Signature, machine: Machine, /) -> Sequence[Candidate]: ...
+
+    def run(self, call: object, candidate: Candidate, /) -> tuple[torch.Tensor | None, ...]: ...
+
+
+class TrainableOpModule(OpModule, Protocol):
+    """An op module that has a backward too."""
+
+    def backward_candidates(self, signature: Signature, machine: Machine, /) -> Sequence[Candidate]: ...
+
+    def run_backward(
+        self,
+        call: object,
+        grads: tuple[torch.Tensor | None, ...],
+        states: torch.Tensor | None,
+        needs: frozenset[str],
+        candidate: Candidate,
+        /,
+    ) -> tuple[torch.Tensor | None, ...]: ...

@@ -1,0 +1,40 @@
+"""Where the cache files are: the user's, one per device, and the tables that ship with the library. Never creates one."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+import platformdirs
+
+__all__ = ["SHIPPED_PACKAGE", "shipped_path", "shipped_paths", "timings_path", "user_cache_path"]
+
+SHIPPED_PACKAGE = "titans_backends.autotune_cache"
+_TIMINGS_SUFFIX = ".timings.yaml"
+
+
+def user_cache_path(slug: str) -> Path:
+    """The user's table for a device, in platformdirs' cache folder (on Linux under XDG_CACHE_HOME)."""
+    return Path(platformdirs.user_cache_dir("titans_backends")) / f"{slug}.yaml"
+
+
+def timings_path(path: Path | str) -> Path:
+    """The timings beside a table: `x.timings.yaml` for `x.yaml`, and for `x` too."""
+    path = Path(path)
+    stem = path.name.removesuffix(".yaml").removesuffix(".yml")
+    return path.with_name(stem + _TIMINGS_SUFFIX)
+
+
+def shipped_paths() -> tuple[Path, ...]:
+    """Every shipped table, sorted; none where the folder is missing."""
+    try:
+        folder = importlib.resources.files(SHIPPED_PACKAGE)
+    except ModuleNotFoundError:
+        return ()
+    tables = (item for item in folder.iterdir() if item.name.endswith(".yaml") and not item.name.endswith(_TIMINGS_SUFFIX))
+    return tuple(sorted(item for item in tables if isinstance(item, Path)))
+
+
+def shipped_path(slug: str) -> Path | None:
+    """The shipped table of one device, if there is one."""
+    return next((path for path in shipped_paths() if path.name == f"{slug}.yaml"), None)

@@ -1,0 +1,50 @@
+"""How far a stored row still holds: fresh, stale (used, and marked), or ignored; with the sentence and the command that renews it.
+
+Another device or schema never comes here: such a file is not read. The driver alone does not make a row stale. Pure: who calls it
+gathers the current versions and source hashes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from titans_backends.cache.schema import Bucket, Entry, Environment
+from titans_backends.cache.timings import Measurement
+
+__all__ = ["Staleness", "grade"]
+
+
+@dataclass(frozen=True, slots=True)
+class Staleness:
+    """A grade with its reason; `command` renews the row, and is empty where nothing needs renewing."""
+
+    kind: Literal["fresh", "stale", "ignored"]
+    reason: str = ""
+    command: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the row may still decide a call."""
+        return self.kind != "ignored"
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}. Renew with: {self.command}" if self.command else self.kind
+
+
+def grade(bucket: Bucket, entry: Entry | Measurement, environment: Environment, current: Environment, current_source: str | None) -> Staleness:
+    """The grade of one row; `current_source` is its candidate's source hash today (a pair's joined by "+"), None if it is gone."""
+    command = f"titans-backends tune --op {bucket.op} --seq-lens {bucket.seq_len}"
+    if current_source is None:
+        return Staleness("ignored", f"{entry.label} is no longer there", command)
+    if current_source != entry.source:
+        was = f"source {entry.source}, now {current_source}" if entry.source else f"no source hash stored, now {current_source}"
+        return Staleness("ignored", f"{entry.label} has changed since ({was})", command)
+    changed = [
+        f"{name} {was or 'absent'}, now {now or 'absent'}"
+        for name, was, now in (("torch", environment.torch, current.torch), ("triton", environment.triton, current.triton))
+        if was != now
+    ]
+    if changed:
+        return Staleness("stale", f"measured with {'; '.join(changed)}", command)
+    return Staleness("fresh")

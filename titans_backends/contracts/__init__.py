@@ -1,0 +1,28 @@
+"""The ops: one file each, with formula, reference, work, cases. This is the mathematics' only home; no backend is known here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from titans_backends.contracts import dual_core, fast_core, fused_uw, gated_delta_rule, gated_delta_step, slow_core, uw_transform
+from titans_backends.contracts.contract import Contract
+from titans_backends.errors import unknown
+
+__all__ = ["CONTRACTS", "contract"]
+
+CONTRACTS: Mapping[str, Contract] = MappingProxyType(
+    {
+        module.CONTRACT.name: module.CONTRACT
+        for module in (fast_core, fused_uw, uw_transform, slow_core, gated_delta_rule, gated_delta_step, dual_core)
+    }
+)
+"""Every op's contract by name."""
+
+
+def contract(name: str) -> Contract:
+    """One op's contract; an unknown name lists the known ones."""
+    try:
+        return CONTRACTS[name]
+    except KeyError:
+        raise unknown("op", name, CONTRACTS) from None

@@ -1,0 +1,158 @@
+"""Which kernel serves a signature, and why: policy, verdicts, tuned tables, defaults, in that order.
+
+Nothing is measured and nothing is run here. A choice carries everything that `explain` prints; a refusal carries every reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from titans_backends import registry
+from titans_backends.buckets import bucket_of, defaults_of
+from titans_backends.cache.lookup import Hit, Miss, lookup
+from titans_backends.cache.schema import Bucket, Entry
+from titans_backends.cache.source_hash import join_hashes, source_hash
+from titans_backends.cache.staleness import Staleness, grade
+from titans_backends.errors import BackendRefusedError
+from titans_backends.machine import Machine
+from titans_backends.offers import Offer, Pair, offers, pairs, source_modules
+from titans_backends.signature import Signature
+from titans_backends.tables import Source, current_environment, sources
+
+__all__ = ["Choice", "Consulted", "Forced", "choose", "pair_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """A backend that was asked for by name, and how: `backend=`, `use_backend`, or the switch."""
+
+    backend: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Consulted:
+    """What one table said: the row that answered, or why none did."""
+
+    source: Source
+    answer: str
+    hit: Hit | None = None
+    miss: Miss | None = None
+    staleness: Staleness | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What runs, and why. `origin`: forced by name, tuned here, borrowed from a relative's table, or the untuned default."""
+
+    signature: Signature
+    machine: Machine
+    bucket: Bucket
+    pair: Pair
+    origin: Literal["forced", "tuned", "borrowed", "default"]
+    reason: str
+    offers: tuple[Offer, ...]
+    consulted: tuple[Consulted, ...]
+
+    @property
+    def answered(self) -> Consulted | None:
+        """The table whose row decided, if one did."""
+        return self.consulted[-1] if self.origin in ("tuned", "borrowed") else None
+
+
+def pair_source(pair: Pair, op: str) -> str:
+    """The source hash of a pair as a table stores it."""
+    forward = source_hash(source_modules(pair.forward, op))
+    return forward if pair.backward is None else join_hashes(forward, source_hash(source_modules(pair.backward, op)))
+
+
+def _matches(pair: Pair, entry: Entry) -> bool:
+    if (pair.forward.name, pair.forward.params) != (entry.use, entry.params) or pair.forward.saves_states != entry.saves_states:
+        return False
+    if pair.backward is None or entry.backward is None:
+        return pair.backward is None and entry.backward is None
+    return (pair.backward.name, pair.backward.params) == (entry.backward, entry.backward_params)
+
+
+def _consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str) -> tuple[Consulted, Pair | None]:
+    """One table's answer, and the pair that it names if that may be used."""
+    if source.table is None:
+        return Consulted(source, source.problem), None
+    found = lookup(source.table, bucket.op, bucket.when, bucket.seq_len, defaults_of(bucket.op))
+    if isinstance(found, Miss):
+        return Consulted(source, found.reason, miss=found), None
+    pair = next((p for p in available if _matches(p, found.entry)), None)
+    if pair is None:
+        return Consulted(source, f"its row names {found.entry.label}, which is not among the candidates for this call", hit=found), None
+    environment = source.table.environment(found.entry)
+    staleness = grade(found.bucket, found.entry, environment, current_environment(kind), pair_source(pair, bucket.op))
+    where = f"{found.kind} row, seq_len {found.seq_len}, streams {found.streams}: {found.entry.label}, {found.entry.us:.4g} us"
+    if not staleness.usable:
+        return Consulted(source, f"{where}; ignored: {staleness.reason}", hit=found, staleness=staleness), None
+    return Consulted(source, where, hit=found, staleness=staleness), pair
+
+
+def _reasons(given: Sequence[Offer], signature: Signature) -> str:
+    lines = []
+    for entry in given:
+        why = str(entry.verdict)
+        if entry.verdict:
+            have = [name for name, found in (("forward", entry.forward), ("backward", entry.backward)) if found]
+            why = f"in training it must have both directions, but it has only {have[0]}" if signature.regime == "training" else "it has no candidate"
+        lines.append(f"{entry.backend.name}: {why}")
+    return "; ".join(lines)
+
+
+def _refuse(signature: Signature, machine: Machine, forced: Forced | None, given: Sequence[Offer]) -> BackendRefusedError:
+    see = f"See: titans-backends explain {signature.op}"
+    if forced is None:
+        return BackendRefusedError(f"{signature.op}: no backend serves this call. {_reasons(given, signature)}. {see}")
+    everyone = offers(signature, machine)
+    usable = [o.backend.name for o in everyone if o.verdict and pairs([o], signature, mixed=False)]
+    return BackendRefusedError(
+        f"{signature.op}: backend {forced.backend!r} was forced ({forced.by}) but refuses this call: {_reasons(given, signature)}. "
+        f"Usable here: {', '.join(usable) or 'none'}. {see}"
+    )
+
+
+def choose(
+    signature: Signature,
+    machine: Machine,
+    forced: Forced | None = None,
+    warmed: Sequence[Pair] | None = None,
+    *,
+    must_save: bool = False,
+) -> Choice:
+    """The choice for a signature; BackendRefusedError where nothing is left.
+
+    `warmed`, under graph capture, limits it to pairs that have run; `must_save`, in a backward that was handed states, to pairs that save them.
+    """
+    if forced is not None:
+        registry.get(forced.backend)
+    given = tuple(offers(signature, machine, None if forced is None else [forced.backend]))
+    available = [pair for pair in pairs(given, signature, mixed=forced is None) if pair.forward.saves_states or not must_save]
+    if not available:
+        raise _refuse(signature, machine, forced, given)
+    if warmed is not None:
+        available = [pair for pair in available if pair in warmed]
+        if not available:
+            raise BackendRefusedError(
+                f"{signature.op}: a graph is being captured, and no kernel for this signature has run on {signature.device} yet; "
+                "call the op once with these shapes before the capture"
+            )
+    bucket = bucket_of(signature)
+    consulted: list[Consulted] = []
+    if not signature.batch_invariant:  # one candidate whatever the batch and length: no row by streams or length can say which
+        for source in sources(machine):
+            answer, pair = _consult(source, bucket, available, machine.kind)
+            consulted.append(answer)
+            if pair is not None:
+                origin: Literal["tuned", "borrowed"] = "borrowed" if source.kind == "borrowed" else "tuned"
+                return Choice(signature, machine, bucket, pair, origin, f"{source.described}: {answer.answer}", given, tuple(consulted))
+    pair = available[0]
+    if forced is not None:
+        return Choice(signature, machine, bucket, pair, "forced", f"forced ({forced.by}); its first candidate", given, tuple(consulted))
+    why = "the batch-invariant policy: one candidate for every batch and length" if signature.batch_invariant else f"no tuned row; first by rank on {machine.kind}"
+    return Choice(signature, machine, bucket, pair, "default", why, given, tuple(consulted))

@@ -1,0 +1,290 @@
+"""The ops as torch sees them: `torch.ops.titans_backends.<op>`, its fake, its autograd formula, and a backward op of its own.
+
+A traced graph holds these ops; which kernel runs is looked up at the first run of each signature, on the far side of the
+dispatcher. The forward op's last output are the chunk-start states that its backward reads, where the chosen pair saves them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
+from titans_backends.plans import Outputs, Plan, Planner, Request, request
+
+__all__ = ["NAMESPACE", "call", "planner", "register"]
+
+NAMESPACE = "titans_backends"
+_PLANNERS = {name: Planner(op) for name, op in CONTRACTS.items()}
+_library: torch.library.Library | None = None
+
+
+def planner(name: str) -> Planner:
+    """The memo of one op, shared by its direct and its registered calls."""
+    return _PLANNERS[name]
+
+
+# --- schemas: a call's fields in order, then what the request needs
+
+
+def _default(option: Option) -> str:
+    return "None" if option.default is None else f'"{option.default}"' if option.kind == "str" else str(option.default)
+
+
+def _parameters(op: Contract, *, mutates: str = "") -> list[str]:
+    """The schema of each field; a tensor that may also be a number is two."""
+    parts: list[str] = []
+    for field in fields(op.make_call):  # type: ignore[arg-type]  # a dataclass by contract
+        argument, option = op.argument_by_name.get(field.name), op.option_by_name.get(field.name)
+        if argument is not None:
+            kind = "Tensor(a!)" if field.name == mutates else "Tensor?" if argument.optional else "Tensor"
+            parts.append(f"{kind} {field.name}")
+            if argument.fill == "mixing":
+                parts.append(f"float {field.name}_number")
+        elif option is not None:
+            kind = {"int": "SymInt" if option.name == "chunk_offset" else "int"}.get(option.kind, option.kind)
+            parts.append(f"{kind}{'?' if option.nullable else ''} {field.name}")
+    return parts
+
+
+def _flatten(op: Contract, values: Sequence[object]) -> list[object]:
+    """A call's field values as the schema wants them."""
+    flat: list[object] = []
+    for name, value in zip(op.parameters, values, strict=True):
+        argument = op.argument_by_name.get(name)
+        if argument is not None and argument.fill == "mixing":
+            flat += (value, 0.0) if isinstance(value, Tensor) else (None, value)
+        else:
+            flat.append(value)
+    return flat
+
+
+def _unflatten(op: Contract, flat: Sequence[object]) -> Call:
+    """The call of a schema's arguments."""
+    given, rest = {}, iter(flat)
+    for name in op.parameters:
+        value = next(rest)
+        argument = op.argument_by_name.get(name)
+        if argument is not None and argument.fill == "mixing":
+            number = next(rest)
+            value = number if value is None else value
+        given[name] = value
+    return op.make_call(**given)
+
+
+@functools.lru_cache(maxsize=64)
+def _width(op_name: str) -> int:
+    return len(_parameters(CONTRACTS[op_name]))
+
+
+def call(op: Contract, values: Sequence[object], backend: str | None, batch_invariant: bool, training: bool, may_save: bool) -> Outputs:
+    """The registered op, for autograd and tracers to see; returns the contract's outputs without the saved states."""
+    namespace = torch.ops.titans_backends
+    if "inplace" in op.parameters and values[op.parameters.index("inplace")]:
+        kept = [v for name, v in zip(op.parameters, values, strict=True) if name != "inplace"]
+        o = namespace.gated_delta_step_(*kept, backend)
+        return o, values[op.parameters.index("state")]  # type: ignore[return-value]  # the state is a tensor
+    outputs: Outputs = getattr(namespace, op.name)(*_flatten(op, values), backend, batch_invariant, training, may_save)
+    return outputs[: len(op.outputs)]
+
+
+# --- what runs below the dispatcher
+
+
+def _plan(op: Contract, made: Call, asked: Request) -> Plan:
+    own = _PLANNERS[op.name]
+    return own.plan(made, asked, own.values(made))
+
+
+def _asked(backend: object, batch_invariant: object, *, training: bool, may_save: bool, must_save: bool = False) -> Request:
+    """The request of a registered op: what its arguments say, and below that the scope at run time."""
+    scoped = request(backend if isinstance(backend, str) else None, training=training, may_save=may_save)
+    invariant = scoped.batch_invariant or bool(batch_invariant)
+    return Request(scoped.backend, scoped.by, invariant, training, may_save, must_save, scoped.tune_budget_s) if training or invariant else scoped
+
+
+def _forward(op: Contract) -> Callable[..., Outputs]:
+    def run(*flat: object) -> Outputs:
+        *inputs, backend, batch_invariant, training, may_save = flat
+        made = _unflatten(op, inputs)
+        plan = _plan(op, made, _asked(backend, batch_invariant, training=bool(training), may_save=bool(may_save)))
+        outputs = _PLANNERS[op.name].execute(plan, made)
+        return (*outputs, None) if len(outputs) == len(op.outputs) else outputs
+
+    return run
+
+
+def _backward(op: Contract) -> Callable[..., Outputs]:
+    count = len(op.outputs)
+
+    def run(*flat: object) -> Outputs:
+        grads, inputs, (states, needs, backend, batch_invariant) = flat[:count], flat[count:-4], flat[-4:]
+        made = _unflatten(op, inputs)
+        saved = isinstance(states, Tensor)
+        plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=saved, must_save=saved))
+        assert isinstance(needs, (list, tuple))
+        wanted = frozenset(name for name, need in zip(op.differentiable, needs, strict=True) if need)
+        with torch.no_grad():
+            return plan.run_backward(made, grads, states, wanted)  # type: ignore[arg-type]  # the schema has checked them
+
+    return run
+
+
+def _in_place(op: Contract) -> Callable[..., Tensor]:
+    names = [name for name in op.parameters if name != "inplace"]
+
+    def run(*flat: object) -> Tensor:
+        *inputs, backend = flat
+        made = op.make_call(**dict(zip(names, inputs, strict=True)), inplace=True)
+        plan = _plan(op, made, _asked(backend, False, training=False, may_save=False))
+        o = _PLANNERS[op.name].execute(plan, made)[0]
+        assert o is not None
+        return o
+
+    return run
+
+
+# --- fakes: shapes only
+
+
+def _sizes(op: Contract, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """The contract's letters, symbolic or not."""
+    sizes: dict[str, object] = {}
+    for name, tensor in tensors.items():
+        layout = next(d for d in op.argument_by_name[name].dims if d.startswith("*") or len(d.split()) == tensor.dim())
+        letters = layout.split()
+        if letters and letters[0] == "*":
+            sizes.setdefault("*", tuple(tensor.shape[: 1 - len(letters)]))
+            letters = letters[1:]
+        tail = tuple(tensor.shape)[tensor.dim() - len(letters) :]
+        for letter, size in zip(letters, tail, strict=True):
+            sizes.setdefault(letter, size)
+    sizes["N"] = tensors["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in tensors else sizes.get("B")
+    return sizes
+
+
+def _shape(layout: str, sizes: Mapping[str, object]) -> list[int]:
+    shape: list[int] = []
+    for letter in layout.split():
+        size = sizes[letter]
+        if isinstance(size, tuple):
+            shape.extend(size)
+        else:
+            shape.append(size)  # type: ignore[arg-type]  # an int, or a tracer's SymInt
+    return shape
+
+
+def _fake_forward(op: Contract) -> Callable[..., Outputs]:
+    def fake(*flat: object) -> Outputs:
+        made = _unflatten(op, flat[:-4])
+        tensors = op.tensors(made)
+        sizes, first = _sizes(op, tensors), tensors[op.operands[0]]
+        outputs: list[Tensor | None] = []
+        for output, asked in zip(op.outputs, op.asked(made), strict=True):
+            dtype = tensors[output.like].dtype if output.like else state_dtype(first.dtype)
+            if output.like is None and output.name in tensors:
+                dtype = tensors[output.name].dtype
+            outputs.append(first.new_empty(_shape(output.dims, sizes), dtype=dtype) if asked else None)
+        return (*outputs, None)
+
+    return fake
+
+
+def _fake_backward(op: Contract) -> Callable[..., Outputs]:
+    count = len(op.outputs)
+
+    def fake(*flat: object) -> Outputs:
+        made, needs = _unflatten(op, flat[count:-4]), flat[-3]
+        assert isinstance(needs, (list, tuple))
+        tensors = op.tensors(made)
+        return tuple(
+            torch.empty_like(tensors[name], memory_format=torch.contiguous_format) if need and name in tensors else None
+            for name, need in zip(op.differentiable, needs, strict=True)
+        )
+
+    return fake
+
+
+# --- autograd
+
+
+def _setup_context(op: Contract) -> Callable[..., None]:
+    def setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Outputs) -> None:
+        states = output[-1]
+        if states is not None:
+            ctx.mark_non_differentiable(states)
+        ctx.set_materialize_grads(False)
+        tensors = [x if isinstance(x, Tensor) else None for x in inputs[:-4]]
+        ctx.save_for_backward(*tensors, states)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]  # type: ignore[attr-defined]
+
+    return setup
+
+
+def _autograd(op: Contract) -> Callable[..., tuple[Tensor | None, ...]]:
+    width = _width(op.name)
+    position = {p.split()[-1]: index for index, p in enumerate(_parameters(op))}
+
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, states = ctx.saved_tensors  # type: ignore[attr-defined]
+        others = ctx.others  # type: ignore[attr-defined]
+        inputs = [other if tensor is None else tensor for tensor, other in zip(tensors, others[:width], strict=True)]
+        needs = [bool(ctx.needs_input_grad[position[name]]) for name in op.differentiable]  # type: ignore[attr-defined]
+        backend, batch_invariant = others[width : width + 2]
+        reached = grads[: len(op.outputs)]
+        if all(grad is None for grad in reached):
+            return (None,) * len(others)
+        backward_op = getattr(torch.ops.titans_backends, f"{op.name}_backward")
+        found = backward_op(*reached, *inputs, states, needs, backend, batch_invariant)
+        result: list[Tensor | None] = [None] * len(others)
+        for name, gradient in zip(op.differentiable, found, strict=True):
+            result[position[name]] = gradient
+        return tuple(result)
+
+    return backward
+
+
+def _second_order(op: Contract) -> Callable[..., None]:
+    def refuse(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> None:
+        raise RuntimeError(f"{op.name}: a gradient of its gradient was asked for; second order is not implemented. Drop create_graph=True, or detach the gradient")
+
+    return refuse
+
+
+def register() -> None:
+    """Defines every op with torch, once per process."""
+    global _library
+    if _library is not None:
+        return
+    library = _library = torch.library.Library(NAMESPACE, "DEF")
+    for op in CONTRACTS.values():
+        parameters = _parameters(op)
+        results = ", ".join(["Tensor" if o.when is None else "Tensor?" for o in op.outputs] + ["Tensor?"])
+        tail = ["str? backend", "bool batch_invariant", "bool training", "bool may_save"]
+        library.define(f"{op.name}({', '.join(parameters + tail)}) -> ({results})")
+        library.impl(op.name, _forward(op), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{op.name}", _fake_forward(op), lib=library)
+        torch.library.register_autograd(f"{NAMESPACE}::{op.name}", _autograd(op), setup_context=_setup_context(op), lib=library)
+
+        grads = [f"Tensor? grad_{o.name}" for o in op.outputs]
+        tail = ["Tensor? states", "bool[] needs", "str? backend", "bool batch_invariant"]
+        back = f"{op.name}_backward"
+        library.define(f"{back}({', '.join(grads + parameters + tail)}) -> ({', '.join(['Tensor?'] * len(op.differentiable))})")
+        library.impl(back, _backward(op), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{back}", _fake_backward(op), lib=library)
+        torch.library.register_autograd(f"{NAMESPACE}::{back}", _second_order(op), setup_context=lambda ctx, inputs, output: None, lib=library)
+        if "inplace" in op.parameters:
+            kept = [p for p in _parameters(op, mutates="state") if p.split()[-1] != "inplace"]
+            library.define(f"{op.name}_({', '.join([*kept, 'str? backend'])}) -> Tensor")
+            library.impl(f"{op.name}_", _in_place(op), "CompositeExplicitAutograd")
+            torch.library.register_fake(
+                f"{NAMESPACE}::{op.name}_", lambda *flat: torch.empty_like(flat[2], memory_format=torch.contiguous_format), lib=library
+            )
+
+
+register()

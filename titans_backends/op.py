@@ -1,0 +1,201 @@
+"""An op as its users hold it: call it, bind it, ask it why.
+
+A plain call goes from its arguments to a memoised plan to the kernel; a call that autograd or a tracer watches goes through the op
+that `library` registered with torch, and meets the same plan on the other side.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from titans_backends import library, policy, registry
+from titans_backends.contracts import contract
+from titans_backends.contracts.contract import Call, Contract
+from titans_backends.contracts.validate import bind_arguments, check_indices
+from titans_backends.errors import BoundCallMismatchError
+from titans_backends.plans import Outputs, Plan, request
+
+if TYPE_CHECKING:
+    from titans_backends.explain import Explanation
+
+__all__ = ["BoundOp", "Op", "get_op"]
+
+_is_compiling = torch.compiler.is_compiling
+
+
+def _watched(values: tuple[object, ...]) -> bool:
+    """Whether a tracer, a functorch transform or a tensor subclass is involved, so that torch must see the op."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(isinstance(v, Tensor) and type(v) is not Tensor and type(v) is not torch.nn.Parameter for v in values)
+
+
+def _training(values: tuple[object, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+class Op:
+    """One op of the registry; `backend` set: every call of this object is forced to it."""
+
+    def __init__(self, op: Contract, backend: str | None = None) -> None:
+        self.contract = op
+        self.name = self.__name__ = op.name
+        self.backend = backend
+        self.__doc__ = f"{op.summary}.\n\n{op.make_call.__doc__}\n\nParameters: {', '.join(op.parameters)}, backend."
+        self._make = op.make_call
+        self._planner = library.planner(op.name)
+        self._defaults = {f.name: f.default for f in fields(op.make_call)}  # type: ignore[arg-type]  # a dataclass by contract
+
+    def __repr__(self) -> str:
+        forced = f", backend={self.backend!r}" if self.backend else ""
+        return f"titans_backends.get_op({self.name!r}{forced})"
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that declare this op; whether one accepts a call is for `explain` to say."""
+        return tuple(sorted(b.name for b in registry.known().values() if self.name in b.ops))
+
+    def __call__(self, *args: object, backend: str | None = None, **kwargs: object) -> Outputs:
+        """The contract's outputs, None for an output that was not asked for.
+
+        Raises TypeError or ValueError for arguments that the contract refuses, BackendRefusedError where no backend, or not
+        the forced one, accepts the call.
+        """
+        if _is_compiling():
+            return self._traced(args, kwargs, backend or self.backend)
+        call = self._call(args, kwargs)
+        if torch._C._is_any_autocast_enabled():
+            call = autocast(self.contract, call)
+        values = self._planner.values(call)
+        if _watched(values):
+            return library.call(self.contract, values, backend or self.backend, False, False, False)
+        asked = request(backend or self.backend, training=_training(values))
+        plan = self._planner.plan(call, asked, values)
+        if asked.training:
+            _refuse_in_place(self.contract, call)
+            return library.call(self.contract, values, asked.backend, asked.batch_invariant, True, True)
+        return self._planner.execute(plan, call)
+
+    def bind(self, *args: object, backend: str | None = None, **kwargs: object) -> BoundOp:
+        """Chooses once for these tensors' dtype, shape, stride and alignment; the bound op skips policy and lookup."""
+        call = self._call(args, kwargs)
+        values = self._planner.values(call)
+        asked = request(backend or self.backend, training=_training(values))
+        return BoundOp(self, self._planner.plan(call, asked, values), call, asked.training)
+
+    def explain(self, *args: object, backend: str | None = None, **kwargs: object) -> Explanation:
+        """Which kernel would run and why: every backend's answer, every table asked, every timing known. Runs nothing."""
+        from titans_backends.explain import explain
+
+        call = self._call(args, kwargs)
+        asked = request(backend or self.backend, training=_training(self._planner.values(call)))
+        return explain(self._planner, call, asked)
+
+    def _call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
+        try:
+            return self._make(*args, **kwargs)
+        except TypeError:
+            return bind_arguments(self.contract, args, kwargs)  # raises the sentence
+
+    def _traced(self, args: tuple[object, ...], kwargs: dict[str, object], backend: str | None) -> Outputs:
+        """The call as a tracer sees it: plain Python that it can follow, ending in the registered op."""
+        names = self.contract.parameters
+        if len(args) > len(names) or any(name not in names for name in kwargs):
+            bind_arguments(self.contract, args, kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        values = tuple(given[name] if name in given else self._defaults[name] for name in names)
+        return library.call(self.contract, values, backend, policy.current().batch_invariant, _training(values), False)
+
+
+class BoundOp:
+    """An op with its choice made. Calls take the same arguments as the op and must match what it was bound to."""
+
+    def __init__(self, op: Op, plan: Plan, call: Call, training: bool) -> None:
+        self.op = op
+        self.choice = plan.choice
+        self._plan = plan
+        self._training = training
+        self._make = op.contract.make_call
+        self._values = op._planner.values
+        self._facts = self._key(op._planner.values(call))
+
+    def __repr__(self) -> str:
+        return f"<{self.op!r} bound to {self.choice.pair.label}>"
+
+    @staticmethod
+    def _key(values: tuple[object, ...]) -> list[object]:
+        facts: list[object] = []
+        for value in values:
+            if isinstance(value, Tensor):
+                facts += (value.dtype, value.shape, value.stride(), value.data_ptr() & 15)
+            else:
+                facts.append(value)
+        return facts
+
+    def __call__(self, *args: object, **kwargs: object) -> Outputs:
+        """Runs the chosen kernel; BoundCallMismatchError names the first argument that differs."""
+        call = self._make(*args, **kwargs)
+        values = self._values(call)
+        if self._key(values) != self._facts:
+            raise self._mismatch(values)
+        if self._plan.checks_indices:
+            check_indices(self.op.contract, call)
+        if _training(values):
+            if not self._training:
+                raise BoundCallMismatchError(f"{self.op.name}: it was bound without gradients, but an input requires one; bind it again, or use torch.no_grad()")
+            pair = self.choice.pair
+            forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
+            return library.call(self.op.contract, values, forced, self.choice.signature.batch_invariant, True, True)
+        return self._plan.run(call)[: len(self.op.contract.outputs)]
+
+    def _mismatch(self, values: tuple[object, ...]) -> BoundCallMismatchError:
+        told = dict(self.choice.signature.tensors)
+        options = dict(self.choice.signature.options)
+        for name, value in zip(self.op.contract.parameters, values, strict=True):
+            bound = told.get(name)
+            if isinstance(value, Tensor) != (bound is not None):
+                return BoundCallMismatchError(f"{self.op.name}: it was bound {'with' if bound else 'without'} {name}; bind it again for this call")
+            if isinstance(value, Tensor) and bound is not None:
+                got = (value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % 16 == 0)
+                want = (bound.dtype, bound.shape, bound.stride, bound.aligned)
+                for what, mine, theirs in zip(("dtype", "shape", "stride", "16-byte alignment"), got, want, strict=True):
+                    if mine != theirs:
+                        return BoundCallMismatchError(f"{self.op.name}: {name} has {what} {mine}, but it was bound to {theirs}; bind it again")
+            elif name in options and options[name] != value:
+                return BoundCallMismatchError(f"{self.op.name}: {name} is {value!r}, but it was bound to {options[name]!r}; bind it again")
+        return BoundCallMismatchError(f"{self.op.name}: a tensor's data starts elsewhere within 16 bytes than when it was bound; bind it again")
+
+
+def autocast(op: Contract, call: Call) -> Call:
+    """Under torch.autocast the operands take its dtype, float64 excepted; gates, decays and states stay as they are."""
+    tensors = op.tensors(call)
+    first = tensors.get(op.operands[0])
+    if first is None or not torch.is_autocast_enabled(first.device.type):
+        return call
+    dtype = torch.get_autocast_dtype(first.device.type)
+    cast = {n: t.to(dtype) for n, t in tensors.items() if n in op.operands and t.is_floating_point() and t.dtype != torch.float64}
+    narrow = (torch.float16, torch.bfloat16)
+    gates = {n: t.float() for n, t in tensors.items() if op.argument_by_name[n].role == "gate" and t.dtype in narrow and t.dtype != dtype}
+    return op.with_tensors(call, {**cast, **gates})
+
+
+def _refuse_in_place(op: Contract, call: Call) -> None:
+    if getattr(call, "inplace", False):
+        raise ValueError(f"{op.name}: inplace=True takes no gradient, but an input requires one; pass inplace=False, or call it under torch.no_grad()")
+
+
+@functools.lru_cache(maxsize=64)
+def get_op(name: str, *, backend: str | None = None) -> Op:
+    """The op of that name, optionally forced to one backend. Imports no kernel package; UnknownNameError lists what there is.
+
+    A backend that is known but refuses a call raises at the call, with its reasons.
+    """
+    op = contract(name)
+    if backend is not None:
+        registry.get(backend)
+    return Op(op, backend)

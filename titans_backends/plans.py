@@ -1,0 +1,216 @@
+"""The memo: one frozen plan per signature, found by one dictionary hit; a miss validates the call and asks `dispatch`.
+
+The key is everything that a choice may depend on: the tensors' facts, the options, torch's global settings and the request.
+On a hit nothing is validated but the values of index tensors that lie on the CPU.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from titans_backends import policy, switches
+from titans_backends.backend import OpModule, TrainableOpModule
+from titans_backends.contracts.contract import Call, Contract
+from titans_backends.contracts.validate import check_indices, validate
+from titans_backends.dispatch import Choice, Forced, choose
+from titans_backends.errors import BackendRefusedError
+from titans_backends.facts import signature_of
+from titans_backends.machine import detect
+from titans_backends.offers import Pair, run_modules
+from titans_backends.signature import Signature
+
+__all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "invalidate", "request"]
+
+Outputs = tuple[Tensor | None, ...]
+_MEMO_LIMIT = 4096
+_PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a choice depends on beside the call. `must_save`: a backward was handed chunk-start states, so its pair saves them."""
+
+    backend: str | None = None
+    by: str = "backend="
+    batch_invariant: bool = False
+    training: bool = False
+    may_save: bool = True
+    must_save: bool = False
+    tune_budget_s: float | None = None
+
+    @property
+    def forced(self) -> Forced | None:
+        """The backend asked for by name."""
+        return None if self.backend is None else Forced(self.backend, self.by)
+
+
+PLAIN = Request()
+
+
+def request(backend: str | None, *, training: bool, may_save: bool = True) -> Request:
+    """The request of a call: its own `backend=`, then `use_backend`, then the switch; and the scoped policy."""
+    scoped, force = policy.current(), switches.current().force
+    if backend is None and force is None and not training and scoped is policy.DEFAULT:
+        return PLAIN
+    by = "backend="
+    if backend is None and scoped.forced is not None:
+        backend, by = scoped.forced, "use_backend"
+    if backend is None and force is not None:
+        backend, by = force, f"{switches.PREFIX}FORCE"
+    return Request(backend, by, scoped.batch_invariant, training, may_save, False, scoped.tune_budget_s)
+
+
+@dataclass(slots=True)
+class Plan:
+    """A frozen choice with the modules that run it. `ran` says that its kernels are loaded, which graph capture needs to know."""
+
+    choice: Choice
+    forward_module: OpModule
+    backward_module: TrainableOpModule | None
+    checks_indices: bool
+    device: torch.device
+    ran: bool = field(default=False)
+
+    def run(self, call: Call) -> Outputs:
+        """The forward kernel, on the current stream of the inputs' device, outside autocast."""
+        return self._guarded(lambda: self.forward_module.run(call, self.choice.pair.forward)) if self._needs_guard() else self._run(call)
+
+    def _run(self, call: Call) -> Outputs:
+        return self.forward_module.run(call, self.choice.pair.forward)
+
+    def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
+        """The backward kernel; the gradients follow `contract.differentiable`."""
+        backward, module = self.choice.pair.backward, self.backward_module
+        if backward is None or module is None:
+            raise BackendRefusedError(f"{self.choice.signature.op}: {self.choice.pair.label} has no backward")
+        return self._guarded(lambda: module.run_backward(call, grads, states, needs, backward))
+
+    def _needs_guard(self) -> bool:
+        return torch._C._is_any_autocast_enabled() or (self.device.type == "cuda" and self.device.index != torch.cuda.current_device())
+
+    def _guarded(self, kernel: Callable[[], Outputs]) -> Outputs:
+        """Runs with the inputs' device current and autocast off: a kernel sees the dtypes that it was promised."""
+        with torch.autocast(self.device.type, enabled=False):
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    return kernel()
+            return kernel()
+
+
+class Planner:
+    """One op's memo."""
+
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
+        self.values: Callable[[Call], tuple[object, ...]] = operator.attrgetter(*contract.parameters)
+        self._memo: dict[object, Plan] = {}
+        self._warmed: dict[str, set[Pair]] = {}
+        _PLANNERS.add(self)
+
+    def plan(self, call: Call, asked: Request, values: tuple[object, ...]) -> Plan:
+        """The plan for a call; `values` are its fields in order."""
+        key = self._key(values, asked)
+        plan = self._memo.get(key) if key is not None else None
+        if plan is None:
+            plan = self._decide(call, asked)
+            if key is not None:
+                if len(self._memo) >= _MEMO_LIMIT:
+                    self._memo.clear()
+                self._memo[key] = plan
+        elif plan.checks_indices:
+            check_indices(self.contract, call)
+        return plan
+
+    def execute(self, plan: Plan, call: Call) -> Outputs:
+        """Runs a plan's forward, and remembers that its kernels are loaded."""
+        outputs = plan.run(call)
+        if not plan.ran:
+            self._warmed.setdefault(plan.choice.signature.device, set()).add(plan.choice.pair)
+            plan.ran = True
+        return outputs
+
+    def signature(self, call: Call, dims: dict[str, int], asked: Request) -> Signature:
+        """A validated call's signature under a request."""
+        return signature_of(
+            self.contract,
+            call,
+            dims,
+            regime="training" if asked.training else "inference",
+            launch="graph" if self._capturing(call) else "eager",
+            batch_invariant=asked.batch_invariant,
+            may_save=asked.may_save,
+        )
+
+    def clear(self) -> None:
+        """Forgets every plan."""
+        self._memo.clear()
+
+    @staticmethod
+    def _key(values: tuple[object, ...], asked: Request) -> object:
+        """None where something cannot be hashed or is no strided tensor: validation says what."""
+        key: list[object] = [None if asked is PLAIN else asked, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
+        device = None
+        try:
+            for value in values:
+                if isinstance(value, Tensor):
+                    device = value.device
+                    key += (value.shape, value.stride(), value.dtype, device, value.data_ptr() & 15)
+                else:
+                    key += (value.__class__, value)
+            if device is not None and device.type == "cuda":
+                key.append(torch.cuda.is_current_stream_capturing())
+            found = tuple(key)
+            hash(found)
+        except (TypeError, RuntimeError):
+            return None
+        return found
+
+    def _capturing(self, call: Call) -> bool:
+        device: torch.device = getattr(call, self.contract.operands[0]).device
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _decide(self, call: Call, asked: Request) -> Plan:
+        dims = validate(self.contract, call)
+        tensors = self.contract.tensors(call)
+        device = tensors[self.contract.operands[0]].device
+        indices = [t for name, t in tensors.items() if self.contract.argument_by_name[name].role == "index"]
+        checks = any(t.device.type == "cpu" or switches.current().check for t in indices)
+        if checks:
+            check_indices(self.contract, call)
+        signature, machine = self.signature(call, dims, asked), detect(device)
+        warmed = sorted(self._warmed.get(str(device), ()), key=lambda pair: pair.label) if signature.launch == "graph" else None
+        choice = choose(signature, machine, asked.forced, warmed, must_save=asked.must_save)
+        if asked.tune_budget_s is not None and warmed is None and not _tuned_here(choice):
+            from titans_backends.tuning.run import tune_call
+
+            tune_call(self.contract, call, signature, asked.tune_budget_s)
+            choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
+        forward, backward = run_modules(choice.pair, self.contract.name)
+        return Plan(choice, forward, backward, checks, device)
+
+
+def _tuned_here(choice: Choice) -> bool:
+    """Whether a row of exactly this bucket, fresh, decided; or a name did, so that there is nothing to tune."""
+    answered = choice.answered
+    exact = answered is not None and answered.hit is not None and answered.hit.kind == "exact"
+    fresh = answered is not None and answered.staleness is not None and answered.staleness.kind == "fresh"
+    return choice.origin == "forced" or choice.signature.batch_invariant or (choice.origin == "tuned" and exact and fresh)
+
+
+def invalidate() -> None:
+    """Drops every memo and every loaded table: after tuning in this process, or when files or switches changed."""
+    from titans_backends import tables
+
+    tables.invalidate()
+    for planner in list(_PLANNERS):
+        planner.clear()
+
+
+os.register_at_fork(after_in_child=invalidate)

@@ -1,0 +1,61 @@
+"""What the caller asked of the choice, scoped by context managers: a forced backend, batch invariance, tuning on first use.
+
+Held in one context variable, so that threads and async tasks each have their own; dispatch reads it and decides nothing here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+__all__ = ["DEFAULT", "Policy", "autotune", "current", "policy", "use_backend"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """`forced`: the only backend allowed. `batch_invariant`: one candidate and one chunk grid whatever the batch and length.
+
+    `tune_budget_s`: a call whose bucket has no row of this machine's own tunes it first, within so many seconds; None: never.
+    """
+
+    forced: str | None = None
+    batch_invariant: bool = False
+    tune_budget_s: float | None = None
+
+
+DEFAULT = Policy()
+_CURRENT: ContextVar[Policy] = ContextVar("titans_backends_policy", default=DEFAULT)
+current = _CURRENT.get
+
+
+@contextlib.contextmanager
+def _scoped(changed: Policy) -> Iterator[Policy]:
+    token = _CURRENT.set(changed)
+    try:
+        yield changed
+    finally:
+        _CURRENT.reset(token)
+
+
+def use_backend(name: str) -> contextlib.AbstractContextManager[Policy]:
+    """A context in which every call uses this backend or raises with its reasons; UnknownNameError for an unknown name."""
+    from titans_backends import registry
+
+    registry.get(name)
+    return _scoped(replace(current(), forced=name))
+
+
+def policy(*, batch_invariant: bool) -> contextlib.AbstractContextManager[Policy]:
+    """A context in which a row's bits do not depend on what shares its batch, nor on the length of what follows it."""
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"policy: batch_invariant must be True or False, got {batch_invariant!r}")
+    return _scoped(replace(current(), batch_invariant=batch_invariant))
+
+
+def autotune(*, budget_s: float = 20.0) -> contextlib.AbstractContextManager[Policy]:
+    """A context in which a call at an untuned bucket measures it first, in a child process, and writes the user's cache."""
+    if not budget_s > 0:
+        raise ValueError(f"autotune: budget_s must be positive, got {budget_s!r}")
+    return _scoped(replace(current(), tune_budget_s=float(budget_s)))

@@ -1,0 +1,101 @@
+"""What the tuner says while it works, as values: the command line turns them into a progress bar, tests compare them.
+
+Every tune begins with one `Planned`; then each bucket is `Skipped` (nothing to measure), or `BucketStarted`, any number of `CandidateDone`
+and one `BucketDone` or `BucketFailed`; where the budget ended first, one `Remaining` closes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from titans_backends.buckets import Bucket
+from titans_backends.cache.schema import Entry
+
+__all__ = ["BackendProbed", "BucketDone", "BucketFailed", "BucketStarted", "CandidateDone", "Event", "OnEvent", "Planned", "Remaining", "Skipped", "ignore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """How many buckets there are, and how many of them have to be measured."""
+
+    total: int
+    to_measure: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackendProbed:
+    """A backend ran its smallest case in the child process, once per tune; only a usable or importable one races."""
+
+    backend: str
+    state: Literal["usable", "importable", "refused", "broken"]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BucketStarted:
+    """A bucket begins: its place among the planned ones (from 0), the labels that will be timed, and each backend's refusal."""
+
+    bucket: Bucket
+    index: int
+    candidates: tuple[str, ...]
+    refusals: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateDone:
+    """One candidate's result in the bucket at hand: ok with its time, or failed or refused with the reason."""
+
+    bucket: Bucket
+    label: str
+    direction: Literal["forward", "backward"]
+    status: Literal["ok", "failed", "refused"]
+    detail: str = ""
+    us: float | None = None
+    spread: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BucketDone:
+    """A bucket's row is written. `default_us`: the untuned default's time; `reference_us`: the contract's plain reference, where it was timed."""
+
+    bucket: Bucket
+    entry: Entry
+    default_us: float | None
+    reference_us: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BucketFailed:
+    """A bucket ends without a row: no candidate is left, or its inputs could not be made."""
+
+    bucket: Bucket
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A bucket whose row and measurements are all current."""
+
+    bucket: Bucket
+    entry: Entry
+    default_us: float | None = None
+    reference_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remaining:
+    """What the budget did not reach."""
+
+    buckets: tuple[Bucket, ...]
+
+
+Event = Planned | BackendProbed | BucketStarted | CandidateDone | BucketDone | BucketFailed | Skipped | Remaining
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Says nothing."""

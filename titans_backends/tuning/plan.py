@@ -1,0 +1,197 @@
+"""Which buckets to tune: the default grid per kind of machine, quick or full, and what the command line's options change in it.
+
+Pure and cheap: no tensor is built. The buckets come in the order of their use, so that a budget that ends early has spent itself well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from titans_backends.buckets import Bucket, WhenValue, defaults_of
+from titans_backends.cache.schema import canonical_when
+from titans_backends.contracts import CONTRACTS, contract
+from titans_backends.contracts.gated_delta_step import MAX_TOKENS
+from titans_backends.signature import Launch, Regime
+
+__all__ = ["DEFAULT_GRIDS", "PRESENT", "Cells", "grid", "parse_head_dim", "parse_heads", "plan"]
+
+Heads = tuple[int, int]
+HeadDim = tuple[int, int]
+
+PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"slow_core": ("g",), "uw_transform": ("g",), "gated_delta_rule": ("g",), "gated_delta_step": ("g",), "dual_core": ("g",)}
+)
+"""The optional tensors in the key that the planned buckets have: decay where the op takes it, as the gated layers call it."""
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
+_ALL = (*_STREAMED, "gated_delta_step", "fused_uw")
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """A block of the grid: every combination of what it lists. `heads` are (q and k heads, v heads), `head_dims` (K, V)."""
+
+    ops: tuple[str, ...] = _ALL
+    seq_lens: tuple[int, ...] = (128, 512, 2048)
+    heads: tuple[Heads, ...] = ((16, 16),)
+    head_dims: tuple[HeadDim, ...] = ((128, 128),)
+    dtypes: tuple[str, ...] = ("float32",)
+    regimes: tuple[Regime, ...] = ("inference",)
+    launches: tuple[Launch, ...] = ("eager",)
+    batch: int = 1
+
+
+DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
+    {
+        ("cpu", True): (
+            Cells(heads=((12, 12),), head_dims=((32, 32),)),
+            Cells(),
+            Cells(ops=_STREAMED, seq_lens=(512,), heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
+        ),
+        ("cpu", False): (
+            Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((12, 12), (4, 4)), head_dims=((32, 32),)),
+            Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((16, 16), (16, 32)), head_dims=((128, 128), (64, 64))),
+            Cells(ops=_STREAMED, heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
+            Cells(ops=_STREAMED, regimes=("training",)),
+        ),
+        ("cuda", True): (
+            Cells(seq_lens=(512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), launches=("eager", "graph")),
+            Cells(seq_lens=(512, 2048, 8192), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16",)),
+            Cells(ops=_STREAMED, seq_lens=(2048,), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
+        ),
+        ("cuda", False): (
+            Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((16, 32), (2, 8), (16, 64)), dtypes=("bfloat16",), launches=("eager", "graph")),
+            Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((12, 12),), head_dims=((32, 32), (64, 64)), dtypes=("bfloat16", "float32")),
+            Cells(ops=_STREAMED, seq_lens=(512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
+            Cells(ops=_STREAMED, seq_lens=(512, 2048, 8192), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16", "float32"), regimes=("training",)),
+        ),
+    }
+)
+"""What `tune` measures by default, by (kind of device, quick). A kind without an entry of its own takes the CPU's."""
+
+
+def parse_heads(text: str) -> Heads:
+    """`16/32` as 16 heads of q and k and 32 of v; `16` as 16 of each. ValueError says what would do."""
+    parts = text.split("/")
+    if len(parts) in (1, 2) and all(part.isdecimal() and int(part) for part in parts):
+        keys, values = int(parts[0]), int(parts[-1])
+        if values % keys == 0:
+            return keys, values
+    raise ValueError(f"heads must be like 16 or 16/32 (heads of q and k / heads of v, the first dividing the second), got {text!r}")
+
+
+def parse_head_dim(text: str) -> HeadDim:
+    """`128` as K = V = 128; `128,64` as K = 128 and V = 64. ValueError says what would do."""
+    parts = text.split(",")
+    if len(parts) in (1, 2) and all(part.isdecimal() and int(part) for part in parts):
+        return int(parts[0]), int(parts[-1])
+    raise ValueError(f"head_dim must be like 128, or 128,64 for K = 128 and V = 64, got {text!r}")
+
+
+def grid(kind: str, *, quick: bool = True) -> tuple[Cells, ...]:
+    """The default grid of a kind of device."""
+    return DEFAULT_GRIDS.get((kind, quick), DEFAULT_GRIDS["cpu", quick])
+
+
+def plan(
+    kind: str,
+    *,
+    quick: bool = True,
+    ops: Sequence[str] | None = None,
+    seq_lens: Sequence[int] | None = None,
+    heads: Sequence[Heads] | None = None,
+    head_dims: Sequence[HeadDim] | None = None,
+    dtypes: Sequence[str] | None = None,
+    regimes: Sequence[Regime] | None = None,
+    launches: Sequence[Launch] | None = None,
+    batch: int | None = None,
+) -> tuple[Bucket, ...]:
+    """The buckets of a kind of device's default grid, each option replacing one axis of it.
+
+    `seq_lens` that an op cannot have (more than 8 tokens of `gated_delta_step`) fall away for it, unless nothing is left, when its own
+    default stands. Raises ValueError for what no op accepts, UnknownNameError for an unknown op.
+    """
+    for name in ops or ():
+        contract(name)
+    _check(kind, seq_lens, heads, head_dims, dtypes, regimes, launches, batch)
+    changes = {
+        "seq_lens": seq_lens, "heads": heads, "head_dims": head_dims, "dtypes": dtypes, "regimes": regimes, "launches": launches, "batch": batch,
+    }  # fmt: skip
+    given = {name: tuple(value) if isinstance(value, Sequence) else value for name, value in changes.items() if value is not None}
+    cells = [replace(block, **given) for block in grid(kind, quick=quick)]
+    if ops is not None:
+        cells = _with_ops(cells, tuple(ops))
+    return tuple(dict.fromkeys(bucket for block in cells for bucket in _buckets(block)))
+
+
+def _check(
+    kind: str,
+    seq_lens: Sequence[int] | None,
+    heads: Sequence[Heads] | None,
+    head_dims: Sequence[HeadDim] | None,
+    dtypes: Sequence[str] | None,
+    regimes: Sequence[Regime] | None,
+    launches: Sequence[Launch] | None,
+    batch: int | None,
+) -> None:
+    for dtype in dtypes or ():
+        if dtype not in _DTYPES:
+            raise ValueError(f"tune: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    for regime in regimes or ():
+        if regime not in ("inference", "training"):
+            raise ValueError(f"tune: regime must be inference or training, got {regime!r}")
+    for launch in launches or ():
+        if launch not in ("eager", "graph"):
+            raise ValueError(f"tune: launch must be eager or graph, got {launch!r}")
+        if launch == "graph" and kind != "cuda":
+            raise ValueError(f"tune: launch=graph needs a CUDA device, this one is {kind}; use launch=eager")
+    sizes = [*(seq_lens or ()), *(n for pair in (*(heads or ()), *(head_dims or ())) for n in pair), *(() if batch is None else (batch,))]
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"tune: seq_lens, heads, head_dim and batch must be at least 1, got {min(sizes)}")
+    for keys, values in heads or ():
+        if values % keys:
+            raise ValueError(f"tune: the heads of q and k must divide those of v, got {keys}/{values}")
+
+
+def _with_ops(cells: list[Cells], ops: tuple[str, ...]) -> list[Cells]:
+    """The blocks cut to some ops; an op that no block has takes the first block's sizes."""
+    kept = [replace(block, ops=tuple(op for op in ops if op in block.ops)) for block in cells]
+    found = {op for block in kept for op in block.ops}
+    missing = tuple(op for op in ops if op not in found)
+    return [*(block for block in kept if block.ops), *([replace(cells[0], ops=missing)] if missing else [])]
+
+
+def _buckets(cells: Cells) -> Iterator[Bucket]:
+    for regime in cells.regimes:
+        for launch in cells.launches:
+            for dtype in cells.dtypes:
+                for head_dim in cells.head_dims:
+                    for heads in cells.heads:
+                        for op in cells.ops:
+                            for seq_len in _seq_lens(op, cells.seq_lens):
+                                yield _bucket(op, seq_len, heads, head_dim, dtype, regime, launch, cells.batch)
+
+
+def _seq_lens(op: str, asked: tuple[int, ...]) -> tuple[int, ...]:
+    if op != "gated_delta_step":
+        return asked
+    return tuple(length for length in asked if length <= MAX_TOKENS) or CONTRACTS[op].default_seq_lens
+
+
+def _bucket(op: str, seq_len: int, heads: Heads, head_dim: HeadDim, dtype: str, regime: Regime, launch: Launch, batch: int) -> Bucket:
+    keys, values = heads
+    given: dict[str, WhenValue] = {"dtype": dtype, "head_dim": head_dim, "regime": regime, "launch": launch}
+    if op == "fused_uw":  # one matrix per chunk and head: they all count as length
+        chunk = defaults_of(op)["chunk_size"]
+        assert isinstance(chunk, int)
+        return _made(op, {**given, "streams": 1}, chunk * -(-seq_len // chunk) * values * batch)
+    has_groups = "q" in CONTRACTS[op].argument_by_name or "k" in CONTRACTS[op].argument_by_name
+    group = values // keys if has_groups else 1
+    return _made(op, {**given, "streams": batch * values, "group": group, **dict.fromkeys(PRESENT.get(op, ()), True)}, seq_len)
+
+
+def _made(op: str, given: Mapping[str, WhenValue], seq_len: int) -> Bucket:
+    return Bucket(op, canonical_when(given, defaults_of(op)), seq_len)

@@ -145,7 +145,7 @@ def test_a_read_only_cache_is_used_and_refuses_before_anything_is_measured(writt
         assert not verdict
         assert "read-only" in str(verdict)
         assert "--output" in str(verdict)
-        with pytest.raises(CacheError, match="read-only.*--output"):
+        with pytest.raises(CacheError, match=r"read-only.*--output"):
             write(written)
     finally:
         target.chmod(old)
@@ -179,7 +179,7 @@ def test_a_world_writable_cache_is_used_and_flagged(written):
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(written, monkeypatch, call):
     before = written.read_bytes()
     monkeypatch.setattr(writing.os, call, _no_space)
-    with pytest.raises(CacheError, match="No space left on device.*as it was.*--output"):
+    with pytest.raises(CacheError, match=r"No space left on device.*as it was.*--output"):
         write(written, us=5.0)
     monkeypatch.undo()
     assert (written.read_bytes(), names(written)) == (before, ["table.yaml"])

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titans_backends.cache import emit
 from titans_backends.cache.nodes import SchemaError
 from titans_backends.cache.schema import Bucket, Device, Entry, Environment, Table, canonical_when, diff, merge, prune
 from titans_backends.cache.table_text import dump_table, parse_table
@@ -120,6 +121,12 @@ def test_timings_round_trip_is_byte_identical(content):
     assert dump_timings(parsed, defaults_of) == text
     assert {bucket: set(found) for bucket, found in parsed.rows.items()} == {bucket: set(found) for bucket, found in content.rows.items()}
     assert sum(line.startswith("          - ") for line in text.split("\n")) == sum(map(len, content.rows.values()))
+
+
+@pytest.mark.parametrize("text", ["1e5", "12345678", "1_000", "0x1f", "yes", "null", "~", "2026-12-01", "", " a", "a: b", "a #b", "it's", "-", "nan"])
+def test_text_that_looks_like_something_else_is_quoted(text):
+    assert emit.scalar(text)[0] in "'\""
+    assert yaml.safe_load(emit.scalar(text)) == text
 
 
 def test_errors_that_are_not_numbers_survive():

@@ -1,7 +1,7 @@
 """Every way to install the package gives the same modules and data, under the same names, and nothing else becomes importable.
 
 Works on a copy of the checkout that holds one backend and one table more, so that discovery is tested and nothing is built in place.
-The environments are fresh; they borrow torch and the other dependencies from the running one by a path, and nothing is downloaded.
+The environments are fresh; torch and the other dependencies are linked from the running one, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -148,10 +148,16 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(path: Path) -> Path:
-    """A fresh virtual environment's interpreter; the running one's packages are on its path, its .pth files are not read."""
+    """A fresh virtual environment's interpreter; the running one's packages are linked beside it, all but ours, however ours is installed there."""
     venv.create(path, with_pip=False, symlinks=True)
-    borrowed = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
-    (site_packages(path) / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
+    borrowed = path / "borrowed"
+    borrowed.mkdir()
+    for folder in (Path(entry) for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))):
+        for entry in folder.iterdir():
+            ours = entry.name.startswith(("titans_backends", "__editable__", "__pycache__")) or entry.suffix == ".pth"
+            if not ours and not (borrowed / entry.name).exists():
+                (borrowed / entry.name).symlink_to(entry)
+    (site_packages(path) / "borrowed.pth").write_text(f"{borrowed}\n")
     return path / "bin" / "python"
 
 

@@ -14,8 +14,8 @@ and, where it can train,
     run_backward(call, grads, states, needs, candidate) -> tuple[Tensor | None, ...]
 
 where `grads` follows the contract's outputs (None: no gradient arrives there), `needs` names the inputs that want a
-gradient, and the result follows `contract.differentiable`, None for what `needs` leaves out. A backend whose own
-packages may be missing or broken exposes `probe(machine) -> Verdict` in `ops["probe"]`'s place: see `Backend.probe`.
+gradient, and the result follows `contract.differentiable`, None for what `needs` leaves out. Both run below autograd: torch.autograd
+records nothing there. The states lie on the grid of `contract.grid(call)`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Candidate:
     """One way to run one direction of one op: a backend's variant with its parameters.
 
     `saves_states`: a forward that also returns the state at each chunk's start, `[B, M, H, K, V]` on the grid of
-    `contract.state_grid(call)`; a backward that needs them. `deterministic`: the same bits twice. `batch_invariant`: neither
+    `contract.grid(call)`; a backward that needs them. `deterministic`: the same bits twice. `batch_invariant`: neither
     its parameters nor its order of summation depend on the batch size or the length. `sources`: modules beside its own whose code it runs.
     """
 

@@ -89,7 +89,11 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
         kept = [v for name, v in zip(op.parameters, values, strict=True) if name != "inplace"]
         o = namespace.gated_delta_step_(*kept, backend)
         return o, values[op.parameters.index("state")]  # type: ignore[return-value]  # the state is a tensor
-    outputs: Outputs = getattr(namespace, op.name)(*_flatten(op, values), backend, batch_invariant, training, may_save)
+    flat = (*_flatten(op, values), backend, batch_invariant, training, may_save)
+    if torch._C._are_functorch_transforms_active():
+        transformed: Outputs = _functorch(op.name).apply(*flat)
+        return transformed[: len(op.outputs)]
+    outputs: Outputs = getattr(namespace, op.name)(*flat)
     return outputs[: len(op.outputs)]
 
 
@@ -226,7 +230,8 @@ def _setup_context(op: Contract) -> Callable[..., None]:
     return setup
 
 
-def _autograd(op: Contract) -> Callable[..., tuple[Tensor | None, ...]]:
+def _autograd(op: Contract, backward_op: Callable[..., Outputs] | None = None) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The formula; `backward_op` stands in for the registered backward."""
     width = _width(op.name)
     position = {p.split()[-1]: index for index, p in enumerate(_parameters(op))}
 
@@ -239,8 +244,8 @@ def _autograd(op: Contract) -> Callable[..., tuple[Tensor | None, ...]]:
         reached = grads[: len(op.outputs)]
         if all(grad is None for grad in reached):
             return (None,) * len(others)
-        backward_op = getattr(torch.ops.titans_backends, f"{op.name}_backward")
-        found = backward_op(*reached, *inputs, states, needs, backend, batch_invariant)
+        gradients = backward_op or getattr(torch.ops.titans_backends, f"{op.name}_backward")
+        found = gradients(*reached, *inputs, states, needs, backend, batch_invariant)
         result: list[Tensor | None] = [None] * len(others)
         for name, gradient in zip(op.differentiable, found, strict=True):
             result[position[name]] = gradient
@@ -254,6 +259,24 @@ def _second_order(op: Contract) -> Callable[..., None]:
         raise RuntimeError(f"{op.name}: a gradient of its gradient was asked for; second order is not implemented. Drop create_graph=True, or detach the gradient")
 
     return refuse
+
+
+def _differentiated(name: str, setup: Callable[..., None], backward: Callable[..., object]) -> type[torch.autograd.Function]:
+    """A registered op as an autograd function that functorch can transform; `torch.library`'s own formula it cannot."""
+
+    def forward(*flat: object) -> object:
+        return getattr(torch.ops.titans_backends, name)(*flat)
+
+    members = {"forward": staticmethod(forward), "setup_context": staticmethod(setup), "backward": staticmethod(backward)}
+    return type(f"{name}_functorch", (torch.autograd.Function,), members)
+
+
+@functools.lru_cache(maxsize=64)
+def _functorch(name: str) -> type[torch.autograd.Function]:
+    """An op, and its backward, under `torch.func`."""
+    op = CONTRACTS[name]
+    back = _differentiated(f"{name}_backward", lambda ctx, inputs, output: None, _second_order(op))
+    return _differentiated(name, _setup_context(op), _autograd(op, back.apply))
 
 
 def register() -> None:

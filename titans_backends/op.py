@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from titans_backends import library, policy, registry
+from titans_backends import library, registry
 from titans_backends.contracts import contract
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import bind_arguments, check_indices
@@ -109,7 +109,7 @@ class Op:
             bind_arguments(self.contract, args, kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         values = tuple(given[name] if name in given else self._defaults[name] for name in names)
-        return library.call(self.contract, values, backend, policy.current().batch_invariant, _training(values), False)
+        return library.call(self.contract, values, backend, False, _training(values), False)  # the scope is read at run time
 
 
 class BoundOp:

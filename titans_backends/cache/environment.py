@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import importlib.metadata
 import platform
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from titans_backends._version import __version__
 from titans_backends.cache.schema import Environment
 
 __all__ = ["current_environment", "torch_version"]
@@ -23,7 +23,7 @@ def current_environment(kind: str, today: datetime.date | None = None) -> Enviro
     """This process's versions for a device kind; triton, cuda and driver are left out on a CPU, where no result depends on them."""
     gpu = kind != "cpu"
     return Environment(
-        titans_backends=_own_version(),
+        titans_backends=__version__,
         torch=torch_version(torch.__version__),
         triton=_triton_version() if gpu else None,
         cuda=torch.version.cuda if gpu else None,
@@ -36,13 +36,6 @@ def current_environment(kind: str, today: datetime.date | None = None) -> Enviro
 def torch_version(full: str) -> str:
     """torch's version without the wheel's flavour: 2.13.0 for 2.13.0+cpu and 2.13.0+cu130 (the CUDA version stands apart)."""
     return re.sub(r"\+(cpu|cu\d+)\Z", "", str(full))
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("titans_backends")
-    except importlib.metadata.PackageNotFoundError:  # a bare checkout
-        return str(importlib.import_module("titans_backends").__version__)
 
 
 def _triton_version() -> str | None:

@@ -7,10 +7,11 @@ gathers the current versions and source hashes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from titans_backends.cache.schema import Bucket, Entry, Environment
-from titans_backends.cache.timings import Measurement
+if TYPE_CHECKING:
+    from titans_backends.cache.schema import Bucket, Entry, Environment
+    from titans_backends.cache.timings import Measurement
 
 __all__ = ["Staleness", "grade"]
 

@@ -1,0 +1,24 @@
+"""Fixtures that put a loopback backend in front of the others for one test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import titans_backends as tb
+from tests.loopback import by_length, install
+
+
+@pytest.fixture
+def plugin_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """`plugin_backend(name, **functions)` registers a loopback backend and returns what it ran; `by_length` chooses a variant per length."""
+
+    def make(name: str, **changes: object) -> list[str]:
+        if name == "by_length":
+            changes = {"candidates": by_length(name), "run_backward": None, **changes}
+        return install(monkeypatch, name, **changes)  # type: ignore[arg-type]
+
+    yield make
+    monkeypatch.undo()
+    tb.reset()

@@ -1,0 +1,57 @@
+"""How a failure ends a command: one line on stderr and an exit status; a traceback only where the fault is this library's own."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from rich.text import Text
+from typer.core import TyperGroup
+
+from titans_backends.cache.nodes import SchemaError
+from titans_backends.cache.writing import CacheError
+from titans_backends.cli import exit_codes
+from titans_backends.cli.show import status_console
+from titans_backends.errors import BackendError, BackendRefusedError, BoundCallMismatchError, SwitchError, UnknownNameError
+
+__all__ = ["CommandGroup", "MisuseError", "fail", "user_input"]
+
+_MISUSED = (UnknownNameError, SwitchError, SchemaError, CacheError, BackendError, BoundCallMismatchError)
+
+
+class MisuseError(Exception):
+    """What was typed cannot be done; the message says what would do."""
+
+
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """Around what reads the user's words: a ValueError or TypeError there is the user's to mend, not a fault of ours."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise MisuseError(str(error)) from error
+
+
+def fail(message: object, code: int) -> typer.Exit:
+    """Prints `error: ...` on stderr; raise what comes back."""
+    status_console().print(Text.assemble(("error: ", "bold red"), str(message)), overflow="fold", soft_wrap=True)
+    return typer.Exit(code)
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands whose known failures become a sentence and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except BackendRefusedError as error:
+            raise fail(error, exit_codes.FALLS_SHORT) from error
+        except (MisuseError, *_MISUSED) as error:
+            raise fail(error, exit_codes.MISUSED) from error
+        except KeyboardInterrupt as error:
+            sys.stderr.write("\ninterrupted\n")
+            raise typer.Exit(exit_codes.INTERRUPTED) from error

@@ -1,0 +1,241 @@
+"""May a candidate be timed: it runs the hostile cases and the timed shape, and its results are compared with float64 references.
+
+Outputs, states and gradients must keep the contract's tolerance, shape, dtype and layout; inputs must come through unchanged and unshared;
+where a candidate says that it is deterministic, two runs must give the same bits. What fails is a value with its error, never an exception.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from titans_backends.backend import Candidate, OpModule, TrainableOpModule
+from titans_backends.buckets import Bucket
+from titans_backends.contracts import contract as contract_of
+from titans_backends.contracts.contract import Call, Contract, state_dtype
+from titans_backends.contracts.tolerance import Tolerance, compare, tolerance
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+from titans_backends.tuning.problem import signature_of_case
+from titans_backends.tuning.slices import Part
+from titans_backends.tuning.suite import Exam, Outputs, suite, suite_key
+
+__all__ = ["GateResult", "Rejected", "check_backward_part", "check_forward_part", "gate", "limits"]
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """Passed where `reason` is empty. `errors` holds the largest error per output or gradient, `skipped` the cases that it refuses."""
+
+    reason: str = ""
+    errors: tuple[tuple[str, float], ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the candidate may be timed."""
+        return not self.reason
+
+
+class Rejected(Exception):
+    """A candidate's result is not what the contract says; the message says in what."""
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The largest error seen so far for each name."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def compare(self, name: str, got: Tensor, want: Tensor, limit: float, where: str) -> None:
+        """Notes the error of one tensor; Rejected where it is over the limit."""
+        difference = compare(name, got, want)
+        worst = max(difference.maximum, difference.rms)
+        self.errors[name] = max(self.errors.get(name, 0.0), worst)
+        if not difference.finite:
+            raise Rejected(f"{name} is not finite on {where}")
+        if not difference.within(limit):
+            raise Rejected(f"{name} is off by {worst:.1e} (limit {limit:.0e}) on {where}")
+
+
+def limits(dtype: torch.dtype, machine: Machine, float32: str) -> Tolerance:
+    """The tolerance that binds; the matmul precision loosens it on a GPU only."""
+    return tolerance(dtype, float32 if machine.kind != "cpu" else "highest")
+
+
+def gate(bucket: Bucket, candidate: Candidate, module: OpModule | TrainableOpModule, machine: Machine, device: str) -> GateResult:
+    """Runs a candidate on the hostile cases that its backend accepts. What the candidate raises is its failure, named with the case."""
+    made, ledger, skipped = contract_of(bucket.op), Ledger(), []
+    for exam in suite(suite_key(bucket), device):
+        where = exam.case.name
+        signature = signature_of_case(bucket, exam.case, device)
+        if not offered(candidate, module, signature, machine):
+            skipped.append(where)
+            continue
+        limit = limits(signature.dtype, machine, signature.float32)
+        try:
+            if candidate.direction == "forward":
+                _forward_exam(made, candidate, module, exam, limit, ledger, where)
+            else:
+                _backward_exam(made, candidate, module, exam, limit, ledger, where)
+        except Rejected as reason:
+            return GateResult(str(reason), tuple(ledger.errors.items()), tuple(skipped))
+        except Exception as error:  # a candidate's own failure is its result
+            return GateResult(failure(error, where), tuple(ledger.errors.items()), tuple(skipped))
+    return GateResult("", tuple(ledger.errors.items()), tuple(skipped))
+
+
+def failure(error: Exception, where: str) -> str:
+    """A sentence for what a candidate raised."""
+    text = str(error).strip().split("\n", 1)[0][:300]
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    return f"{'out of memory' if memory else 'raised'} on {where}: {type(error).__name__}{': ' if text else ''}{text}"
+
+
+def offered(candidate: Candidate, module: OpModule | TrainableOpModule, signature: Signature, machine: Machine) -> bool:
+    """Whether the backend would run this candidate on another signature: it may refuse a case honestly."""
+    if not module.supports(signature, machine):
+        return False
+    if candidate.direction == "forward":
+        return candidate in module.candidates(signature, machine)
+    return hasattr(module, "backward_candidates") and candidate in module.backward_candidates(signature, machine)
+
+
+def _forward_exam(made: Contract, candidate: Candidate, module: OpModule, exam: Exam, limit: Tolerance, ledger: Ledger, where: str) -> None:
+    first = run_forward(made, candidate, module, exam.call, where)
+    outputs, states = first[: len(made.outputs)], first[len(made.outputs) :]
+    check_layout(made, exam.call, outputs, exam.outputs, where)
+    for spec, got, want in zip(made.outputs, outputs, exam.outputs, strict=True):
+        if got is not None and want is not None:
+            ledger.compare(spec.name, got, want, limit.outputs, where)
+    if states and states[0] is not None and exam.states is not None:
+        if states[0].shape != exam.states.shape:
+            raise Rejected(f"the saved states have shape {tuple(states[0].shape)}, not {tuple(exam.states.shape)}, on {where}")
+        ledger.compare("states", states[0], exam.states, limit.outputs, where)
+    if candidate.deterministic:
+        _same_bits(first, run_forward(made, candidate, module, exam.call, where), where)
+
+
+def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Call, where: str) -> Outputs:
+    """One run on memory that is poisoned where it can be, with the inputs guarded; a call in place gets a state of its own."""
+    writes = "state" if getattr(call, "inplace", False) is True else None
+    given = made.tensors(call)
+    call = made.with_tensors(call, {"state": given["state"].clone()}) if writes else call
+    given = made.tensors(call)
+    before = {name: tensor.clone() for name, tensor in given.items() if name != writes}
+    _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
+    with torch.no_grad():
+        found = module.run(call, candidate)
+    expected = len(made.outputs) + candidate.saves_states
+    if not isinstance(found, tuple) or len(found) != expected:
+        raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not a tuple of {expected}, on {where}")
+    _untouched(given, before, where)
+    names = [spec.name for spec in made.outputs]
+    own = {tensor.untyped_storage().data_ptr(): name for name, tensor in given.items() if tensor.numel() and name != writes}
+    for name, tensor in zip([*names, "states"], found, strict=False):
+        if tensor is not None and tensor.numel() and tensor.untyped_storage().data_ptr() in own:
+            raise Rejected(f"{name} shares the memory of {own[tensor.untyped_storage().data_ptr()]} on {where}")
+    if writes:
+        returned = found[names.index(writes)]
+        if returned is None or returned.data_ptr() != given[writes].data_ptr():
+            raise Rejected(f"{writes} was to be changed in place, but another tensor came back, on {where}")
+    return found
+
+
+def check_layout(made: Contract, call: Call, outputs: Outputs, wanted: Outputs, where: str) -> None:
+    """Which outputs are there, their shapes, dtypes and strides."""
+    dtype = made.tensors(call)[made.operands[0]].dtype
+    for spec, got, want in zip(made.outputs, outputs, wanted, strict=True):
+        if (got is None) != (want is None):
+            raise Rejected(f"{spec.name} {'is missing' if got is None else 'was not asked for'} on {where}")
+        if got is None or want is None:
+            continue
+        expected = dtype if spec.like else state_dtype(dtype)
+        if got.shape != want.shape:
+            raise Rejected(f"{spec.name} has shape {tuple(got.shape)}, not {tuple(want.shape)}, on {where}")
+        if got.dtype != expected:
+            raise Rejected(f"{spec.name} has dtype {got.dtype}, not {expected}, on {where}")
+        if not got.is_contiguous():
+            raise Rejected(f"{spec.name} is not contiguous on {where}")
+
+
+def _backward_exam(
+    made: Contract, candidate: Candidate, module: OpModule | TrainableOpModule, exam: Exam, limit: Tolerance, ledger: Ledger, where: str
+) -> None:
+    states = None
+    if candidate.saves_states:
+        if exam.states is None:
+            raise Rejected("it wants saved states, but the op saves none")
+        states = exam.states.to(state_dtype(made.tensors(exam.call)[made.operands[0]].dtype))
+    for grads, wanted in exam.grads:
+        missing = "" if all(g is not None or o is None for g, o in zip(grads, exam.outputs, strict=True)) else ", with a gradient of o alone"
+        found = run_backward(made, candidate, module, exam.call, grads, states, where + missing)
+        for name, got, want in zip(made.differentiable, found, wanted, strict=True):
+            if want is not None:
+                assert got is not None
+                ledger.compare(f"d{name}", got, want, limit.gradients, where + missing)
+        if candidate.deterministic:
+            _same_bits(found, run_backward(made, candidate, module, exam.call, grads, states, where + missing), where + missing)
+
+
+def run_backward(
+    made: Contract, candidate: Candidate, module: OpModule | TrainableOpModule, call: Call, grads: Outputs, states: Tensor | None, where: str
+) -> Outputs:
+    """One backward with everything that it reads guarded; every given input wants its gradient."""
+    given = made.tensors(call)
+    needs = frozenset(name for name in made.differentiable if name in given)
+    read = {**given, **{f"the gradient of {spec.name}": grad for spec, grad in zip(made.outputs, grads, strict=True) if grad is not None}}
+    if states is not None:
+        read["the saved states"] = states
+    before = {name: tensor.clone() for name, tensor in read.items()}
+    _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
+    assert hasattr(module, "run_backward")
+    with torch.no_grad():
+        found: object = module.run_backward(call, grads, states, needs, candidate)
+    if not isinstance(found, tuple) or len(found) != len(made.differentiable):
+        raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not {len(made.differentiable)} gradients, on {where}")
+    _untouched(read, before, where)
+    for name, grad in zip(made.differentiable, found, strict=True):
+        if (grad is not None) != (name in needs):
+            raise Rejected(f"the gradient of {name} {'is missing' if grad is None else 'was not asked for'} on {where}")
+        if grad is not None and (grad.shape != given[name].shape or grad.dtype != given[name].dtype):
+            raise Rejected(f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype}, not {tuple(given[name].shape)} {given[name].dtype}, on {where}")
+    return found
+
+
+def check_forward_part(made: Contract, part: Part, whole: Outputs, wanted: Outputs, limit: Tolerance, ledger: Ledger, where: str) -> None:
+    """Compares a part of the timed outputs with the reference of that part."""
+    for index, (spec, got, want) in enumerate(zip(made.outputs, whole, wanted, strict=True)):
+        cut = None if got is None else part.output(index, got)
+        if cut is not None and want is not None:
+            ledger.compare(spec.name, cut, want.reshape(cut.shape), limit.outputs, where)
+
+
+def check_backward_part(made: Contract, part: Part, whole: Outputs, wanted: Outputs, limit: Tolerance, ledger: Ledger, where: str) -> None:
+    """Compares a part of the timed gradients with those of the reference."""
+    for name, got, want in zip(made.differentiable, whole, wanted, strict=True):
+        cut = None if got is None else part.gradient(name, got)
+        if cut is not None and want is not None:
+            ledger.compare(f"d{name}", cut, want.reshape(cut.shape), limit.gradients, where)
+
+
+def _untouched(given: Mapping[str, Tensor], before: Mapping[str, Tensor], where: str) -> None:
+    for name, copy in before.items():
+        if not torch.equal(given[name], copy):
+            raise Rejected(f"it changed its input {name} on {where}")
+
+
+def _same_bits(first: Outputs, second: Outputs, where: str) -> None:
+    for one, other in zip(first, second, strict=True):
+        if one is not None and other is not None and not torch.equal(one, other):
+            raise Rejected(f"it says that it is deterministic, but two runs differ by {float((one - other).abs().max()):.1e} on {where}")
+
+
+def _poison(shapes: list[tuple[int, ...]], like: Tensor) -> None:
+    """Leaves NaN in the memory that the allocator is likely to hand out next."""
+    held = [torch.full((math.prod(shape),), float("nan"), dtype=torch.float32, device=like.device) for shape in shapes]
+    del held

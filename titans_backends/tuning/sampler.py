@@ -1,0 +1,103 @@
+"""One cold run of a kernel, in microseconds: on a CPU by the wall clock, on CUDA between events, or as a graph that is replayed.
+
+The caches are flushed before every run, so that no candidate lives on what the one before it left there. Used in the child only.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from titans_backends.signature import Launch
+
+__all__ = ["CpuSampler", "CudaSampler", "Sampler", "sampler_for"]
+
+_L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_L3_BYTES, _MOST_BYTES = 32 << 20, 128 << 20
+
+Kernel = Callable[[], object]
+
+
+class Sampler(Protocol):
+    """Runs a kernel once from cold caches and says how long it took; `key` names it, for what is prepared once."""
+
+    def sample(self, key: Hashable, kernel: Kernel) -> float: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _last_level_bytes() -> int:
+    try:
+        found = re.fullmatch(r"(\d+)K", _L3.read_text(encoding="ascii").strip())
+    except OSError:  # no such level, or not Linux
+        found = None
+    return int(found[1]) << 10 if found else _L3_BYTES
+
+
+class CpuSampler:
+    """Reads a buffer of twice the last level's size before each run; every torch thread reads its part."""
+
+    def __init__(self) -> None:
+        self._flush = torch.ones(min(2 * _last_level_bytes(), _MOST_BYTES) // 4, dtype=torch.float32)
+
+    def sample(self, key: Hashable, kernel: Kernel) -> float:
+        """The wall clock around one call; what it returns is freed afterwards."""
+        self._flush.sum()
+        start = time.perf_counter_ns()
+        kept = kernel()
+        stop = time.perf_counter_ns()
+        del kept
+        return (stop - start) / 1e3
+
+    def synchronize(self) -> None:
+        """Nothing runs behind a CPU's back."""
+
+
+class CudaSampler:
+    """Writes a buffer of twice the L2 before each run and measures between two events; `graph` replays a capture made once per key."""
+
+    def __init__(self, device: torch.device, launch: Launch) -> None:
+        size = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
+        self._flush = torch.empty(2 * size, dtype=torch.int8, device=device)
+        self._device, self._launch = device, launch
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
+
+    def sample(self, key: Hashable, kernel: Kernel) -> float:
+        """The time between the events. The device is idle when the launch begins, so that launch costs show where there is no graph."""
+        run = self._captured(key, kernel) if self._launch == "graph" else kernel
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        self.synchronize()
+        start.record()
+        kept = run()
+        stop.record()
+        self.synchronize()
+        del kept
+        return float(start.elapsed_time(stop)) * 1e3
+
+    def synchronize(self) -> None:
+        """Waits for the device; a faulting kernel shows here."""
+        torch.cuda.synchronize(self._device)
+
+    def _captured(self, key: Hashable, kernel: Kernel) -> Kernel:
+        if key not in self._graphs:
+            side = torch.cuda.Stream(self._device)
+            side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(side):
+                kernel()
+            torch.cuda.current_stream(self._device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kept = kernel()
+            self._graphs[key] = (graph, kept)
+        return self._graphs[key][0].replay
+
+
+def sampler_for(device: torch.device, launch: Launch) -> Sampler:
+    """The sampler of a device."""
+    return CudaSampler(device, launch) if device.type == "cuda" else CpuSampler()

@@ -1,0 +1,231 @@
+"""One bucket in the child process: its inputs, and what is asked of one candidate after the other: check it, take its peak, sample it.
+
+Nothing here survives a candidate that kills its process; `host` sees to that.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titans_backends import registry
+from titans_backends.backend import Candidate, OpModule, TrainableOpModule
+from titans_backends.buckets import Bucket, field
+from titans_backends.contracts import contract
+from titans_backends.contracts.case import build, cotangents
+from titans_backends.contracts.contract import Call, state_dtype
+from titans_backends.contracts.validate import validate
+from titans_backends.facts import with_sizes
+from titans_backends.machine import detect
+from titans_backends.tuning.gate import (
+    GateResult,
+    Ledger,
+    Rejected,
+    check_backward_part,
+    check_forward_part,
+    failure,
+    gate,
+    limits,
+    run_backward,
+    run_forward,
+)
+from titans_backends.tuning.peak import peak_mib
+from titans_backends.tuning.problem import case_of
+from titans_backends.tuning.sampler import Sampler, sampler_for
+from titans_backends.tuning.slices import Part, group_part, heads_part
+from titans_backends.tuning.suite import Outputs, suite_key, wanted_gradients
+
+__all__ = ["Checked", "Session"]
+
+_MOST_TOKENS = 4096
+"""Tokens of the timed outputs that are compared with the reference; a longer call's rest follows from its state."""
+_MOST_GRADIENT_TOKENS = 1024
+_REFERENCE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A candidate's check: the gate's result, its peak, and the seconds to its first result, compilation included."""
+
+    result: GateResult
+    peak_mib: float | None = None
+    compile_s: float | None = None
+
+
+@functools.lru_cache(maxsize=512)
+def _gated(key: Bucket, candidate: Candidate, bucket: Bucket, device: str) -> GateResult:
+    module, _ = registry.module(registry.get(candidate.backend), bucket.op)
+    assert module is not None
+    return gate(bucket, candidate, module, detect(device), device)
+
+
+class Session:
+    """A bucket's inputs on the device, and the kernels that run on them."""
+
+    def __init__(self, bucket: Bucket, device: str, heads: int | None) -> None:
+        torch.set_float32_matmul_precision(str(field(bucket, "float32")))
+        torch.use_deterministic_algorithms(bool(field(bucket, "deterministic")))
+        self.bucket, self.device = bucket, device
+        self.contract, self.machine = contract(bucket.op), detect(device)
+        self.call: Call = build(self.contract, case_of(bucket, heads), device)
+        self.dims = with_sizes(validate(self.contract, self.call))
+        self.sampler: Sampler = sampler_for(torch.device(device), "graph" if field(bucket, "launch") == "graph" else "eager")
+        self.training = field(bucket, "regime") == "training"
+        self.dtype = self.contract.tensors(self.call)[self.contract.operands[0]].dtype
+        self._grads: Outputs | None = None
+        self._states: Tensor | None = None
+        self._warm: set[Candidate] = set()
+
+    def check(self, candidate: Candidate, states_from: Candidate | None) -> Checked:
+        """Everything that a candidate must pass before it is timed, and its peak."""
+        module = self._module(candidate)
+        start = time.perf_counter()
+        try:
+            self._prepare(candidate, states_from)
+            self._kernel(candidate)()
+            self.sampler.synchronize()
+        except Exception as error:  # the candidate's own failure is its result
+            return Checked(GateResult(failure(error, f"the timed shape, seq_len {self.bucket.seq_len}")))
+        compile_s = time.perf_counter() - start
+        result = _gated(suite_key(self.bucket), candidate, self.bucket, self.device)
+        if not result.ok:
+            return Checked(result, compile_s=compile_s)
+        ledger, where = Ledger(dict(result.errors)), f"the timed shape, seq_len {self.bucket.seq_len}"
+        try:
+            if candidate.direction == "forward":
+                self._check_forward(candidate, module, ledger, where)
+            else:
+                self._check_backward(candidate, module, ledger, where)
+            peak = peak_mib(self._kernel(candidate), torch.device(self.device))
+        except Rejected as reason:
+            return Checked(GateResult(str(reason), tuple(ledger.errors.items()), result.skipped), compile_s=compile_s)
+        except Exception as error:  # as above
+            return Checked(GateResult(failure(error, where), tuple(ledger.errors.items()), result.skipped), compile_s=compile_s)
+        self._warm.add(candidate)
+        return Checked(GateResult("", tuple(ledger.errors.items()), result.skipped), peak, compile_s)
+
+    def sample(self, candidate: Candidate, states_from: Candidate | None) -> float:
+        """One cold run in microseconds; a process that was started anew warms the candidate up first."""
+        if candidate not in self._warm:
+            self._prepare(candidate, states_from)
+            self._kernel(candidate)()
+            self.sampler.synchronize()
+            self._warm.add(candidate)
+        return self.sampler.sample(candidate, self._kernel(candidate))
+
+    def reference(self, most_s: float) -> float | None:
+        """One run of the contract's plain reference, in microseconds (in training with its gradients); None where it would take longer than `most_s`."""
+        if self.dims.get("T", 0) > 4 * _REFERENCE_TOKENS:
+            short = heads_part(self.contract, self.call, {**self.dims, "G": self.dims["G"]}, _REFERENCE_TOKENS) if "T" in self.dims else None
+            if short is not None:
+                start = time.perf_counter()
+                self._run_reference(short.call)
+                if (time.perf_counter() - start) * self.dims["T"] / _REFERENCE_TOKENS > most_s:
+                    return None
+        return self.sampler.sample("reference", lambda: self._run_reference(self.call))
+
+    def _run_reference(self, call: Call) -> object:
+        if not self.training:
+            with torch.no_grad():
+                return self.contract.reference(call)
+        grads = self._cotangents() if call is self.call else None
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.contract.tensors(call).items() if tensor.is_floating_point()}
+        outputs = self.contract.reference(self.contract.with_tensors(call, leaves))
+        reached = [o for o in outputs if o is not None]
+        given = [torch.ones_like(o) for o in reached] if grads is None else [grad for grad in grads if grad is not None]
+        return torch.autograd.grad(reached, list(leaves.values()), given, allow_unused=True)
+
+    def close(self) -> None:
+        """Frees the inputs."""
+        del self.call, self.sampler
+        self._grads = self._states = None
+        gc.collect()
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _module(self, candidate: Candidate) -> OpModule | TrainableOpModule:
+        module, reason = registry.module(registry.get(candidate.backend), self.bucket.op)
+        if module is None:
+            raise RuntimeError(f"{candidate.label}: {reason}")
+        return module
+
+    def _cotangents(self) -> Outputs:
+        if self._grads is None:
+            shapes = [spec.dims.split() for spec in self.contract.outputs]
+            asked = self.contract.asked(self.call)
+            lead = self.contract.tensors(self.call)[self.contract.operands[0]].shape[:-2] if "*" in self.dims else ()
+            likes = tuple(
+                torch.empty([n for letter in letters for n in (lead if letter == "*" else (self.dims[letter],))], dtype=self._output_dtype(i), device=self.device)
+                if asked[i]
+                else None
+                for i, letters in enumerate(shapes)
+            )
+            self._grads = cotangents(self.contract, self.call, likes)
+        return self._grads
+
+    def _output_dtype(self, index: int) -> torch.dtype:
+        return self.dtype if self.contract.outputs[index].like else state_dtype(self.dtype)
+
+    def _prepare(self, candidate: Candidate, states_from: Candidate | None) -> None:
+        """A backward that reads saved states gets those of a forward that passed its own check."""
+        if candidate.direction == "backward" and candidate.saves_states and self._states is None:
+            if states_from is None:
+                raise Rejected("it wants saved states, but no forward that passed saves them")
+            with torch.no_grad():
+                self._states = self._module(states_from).run(self.call, states_from)[-1]
+
+    def _kernel(self, candidate: Candidate) -> Callable[[], object]:
+        module, call = self._module(candidate), self.call
+        if candidate.direction == "forward":
+
+            def forward() -> object:
+                with torch.no_grad():
+                    return module.run(call, candidate)
+
+            return forward
+        grads, states, needs = self._cotangents(), self._states if candidate.saves_states else None, self._needs()
+        trainable = registry.trainable(module)
+        assert trainable is not None
+
+        def backward() -> object:
+            with torch.no_grad():
+                return trainable.run_backward(call, grads, states, needs, candidate)
+
+        return backward
+
+    def _needs(self) -> frozenset[str]:
+        given = self.contract.tensors(self.call)
+        return frozenset(name for name in self.contract.differentiable if name in given)
+
+    @functools.cached_property
+    def _forward_part(self) -> tuple[Part, Outputs]:
+        part = heads_part(self.contract, self.call, self.dims, _MOST_TOKENS)
+        with torch.no_grad():
+            return part, self.contract.reference(self.contract.to(part.call, torch.float64))
+
+    @functools.cached_property
+    def _backward_part(self) -> tuple[Part, Outputs]:
+        part = group_part(self.contract, self.call, self.dims)
+        grads = tuple(None if grad is None else part.output(index, grad) for index, grad in enumerate(self._cotangents()))
+        return part, wanted_gradients(self.contract, self.contract.to(part.call, torch.float64), grads)
+
+    def _check_forward(self, candidate: Candidate, module: OpModule, ledger: Ledger, where: str) -> None:
+        found = run_forward(self.contract, candidate, module, self.call, where)
+        part, wanted = self._forward_part
+        limit = limits(self.dtype, self.machine, str(field(self.bucket, "float32")))
+        check_forward_part(self.contract, part, found[: len(self.contract.outputs)], wanted, limit, ledger, where)
+
+    def _check_backward(self, candidate: Candidate, module: OpModule | TrainableOpModule, ledger: Ledger, where: str) -> None:
+        states = self._states if candidate.saves_states else None
+        found = run_backward(self.contract, candidate, module, self.call, self._cotangents(), states, where)
+        if self.bucket.seq_len > _MOST_GRADIENT_TOKENS and self.bucket.op != "fused_uw":
+            return
+        part, wanted = self._backward_part
+        limit = limits(self.dtype, self.machine, str(field(self.bucket, "float32")))
+        check_backward_part(self.contract, part, found, wanted, limit, ledger, where)

@@ -82,6 +82,15 @@ def isolated_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield cache_home
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """One torch thread, here and in children: two OpenMP threads that wait for each other on busy cores made tiny cases ten times slower."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of shared golden files; a skip where it is absent."""

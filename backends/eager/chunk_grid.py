@@ -68,10 +68,23 @@ class _Piece:
     length: int
 
 
+_ALWAYS_WHOLE = 128
+
+
+def _cut(chunk: int, offset: int, longest: int) -> tuple[int, int]:
+    """The same boundaries with no more rows than there are tokens: the chunk, and how much shorter the first one is."""
+    if not longest:
+        return 1, 0
+    head = min(chunk - offset, longest)
+    chunk = max(head, min(chunk, longest - head))
+    return chunk, chunk - head
+
+
 class ChunkGrid:
     """The chunk grid of one call.
 
-    `chunk` tokens per chunk (cut to the longest sequence), the first chunk of every sequence `offset` tokens shorter. `sequences` is B, or N when
+    `chunk` tokens per chunk, cut to the longest sequence (not in small chunks of a packed call, so that a sequence's own grid does not depend on
+    what it is packed with), the first chunk of every sequence `offset` tokens shorter. `sequences` is B, or N when
     packed. `order` sorts packed sequences longest first (None: as they are).
     """
 
@@ -80,9 +93,7 @@ class ChunkGrid:
         bounds = None if cu_seqlens is None else cu_seqlens.to(device="cpu", dtype=torch.int64)
         lengths = torch.full((batch,), tokens) if bounds is None else bounds.diff()
         longest = int(lengths.max()) if lengths.numel() else 0
-        head = min(chunk - offset, longest)  # tokens in a first chunk: neither it nor the chunk may be longer than what there is
-        self.chunk = max(head, min(chunk, longest - head), 1)
-        self.offset = self.chunk - head if longest else 0
+        self.chunk, self.offset = _cut(chunk, offset, longest) if bounds is None or chunk > _ALWAYS_WHOLE else (chunk, offset)
         self.sequences = lengths.numel()
         counts = torch.where(lengths > 0, (lengths + self.offset + self.chunk - 1) // self.chunk, 0)
         levels = int(counts.max()) if self.sequences else 0
@@ -147,17 +158,21 @@ class ChunkGrid:
                 pieces.append(_Piece(step.first, 1, step.rows, start, start - low, end - start))
         return pieces
 
-    def gather(self, slab: Slab, x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """`x [B, T, G, D]` (or `[B, T, H]`, then D is 1) as `[chunks, heads, C, D]` in `dtype`, each of the G heads repeated heads / G times."""
+    def gather(self, slab: Slab, x: Tensor, heads: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """`x [B, T, G, D]` (or `[B, T, H]`, then D is 1) as `[chunks, heads, C, D]` in `dtype`, each of the G heads repeated heads / G times.
+
+        `out`, where given, is filled and returned; its last three axes may be strided.
+        """
         if x.dim() == 3:
             x = x.unsqueeze(-1)
         groups, width = x.shape[2:]
         repeat = heads // groups
-        out = torch.empty(slab.size, heads, self.chunk, width, dtype=dtype, device=x.device)
+        if out is None:
+            out = torch.empty(slab.size, heads, self.chunk, width, dtype=dtype, device=x.device)
         if self._index is not None:
             rows = x[0].index_select(0, self._index[slab.first : slab.last].flatten())
             rows = rows.view(slab.size, self.chunk, groups, 1, width).permute(0, 2, 3, 1, 4)
-            out.view(slab.size, groups, repeat, self.chunk, width).copy_(rows)
+            out.unflatten(1, (groups, repeat)).copy_(rows)
             if self._ragged:
                 out.masked_fill_(self._outside[slab.first : slab.last, None, :, None], 0)
             return out

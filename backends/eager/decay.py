@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Decay", "causal_mask", "log_decay_gradient"]
+__all__ = ["Decay", "log_decay_gradient"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +24,23 @@ class Decay:
     pair: Tensor
 
     @classmethod
-    def of(cls, g: Tensor) -> Decay:
-        """From `g [n, H, C, 1]` of one slab."""
+    def of(cls, g: Tensor, pair: Tensor | None = None) -> Decay:
+        """From `g [n, H, C, 1]` of one slab; `pair` is memory that may hold Gamma."""
         dtype = g.dtype
         wide = g.to(torch.float64) if g.device.type != "mps" else g
         log = wide.cumsum(2)
         last = log[:, :, -1:]
-        pair = (log - log.transpose(2, 3)).to(dtype)
-        pair.masked_fill_(~causal_mask(pair), float("-inf")).exp_()
+        if pair is None:
+            pair = torch.empty(*g.shape[:3], g.shape[2], dtype=dtype, device=g.device)
+        torch.sub(log, log.transpose(2, 3), out=pair)
+        pair.add_(_above_diagonal(pair)).exp_()
         return cls(log.to(dtype).exp(), (last - log).to(dtype).exp_(), last.to(dtype).exp(), pair)
 
 
-def causal_mask(square: Tensor) -> Tensor:
-    """True on and below the diagonal, `[C, C]`."""
+def _above_diagonal(square: Tensor) -> Tensor:
+    """-inf above the diagonal, 0 elsewhere, `[C, C]`: added, it is a cheaper mask than a boolean one."""
     size = square.shape[-1]
-    return torch.ones(size, size, dtype=torch.bool, device=square.device).tril_()
+    return torch.full((size, size), float("-inf"), dtype=square.dtype, device=square.device).triu_(1)
 
 
 def log_decay_gradient(d_log: Tensor) -> Tensor:

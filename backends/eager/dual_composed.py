@@ -32,7 +32,11 @@ class _Parts:
         q, k = call.q.to(dtype), call.k.to(dtype)
         if call.qk_l2norm:
             q, k = unit(q), unit(k)
-        self.alpha = call.alpha.to(dtype).expand(v.shape[:3]) if isinstance(call.alpha, Tensor) else v.new_full((), call.alpha, dtype=dtype).expand(v.shape[:3])
+        self.alpha = (
+            call.alpha.to(dtype).expand(v.shape[:3])
+            if isinstance(call.alpha, Tensor)
+            else v.new_full((), call.alpha, dtype=dtype).expand(v.shape[:3])
+        )
         gates = [None if gate is None else gate.to(dtype) for gate in (call.fast_gate, call.slow_gate)]
         shares = (self.alpha, 1 - self.alpha)
         self.gates = tuple(gates)
@@ -92,7 +96,13 @@ def composed_backward(call: DualCore, grads: tuple[Tensor | None, ...], needs: f
     fast_needs = (shared - {"beta"}) | ({"v"} if "beta" in shared else set()) | ({"gate"} if gate_fast else set())
     fast_needs |= {"initial_state"} if "initial_fast_state" in needs else set()
     slow_needs = shared | ({"g"} & needs) | ({"gate"} if gate_slow else set()) | ({"initial_state"} & needs)
-    fast = dict(zip(("q", "k", "v", "gate", "g", "initial_state"), fast_core.run_backward(parts.fast, (d_o, grads[2]), None, frozenset(fast_needs), parts.fast_candidate), strict=True))
+    fast = dict(
+        zip(
+            ("q", "k", "v", "gate", "g", "initial_state"),
+            fast_core.run_backward(parts.fast, (d_o, grads[2]), None, frozenset(fast_needs), parts.fast_candidate),
+            strict=True,
+        )
+    )
     slow = dict(
         zip(
             ("q", "k", "v", "beta", "g", "gate", "initial_state"),
@@ -103,7 +113,9 @@ def composed_backward(call: DualCore, grads: tuple[Tensor | None, ...], needs: f
     return _joined(call, parts, fast, slow, needs)
 
 
-def _joined(call: DualCore, parts: _Parts, fast: dict[str, Tensor | None], slow: dict[str, Tensor | None], needs: frozenset[str]) -> dict[str, Tensor]:
+def _joined(
+    call: DualCore, parts: _Parts, fast: dict[str, Tensor | None], slow: dict[str, Tensor | None], needs: frozenset[str]
+) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name in ("q", "k"):
         if name in needs:
@@ -121,7 +133,9 @@ def _joined(call: DualCore, parts: _Parts, fast: dict[str, Tensor | None], slow:
         if name in needs:
             out[name] = _given(part["gate"]) * share
     if "alpha" in needs:
-        d_shares = [_given(part["gate"]) if gate is None else _given(part["gate"]) * gate for part, gate in zip((fast, slow), parts.gates, strict=True)]
+        d_shares = [
+            _given(part["gate"]) if gate is None else _given(part["gate"]) * gate for part, gate in zip((fast, slow), parts.gates, strict=True)
+        ]
         grad, alpha = d_shares[0] - d_shares[1], call.alpha
         assert isinstance(alpha, Tensor)
         out["alpha"] = grad.sum_to_size(alpha.shape) if alpha.dim() else grad.sum()

@@ -25,7 +25,7 @@ from .frobenius import normalized, normalized_backward
 from .packing import refuse_packed_graph
 from .recurrence import OperandGradients, Operands, advance, chunk_starts, read, retreat
 from .scratch import HeadRange, by_heads, chunk_bytes, head_ranges, refuse_huge_chunk, slab_budget
-from .triangular import INVERSES
+from .triangular import DEPENDS_ON_PLACE, INVERSES
 
 __all__ = ["backward_candidates", "candidates", "run", "run_backward", "supports"]
 
@@ -57,7 +57,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     chunk = min(int(signature.option("chunk_size") or 1), max(1, signature.dim("T")))
     exact = _is_exact_rule(signature)
     inverses = INVERSES if signature.option("transform") == "exact" else INVERSES[:1]
-    shared = [Candidate("eager", "shared", (("inverse", inverse),)) for inverse in inverses]
+    shared = [Candidate("eager", "shared", (("inverse", inverse),), batch_invariant=inverse not in DEPENDS_ON_PLACE) for inverse in inverses]
     composed = [Candidate("eager", "composed", (("slow_chunk_size", size),)) for size in (64, 32)] if exact else []
     return [*(shared if chunk <= _LARGEST_SHARED or not exact else []), *composed]
 

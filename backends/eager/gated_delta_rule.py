@@ -19,17 +19,21 @@ from titans_backends.verdict import Verdict
 from .causal import row_sum
 from .chunk_grid import ChunkGrid, Slab, compute_dtype
 from .delta_rule import RuleInputs
+from .delta_scan import DeltaScan
 from .packing import refuse_packed_graph
-from .recurrence import Operands, advance, chunk_starts, read, retreat
+from .recurrence import retreat
 from .scratch import chunk_bytes, slab_budget
 from .token_recurrence import Tokens, token_steps
+from .triangular import DEPENDS_ON_PLACE
 from .unit_norm import unit
+from .workspace import Workspace
 
 __all__ = ["backward_candidates", "candidates", "run", "run_backward", "supports"]
 
 _INPUTS = ("q", "k", "v", "beta", "g", "gate", "initial_state")
 _WANTS = {"q": "q", "k": "k", "v": "u", "beta": "u", "g": "g", "gate": "y", "initial_state": "state"}
-_FREE = ((64, "blocks"), (32, "blocks"), (128, "blocks"), (64, "solve"), (32, "solve"))
+_FREE = ((32, "blocks"), (64, "blocks"), (16, "blocks"), (32, "solve"))
+_FREE_TRAINING = ((GRID, "blocks"), (32, "blocks"))
 _LARGEST = 512
 _FEW = 16
 
@@ -39,18 +43,19 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
     return refuse_packed_graph(signature)
 
 
-def _chunked(chunk: int, inverse: str, *, saves: bool = False) -> Candidate:
-    return Candidate("eager", "chunked", (("chunk_size", chunk), ("inverse", inverse)), saves_states=saves)
+def _chunked(chunk: int, inverse: str) -> Candidate:
+    return Candidate("eager", "chunked", (("chunk_size", chunk), ("inverse", inverse)), batch_invariant=inverse not in DEPENDS_ON_PLACE)
 
 
 def _grids(signature: Signature) -> list[tuple[int, str]]:
-    """Chunk sizes and inverses that differ for this length, the default first."""
+    """Chunk sizes and inverses, the default first."""
     asked = signature.option("chunk_size")
     if asked is not None:
         chunk = int(asked) if int(asked) <= _LARGEST else GRID
         return [(chunk, "blocks"), (chunk, "solve")]
-    tokens = max(signature.dim("T"), 1)
-    return [(chunk, inverse) for index, (chunk, inverse) in enumerate(_FREE) if index == 0 or chunk < 2 * tokens]
+    free = _FREE if signature.regime == "inference" else _FREE_TRAINING
+    tokens = signature.dim("T")
+    return [free[0], *(pair for pair in free[1:] if pair[0] < 2 * tokens)]
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -60,8 +65,8 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
         grid = signature.option("chunk_size") or GRID
         saving = [replace(one, saves_states=True) for one in found if one.param("chunk_size") == grid] if signature.may_save else []
         return saving + found
-    if 0 < signature.dim("T") <= _FEW and not signature.packed and signature.option("chunk_size") is None:
-        found.insert(0, Candidate("eager", "tokens"))
+    if 0 < signature.dim("T") <= _FEW and not (signature.packed or signature.batch_invariant or signature.option("chunk_size")):
+        return [Candidate("eager", "tokens"), *found]
     return found
 
 
@@ -88,18 +93,21 @@ class _Rule:
     def states(self, given: Tensor | None) -> Tensor:
         return self.grid.states(given, self.call.v, self.heads, self.widths)
 
-    def load(self, slab: Slab) -> Operands:
-        return self.inputs.load(self.grid, slab).operands()
+    def scan(self, *, outputs: bool = True) -> DeltaScan:
+        call, x = self.call, self.inputs
+        workspace = Workspace(self.dtype, call.v.device)
+        return DeltaScan(self.grid, call.q, call.k, call.v, call.beta, call.g, x.scale, x.qk_l2norm, x.inverse, workspace, outputs)
 
     def forward(self, *, save: bool) -> tuple[Tensor | None, ...]:
         call, v = self.call, self.call.v
         state = self.states(call.initial_state)
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         saved = torch.empty(*self.grid.per_chunk_shape, *state.shape[1:], dtype=state.dtype, device=v.device) if save else None
+        scan = self.scan()
         for slab in self.slabs():
-            x = self.load(slab)
             starts = None if saved is None else torch.empty(slab.size, *state.shape[1:], dtype=state.dtype, device=v.device)
-            y = read(x, advance(state, slab, x, normalize_read=False, outputs=True, starts=starts))
+            y = scan.advance(state, slab, starts)
+            assert y is not None
             if call.gate is not None:
                 y.mul_(self.grid.gather(slab, call.gate, self.heads, self.dtype))
             self.grid.scatter(slab, y, o)
@@ -111,7 +119,7 @@ class _Rule:
     def backward(self, d_o: Tensor | None, d_final: Tensor | None, saved: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
         call, slabs = self.call, self.slabs(backward=True)
         d_state = self.states(d_final)
-        starts = None if saved is not None else chunk_starts(self.states(call.initial_state), self.grid, slabs, self.load, normalize_read=False)
+        starts = self._starts(slabs) if saved is None else None
         want = frozenset(_WANTS[name] for name in needs)
         if needs & {"k", "beta", "g"}:
             want |= {"u", "w"}
@@ -122,6 +130,14 @@ class _Rule:
         if "initial_state" in needs and call.initial_state is not None:
             out["initial_state"] = self.grid.in_call_order(d_state).to(call.initial_state.dtype)
         return out
+
+    def _starts(self, slabs: list[Slab]) -> Tensor:
+        """The state at every chunk's start, by a sweep forward."""
+        state, scan = self.states(self.call.initial_state), self.scan(outputs=False)
+        starts = torch.empty(self.grid.chunks, *state.shape[1:], dtype=self.dtype, device=state.device)
+        for slab in slabs:
+            scan.advance(state, slab, starts[slab.first : slab.last])
+        return starts
 
     def _backward_slab(
         self, slab: Slab, d_state: Tensor, starts: Tensor, d_o: Tensor | None, want: frozenset[str], needs: frozenset[str], out: dict[str, Tensor]

@@ -180,7 +180,14 @@ def _retreat_states(
 
 
 def _operand_gradients(
-    out: OperandGradients, x: Operands, m: Tensor, seen: Tensor | None, scaled: Tensor | None, leaving: Tensor | None, dy: Tensor | None, want: frozenset[str]
+    out: OperandGradients,
+    x: Operands,
+    m: Tensor,
+    seen: Tensor | None,
+    scaled: Tensor | None,
+    leaving: Tensor | None,
+    dy: Tensor | None,
+    want: frozenset[str],
 ) -> None:
     """dq, dk and dG, from inside the chunk and from the states on both of its sides."""
     if not want & {"q", "k", "g"}:
@@ -212,9 +219,7 @@ def _operand_gradients(
             out.log[:, :, -1:] += r.sum(2, keepdim=True) + x.decay.total * (scaled * leaving).sum((-2, -1), keepdim=True)
 
 
-def chunk_starts(
-    state: Tensor, grid: ChunkGrid, slabs: list[Slab], load: Callable[[Slab], Operands], *, normalize_read: bool
-) -> Tensor:
+def chunk_starts(state: Tensor, grid: ChunkGrid, slabs: list[Slab], load: Callable[[Slab], Operands], *, normalize_read: bool) -> Tensor:
     """The state at every chunk's start, `[chunks, H, K, V]`, by a sweep that moves `state` to the end."""
     starts = torch.empty(grid.chunks, *state.shape[1:], dtype=state.dtype, device=state.device)
     for slab in slabs:

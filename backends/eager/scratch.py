@@ -29,7 +29,7 @@ Results = tuple[Tensor | None, ...]
 def slab_budget(device: torch.device, *, backward: bool = False) -> int:
     """Bytes of scratch for one slab."""
     if device.type == "cpu":
-        return (24 if backward else 12) * _MIB
+        return (24 if backward else 8) * _MIB
     return 256 * _MIB
 
 

@@ -5,7 +5,7 @@ A packed call's cu_seqlens is read on the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,9 +43,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """The reverse sweep, from kept states or from recomputed ones."""
-    return [
-        Candidate("eager", "chunked", direction="backward", saves_states=candidate.saves_states) for candidate in candidates(signature, machine)
-    ]
+    return [replace(candidate, direction="backward") for candidate in candidates(replace(signature, regime="training"), machine)]
 
 
 @dataclass(frozen=True, slots=True)

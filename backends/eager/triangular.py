@@ -8,14 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["INVERSES", "unit_lower_inverse"]
+__all__ = ["DEPENDS_ON_PLACE", "INVERSES", "unit_lower_inverse"]
 
 INVERSES = ("blocks", "solve")
+DEPENDS_ON_PLACE = frozenset({"solve"})
+"""The ways whose last bits depend on where in memory a matrix lies, and so on what shares the batch (seen with MKL's trsm at odd sizes)."""
+
 _BASE = 8
 
 
-def unit_lower_inverse(n: Tensor, method: str) -> Tensor:
-    """(I + stril(N))^-1 for `N [b, C, C]`, by one of `INVERSES`; the result is a new tensor with zeros above its diagonal."""
+def unit_lower_inverse(n: Tensor, method: str, out: Tensor | None = None) -> Tensor:
+    """(I + stril(N))^-1 for a contiguous `N [b, C, C]`, by one of `INVERSES`, with zeros above its diagonal; `out` is memory that may hold it."""
     if method == "solve":
         eye = torch.eye(n.shape[-1], dtype=n.dtype, device=n.device).expand_as(n)
         return torch.linalg.solve_triangular(n, eye, upper=False, unitriangular=True)
@@ -26,10 +29,10 @@ def unit_lower_inverse(n: Tensor, method: str) -> Tensor:
     while padded < size:
         padded *= 2
     if padded == size:
-        return _merged(n)
+        return _merged(n, out)
     wide = n.new_zeros(n.shape[0], padded, padded)
     wide[:, :size, :size] = n
-    return _merged(wide)[:, :size, :size].contiguous()
+    return _merged(wide, None)[:, :size, :size].contiguous()
 
 
 def _diagonal(x: Tensor, size: int) -> Tensor:
@@ -50,9 +53,9 @@ def _substituted(blocks: Tensor) -> Tensor:
     return inverse.permute(2, 3, 0, 1)
 
 
-def _merged(n: Tensor) -> Tensor:
+def _merged(n: Tensor, out: Tensor | None) -> Tensor:
     """Inverses of neighbouring diagonal blocks, joined pair by pair: [[T1, 0], [-T2 X T1, T2]]."""
-    inverse = torch.zeros_like(n)
+    inverse = torch.zeros_like(n) if out is None else out.zero_()
     _diagonal(inverse, _BASE).copy_(_substituted(_diagonal(n, _BASE)))
     half = _BASE
     while half < n.shape[-1]:

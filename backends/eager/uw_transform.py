@@ -6,6 +6,7 @@ A packed call's cu_seqlens is read on the host.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .decay import Decay, log_decay_gradient
 from .packing import refuse_packed_graph
 from .scratch import HeadRange, by_heads, chunk_bytes, head_ranges, refuse_huge_chunk, slab_budget
 from .transform import Transform, TransformGradients
-from .triangular import INVERSES
+from .triangular import DEPENDS_ON_PLACE, INVERSES
 
 __all__ = ["backward_candidates", "candidates", "run", "run_backward", "supports"]
 
@@ -37,12 +38,12 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """For the exact transform both ways to the inverse; the others have none."""
     if signature.option("transform") != "exact":
         return [Candidate("eager", "chunked")]
-    return [Candidate("eager", "chunked", (("inverse", inverse),)) for inverse in INVERSES]
+    return [Candidate("eager", "chunked", (("inverse", inverse),), batch_invariant=inverse not in DEPENDS_ON_PLACE) for inverse in INVERSES]
 
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """As forward."""
-    return [Candidate("eager", "chunked", candidate.params, direction="backward") for candidate in candidates(signature, machine)]
+    return [replace(candidate, direction="backward") for candidate in candidates(signature, machine)]
 
 
 def _grid(call: UWTransform) -> ChunkGrid:

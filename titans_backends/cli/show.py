@@ -123,7 +123,7 @@ def _text(cell: Cell) -> Text:
 
 def _widths(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], available: int) -> list[int]:
     """What each column needs; where that is too much, the flexible ones share what the others leave, the shortest first."""
-    needed = [max([cell_len(c.title), *(cell_len(str(row[i])) for row in rows)]) for i, c in enumerate(columns)]
+    needed = [max([cell_len(c.title), *(cell_len(line) for row in rows for line in str(row[i]).splitlines())]) for i, c in enumerate(columns)]
     flexible = sorted((i for i, c in enumerate(columns) if c.flexible), key=lambda i: needed[i])
     left = available - _GAP * len(columns) - sum(width for i, width in enumerate(needed) if i not in flexible)
     for position, i in enumerate(flexible):

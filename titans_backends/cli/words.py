@@ -45,7 +45,13 @@ def one_of(option: str, given: Sequence[str] | None, accepted: Sequence[str]) ->
 
 def integers(option: str, given: Sequence[str] | None) -> list[int] | None:
     """Positive whole numbers, as `names`."""
-    return _each(option, given, "a whole number above 0, like 512 or 512,2048", _positive)
+    found = names(given)
+    if found is None:
+        return None
+    values = [_positive(text) for text in found]
+    if None in values:
+        raise MisuseError(f"{option} must be whole numbers above 0, like 512 or 512,2048, got {found[values.index(None)]!r}")
+    return [value for value in values if value is not None]
 
 
 def heads_list(given: Sequence[str] | None) -> list[tuple[int, int]] | None:
@@ -130,17 +136,6 @@ def _value(op: Contract, option: Option, text: str) -> OptionValue:
     except (ValueError, KeyError):
         what = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[option.kind]
         raise MisuseError(f"--option {option.name}: {op.name} takes {what}{' or none' if option.nullable else ''} there, got {text!r}") from None
-
-
-def _each(option: str, given: Sequence[str] | None, wanted: str, read: object) -> list[int] | None:
-    found = names(given)
-    if found is None:
-        return None
-    values = [_positive(text) for text in found]
-    for text, value in zip(found, values, strict=True):
-        if value is None:
-            raise MisuseError(f"{option} must be {wanted}, got {text!r}")
-    return [value for value in values if value is not None]
 
 
 def _positive(text: str) -> int | None:

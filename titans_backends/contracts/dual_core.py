@@ -232,6 +232,8 @@ CONTRACT = Contract(
             given=("chunk_decay", "slow_gate"),
             gentle=True,
         ),
-        Variant("normalized read", {"chunk_size": 64, "normalize_read": True, "output_final_state": True}, given=("chunk_decay",)),
+        Variant(  # without an initial state the decay would cancel in the read, and its gradient be nothing but rounding (SPEC 5)
+            "normalized read", {"chunk_size": 64, "normalize_read": True, "output_final_state": True}, given=("chunk_decay", "initial_state")
+        ),
     ),
 )

@@ -13,7 +13,19 @@ from typing import Literal
 from titans_backends.buckets import Bucket
 from titans_backends.cache.schema import Entry
 
-__all__ = ["BackendProbed", "BucketDone", "BucketFailed", "BucketStarted", "CandidateDone", "Event", "OnEvent", "Planned", "Remaining", "Skipped", "ignore"]
+__all__ = [
+    "BackendProbed",
+    "BucketDone",
+    "BucketFailed",
+    "BucketStarted",
+    "CandidateDone",
+    "Event",
+    "OnEvent",
+    "Planned",
+    "Remaining",
+    "Skipped",
+    "ignore",
+]
 
 
 @dataclass(frozen=True, slots=True)

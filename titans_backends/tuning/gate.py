@@ -24,7 +24,21 @@ from titans_backends.tuning.problem import signature_of_case
 from titans_backends.tuning.slices import Part
 from titans_backends.tuning.suite import Exam, Outputs, suite, suite_key
 
-__all__ = ["GateResult", "Rejected", "check_backward_part", "check_forward_part", "gate", "limits"]
+__all__ = [
+    "GateResult",
+    "Ledger",
+    "Rejected",
+    "check_backward",
+    "check_backward_part",
+    "check_forward",
+    "check_forward_part",
+    "failure",
+    "gate",
+    "limits",
+]
+
+_NEGLIGIBLE = 0.01
+"""A gradient this much smaller than the largest one is compared on that scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +65,15 @@ class Ledger:
 
     errors: dict[str, float] = field(default_factory=dict)
 
-    def compare(self, name: str, got: Tensor, want: Tensor, limit: float, where: str) -> None:
-        """Notes the error of one tensor; Rejected where it is over the limit."""
+    def compare(self, name: str, got: Tensor, want: Tensor, limit: float, where: str, *, floor: float = 0.0) -> None:
+        """Notes the error of one tensor, on the reference's own scale or on `floor` where that is larger; Rejected where it is over the limit."""
         difference = compare(name, got, want)
-        worst = max(difference.maximum, difference.rms)
+        largest = float(want.abs().max()) if want.numel() else 0.0
+        worst = max(difference.maximum, difference.rms) * min(1.0, (largest or 1.0) / floor if floor else 1.0)
         self.errors[name] = max(self.errors.get(name, 0.0), worst)
         if not difference.finite:
             raise Rejected(f"{name} is not finite on {where}")
-        if not difference.within(limit):
+        if worst > limit:
             raise Rejected(f"{name} is off by {worst:.1e} (limit {limit:.0e}) on {where}")
 
 
@@ -79,9 +94,9 @@ def gate(bucket: Bucket, candidate: Candidate, module: OpModule | TrainableOpMod
         limit = limits(signature.dtype, machine, signature.float32)
         try:
             if candidate.direction == "forward":
-                _forward_exam(made, candidate, module, exam, limit, ledger, where)
+                check_forward(made, candidate, module, exam, limit, ledger, where)
             else:
-                _backward_exam(made, candidate, module, exam, limit, ledger, where)
+                check_backward(made, candidate, module, exam, limit, ledger, where)
         except Rejected as reason:
             return GateResult(str(reason), tuple(ledger.errors.items()), tuple(skipped))
         except Exception as error:  # a candidate's own failure is its result
@@ -92,7 +107,8 @@ def gate(bucket: Bucket, candidate: Candidate, module: OpModule | TrainableOpMod
 def failure(error: Exception, where: str) -> str:
     """A sentence for what a candidate raised."""
     text = str(error).strip().split("\n", 1)[0][:300]
-    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    said = any(words in str(error).lower() for words in ("can't allocate memory", "out of memory"))
+    memory = said or isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return f"{'out of memory' if memory else 'raised'} on {where}: {type(error).__name__}{': ' if text else ''}{text}"
 
 
@@ -105,14 +121,15 @@ def offered(candidate: Candidate, module: OpModule | TrainableOpModule, signatur
     return hasattr(module, "backward_candidates") and candidate in module.backward_candidates(signature, machine)
 
 
-def _forward_exam(made: Contract, candidate: Candidate, module: OpModule, exam: Exam, limit: Tolerance, ledger: Ledger, where: str) -> None:
+def check_forward(made: Contract, candidate: Candidate, module: OpModule, exam: Exam, limit: Tolerance, ledger: Ledger, where: str) -> None:
+    """One exam of a forward candidate: layout, outputs, saved states, bits. Rejected says what is wrong."""
     first = run_forward(made, candidate, module, exam.call, where)
     outputs, states = first[: len(made.outputs)], first[len(made.outputs) :]
     check_layout(made, exam.call, outputs, exam.outputs, where)
     for spec, got, want in zip(made.outputs, outputs, exam.outputs, strict=True):
         if got is not None and want is not None:
             ledger.compare(spec.name, got, want, limit.outputs, where)
-    if states and states[0] is not None and exam.states is not None:
+    if states and states[0] is not None and exam.states is not None and exam.states.numel():
         if states[0].shape != exam.states.shape:
             raise Rejected(f"the saved states have shape {tuple(states[0].shape)}, not {tuple(exam.states.shape)}, on {where}")
         ledger.compare("states", states[0], exam.states, limit.outputs, where)
@@ -163,9 +180,10 @@ def check_layout(made: Contract, call: Call, outputs: Outputs, wanted: Outputs, 
             raise Rejected(f"{spec.name} is not contiguous on {where}")
 
 
-def _backward_exam(
+def check_backward(
     made: Contract, candidate: Candidate, module: OpModule | TrainableOpModule, exam: Exam, limit: Tolerance, ledger: Ledger, where: str
 ) -> None:
+    """One exam of a backward candidate: every gradient, with all cotangents and with that of o alone."""
     states = None
     if candidate.saves_states:
         if exam.states is None:
@@ -174,10 +192,11 @@ def _backward_exam(
     for grads, wanted in exam.grads:
         missing = "" if all(g is not None or o is None for g, o in zip(grads, exam.outputs, strict=True)) else ", with a gradient of o alone"
         found = run_backward(made, candidate, module, exam.call, grads, states, where + missing)
+        floor = gradient_floor(wanted)
         for name, got, want in zip(made.differentiable, found, wanted, strict=True):
             if want is not None:
                 assert got is not None
-                ledger.compare(f"d{name}", got, want, limit.gradients, where + missing)
+                ledger.compare(f"d{name}", got, want, limit.gradients, where + missing, floor=floor)
         if candidate.deterministic:
             _same_bits(found, run_backward(made, candidate, module, exam.call, grads, states, where + missing), where + missing)
 
@@ -197,13 +216,15 @@ def run_backward(
     with torch.no_grad():
         found: object = module.run_backward(call, grads, states, needs, candidate)
     if not isinstance(found, tuple) or len(found) != len(made.differentiable):
-        raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not {len(made.differentiable)} gradients, on {where}")
+        count = len(found) if isinstance(found, tuple) else type(found).__name__
+        raise Rejected(f"it returned {count}, not {len(made.differentiable)} gradients, on {where}")
     _untouched(read, before, where)
     for name, grad in zip(made.differentiable, found, strict=True):
         if (grad is not None) != (name in needs):
             raise Rejected(f"the gradient of {name} {'is missing' if grad is None else 'was not asked for'} on {where}")
         if grad is not None and (grad.shape != given[name].shape or grad.dtype != given[name].dtype):
-            raise Rejected(f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype}, not {tuple(given[name].shape)} {given[name].dtype}, on {where}")
+            want = given[name]
+            raise Rejected(f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype}, not {tuple(want.shape)} {want.dtype}, on {where}")
     return found
 
 
@@ -217,10 +238,16 @@ def check_forward_part(made: Contract, part: Part, whole: Outputs, wanted: Outpu
 
 def check_backward_part(made: Contract, part: Part, whole: Outputs, wanted: Outputs, limit: Tolerance, ledger: Ledger, where: str) -> None:
     """Compares a part of the timed gradients with those of the reference."""
+    floor = gradient_floor(wanted)
     for name, got, want in zip(made.differentiable, whole, wanted, strict=True):
         cut = None if got is None else part.gradient(name, got)
         if cut is not None and want is not None:
-            ledger.compare(f"d{name}", cut, want.reshape(cut.shape), limit.gradients, where)
+            ledger.compare(f"d{name}", cut, want.reshape(cut.shape), limit.gradients, where, floor=floor)
+
+
+def gradient_floor(wanted: Outputs) -> float:
+    """The scale below which a gradient counts as none: one that cancels to zero has rounding, of the others' size, and nothing to divide it by."""
+    return _NEGLIGIBLE * max((float(want.abs().max()) for want in wanted if want is not None and want.numel()), default=0.0)
 
 
 def _untouched(given: Mapping[str, Tensor], before: Mapping[str, Tensor], where: str) -> None:

@@ -20,9 +20,10 @@ import torch
 
 from titans_backends.tuning import wire
 
-__all__ = ["ChildAnswerError", "ChildDied", "Host"]
+__all__ = ["ChildAnswerError", "ChildDied", "Host", "OpenFailed"]
 
 _START_TIMEOUT_S = 120.0
+_OPEN_TIMEOUT_S = 300.0
 _TAIL = 300
 
 
@@ -34,13 +35,17 @@ class ChildAnswerError(Exception):
     """The child could not do what was asked; it lives on."""
 
 
+class OpenFailed(Exception):
+    """The inputs of a bucket could not be made; no candidate is to blame."""
+
+
 class Host:
     """A child process that is started when it is needed and replaced when it dies; a context manager that kills it on the way out."""
 
-    def __init__(self, device: str, opening: wire.Message | None = None) -> None:
+    def __init__(self, device: str) -> None:
         self.device = device
         self._child: _Child | None = None
-        self._opening = opening
+        self._opening: wire.Message | None = None
         self._opened = False
 
     def __enter__(self) -> Host:
@@ -49,14 +54,15 @@ class Host:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()
 
-    def open(self, request: wire.Message, timeout_s: float) -> None:
-        """Names the bucket that the next requests are about; a new child is told it again."""
+    def open(self, request: wire.Message | None) -> None:
+        """Names the bucket that the next requests are about (None: none); a new child is told it again. OpenFailed where it cannot."""
         self._opening, self._opened = request, False
-        self._ready(timeout_s)
+        if request is not None:
+            self._ready()
 
     def ask(self, request: wire.Message, timeout_s: float) -> dict[str, object]:
         """An answer; ChildDied where the child died or did not answer in time, ChildAnswerError where it answers with an error."""
-        return self._ready(timeout_s).ask(request, timeout_s)
+        return self._ready().ask(request, timeout_s)
 
     def kill(self) -> None:
         """Ends the child with everything that it has started."""
@@ -64,13 +70,16 @@ class Host:
         if child is not None:
             child.kill()
 
-    def _ready(self, timeout_s: float) -> _Child:
-        if self._child is None or not self._child.alive:
-            self.kill()
-            self._child = _Child(self.device)
-        if self._opening is not None and not self._opened:
-            self._child.ask(self._opening, timeout_s)
-            self._opened = True
+    def _ready(self) -> _Child:
+        try:
+            if self._child is None or not self._child.alive:
+                self.kill()
+                self._child = _Child(self.device)
+            if self._opening is not None and not self._opened:
+                self._child.ask(self._opening, _OPEN_TIMEOUT_S)
+                self._opened = True
+        except (ChildDied, ChildAnswerError) as error:
+            raise OpenFailed(str(error)) from error
         return self._child
 
 
@@ -79,11 +88,11 @@ class _Child:
 
     def __init__(self, device: str) -> None:
         self.alive = True
-        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by kill)
         requests_read, self._requests = os.pipe()
         self._answers, answers_write = os.pipe()
-        threads = str(torch.get_num_threads())
-        command = [sys.executable, "-P", "-m", "titans_backends.tuning.worker", str(requests_read), str(answers_write), str(os.getpid()), device, threads]
+        given = (requests_read, answers_write, os.getpid(), device, torch.get_num_threads())
+        command = [sys.executable, "-P", "-m", "titans_backends.tuning.worker", *map(str, given)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
         try:
             self._process = subprocess.Popen(
@@ -100,7 +109,11 @@ class _Child:
             os.close(answers_write)
         os.set_blocking(self._answers, False)
         self._buffer = b""
-        self._receive(_START_TIMEOUT_S)
+        try:
+            self._receive(_START_TIMEOUT_S)
+        except BaseException:
+            self.kill()
+            raise
 
     def ask(self, request: wire.Message, timeout_s: float) -> dict[str, object]:
         try:

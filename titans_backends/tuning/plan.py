@@ -66,7 +66,14 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((16, 32), (2, 8), (16, 64)), dtypes=("bfloat16",), launches=("eager", "graph")),
             Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((12, 12),), head_dims=((32, 32), (64, 64)), dtypes=("bfloat16", "float32")),
             Cells(ops=_STREAMED, seq_lens=(512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
-            Cells(ops=_STREAMED, seq_lens=(512, 2048, 8192), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16", "float32"), regimes=("training",)),
+            Cells(
+                ops=_STREAMED,
+                seq_lens=(512, 2048, 8192),
+                heads=((12, 12),),
+                head_dims=((32, 32),),
+                dtypes=("bfloat16", "float32"),
+                regimes=("training",),
+            ),
         ),
     }
 )
@@ -121,7 +128,7 @@ def plan(
         "seq_lens": seq_lens, "heads": heads, "head_dims": head_dims, "dtypes": dtypes, "regimes": regimes, "launches": launches, "batch": batch,
     }  # fmt: skip
     given = {name: tuple(value) if isinstance(value, Sequence) else value for name, value in changes.items() if value is not None}
-    cells = [replace(block, **given) for block in grid(kind, quick=quick)]
+    cells = [replace(block, **given) for block in grid(kind, quick=quick)]  # type: ignore[arg-type]  # names and values were checked
     if ops is not None:
         cells = _with_ops(cells, tuple(ops))
     return tuple(dict.fromkeys(bucket for block in cells for bucket in _buckets(block)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 
@@ -22,9 +23,7 @@ from titans_backends.signature import Signature
 
 __all__ = ["BESIDE", "case_of", "integer", "present", "signature_of_bucket", "signature_of_case"]
 
-BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"fast_core": ("gate",), "slow_core": ("gate",), "dual_core": ("fast_gate", "slow_gate")}
-)
+BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType({"fast_core": ("gate",), "slow_core": ("gate",), "dual_core": ("fast_gate", "slow_gate")})
 """The optional tensors that timed inputs have although the key does not name them."""
 
 _MOST_HEADS = 64
@@ -80,7 +79,8 @@ def case_of(bucket: Bucket, heads: int | None = None) -> Case:
     if not isinstance(head_dim, tuple) or len(head_dim) != 2:
         raise ValueError(f"{bucket.op}: the bucket's head_dim must be [K, V], got {head_dim!r}")
     dtype = getattr(torch, str(field(bucket, "dtype")))
-    base = Case(f"{bucket.op} at {bucket.seq_len}", K=head_dim[0], V=head_dim[1], dtype=dtype, view="contiguous" if field(bucket, "aligned") else "misaligned")
+    view: Literal["contiguous", "misaligned"] = "contiguous" if field(bucket, "aligned") else "misaligned"
+    base = Case(f"{bucket.op} at {bucket.seq_len}", K=head_dim[0], V=head_dim[1], dtype=dtype, view=view)
     if bucket.op == "fused_uw":
         return replace(base, B=1, G=1, H=1, T=bucket.seq_len, options={"_chunk": integer(bucket, "chunk_size")})
     streams, group = integer(bucket, "streams"), integer(bucket, "group")

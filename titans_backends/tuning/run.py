@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from titans_backends.buckets import Bucket
+from titans_backends import registry
+from titans_backends.backend import Candidate
+from titans_backends.buckets import Bucket, bucket_of
 from titans_backends.cache.schema import Entry
+from titans_backends.cache.timings import Measurement
 from titans_backends.contracts.contract import Call, Contract
+from titans_backends.machine import Machine, detect
+from titans_backends.offers import offers
+from titans_backends.plans import invalidate
 from titans_backends.signature import Signature
-from titans_backends.tuning.events import OnEvent, ignore
+from titans_backends.tuning.bench import Bench
+from titans_backends.tuning.events import (
+    BackendProbed,
+    BucketDone,
+    BucketFailed,
+    BucketStarted,
+    CandidateDone,
+    OnEvent,
+    Planned,
+    Remaining,
+    Skipped,
+    ignore,
+)
+from titans_backends.tuning.host import ChildAnswerError, ChildDied, Host, OpenFailed
+from titans_backends.tuning.problem import signature_of_bucket
+from titans_backends.tuning.select import Objective
+from titans_backends.tuning.standing import REFERENCE, Standing, entry_of, is_training, measurement_of, members, rescaled, without_states
+from titans_backends.tuning.store import Store
+from titans_backends.tuning.timing import RaceRules
 
-__all__ = ["TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_call"]
+__all__ = ["Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_call"]
+
+QUICK_BUCKET_S, FULL_BUCKET_S = 0.8, 4.0
+"""How long the rounds of one race may take, beyond the least number of rounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class TuneRequest:
     """What to tune. `buckets` come from `plan.plan`.
 
-    `backends` limits the race (None: all; with `quick` those whose manifest says quick). `budget_s` limits the whole, `bucket_s` one
-    bucket's timing, `timeout_s` one candidate's compilation and check. `output` names another file than the user's cache.
-    `force` measures what is current too.
+    `backends` limits what is measured (None: all; with `quick` those whose manifest says quick); the default always is. `budget_s` limits
+    the whole, `bucket_s` one race, `timeout_s` one candidate's compilation and check. `output` names another file than the user's cache.
+    `force` measures what is current too. `heads`: v heads of a sequence, where that divides a bucket's streams.
     """
 
     buckets: tuple[Bucket, ...]
     device: str = "cpu"
     quick: bool = True
     backends: tuple[str, ...] | None = None
-    objective: Literal["time", "memory"] = "time"
+    objective: Objective = "time"
     max_memory_mib: float | None = None
     budget_s: float | None = None
     bucket_s: float | None = None
@@ -79,10 +107,209 @@ class TuneInterrupted(KeyboardInterrupt):
 
 
 def tune(request: TuneRequest, on_event: OnEvent = ignore) -> TuneReport:
-    """Measures what is not current and writes it. CacheError before anything is measured where the file cannot be written."""
-    raise NotImplementedError
+    """Measures what is not current and writes it; TuneInterrupted at Ctrl-C.
+
+    CacheError before anything is measured where the file cannot be written, UnknownNameError for a backend that does not exist.
+    """
+    for name in request.backends or ():
+        registry.get(name)
+    machine = detect(request.device)
+    store = Store.opened(machine, request.output)
+    with Host(request.device) as host:
+        run = _Run(request, on_event, machine, store, host)
+        try:
+            run.all()
+        except KeyboardInterrupt as error:
+            raise TuneInterrupted(run.report()) from error
+        finally:
+            if run.wrote:
+                invalidate()
+    return run.report()
 
 
 def tune_call(contract: Contract, call: Call, signature: Signature, budget_s: float, on_event: OnEvent = ignore) -> TuneReport:
-    """Tunes the one bucket of a call, for `with titans_backends.autotune():`."""
-    raise NotImplementedError
+    """Tunes the one bucket of a call, for `with titans_backends.autotune():`; inputs of its sizes are made for it."""
+    bucket = bucket_of(signature)
+    dims = dict(signature.dims)
+    request = TuneRequest(
+        (bucket,), device=signature.device, budget_s=budget_s, bucket_s=min(QUICK_BUCKET_S, budget_s / 4), timeout_s=budget_s, heads=dims.get("H")
+    )
+    return tune(request, on_event)
+
+
+@dataclass(slots=True)
+class _Run:
+    """One tune: the facts, and what has been done so far."""
+
+    request: TuneRequest
+    say: OnEvent
+    machine: Machine
+    store: Store
+    host: Host
+    wrote: bool = False
+    rows: dict[Bucket, Row] = field(default_factory=dict)
+    remaining: tuple[Bucket, ...] = ()
+    started: float = field(default_factory=time.monotonic)
+    probed: dict[str, str] = field(default_factory=dict)
+
+    def all(self) -> None:
+        """Every bucket in turn, the current ones first: they cost nothing."""
+        work: list[tuple[int, Standing, list[Candidate]]] = []
+        settled: list[Standing] = []
+        for index, bucket in enumerate(self.request.buckets):
+            standing = self._standing(bucket)
+            todo = self._todo(standing)
+            if todo or not standing.pairs:
+                work.append((index, standing, todo))
+            else:
+                settled.append(standing)
+        self.say(Planned(len(self.request.buckets), len(work)))
+        if work or any(self._outdated(standing) for standing in settled):
+            self.store.require_writable()
+        for standing in settled:
+            self._settle(standing)
+        for position, (index, standing, todo) in enumerate(work):
+            if self.request.budget_s is not None and time.monotonic() - self.started >= self.request.budget_s:
+                self.remaining = tuple(entry[1].bucket for entry in work[position:])
+                self.say(Remaining(self.remaining))
+                return
+            self._measure(index, standing, todo)
+
+    def report(self) -> TuneReport:
+        """What has been done so far, in the order of the request."""
+        done = tuple(self.rows[bucket] for bucket in self.request.buckets if bucket in self.rows)
+        missing = tuple(bucket for bucket in self.request.buckets if bucket not in self.rows)
+        return TuneReport(self.store.path, done, self.remaining or missing, time.monotonic() - self.started)
+
+    def _standing(self, bucket: Bucket) -> Standing:
+        signature = signature_of_bucket(bucket, self.request.device, self.request.heads)
+        return Standing.of(bucket, signature, offers(signature, self.machine), self.store.measurements(bucket))
+
+    def _todo(self, standing: Standing) -> list[Candidate]:
+        """Who must be measured: the asked backends' candidates and the default's that have no current measurement; with them the yardsticks."""
+        pairs = standing.pairs
+        default = members(pairs[0]) if pairs else ()
+        paired = {candidate for pair in pairs for candidate in members(pair)}
+        asked = [c for c in standing.candidates if c in paired and (c in default or self._asked(c.backend))]
+        stale = [c for c in asked if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
+        if not stale:
+            return []
+        entry = self.store.entry(standing.bucket)
+        winner = None if entry is None else standing.named_by(entry)
+        yardsticks = {*default, *(members(winner) if winner is not None else ())}
+        return [c for c in standing.candidates if c in stale or c in yardsticks]
+
+    def _asked(self, backend: str) -> bool:
+        if self.request.backends is not None:
+            return backend in self.request.backends
+        return not self.request.quick or registry.get(backend).quick
+
+    def _may_race_now(self, standing: Standing, candidate: Candidate) -> bool:
+        """Whether a backend that its probe refused when this was written down would be accepted today."""
+        return standing.current[candidate].status == "refused" and not self._refusal(candidate.backend)
+
+    def _refusal(self, backend: str) -> str:
+        """Why a backend may not race, by its probe in the child; empty where it may. Asked once."""
+        if backend not in self.probed:
+            self.host.open(None)
+            try:
+                answer = self.host.ask({"do": "probe", "backend": backend}, self.request.timeout_s)
+                state, reason = str(answer["state"]), str(answer["reason"])
+            except (ChildDied, ChildAnswerError) as error:
+                state, reason = "broken", f"its probe: {error}"
+            self.probed[backend] = "" if state in ("usable", "importable") else reason or state
+            self.say(BackendProbed(backend, state, reason))  # type: ignore[arg-type]
+        return self.probed[backend]
+
+    def _outdated(self, standing: Standing) -> bool:
+        """Whether the row is not what the current measurements say."""
+        chosen = standing.select(self.request.objective, self.request.max_memory_mib)
+        entry = self.store.entry(standing.bucket)
+        if chosen.winner is None:
+            return False
+        named = None if entry is None else standing.named_by(entry)
+        return named != chosen.winner.pair or not self.store.fresh(standing.bucket, standing.source(named))
+
+    def _settle(self, standing: Standing) -> None:
+        """A bucket whose measurements are all current: its row is chosen from them, and written where it is another one."""
+        bucket = standing.bucket
+        entries = self._entries(standing) if self._outdated(standing) else {}
+        if entries:
+            self._write(bucket, (), entries)
+        chosen = standing.select(self.request.objective, self.request.max_memory_mib)
+        entry = self.store.entry(bucket) if chosen.winner is not None else None
+        reference_us = self._reference_us(bucket)
+        if entry is None:
+            self._fail(bucket, chosen.reason, time.monotonic())
+            return
+        self.rows[bucket] = Row(bucket, entry, standing.default_us(), reference_us)
+        self.say(Skipped(bucket, entry, standing.default_us(), reference_us))
+
+    def _measure(self, index: int, standing: Standing, todo: Sequence[Candidate]) -> None:
+        bucket, begun = standing.bucket, time.monotonic()
+        refusals = tuple((entry.backend.name, str(entry.verdict)) for entry in standing.offers if not entry.verdict)
+        refused = {c: _refused(standing, c, reason) for c in todo if (reason := self._refusal(c.backend))}
+        self.say(BucketStarted(bucket, index, tuple(c.label for c in todo if c not in refused), refusals))
+        for candidate, one in refused.items():
+            self._tell(bucket, candidate, one)
+        rules = RaceRules(budget_s=self.request.bucket_s or (QUICK_BUCKET_S if self.request.quick else FULL_BUCKET_S))
+        bench = Bench(self.host, bucket, rules, self.request.timeout_s, self._known_saver(standing))
+        older, measured = dict(standing.current), dict(refused)
+        try:
+            wanted = [candidate for candidate in todo if candidate not in refused]
+            if wanted:
+                bench.open(self.request.heads)
+            while wanted:
+                measured |= bench.measure(wanted, standing.hashes, lambda candidate, one: self._tell(bucket, candidate, one))
+                standing = standing.with_measured(rescaled(older, measured) | measured)
+                chosen = standing.select(self.request.objective, self.request.max_memory_mib).winner
+                wanted = [] if chosen is None else [c for c in members(chosen.pair) if c not in measured]  # a winner was timed today
+            reference = bench.reference() if measured != refused else None
+        except OpenFailed as error:
+            self._fail(bucket, f"its inputs could not be made: {error}", begun)
+            return
+        kept = [*standing.with_measured(measured).current.values(), *([reference] if reference is not None else [])]
+        entries = self._entries(standing.with_measured(measured))
+        self._write(bucket, kept, entries)
+        reference_us = None if reference is None else reference.us
+        if bucket not in entries:
+            chosen_reason = standing.with_measured(measured).select(self.request.objective, self.request.max_memory_mib).reason
+            self._fail(bucket, chosen_reason, begun)
+            return
+        default_us = standing.default_us()
+        self.rows[bucket] = Row(bucket, entries[bucket], default_us, reference_us, measured=True)
+        self.say(BucketDone(bucket, entries[bucket], default_us, reference_us, time.monotonic() - begun))
+
+    def _known_saver(self, standing: Standing) -> Candidate | None:
+        """A forward that passed earlier and saves states."""
+        found = (c for c, one in standing.current.items() if c.direction == "forward" and c.saves_states and one.status == "ok")
+        return next(found, None)
+
+    def _entries(self, standing: Standing) -> dict[Bucket, Entry]:
+        """The bucket's row, and in training the one for calls that may save no states."""
+        found: dict[Bucket, Entry] = {}
+        for bucket, plain in ((standing.bucket, False), (without_states(standing.bucket), True)):
+            if plain and not is_training(standing.bucket):
+                continue
+            chosen = standing.select(self.request.objective, self.request.max_memory_mib, without_states=plain)
+            if chosen.winner is not None:
+                found[bucket] = entry_of(chosen, standing.source(chosen.winner.pair) or "")
+        return found
+
+    def _write(self, bucket: Bucket, measurements: Sequence[Measurement], entries: dict[Bucket, Entry]) -> None:
+        self.store.write(bucket, measurements, entries)
+        self.wrote = True
+
+    def _fail(self, bucket: Bucket, reason: str, begun: float) -> None:
+        self.rows[bucket] = Row(bucket, None, reason=reason)
+        self.say(BucketFailed(bucket, reason, time.monotonic() - begun))
+
+    def _tell(self, bucket: Bucket, candidate: Candidate, one: Measurement) -> None:
+        self.say(CandidateDone(bucket, candidate.label, candidate.direction, one.status, one.reason, one.us, one.spread))
+
+    def _reference_us(self, bucket: Bucket) -> float | None:
+        return next((one.us for one in self.store.measurements(bucket) if one.candidate == REFERENCE), None)
+
+
+def _refused(standing: Standing, candidate: Candidate, reason: str) -> Measurement:
+    return replace(measurement_of(candidate, standing.hashes[candidate]), status="refused", reason=reason)

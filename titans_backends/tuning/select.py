@@ -64,7 +64,8 @@ def select(contenders: Sequence[Contender], objective: Objective = "time", max_m
     fitting = [c for c in contenders if max_memory_mib is None or c.peak_mib <= max_memory_mib]
     if not fitting:
         least = min(contenders, key=lambda c: (c.peak_mib, c.order))
-        return Selection(None, reason=f"no candidate stays within {max_memory_mib:g} MiB; the least is {least.pair.label} with {least.peak_mib:.4g} MiB")
+        reason = f"no candidate stays within {max_memory_mib:g} MiB; the least is {least.pair.label} with {least.peak_mib:.4g} MiB"
+        return Selection(None, reason=reason)
     pool = fitting if objective == "time" else _smallest(fitting)
     winner = _fastest(pool)
     others = [c for c in fitting if c is not winner]

@@ -39,7 +39,7 @@ from titans_backends.tuning.peak import peak_mib
 from titans_backends.tuning.problem import case_of
 from titans_backends.tuning.sampler import Sampler, sampler_for
 from titans_backends.tuning.slices import Part, group_part, heads_part
-from titans_backends.tuning.suite import Outputs, suite_key, wanted_gradients
+from titans_backends.tuning.suite import Outputs, suite, suite_key, wanted_gradients
 
 __all__ = ["Checked", "Session"]
 
@@ -74,6 +74,9 @@ class Session:
         self.bucket, self.device = bucket, device
         self.contract, self.machine = contract(bucket.op), detect(device)
         self.call: Call = build(self.contract, case_of(bucket, heads), device)
+        given = self.contract.tensors(self.call)
+        own = {"state": given["state"].clone()} if getattr(self.call, "inplace", False) is True else {}
+        self.timed: Call = self.contract.with_tensors(self.call, own)  # a call in place changes a state of its own
         self.dims = with_sizes(validate(self.contract, self.call))
         self.sampler: Sampler = sampler_for(torch.device(device), "graph" if field(bucket, "launch") == "graph" else "eager")
         self.training = field(bucket, "regime") == "training"
@@ -81,6 +84,18 @@ class Session:
         self._grads: Outputs | None = None
         self._states: Tensor | None = None
         self._warm: set[Candidate] = set()
+        self._references()
+
+    def _references(self) -> None:
+        """Computes what every candidate is compared with now, so that none is blamed for its time."""
+        suite(suite_key(self.bucket), self.device)
+        _ = self._forward_part
+        if self.training and self._checks_timed_gradients:
+            _ = self._backward_part
+
+    @property
+    def _checks_timed_gradients(self) -> bool:
+        return self.bucket.op == "fused_uw" or self.bucket.seq_len <= _MOST_GRADIENT_TOKENS
 
     def check(self, candidate: Candidate, states_from: Candidate | None) -> Checked:
         """Everything that a candidate must pass before it is timed, and its peak."""
@@ -120,14 +135,13 @@ class Session:
         return self.sampler.sample(candidate, self._kernel(candidate))
 
     def reference(self, most_s: float) -> float | None:
-        """One run of the contract's plain reference, in microseconds (in training with its gradients); None where it would take longer than `most_s`."""
+        """One run of the contract's plain reference in microseconds, in training with its gradients; None where that takes over `most_s`."""
         if self.dims.get("T", 0) > 4 * _REFERENCE_TOKENS:
-            short = heads_part(self.contract, self.call, {**self.dims, "G": self.dims["G"]}, _REFERENCE_TOKENS) if "T" in self.dims else None
-            if short is not None:
-                start = time.perf_counter()
-                self._run_reference(short.call)
-                if (time.perf_counter() - start) * self.dims["T"] / _REFERENCE_TOKENS > most_s:
-                    return None
+            short = heads_part(self.contract, self.call, self.dims, _REFERENCE_TOKENS).call
+            start = time.perf_counter()
+            self._run_reference(short)
+            if (time.perf_counter() - start) * self.dims["T"] / _REFERENCE_TOKENS > most_s:
+                return None
         return self.sampler.sample("reference", lambda: self._run_reference(self.call))
 
     def _run_reference(self, call: Call) -> object:
@@ -143,7 +157,7 @@ class Session:
 
     def close(self) -> None:
         """Frees the inputs."""
-        del self.call, self.sampler
+        del self.call, self.timed, self.sampler
         self._grads = self._states = None
         gc.collect()
         if torch.device(self.device).type == "cuda":
@@ -157,20 +171,16 @@ class Session:
 
     def _cotangents(self) -> Outputs:
         if self._grads is None:
-            shapes = [spec.dims.split() for spec in self.contract.outputs]
             asked = self.contract.asked(self.call)
-            lead = self.contract.tensors(self.call)[self.contract.operands[0]].shape[:-2] if "*" in self.dims else ()
-            likes = tuple(
-                torch.empty([n for letter in letters for n in (lead if letter == "*" else (self.dims[letter],))], dtype=self._output_dtype(i), device=self.device)
-                if asked[i]
-                else None
-                for i, letters in enumerate(shapes)
-            )
-            self._grads = cotangents(self.contract, self.call, likes)
+            self._grads = cotangents(self.contract, self.call, tuple(self._output_like(i) if there else None for i, there in enumerate(asked)))
         return self._grads
 
-    def _output_dtype(self, index: int) -> torch.dtype:
-        return self.dtype if self.contract.outputs[index].like else state_dtype(self.dtype)
+    def _output_like(self, index: int) -> Tensor:
+        """A tensor of one output's shape and dtype."""
+        spec = self.contract.outputs[index]
+        leading = self.contract.tensors(self.call)[self.contract.operands[0]].shape[:-2]
+        shape = [n for letter in spec.dims.split() for n in (leading if letter == "*" else (self.dims[letter],))]
+        return torch.empty(shape, dtype=self.dtype if spec.like else state_dtype(self.dtype), device=self.device)
 
     def _prepare(self, candidate: Candidate, states_from: Candidate | None) -> None:
         """A backward that reads saved states gets those of a forward that passed its own check."""
@@ -178,10 +188,10 @@ class Session:
             if states_from is None:
                 raise Rejected("it wants saved states, but no forward that passed saves them")
             with torch.no_grad():
-                self._states = self._module(states_from).run(self.call, states_from)[-1]
+                self._states = self._module(states_from).run(self.timed, states_from)[-1]
 
     def _kernel(self, candidate: Candidate) -> Callable[[], object]:
-        module, call = self._module(candidate), self.call
+        module, call = self._module(candidate), self.timed
         if candidate.direction == "forward":
 
             def forward() -> object:
@@ -224,7 +234,7 @@ class Session:
     def _check_backward(self, candidate: Candidate, module: OpModule | TrainableOpModule, ledger: Ledger, where: str) -> None:
         states = self._states if candidate.saves_states else None
         found = run_backward(self.contract, candidate, module, self.call, self._cotangents(), states, where)
-        if self.bucket.seq_len > _MOST_GRADIENT_TOKENS and self.bucket.op != "fused_uw":
+        if not self._checks_timed_gradients:
             return
         part, wanted = self._backward_part
         limit = limits(self.dtype, self.machine, str(field(self.bucket, "float32")))

@@ -19,7 +19,7 @@ from titans_backends.contracts.chunks import chunk_spans
 from titans_backends.contracts.contract import Call, Contract, state_dtype
 from titans_backends.tuning.problem import case_of, integer
 
-__all__ = ["Exam", "Outputs", "chunk_starts", "hostile_cases", "suite", "wanted_gradients"]
+__all__ = ["Exam", "Outputs", "chunk_starts", "exam_of", "hostile_cases", "suite", "suite_key", "wanted_gradients"]
 
 Outputs = tuple[Tensor | None, ...]
 _SHORT, _LONG = 65, 200
@@ -86,11 +86,15 @@ def suite_key(bucket: Bucket) -> Bucket:
 
 def _exam(bucket: Bucket, case: Case, device: str) -> Exam:
     made = contract(bucket.op)
-    call = build(made, case, device)
+    return exam_of(made, case, build(made, case, device), training=field(bucket, "regime") == "training")
+
+
+def exam_of(made: Contract, case: Case, call: Call, *, training: bool) -> Exam:
+    """What has to come out of a case's call; in training with gradients, for all cotangents and for that of o alone."""
     wide = made.to(call, torch.float64)
     with torch.no_grad():
         outputs = made.reference(wide)
-    if field(bucket, "regime") != "training":
+    if not training:
         return Exam(case, call, outputs, None, ())
     grads = cotangents(made, call, _in_dtypes(made, call, outputs), 0)
     partial = tuple(grad if index == 0 else None for index, grad in enumerate(grads))
@@ -142,4 +146,7 @@ def chunk_starts(made: Contract, wide: Call) -> Tensor | None:
         assert after is not None
         starts.append(torch.zeros_like(after) if state is None else state.to(after.dtype))
         state = after
-    return torch.stack(starts, 1) if starts else None
+    if starts:
+        return torch.stack(starts, 1)
+    sizes = {letter: size for name, t in tensors.items() for letter, size in zip(made.argument_by_name[name].dims[-1].split(), t.shape, strict=True)}
+    return tensors[made.operands[0]].new_zeros([sizes["B"], 0, *(sizes[letter] for letter in "HKV")])

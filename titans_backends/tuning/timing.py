@@ -27,7 +27,8 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class RaceRules:
-    """`budget_s` bounds a race beyond its least rounds; `drop_factor` times the best's median loses after `rounds_before_drop`.
+    """`budget_s` bounds a race beyond its least rounds; `drop_factor` times the best's median loses after `rounds_before_drop`,
+    `hopeless_factor` at once.
 
     A race ends early once every finalist's spread is at most `target_spread`; finalists are within `final_band` of the best.
     """
@@ -37,6 +38,7 @@ class RaceRules:
     max_rounds: int = 40
     rounds_before_drop: int = 3
     drop_factor: float = 2.0
+    hopeless_factor: float = 8.0
     target_spread: float = 0.01
     final_band: float = 0.10
     final_rounds: int = 5
@@ -97,8 +99,7 @@ def race(runners: Sequence[Runner], sample: Callable[[Runner], float], clock: Ca
 
     for number in range(rules.max_rounds):
         one_round(_rotated(running, number))
-        if number + 1 >= rules.rounds_before_drop:
-            running[:] = _kept(running, series, rules.drop_factor)
+        running[:] = _kept(running, series, rules.drop_factor if number + 1 >= rules.rounds_before_drop else rules.hopeless_factor)
         enough = number + 1 >= rules.min_rounds
         if not running or (enough and (clock() - start >= rules.budget_s or _settled(running, series, rules))):
             break

@@ -30,7 +30,8 @@ def load(line: bytes) -> dict[str, object]:
 
 def bucket_to(bucket: Bucket) -> Message:
     """A bucket as plain data."""
-    return {"op": bucket.op, "when": [[name, list(value) if isinstance(value, tuple) else value] for name, value in bucket.when], "seq_len": bucket.seq_len}
+    when = [[name, list(value) if isinstance(value, tuple) else value] for name, value in bucket.when]
+    return {"op": bucket.op, "when": when, "seq_len": bucket.seq_len}
 
 
 def bucket_from(data: object) -> Bucket:

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, cast
+from typing import cast
 
 __all__ = ["main", "serve"]
 
@@ -97,9 +97,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(int(threads))
-    source: IO[bytes] = open(int(requests), "rb")
-    sink: IO[bytes] = open(int(answers), "wb", buffering=0)
-    with source, sink:
+    with open(int(requests), "rb") as source, open(int(answers), "wb", buffering=0) as sink:
         serve(source.readline, sink.write, device)
 
 

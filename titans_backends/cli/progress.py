@@ -1,0 +1,151 @@
+"""What `tune` shows while it measures: a bar with the time left on a terminal, plain lines elsewhere. Everything goes to stderr.
+
+It only reads the tuner's events; nothing here decides or waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.text import Text
+
+from titans_backends.buckets import Bucket
+from titans_backends.cli import units
+from titans_backends.cli.keys import place
+from titans_backends.tuning.events import BackendProbed, BucketDone, BucketFailed, BucketStarted, CandidateDone, Event, OnEvent, Planned, Remaining, Skipped
+
+__all__ = ["Estimate", "showing"]
+
+
+@dataclass(slots=True)
+class Estimate:
+    """How far a tune is, and the time left at the pace so far; `now` is a clock in seconds."""
+
+    now: Callable[[], float]
+    to_measure: int = 0
+    done: float = 0.0
+    _start: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._start = self.now()
+
+    @property
+    def left_s(self) -> float | None:
+        """None before there is anything to judge by."""
+        if self.done <= 0 or not self.to_measure:
+            return None
+        return max(0.0, (self.now() - self._start) / self.done * (self.to_measure - self.done))
+
+    @property
+    def left(self) -> str:
+        """For people; empty while nothing is known."""
+        return "" if self.left_s is None else f"about {units.seconds(self.left_s)} left"
+
+
+@contextlib.contextmanager
+def showing(to: Console) -> Iterator[OnEvent]:
+    """A listener for the tuner's events, for as long as the tune lasts."""
+    if not to.is_terminal:
+        yield _Lines(to).on_event
+        return
+    estimate = Estimate(time.monotonic)
+    bar = Progress(
+        SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), _Left(estimate), TextColumn("{task.description}", markup=False),
+        console=to, transient=True, expand=False,
+    )  # fmt: skip
+    with bar:
+        yield _Bar(bar, estimate).on_event
+
+
+class _Left(ProgressColumn):
+    """The time left."""
+
+    def __init__(self, estimate: Estimate) -> None:
+        super().__init__()
+        self._estimate = estimate
+
+    def render(self, task: Task) -> Text:
+        return Text(self._estimate.left or "estimating", style="cyan")
+
+
+class _Lines:
+    """One line per finished bucket."""
+
+    def __init__(self, to: Console) -> None:
+        self._to = to
+        self._estimate = Estimate(time.monotonic)
+
+    def on_event(self, event: Event) -> None:
+        """Prints what is worth a line."""
+        estimate = self._estimate
+        if isinstance(event, Planned):
+            estimate.to_measure = event.to_measure
+        if isinstance(event, (BucketDone, BucketFailed)):
+            estimate.done += 1
+        line = finished_line(event)
+        if line is not None:
+            left = f"  ({estimate.left})" if isinstance(event, (BucketDone, BucketFailed)) and estimate.done < estimate.to_measure else ""
+            counted = f"[{estimate.done:.0f}/{estimate.to_measure}] " if isinstance(event, (BucketDone, BucketFailed)) else ""
+            self._to.print(Text(counted) + line + Text(left), soft_wrap=True)
+
+
+class _Bar:
+    """Finished buckets above, the bar below."""
+
+    def __init__(self, bar: Progress, estimate: Estimate) -> None:
+        self._bar, self._estimate = bar, estimate
+        self._task = bar.add_task("", total=None)
+        self._finished = 0
+        self._expected, self._seen = 1, 0
+
+    def on_event(self, event: Event) -> None:
+        """Moves the bar by whole buckets; the estimate counts a bucket's candidates too."""
+        line = finished_line(event)
+        if line is not None:
+            self._bar.console.print(line, overflow="fold")
+        if isinstance(event, Planned):
+            self._estimate.to_measure = event.to_measure
+            self._bar.update(self._task, total=event.to_measure)
+        elif isinstance(event, BucketStarted):
+            self._expected, self._seen = max(1, len(event.candidates)), 0
+            self._bar.update(self._task, description=place(event.bucket))
+        elif isinstance(event, CandidateDone):
+            self._seen += 1
+            self._estimate.done = self._finished + min(0.9, self._seen / self._expected)
+            self._bar.update(self._task, description=f"{event.bucket.op} {event.bucket.seq_len} · {event.label}")
+        elif isinstance(event, (BucketDone, BucketFailed)):
+            self._finished += 1
+            self._estimate.done = self._finished
+            self._bar.update(self._task, completed=self._finished)
+
+
+def finished_line(event: Event) -> Text | None:
+    """The line of an event that is worth one: a finished bucket, a candidate that was wrong, a backend that is not usable."""
+    if isinstance(event, BucketDone):
+        return Text.assemble(
+            ("✓ ", "green"), _short(event.bucket), ": ", (event.entry.label, "green"), f" {units.time_us(event.entry.us)}",
+            _gain(event), (f"  in {units.seconds(event.seconds)}", "dim"),
+        )  # fmt: skip
+    if isinstance(event, BucketFailed):
+        return Text.assemble(("✗ ", "red"), _short(event.bucket), f": {event.reason}")
+    if isinstance(event, CandidateDone) and event.status == "failed":
+        return Text.assemble(("! ", "yellow"), f"{event.bucket.op} {event.bucket.seq_len}: {event.label} ({event.direction}) failed: {event.detail}")
+    if isinstance(event, BackendProbed) and event.state in ("broken", "refused"):
+        return Text.assemble(("! ", "yellow"), f"backend {event.backend} is {event.state}: {event.reason}")
+    if isinstance(event, (BackendProbed, BucketStarted, CandidateDone, Planned, Remaining, Skipped)):
+        return None
+    raise TypeError(f"unknown event {event!r}")
+
+
+def _short(bucket: Bucket) -> str:
+    return place(bucket)
+
+
+def _gain(event: BucketDone) -> str:
+    over = units.gain(event.default_us, event.entry.us)
+    return f", {over} the default" if over and event.default_us != event.entry.us else ""

@@ -1,0 +1,212 @@
+"""`tune`, also called `autotune`: measures this machine and writes what won. Decides what to say, never what wins."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from titans_backends import registry
+from titans_backends.cache.paths import user_cache_path
+from titans_backends.cli import exit_codes, units, words
+from titans_backends.cli.failures import MisuseError, user_input
+from titans_backends.cli.plan_rows import plan_json, show_plan
+from titans_backends.cli.progress import showing
+from titans_backends.cli.show import console, facts, print_json, say, status_console
+from titans_backends.cli.tune_rows import rows_json, show_rows
+from titans_backends.machine import Machine, detect
+from titans_backends.signature import Launch, Regime
+from titans_backends.tuning.plan import plan
+from titans_backends.tuning.run import TuneInterrupted, TuneReport, TuneRequest
+from titans_backends.tuning.run import tune as run_tune
+
+__all__ = ["tune"]
+
+NOTHING = "nothing to do"
+
+
+def tune(
+    op: Annotated[list[str] | None, typer.Option(metavar="OP", help="Ops to tune; repeat, or separate with commas.", show_default="all")] = None,
+    seq_lens: Annotated[list[str] | None, typer.Option(metavar="N", help="Sequence lengths: 512,2048.", show_default="the grid's")] = None,
+    heads: Annotated[list[str] | None, typer.Option(metavar="QK/V", help="Heads of q and k / of v: 16/32, or 16.", show_default="the grid's")] = None,
+    head_dim: Annotated[list[str] | None, typer.Option(metavar="K[xV]", help="128, or 128x64 for K = 128 and V = 64.", show_default="the grid's")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences in a call.", show_default="1")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(metavar="DTYPE", help="float32, float64, bfloat16, float16.", show_default="the grid's")] = None,
+    regime: Annotated[list[str] | None, typer.Option(metavar="REGIME", help="inference, training.", show_default="the grid's")] = None,
+    launch: Annotated[list[str] | None, typer.Option(metavar="LAUNCH", help="eager, graph (CUDA only).", show_default="the grid's")] = None,
+    budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop after this many seconds; type the command again to go on.", show_default="none")] = None,
+    quick: Annotated[bool | None, typer.Option("--quick/--full", help="The small or the whole grid.", show_default="quick on a CPU")] = None,
+    backend: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Backends that race.", show_default="all; with --quick the quick ones")] = None,
+    objective: Annotated[str, typer.Option(metavar="WHAT", help="time, or memory: the least peak, then the fastest.")] = "time",
+    max_memory: Annotated[float | None, typer.Option(metavar="MIB", help="Nothing wins that needs more beyond its inputs.", show_default="none")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write this file.", show_default="the user's cache")] = None,
+    device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is current.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be measured; measure nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The table's rows as JSON on stdout.")] = False,
+) -> None:
+    """Measure this machine, write the winners to a YAML file, and show what that bought.
+
+    Only what is missing or no longer current is measured. Ctrl-C keeps every finished bucket.
+    Exit status: 0 when every bucket has a row, 1 when some are left or nothing could win, 2 when it could not run, 130 on Ctrl-C.
+    """
+    target = words.device_named(device)
+    machine = detect(target)
+    small = machine.kind == "cpu" if quick is None else quick
+    racing = _backends(backend)
+    pairs = words.heads_list(heads)
+    with user_input():
+        buckets = plan(
+            machine.kind,
+            quick=small,
+            ops=words.op_names(op),
+            seq_lens=words.integers("--seq-lens", seq_lens),
+            heads=pairs,
+            head_dims=words.head_dims(head_dim),
+            dtypes=words.one_of("--dtype", dtype, words.DTYPES),
+            regimes=cast("Sequence[Regime] | None", words.one_of("--regime", regime, ("inference", "training"))),
+            launches=cast("Sequence[Launch] | None", words.one_of("--launch", launch, ("eager", "graph"))),
+            batch=batch,
+        )
+    if objective not in ("time", "memory"):
+        raise MisuseError(f"--objective must be time or memory, got {objective!r}")
+    for name, value in (("--budget", budget), ("--max-memory", max_memory)):
+        if value is not None and not value > 0:
+            raise MisuseError(f"{name} must be above 0, got {value:g}")
+    request = TuneRequest(
+        buckets,
+        device=target,
+        quick=small,
+        backends=racing,
+        objective=cast(Literal["time", "memory"], objective),
+        max_memory_mib=max_memory,
+        budget_s=budget,
+        output=output,
+        force=force,
+        heads=pairs[0][1] if pairs is not None and len(pairs) == 1 else None,
+    )
+    if dry_run:
+        _show_dry_run(request, machine, as_json)
+        return
+    options = (
+        ("--op", op), ("--seq-lens", seq_lens), ("--heads", heads), ("--head-dim", head_dim), ("--dtype", dtype), ("--regime", regime),
+        ("--launch", launch), ("--backend", backend),
+    )  # fmt: skip
+    typed = [word for name, given in options for value in given or () for word in (name, value)]
+    typed += ["--batch", str(batch)] if batch is not None else []
+    typed += [] if quick is None else ["--quick" if quick else "--full"]
+    typed += ["--objective", objective] if objective != "time" else []
+    typed += ["--max-memory", f"{max_memory:g}"] if max_memory is not None else []
+    typed += ["--output", str(output)] if output is not None else []
+    typed += ["--device", device] if device is not None else []
+    _Session(request, machine, shlex.join(["titans-backends", "tune", *typed]), as_json).run()
+
+
+def _backends(given: list[str] | None) -> tuple[str, ...] | None:
+    found = words.names(given)
+    for name in found or ():
+        registry.get(name)
+    return None if found is None else tuple(found)
+
+
+def _path(request: TuneRequest, machine: Machine) -> Path:
+    return request.output if request.output is not None else user_cache_path(machine.slug)
+
+
+def _show_dry_run(request: TuneRequest, machine: Machine, as_json: bool) -> None:
+    racing = request.backends or tuple(b.name for b in registry.known().values() if b.quick or not request.quick)
+    if as_json:
+        print_json(plan_json(request, machine, racing))
+        return
+    out = console()
+    show_plan(out, request, machine, racing)
+    say(out, f"\n{units.amount(len(request.buckets), 'bucket')} would be measured on {machine.name}, and written to {_path(request, machine)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """One tune from the first line to the exit status; `again` is the command that goes on with it."""
+
+    request: TuneRequest
+    machine: Machine
+    again: str
+    as_json: bool
+
+    def run(self) -> None:
+        """Raises typer.Exit for every status but 0."""
+        err = status_console()
+        self._announce(err)
+        try:
+            with showing(err) as on_event:
+                report = run_tune(self.request, on_event)
+        except TuneInterrupted as stop:
+            self._show(stop.report)
+            self._interrupted(err, stop.report)
+            raise typer.Exit(exit_codes.INTERRUPTED) from stop
+        if report.nothing_to_do:
+            self._nothing(report)
+            return
+        self._show(report)
+        self._ended(err if self.as_json else console(), report)
+        if not report.complete:
+            raise typer.Exit(exit_codes.FALLS_SHORT)
+
+    def _announce(self, err: Console) -> None:
+        grid = "quick grid" if self.request.quick else "full grid"
+        say(err, f"{self.machine.name}: {units.amount(len(self.request.buckets), 'bucket')} planned ({grid}), into {_path(self.request, self.machine)}", "dim")
+
+    def _nothing(self, report: TuneReport) -> None:
+        if self.as_json:
+            print_json(rows_json(report.rows))
+            say(status_console(), NOTHING)
+            return
+        out = console()
+        say(out, NOTHING)
+        current = units.amount(len(report.rows), "bucket is", "buckets are")
+        say(out, f"all {current} current in {report.path}" if len(report.rows) != 1 else f"the bucket is current in {report.path}")
+        facts(out, [("see them", f"titans-backends cache show{_file(self.request)}"), ("measure again", f"{self.again} --force")])
+
+    def _show(self, report: TuneReport) -> None:
+        shown = [row for row in report.rows if row.entry is not None or row.reason]
+        if self.as_json:
+            print_json(rows_json(shown))
+        elif shown:
+            out = console()
+            out.print()
+            show_rows(out, shown)
+            out.print()
+
+    def _ended(self, to: Console, report: TuneReport) -> None:
+        measured = sum(row.measured for row in report.rows)
+        say(to, f"measured {units.amount(measured, 'bucket')} in {units.seconds(report.seconds)}; the winners are in")
+        say(to, f"  {report.path}", "bold")
+        without = [row for row in report.rows if row.entry is None and row.bucket not in report.remaining]
+        if without:
+            say(to, Text(f"{units.amount(len(without), 'bucket')} without a winner; the table says why. What to do: titans-backends doctor", "yellow"))
+        if report.remaining:
+            say(to, Text(f"the budget ended with {units.amount(len(report.remaining), 'bucket')} left. Go on with:", "yellow"))
+            say(to, f"  {self.again}{self._budget()}")
+            return
+        op = report.rows[0].bucket.op if report.rows else "gated_delta_rule"
+        steps = [("see it again", f"titans-backends cache show{_file(self.request)}"), ("ask why", f"titans-backends explain {op}")]
+        if self.request.output is not None:
+            steps.append(("use it", f"TITANS_BACKENDS_CACHE={shlex.quote(str(self.request.output))}"))
+        facts(to, steps)
+
+    def _interrupted(self, err: Console, report: TuneReport) -> None:
+        kept = sum(row.entry is not None for row in report.rows)
+        say(err, f"interrupted: {kept} of {units.amount(len(self.request.buckets), 'bucket')} have a row in {report.path}, and are kept. Go on with:")
+        say(err, f"  {self.again}{self._budget()}")
+
+    def _budget(self) -> str:
+        return f" --budget {self.request.budget_s:g}" if self.request.budget_s is not None else ""
+
+
+def _file(request: TuneRequest) -> str:
+    return f" {shlex.quote(str(request.output))}" if request.output is not None else ""

@@ -41,9 +41,7 @@ def test_opcheck_of_the_backward_op(name: str) -> None:
     needs = [isinstance(getattr(call, n), torch.Tensor) for n in contract.differentiable]
     grads = [None if o is None else torch.ones_like(o) for o in outputs]
     arguments = (*grads, *library._flatten(contract, library.planner(name).values(call)), None, needs, None, False)
-    torch.library.opcheck(
-        getattr(torch.ops.titans_backends, f"{name}_backward").default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(getattr(torch.ops.titans_backends, f"{name}_backward").default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_opcheck_of_the_in_place_step() -> None:
@@ -195,5 +193,3 @@ def test_the_memo_answers_the_registered_op_too() -> None:
     op = tb.get_op("fast_core")
     torch.compile(lambda **a: op(**a), fullgraph=True, backend="aot_eager")(**kw)
     assert len(library.planner("fast_core")._memo) == 1
-
-

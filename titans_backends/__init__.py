@@ -26,7 +26,7 @@ from titans_backends.errors import (  # noqa: E402
 )
 from titans_backends.machine import Machine, detect  # noqa: E402
 from titans_backends.op import BoundOp, Op, get_op  # noqa: E402
-from titans_backends.policy import autotune, policy, use_backend  # noqa: E402
+from titans_backends.scope import autotune, policy, use_backend  # noqa: E402
 from titans_backends.signature import Signature  # noqa: E402
 from titans_backends.verdict import ACCEPTED, Verdict, refused  # noqa: E402
 

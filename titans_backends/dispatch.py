@@ -1,4 +1,4 @@
-"""Which kernel serves a signature, and why: policy, verdicts, tuned tables, defaults, in that order.
+"""Which kernel serves a signature, and why: scope, verdicts, tuned tables, defaults, in that order.
 
 Nothing is measured and nothing is run here. A choice carries everything that `explain` prints; a refusal carries every reason.
 """
@@ -154,5 +154,9 @@ def choose(
     pair = available[0]
     if forced is not None:
         return Choice(signature, machine, bucket, pair, "forced", f"forced ({forced.by}); its first candidate", given, tuple(consulted))
-    why = "the batch-invariant policy: one candidate for every batch and length" if signature.batch_invariant else f"no tuned row; first by rank on {machine.kind}"
+    why = (
+        "the batch-invariant policy: one candidate for every batch and length"
+        if signature.batch_invariant
+        else f"no tuned row; first by rank on {machine.kind}"
+    )
     return Choice(signature, machine, bucket, pair, "default", why, given, tuple(consulted))

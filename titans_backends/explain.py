@@ -66,7 +66,9 @@ class Explanation:
             "origin": "refused" if choice is None else choice.origin,
             "reason": self.refusal if choice is None else choice.reason,
             "stale": self.stale,
-            "key": {name: list(value) if isinstance(value, tuple) else value for name, value in full_when(self.bucket.when, defaults_of(self.bucket.op))},
+            "key": {
+                name: list(value) if isinstance(value, tuple) else value for name, value in full_when(self.bucket.when, defaults_of(self.bucket.op))
+            },
             "seq_len": self.bucket.seq_len,
             "work": {"flop": self.work.flop, "bytes": self.work.bytes},
             "backends": [_offer_row(entry, self.signature) for entry in self.offers],
@@ -141,7 +143,7 @@ def _timing_row(source: Source, m: Measurement) -> dict[str, Json]:
     return {
         "path": str(timings_path(source.path)),
         "candidate": m.candidate,
-        "params": {name: value for name, value in m.params},
+        "params": {**dict(m.params)},
         "direction": m.direction,
         "saves_states": m.saves_states,
         "status": m.status,

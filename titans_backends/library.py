@@ -224,7 +224,7 @@ def _setup_context(op: Contract) -> Callable[..., None]:
             ctx.mark_non_differentiable(states)
         ctx.set_materialize_grads(False)
         tensors = [x if isinstance(x, Tensor) else None for x in inputs[:-4]]
-        ctx.save_for_backward(*tensors, states)
+        ctx.save_for_backward(*tensors, states)  # type: ignore[arg-type]  # torch takes None too
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]  # type: ignore[attr-defined]
 
     return setup
@@ -256,7 +256,9 @@ def _autograd(op: Contract, backward_op: Callable[..., Outputs] | None = None) -
 
 def _second_order(op: Contract) -> Callable[..., None]:
     def refuse(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> None:
-        raise RuntimeError(f"{op.name}: a gradient of its gradient was asked for; second order is not implemented. Drop create_graph=True, or detach the gradient")
+        raise RuntimeError(
+            f"{op.name}: a gradient of its gradient was asked for; second order is not implemented. Drop create_graph=True, or detach the gradient"
+        )
 
     return refuse
 

@@ -147,7 +147,9 @@ class BoundOp:
             check_indices(self.op.contract, call)
         if _training(values):
             if not self._training:
-                raise BoundCallMismatchError(f"{self.op.name}: it was bound without gradients, but an input requires one; bind it again, or use torch.no_grad()")
+                raise BoundCallMismatchError(
+                    f"{self.op.name}: it was bound without gradients, but an input requires one; bind it again, or use torch.no_grad()"
+                )
             pair = self.choice.pair
             forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
             return library.call(self.op.contract, values, forced, self.choice.signature.batch_invariant, True, True)
@@ -186,7 +188,9 @@ def autocast(op: Contract, call: Call) -> Call:
 
 def _refuse_in_place(op: Contract, call: Call) -> None:
     if getattr(call, "inplace", False):
-        raise ValueError(f"{op.name}: inplace=True takes no gradient, but an input requires one; pass inplace=False, or call it under torch.no_grad()")
+        raise ValueError(
+            f"{op.name}: inplace=True takes no gradient, but an input requires one; pass inplace=False, or call it under torch.no_grad()"
+        )
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from titans_backends import policy, switches
+from titans_backends import scope, switches
 from titans_backends.backend import OpModule, TrainableOpModule
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import check_indices, validate
@@ -56,8 +56,8 @@ PLAIN = Request()
 
 def request(backend: str | None, *, training: bool, may_save: bool = True) -> Request:
     """The request of a call: its own `backend=`, then `use_backend`, then the switch; and the scoped policy."""
-    scoped, force = policy.current(), switches.current().force
-    if backend is None and force is None and not training and scoped is policy.DEFAULT:
+    scoped, force = scope.current(), switches.current().force
+    if backend is None and force is None and not training and scoped is scope.DEFAULT:
         return PLAIN
     by = "backend="
     if backend is None and scoped.forced is not None:

@@ -75,7 +75,9 @@ def _manifest(name: str, module_name: str, origin: str) -> Backend | Broken:
     if not isinstance(backend, Backend):
         return Broken(name, origin, f"{module_name} has no BACKEND of type titans_backends.Backend, but {type(backend).__name__}")
     if backend.contract_version != CONTRACT_VERSION:
-        return Broken(backend.name, origin, f"{backend.name} is written for contract version {backend.contract_version}; this library has {CONTRACT_VERSION}")
+        return Broken(
+            backend.name, origin, f"{backend.name} is written for contract version {backend.contract_version}; this library has {CONTRACT_VERSION}"
+        )
     return replace(backend, origin=origin)
 
 
@@ -89,7 +91,9 @@ def _found() -> _Found:
             failed[f"{result.name} ({origin})" if result.name in failed or result.name in backends else result.name] = result
         elif result.name in backends:
             first = backends[result.name].origin
-            failed[f"{result.name} ({origin})"] = Broken(result.name, origin, f"the name {result.name!r} is taken by the one that is {first}; rename it")
+            failed[f"{result.name} ({origin})"] = Broken(
+                result.name, origin, f"the name {result.name!r} is taken by the one that is {first}; rename it"
+            )
         else:
             backends[result.name] = result
     return _Found(MappingProxyType(backends), MappingProxyType(failed))

@@ -36,7 +36,7 @@ class DeltaScan:
     outputs: bool = True
 
     def advance(self, state: Tensor, slab: Slab, starts: Tensor | None = None) -> Tensor | None:
-        """Moves `state [sequences, H, K, V]` over the slab and returns o without its gate; `starts [n, H, K, V]` receives the chunks' first states."""
+        """Moves `state [sequences, H, K, V]` over the slab; returns o without its gate. `starts [n, H, K, V]` receives the chunks' first states."""
         heads, chunk, dtype = self.v.shape[2], self.grid.chunk, state.dtype
         take, n = self.workspace.take, slab.size
         both = self._keys_and_queries(slab, dtype)

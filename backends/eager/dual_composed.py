@@ -5,7 +5,6 @@ Costs a copy of q, k and b⊙v in the arithmetic's dtype; in return each core ha
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from titans_backends.backend import Candidate
@@ -20,6 +19,8 @@ from .unit_norm import unit, unit_backward
 
 __all__ = ["composed_backward", "composed_forward"]
 
+_FAST = ("q", "k", "v", "gate", "g", "initial_state")
+_SLOW = ("q", "k", "v", "beta", "g", "gate", "initial_state")
 _WHOLE = 128
 _BLOCK = 64
 
@@ -32,11 +33,8 @@ class _Parts:
         q, k = call.q.to(dtype), call.k.to(dtype)
         if call.qk_l2norm:
             q, k = unit(q), unit(k)
-        self.alpha = (
-            call.alpha.to(dtype).expand(v.shape[:3])
-            if isinstance(call.alpha, Tensor)
-            else v.new_full((), call.alpha, dtype=dtype).expand(v.shape[:3])
-        )
+        alpha = call.alpha.to(dtype) if isinstance(call.alpha, Tensor) else v.new_full((), call.alpha, dtype=dtype)
+        self.alpha = alpha.expand(v.shape[:3])
         gates = [None if gate is None else gate.to(dtype) for gate in (call.fast_gate, call.slow_gate)]
         shares = (self.alpha, 1 - self.alpha)
         self.gates = tuple(gates)
@@ -76,7 +74,8 @@ def composed_forward(call: DualCore, slow_chunk: int) -> tuple[Tensor | None, ..
     parts = _Parts(call, slow_chunk)
     fast, fast_state = fast_core.run(parts.fast, parts.fast_candidate)
     slow, state = gated_delta_rule.run(parts.slow, parts.slow_candidate)
-    assert fast is not None and slow is not None
+    assert fast is not None
+    assert slow is not None
     if state is not None and call.normalize_final:
         state = normalized(state)
     return fast.add_(slow).to(call.v.dtype), state, fast_state
@@ -96,26 +95,20 @@ def composed_backward(call: DualCore, grads: tuple[Tensor | None, ...], needs: f
     fast_needs = (shared - {"beta"}) | ({"v"} if "beta" in shared else set()) | ({"gate"} if gate_fast else set())
     fast_needs |= {"initial_state"} if "initial_fast_state" in needs else set()
     slow_needs = shared | ({"g"} & needs) | ({"gate"} if gate_slow else set()) | ({"initial_state"} & needs)
-    fast = dict(
-        zip(
-            ("q", "k", "v", "gate", "g", "initial_state"),
-            fast_core.run_backward(parts.fast, (d_o, grads[2]), None, frozenset(fast_needs), parts.fast_candidate),
-            strict=True,
-        )
-    )
-    slow = dict(
-        zip(
-            ("q", "k", "v", "beta", "g", "gate", "initial_state"),
-            gated_delta_rule.run_backward(parts.slow, (d_o, d_final), None, frozenset(slow_needs), parts.slow_candidate),
-            strict=True,
-        )
-    )
+    fast = _named(_FAST, fast_core.run_backward(parts.fast, (d_o, grads[2]), None, frozenset(fast_needs), parts.fast_candidate))
+    slow = _named(_SLOW, gated_delta_rule.run_backward(parts.slow, (d_o, d_final), None, frozenset(slow_needs), parts.slow_candidate))
     return _joined(call, parts, fast, slow, needs)
 
 
-def _joined(
-    call: DualCore, parts: _Parts, fast: dict[str, Tensor | None], slow: dict[str, Tensor | None], needs: frozenset[str]
-) -> dict[str, Tensor]:
+Named = dict[str, Tensor | None]
+
+
+def _named(names: tuple[str, ...], grads: tuple[Tensor | None, ...]) -> Named:
+    return dict(zip(names, grads, strict=True))
+
+
+def _joined(call: DualCore, parts: _Parts, fast: Named, slow: Named, needs: frozenset[str]) -> dict[str, Tensor]:
+    """Both calls' gradients in the terms of the one."""
     out: dict[str, Tensor] = {}
     for name in ("q", "k"):
         if name in needs:
@@ -133,10 +126,9 @@ def _joined(
         if name in needs:
             out[name] = _given(part["gate"]) * share
     if "alpha" in needs:
-        d_shares = [
-            _given(part["gate"]) if gate is None else _given(part["gate"]) * gate for part, gate in zip((fast, slow), parts.gates, strict=True)
-        ]
-        grad, alpha = d_shares[0] - d_shares[1], call.alpha
+        by_gate = (_given(fast["gate"]), _given(slow["gate"]))
+        d_fast, d_slow = (grad if gate is None else grad * gate for grad, gate in zip(by_gate, parts.gates, strict=True))
+        grad, alpha = d_fast - d_slow, call.alpha
         assert isinstance(alpha, Tensor)
         out["alpha"] = grad.sum_to_size(alpha.shape) if alpha.dim() else grad.sum()
     for name, found in (("g", slow["g"]), ("initial_state", slow["initial_state"]), ("initial_fast_state", fast["initial_state"])):

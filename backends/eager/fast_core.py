@@ -5,6 +5,7 @@ A packed call's cu_seqlens is read on the host.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -114,8 +115,10 @@ class _Blocked:
     def __init__(self, call: FastCore, block: int) -> None:
         self.call, self.block = call, block
         bounds = [0, call.v.shape[1]] if call.cu_seqlens is None else call.cu_seqlens.tolist()
-        self.edges, self.firsts, self.lasts = [0], [], []  # chunk boundaries; each sequence's first and last chunk (None: it has no token)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        self.edges = [0]  # between chunks
+        self.firsts: list[int | None] = []  # each sequence's first chunk; None: it has no token
+        self.lasts: list[int | None] = []
+        for start, stop in itertools.pairwise(bounds):
             self.firsts.append(len(self.edges) - 1 if stop > start else None)
             edge = start + call.chunk_size - call.chunk_offset
             while edge < stop:
@@ -166,7 +169,8 @@ class _Blocked:
         final = self._fresh_state(call.initial_state) if call.output_final_state else None
         for row in range(call.v.shape[0]):
             part, ends = self._recurrence(row).forward(final=True, save=False)
-            assert part is not None and ends is not None
+            assert part is not None
+            assert ends is not None
             o[row] = part[0]
             for sequence, _, last in self._rows(row):
                 if final is not None and last is not None:

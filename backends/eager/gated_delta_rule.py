@@ -119,13 +119,13 @@ class _Rule:
     def backward(self, d_o: Tensor | None, d_final: Tensor | None, saved: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
         call, slabs = self.call, self.slabs(backward=True)
         d_state = self.states(d_final)
-        starts = self._starts(slabs) if saved is None else None
+        recomputed = self._starts(slabs) if saved is None else d_state[:0]
         want = frozenset(_WANTS[name] for name in needs)
         if needs & {"k", "beta", "g"}:
             want |= {"u", "w"}
         out = {name: torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) for name in needs - {"initial_state"}}
         for slab in reversed(slabs):
-            begun = starts[slab.first : slab.last] if saved is None and starts is not None else self.grid.gather_per_chunk(slab, saved, self.dtype)
+            begun = recomputed[slab.first : slab.last] if saved is None else self.grid.gather_per_chunk(slab, saved, self.dtype)
             self._backward_slab(slab, d_state, begun, d_o, want, needs, out)
         if "initial_state" in needs and call.initial_state is not None:
             out["initial_state"] = self.grid.in_call_order(d_state).to(call.initial_state.dtype)

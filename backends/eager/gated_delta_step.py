@@ -110,11 +110,7 @@ def run_backward(
     """Gradients of q, k, v, beta, g and state, in that order, for the form that is not in place."""
     heads, dtype = call.v.shape[2], compute_dtype(call.v)
     d_o = None if grads[0] is None else _heads_first(grads[0], heads, dtype)
-    d_pool = (
-        torch.zeros_like(call.state, memory_format=torch.contiguous_format)
-        if grads[1] is None
-        else grads[1].clone(memory_format=torch.contiguous_format)
-    )
+    d_pool = (torch.zeros_like(call.state) if grads[1] is None else grads[1]).clone(memory_format=torch.contiguous_format)
     if call.state_indices is None:
         rows, d_rows, slots = call.state.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format), d_pool, None
     elif not call.state.shape[0]:

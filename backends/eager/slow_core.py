@@ -103,26 +103,23 @@ class Recurrence:
             self.grid.scatter(slab, y, o)
             if saved is not None and starts is not None:
                 self.grid.scatter_per_chunk(slab, starts, saved)
-        if not final:
-            last = None
-        else:
-            last = self.grid.in_call_order(normalized(state) if self.normalize_final else state)
+        last = self.grid.in_call_order(normalized(state) if self.normalize_final else state) if final else None
         return (o, last) if saved is None else (o, last, saved)
 
     def backward(self, d_o: Tensor | None, d_final: Tensor | None, saved: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
         """Gradients by argument name, each in its input's dtype."""
         slabs = self.slabs(backward=True)
         d_state = self.states(d_final)
-        starts = None
-        if saved is None or self.normalize_final:
+        recomputed, kept = d_state[:0], None if self.normalize_final else saved
+        if kept is None:
             state = self.states(self.initial_state)
-            starts = chunk_starts(state, self.grid, slabs, self.load, normalize_read=self.normalize_read)
+            recomputed = chunk_starts(state, self.grid, slabs, self.load, normalize_read=self.normalize_read)
             if self.normalize_final:
                 d_state = normalized_backward(state, d_state)
         want = frozenset(_WANTS[name] for name in needs)
         out = {name: torch.empty_like(getattr(self, name), memory_format=torch.contiguous_format) for name in needs - {"initial_state"}}
         for slab in reversed(slabs):
-            begun = starts[slab.first : slab.last] if starts is not None else self.grid.gather_per_chunk(slab, saved, d_state.dtype)
+            begun = recomputed[slab.first : slab.last] if kept is None else self.grid.gather_per_chunk(slab, kept, d_state.dtype)
             self._backward_slab(slab, d_state, begun, d_o, want, out)
         if "initial_state" in needs and self.initial_state is not None:
             out["initial_state"] = self.grid.in_call_order(d_state).to(self.initial_state.dtype)

@@ -85,14 +85,19 @@ def _state(backend: Backend, machine: Machine, host: Host, device: str, timeout_
         return "broken", f"its probe: {error}", ()
     if answer["state"] in ("refused", "broken"):
         return ("refused" if answer["state"] == "refused" else "broken"), str(answer["reason"]), ()
-    right, wrong, refusals = [], [], []
+    right: list[str] = []
+    wrong: list[str] = []
+    refusals: list[str] = []
     for op in _ops(backend):
         bucket, given = _accepted(backend, op, machine, device)
         if not given.forward:
             refusals.append(f"{op}: {given.verdict}")
             continue
         reason = _check(host, bucket, given, timeout_s)
-        (wrong if reason else right).append(f"{op}: {given.forward[0].label}: {reason}" if reason else op)
+        if reason:
+            wrong.append(f"{op}: {given.forward[0].label}: {reason}")
+        else:
+            right.append(op)
     if wrong:
         return "broken", "; ".join(wrong), tuple(right)
     return ("usable" if right else "importable"), "; ".join(refusals), tuple(right)
@@ -101,9 +106,11 @@ def _state(backend: Backend, machine: Machine, host: Host, device: str, timeout_
 def _accepted(backend: Backend, op: str, machine: Machine, device: str) -> tuple[Bucket, Offer]:
     """The first of the small sizes that it accepts, or the last with its refusal."""
     for dtype, head_dim in _SIZES:
-        (bucket,) = plan(
-            machine.kind, ops=[op], seq_lens=[64], heads=[(2, 2)], head_dims=[(head_dim, head_dim)], dtypes=[dtype], regimes=["inference"], launches=["eager"]
-        )[:1]  # fmt: skip
+        heads, head_dims = [(2, 2)], [(head_dim, head_dim)]
+        found = plan(
+            machine.kind, ops=[op], seq_lens=[64], heads=heads, head_dims=head_dims, dtypes=[dtype], regimes=["inference"], launches=["eager"]
+        )
+        bucket = found[0]
         given = offer(backend, signature_of_bucket(bucket, device), machine)
         if given.forward:
             break

@@ -1,4 +1,7 @@
-"""`bench`: one call side by side: what dispatch chooses, the untuned default, the plain reference; each checked before it is timed. Writes nothing."""
+"""`bench`: what dispatch chooses, the untuned default and the plain reference, side by side; each is checked before it is timed.
+
+Nothing is written: what is measured here changes no choice.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,9 @@ def bench(
     head_dim: Annotated[str, typer.Option(metavar="K[xV]", help="128, or 128x64 for K = 128 and V = 64.")] = "128",
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, float64, bfloat16, float16.")] = "float32",
     regime: Annotated[str, typer.Option(metavar="REGIME", help="inference or training.")] = "inference",
-    option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option in the op's key: chunk_size=64.", show_default=False)] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option in the op's key: chunk_size=64.", show_default=False)
+    ] = None,
     backend: Annotated[str | None, typer.Option(metavar="NAME", help="As if this backend were forced.", show_default=False)] = None,
     budget: Annotated[float, typer.Option(metavar="SECONDS", help="For the rounds of one call.")] = 2.0,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
@@ -70,7 +75,9 @@ def bench(
     Exit status: 0 when everything was right, 1 when a kernel was wrong or every backend refuses.
     """
     target = words.device_named(device)
-    asked = [_asked(name, length, batch, heads, head_dim, dtype, regime, option, target) for name in op for length in words.integers("--seq-len", seq_len) or [None]]
+    given = words.integers("--seq-len", seq_len)
+    lengths: list[int | None] = [None] if given is None else [*given]
+    asked = [_asked(name, length, batch, heads, head_dim, dtype, regime, option, target) for name in op for length in lengths]
     ceilings = measure(target, words.dtype_named(dtype))
     err = status_console()
     rows: list[Timed] = []
@@ -108,9 +115,9 @@ def _timed(asked: AskedCall, backend: str | None, ceilings: Ceilings, budget_s: 
     forced = request(backend, training=asked.training).forced
     chosen = choose(signature, machine, forced)
     default = first_pair(offers(signature, machine), signature)
-    runners = {chosen.pair: f"chosen ({chosen.origin})"}
+    runners = {chosen.pair: "chosen"}
     if default is not None:
-        runners[default] = "chosen, the default" if default == chosen.pair and chosen.origin != "forced" else runners.get(default, "default")
+        runners.setdefault(default, "default")
     bucket = bucket_of(signature)
     session = Session(bucket, asked.device, asked.case.H)
     floor_us = None if asked.training else _floor(asked.work(), ceilings)
@@ -133,9 +140,11 @@ def _timed(asked: AskedCall, backend: str | None, ceilings: Ceilings, budget_s: 
         us, spread = combined([(outcome.timings[c].us, outcome.timings[c].spread) for c in _members(pair)])
         peak = max((checked[c].peak_mib or 0.0 for c in _members(pair)), default=0.0)
         found.append(Timed(bucket, what, pair.label, us, spread, peak, floor_us))
+    if default == chosen.pair:
+        found.append(Timed(bucket, "default", found[0].label, found[0].us, found[0].spread, found[0].peak_mib, floor_us, found[0].problem))
     reference_us = session.reference(_REFERENCE_S)
     problem = "" if reference_us is not None else f"it would take over {_REFERENCE_S:g} s"
-    found.append(Timed(bucket, "reference", "the contract's formula in torch", reference_us, None, None, floor_us, problem))
+    found.append(Timed(bucket, "reference", "the plain formula", reference_us, None, None, floor_us, problem))
     session.close()
     return found
 
@@ -168,21 +177,20 @@ def _row(row: Timed) -> dict[str, Json]:
 
 
 def _show(out: Console, rows: Sequence[Timed], ceilings: Ceilings) -> None:
-    columns = (
-        Column(""), Column("candidate", flexible=True), Column("median", "right"), Column("±", "right"), Column("peak", "right"),
-        Column("of floor", "right"), Column("gain", "right"),
-    )  # fmt: skip
+    numbers = [Column(title, "right") for title in ("median", "±", "peak", "of floor", "gain")]
     groups = []
     for bucket in dict.fromkeys(row.bucket for row in rows):
         mine = [row for row in rows if row.bucket == bucket]
         title = Text.assemble(key_title(bucket), (f" · seq_len {bucket.seq_len}", "dim"))
-        groups.append(Group(title, [_cells(row, mine[-1].us) for row in mine]))
-    table(out, columns, groups)
+        groups.append(Group(title, [_cells(row, mine[0].label, mine[-1].us) for row in mine]))
+    table(out, [Column(""), Column("candidate", flexible=True), *numbers], groups)
     out.print()
     say(out, Text(f"gain: over the reference; of floor: the share of what this machine could reach, at {ceilings}", "dim"))
 
 
-def _cells(row: Timed, reference_us: float | None) -> list[str | Text]:
+def _cells(row: Timed, chosen: str, reference_us: float | None) -> list[str | Text]:
+    if row.what == "default" and row.label == chosen:
+        return [row.what, Text("the same", "dim"), "", "", "", "", ""]
     if row.us is None:
         return [row.what, Text(f"{row.label}: {row.problem}", "red" if row.wrong else "dim"), "", "", "", "", ""]
     share = units.percent(row.floor_us / row.us) if row.floor_us else ""

@@ -92,7 +92,10 @@ def diff(
 
 @cache.command("merge")
 def merge(
-    tables: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Tables of one device; where two have a bucket, the later one's row is taken.", show_default=False)],
+    tables: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Tables of one device; where two have a bucket, the later one's row is taken.", show_default=False),
+    ],
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Merge into this file.", show_default="the user's cache")] = None,
     device: DeviceOption = None,
 ) -> None:
@@ -146,7 +149,12 @@ def prune(
     if rows:
         show_table(out, columns, [Group("", rows)])
         out.print()
-    say(out, f"{'would remove' if dry_run else 'removed'} {len(rows)} of {units.amount(len(table.rows), 'row')} in {target}" if rows else "nothing to prune")
+    say(
+        out,
+        f"{'would remove' if dry_run else 'removed'} {len(rows)} of {units.amount(len(table.rows), 'row')} in {target}"
+        if rows
+        else "nothing to prune",
+    )
 
 
 @cache.command("reset")

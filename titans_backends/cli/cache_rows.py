@@ -18,6 +18,7 @@ from titans_backends.cli.winners import winner_cells, winner_columns
 
 __all__ = ["changes_json", "rows_json", "show_changes", "show_rows"]
 
+
 def rows_json(table: Table, states: Mapping[Bucket, Staleness]) -> list[Json]:
     """One object per row."""
     return [

@@ -39,7 +39,9 @@ class Finding:
 def doctor(
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
     run: Annotated[bool, typer.Option("--run/--no-run", help="Run each backend's smallest cases in a child process.")] = True,
-    traceback: Annotated[str | None, typer.Option(metavar="BACKEND", help="Show the traceback of a broken backend, and no more.", show_default=False)] = None,
+    traceback: Annotated[
+        str | None, typer.Option(metavar="BACKEND", help="Show the traceback of a broken backend, and no more.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
     """Look at this machine: its facts, every backend with its reasons, switches, cache files, and what to type next.

@@ -34,7 +34,9 @@ def explain(
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, float64, bfloat16, float16.")] = "float32",
     regime: Annotated[str, typer.Option(metavar="REGIME", help="inference or training.")] = "inference",
     option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the op: chunk_size=64.", show_default=False)] = None,
-    with_: Annotated[list[str] | None, typer.Option("--with", metavar="TENSOR", help="Optional tensors that are given; none for none.", show_default="as tuned")] = None,
+    with_: Annotated[
+        list[str] | None, typer.Option("--with", metavar="TENSOR", help="Optional tensors that are given; none for none.", show_default="as tuned")
+    ] = None,
     packed: Annotated[bool, typer.Option("--packed", help="The sequences in one row, with cu_seqlens.")] = False,
     backend: Annotated[str | None, typer.Option(metavar="NAME", help="As if this backend were forced.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
@@ -85,7 +87,13 @@ def _show(out: Console, asked: AskedCall, found: Explanation) -> None:
         _show_table(out, consulted)
     for source, measurements in found.timings:
         heading(out, f"timings in {timings_path(source.path)}")
-        columns = (Column("candidate", flexible=True), Column("direction"), Column("median", "right"), Column("±", "right"), Column("note", flexible=True))
+        columns = (
+            Column("candidate", flexible=True),
+            Column("direction"),
+            Column("median", "right"),
+            Column("±", "right"),
+            Column("note", flexible=True),
+        )
         table(out, columns, [Group("", [_timing(one) for one in sorted(measurements, key=_by_time)])])
     if found.choice is not None and found.choice.origin == "default":
         out.print()

@@ -66,7 +66,9 @@ def _show_all(out: Console, rows: list[dict[str, Json]]) -> None:
     cells = [[str(row["name"]), str(row["summary"]), ", ".join(_strings(row["backends"]))] for row in rows]
     table(out, columns, [Group("", cells)])
     out.print()
-    facts(out, [("one op in full", "titans-backends ops gated_delta_rule"), ("which kernel runs", "titans-backends explain gated_delta_rule")], indent=0)
+    facts(
+        out, [("one op in full", "titans-backends ops gated_delta_rule"), ("which kernel runs", "titans-backends explain gated_delta_rule")], indent=0
+    )
 
 
 def _strings(value: Json) -> list[str]:
@@ -118,16 +120,16 @@ def _show_one(out: Console, op: Contract) -> None:
     out.print()
     say(out, _signature(op))
     heading(out, "arguments")
-    columns = (Column("name"), Column("layout", flexible=True), Column("dtype", flexible=True), Column(""), Column("gradient"))
+    columns = [Column("name"), Column("layout", flexible=True), Column("dtype", flexible=True), Column(""), Column("gradient")]
     rows = [_argument_cells(argument, op) for argument in op.arguments]
     table(out, columns, [Group("", rows)])
     if op.options:
         heading(out, "options")
-        columns = (Column("name"), Column("default"), Column("accepts", flexible=True), Column("in the key"))
+        columns = [Column("name"), Column("default"), Column("accepts", flexible=True), Column("in the key")]
         table(out, columns, [Group("", [[o.name, str(o.default), _accepts(o), "yes" if o.in_key else ""] for o in op.options])])
     heading(out, "outputs")
-    columns = (Column("name"), Column("layout"), Column("dtype"), Column("asked for by", flexible=True))
-    outputs = [[o.name, f"[{', '.join(o.dims.split())}]", f"as {o.like}" if o.like else "float32 or float64", f"{o.when}=True" if o.when else ""] for o in op.outputs]
+    columns = [Column("name"), Column("layout"), Column("dtype"), Column("asked for by", flexible=True)]
+    outputs = [[o.name, _layout(o.dims), f"as {o.like}" if o.like else "float32 or float64", f"{o.when}=True" if o.when else ""] for o in op.outputs]
     table(out, columns, [Group("", outputs)])
     heading(out, "formula")
     say(out, _documentation(op))
@@ -137,5 +139,15 @@ def _show_one(out: Console, op: Contract) -> None:
 
 
 def _argument_cells(argument: Argument, op: Contract) -> list[str]:
-    layouts = " or ".join(f"[{', '.join(layout.replace('*', '...').split())}]" for layout in argument.dims)
-    return [argument.name, layouts, _ROLES[argument.role], "optional" if argument.optional else "", "yes" if argument.name in op.differentiable else ""]
+    layouts = " or ".join(map(_layout, argument.dims))
+    return [
+        argument.name,
+        layouts,
+        _ROLES[argument.role],
+        "optional" if argument.optional else "",
+        "yes" if argument.name in op.differentiable else "",
+    ]
+
+
+def _layout(dims: str) -> str:
+    return f"[{', '.join(dims.replace('*', '...').split())}]"

@@ -17,7 +17,18 @@ from rich.text import Text
 from titans_backends.buckets import Bucket
 from titans_backends.cli import units
 from titans_backends.cli.keys import place
-from titans_backends.tuning.events import BackendProbed, BucketDone, BucketFailed, BucketStarted, CandidateDone, Event, OnEvent, Planned, Remaining, Skipped
+from titans_backends.tuning.events import (
+    BackendProbed,
+    BucketDone,
+    BucketFailed,
+    BucketStarted,
+    CandidateDone,
+    Event,
+    OnEvent,
+    Planned,
+    Remaining,
+    Skipped,
+)
 
 __all__ = ["Estimate", "showing"]
 
@@ -44,7 +55,8 @@ class Estimate:
     @property
     def left(self) -> str:
         """For people; empty while nothing is known."""
-        return "" if self.left_s is None else f"about {units.seconds(self.left_s)} left"
+        wait = self.left_s
+        return "" if wait is None else f"about {units.seconds(wait)} left"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """How results reach the terminal: tables that stay legible at 80 columns, facts with a hanging indent, and JSON.
 
-Results go to stdout, everything else to stderr. Piped output is never wrapped, coloured or cut; reasons are printed as they are, never read as markup.
+Results go to stdout, everything else to stderr. Piped output is never wrapped, coloured or cut; reasons are printed as they are, and
+never read as markup.
 """
 
 from __future__ import annotations

@@ -35,16 +35,24 @@ def tune(
     op: Annotated[list[str] | None, typer.Option(metavar="OP", help="Ops to tune; repeat, or separate with commas.", show_default="all")] = None,
     seq_lens: Annotated[list[str] | None, typer.Option(metavar="N", help="Sequence lengths: 512,2048.", show_default="the grid's")] = None,
     heads: Annotated[list[str] | None, typer.Option(metavar="QK/V", help="Heads of q and k / of v: 16/32, or 16.", show_default="the grid's")] = None,
-    head_dim: Annotated[list[str] | None, typer.Option(metavar="K[xV]", help="128, or 128x64 for K = 128 and V = 64.", show_default="the grid's")] = None,
+    head_dim: Annotated[
+        list[str] | None, typer.Option(metavar="K[xV]", help="128, or 128x64 for K = 128 and V = 64.", show_default="the grid's")
+    ] = None,
     batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences in a call.", show_default="1")] = None,
     dtype: Annotated[list[str] | None, typer.Option(metavar="DTYPE", help="float32, float64, bfloat16, float16.", show_default="the grid's")] = None,
     regime: Annotated[list[str] | None, typer.Option(metavar="REGIME", help="inference, training.", show_default="the grid's")] = None,
     launch: Annotated[list[str] | None, typer.Option(metavar="LAUNCH", help="eager, graph (CUDA only).", show_default="the grid's")] = None,
-    budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop after this many seconds; type the command again to go on.", show_default="none")] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Stop after this many seconds; type the command again to go on.", show_default="none")
+    ] = None,
     quick: Annotated[bool | None, typer.Option("--quick/--full", help="The small or the whole grid.", show_default="quick on a CPU")] = None,
-    backend: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Backends that race.", show_default="all; with --quick the quick ones")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Backends that race.", show_default="all; with --quick the quick ones")
+    ] = None,
     objective: Annotated[str, typer.Option(metavar="WHAT", help="time, or memory: the least peak, then the fastest.")] = "time",
-    max_memory: Annotated[float | None, typer.Option(metavar="MIB", help="Nothing wins that needs more beyond its inputs.", show_default="none")] = None,
+    max_memory: Annotated[
+        float | None, typer.Option(metavar="MIB", help="Nothing wins that needs more beyond its inputs.", show_default="none")
+    ] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write this file.", show_default="the user's cache")] = None,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is current.")] = False,
@@ -159,7 +167,11 @@ class _Session:
 
     def _announce(self, err: Console) -> None:
         grid = "quick grid" if self.request.quick else "full grid"
-        say(err, f"{self.machine.name}: {units.amount(len(self.request.buckets), 'bucket')} planned ({grid}), into {_path(self.request, self.machine)}", "dim")
+        say(
+            err,
+            f"{self.machine.name}: {units.amount(len(self.request.buckets), 'bucket')} planned ({grid}), into {_path(self.request, self.machine)}",
+            "dim",
+        )
 
     def _nothing(self, report: TuneReport) -> None:
         if self.as_json:
@@ -188,7 +200,9 @@ class _Session:
         say(to, f"  {report.path}", "bold")
         without = [row for row in report.rows if row.entry is None and row.bucket not in report.remaining]
         if without:
-            say(to, Text(f"{units.amount(len(without), 'bucket')} without a winner; the table says why. What to do: titans-backends doctor", "yellow"))
+            say(
+                to, Text(f"{units.amount(len(without), 'bucket')} without a winner; the table says why. What to do: titans-backends doctor", "yellow")
+            )
         if report.remaining:
             say(to, Text(f"the budget ended with {units.amount(len(report.remaining), 'bucket')} left. Go on with:", "yellow"))
             say(to, f"  {self.again}{self._budget()}")

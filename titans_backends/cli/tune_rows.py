@@ -16,6 +16,7 @@ from titans_backends.tuning.run import Row
 
 __all__ = ["rows_json", "show_rows"]
 
+
 def rows_json(rows: Sequence[Row]) -> list[Json]:
     """One object per bucket; times in microseconds, gains as factors, null where a number was not measured."""
     return [_row_json(row) for row in rows]

@@ -1,4 +1,4 @@
-"""`verify`: is every usable candidate right on this machine? Runs the conformance cases and counts; what is right is the conformance suite's to say."""
+"""`verify`: is every usable candidate right on this machine? It runs the conformance cases and counts; what is right is theirs to say."""
 
 from __future__ import annotations
 
@@ -140,10 +140,8 @@ def _row(tally: Tally) -> dict[str, Json]:
 
 
 def _show(out: Console, machine: Machine, tallies: Sequence[Tally], unavailable: dict[str, str], seconds: float) -> None:
-    columns = (
-        Column("regime"), Column("dtype"), Column("candidates", "right"), Column("right", "right"), Column("refused", "right"), Column("worst error", "right"),
-        Column("allowed", "right"), Column(""),
-    )  # fmt: skip
+    numbers = [Column(title, "right") for title in ("candidates", "right", "refused", "worst error", "allowed")]
+    columns = [Column("regime"), Column("dtype"), *numbers, Column("")]
     groups: dict[tuple[str, str], list[list[str | Text]]] = {}
     for tally in tallies:
         groups.setdefault((tally.op, tally.backend), []).append(_cells(tally))
@@ -167,4 +165,5 @@ def _cells(tally: Tally) -> list[str | Text]:
     failed = tally.count("failed")
     verdict = Text(f"{failed} wrong", "red") if failed else Text("right" if ran else "refused", "green" if ran else "dim")
     worst, limit = (f"{tally.worst:.1e}", f"{tally.limit:.0e}") if ran else ("", "")
-    return [tally.regime, tally.dtype, str(len(tally.candidates)), f"{tally.count('passed')} of {ran}", str(tally.count("refused") or ""), worst, limit, verdict]
+    counts = [str(len(tally.candidates)), f"{tally.count('passed')} of {ran}", str(tally.count("refused") or "")]
+    return [tally.regime, tally.dtype, *counts, worst, limit, verdict]

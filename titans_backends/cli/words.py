@@ -11,7 +11,21 @@ from titans_backends.cli.failures import MisuseError
 from titans_backends.contracts import contract
 from titans_backends.contracts.contract import Contract, Option, OptionValue
 
-__all__ = ["default_device", "device_named", "dtype_named", "head_dim", "head_dims", "heads", "heads_list", "integers", "names", "one_of", "op_names", "options_of"]
+__all__ = [
+    "DTYPES",
+    "default_device",
+    "device_named",
+    "dtype_named",
+    "head_dim",
+    "head_dims",
+    "heads",
+    "heads_list",
+    "integers",
+    "names",
+    "one_of",
+    "op_names",
+    "options_of",
+]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -102,7 +116,8 @@ def device_named(text: str | None) -> str:
     except RuntimeError:
         raise MisuseError(f"--device must be like cpu, cuda or cuda:1, got {name!r}") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise MisuseError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices here; type --device cpu, or see: titans-backends doctor")
+        count = torch.cuda.device_count()
+        raise MisuseError(f"--device {name}: torch finds {count} CUDA devices here; type --device cpu, or see: titans-backends doctor")
     return name
 
 

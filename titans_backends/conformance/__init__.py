@@ -15,7 +15,7 @@ Nothing here is timed, and nothing is chosen: an item names its backend.
 
 from __future__ import annotations
 
-from titans_backends.conformance.items import Item, items
 from titans_backends.conformance.examine import Result, examine
+from titans_backends.conformance.items import Item, items
 
 __all__ = ["Item", "Result", "examine", "items"]

@@ -5,8 +5,25 @@ from __future__ import annotations
 from titans_backends.contracts.contract import Argument, Option
 
 __all__ = [
-    "BETA", "CHUNK_DECAY", "CHUNK_OFFSET", "CU_SEQLENS", "DELTA", "GATE", "INITIAL_STATE", "K", "LOG_DECAY", "NORMALIZE_FINAL",
-    "NORMALIZE_READ", "OUTPUT_FINAL_STATE", "Q", "QK_L2NORM", "SCALE", "SCALE_OR_ROOT", "TRANSFORM", "V", "chunk_size",
+    "BETA",
+    "CHUNK_DECAY",
+    "CHUNK_OFFSET",
+    "CU_SEQLENS",
+    "DELTA",
+    "GATE",
+    "INITIAL_STATE",
+    "LOG_DECAY",
+    "NORMALIZE_FINAL",
+    "NORMALIZE_READ",
+    "OUTPUT_FINAL_STATE",
+    "QK_L2NORM",
+    "SCALE",
+    "SCALE_OR_ROOT",
+    "TRANSFORM",
+    "K",
+    "Q",
+    "V",
+    "chunk_size",
 ]  # fmt: skip
 
 Q = Argument("q", ("B T G K",), "operand", "query")

@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from titans_backends.contracts.contract import Argument, Call, Contract, OptionValue
 
-__all__ = ["Case", "Variant", "build", "cases", "case_dims", "cotangents", "poisoned"]
+__all__ = ["Case", "Variant", "build", "case_dims", "cases", "cotangents", "poisoned"]
 
 Keys = Literal["silu", "correlated"]
 Decay = Literal["mild", "zero", "hard"]
@@ -93,7 +93,8 @@ def _view(x: Tensor, view: View) -> Tensor:
     if x.dim() < 2 or view == "contiguous":
         return x
     if view == "transposed":  # heads outside, as a projection that was viewed and transposed leaves them
-        return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() < 4 else x.transpose(1, 2).contiguous().transpose(1, 2)
+        first = 0 if x.dim() < 4 else 1
+        return x.transpose(first, first + 1).contiguous().transpose(first, first + 1)
     if view == "misaligned":
         flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
         return flat[1:].view(x.shape).copy_(x)
@@ -121,7 +122,8 @@ def _fill(argument: Argument, shape: tuple[int, ...], case: Case, dims: Mapping[
     if kind in ("query", "key"):
         x = normal()
         x = x + 4 * torch.randn(shape[-1], generator=source, dtype=torch.float64) if case.keys == "correlated" else torch.nn.functional.silu(x)
-        return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        norm: Tensor = x.norm(dim=-1, keepdim=True)
+        return x / norm.clamp_min(1e-12)
     if kind == "beta":
         return torch.randint(0, 3, shape, generator=source).double() if case.beta == "extreme" else uniform()
     if kind == "log_decay":
@@ -148,8 +150,9 @@ def _transformed(case: Case, made: dict[str, Tensor], source: torch.Generator) -
     chunk = case.options.get("chunk_size", 64)
     assert isinstance(chunk, int)
     u, w = reference(UWTransform(made["k"], made["u"], beta, made.get("g"), chunk_size=chunk, cu_seqlens=made.get("cu_seqlens")))
-    assert u is not None and w is not None
-    made["u"], made["w"] = u, w
+    assert u is not None
+    assert w is not None
+    made["u"], made["w"] = u.contiguous(), w.contiguous()
 
 
 def build(contract: Contract, case: Case, device: torch.device | str = "cpu", *, requires_grad: bool = False) -> Call:

@@ -6,6 +6,7 @@ For references and shape checks only; a kernel has its own way of walking the gr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def sequence_bounds(seq_len: int, cu_seqlens: Tensor | None) -> list[tuple[int, 
     if cu_seqlens is None:
         return [(0, seq_len)]
     ends = [int(end) for end in cu_seqlens.tolist()]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
 
 
 def chunk_spans(seq_len: int, chunk_size: int, cu_seqlens: Tensor | None = None, offset: int = 0) -> list[Span]:

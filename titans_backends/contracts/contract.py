@@ -90,9 +90,9 @@ class Call(Protocol):
 class Contract:
     """One op.
 
-    `make_call` is the op's argument dataclass; `arguments` and `options` together are its fields. `check(call, dims)` raises
-    ValueError for what the tables cannot say. `reference(call)` returns the outputs, differentiable, in float64 for a float64
-    call. `work(dims, call)` needs no data. `grid(call)` is the chunk size of the states that a forward may save, None where
+    `make_call` is the op's argument dataclass; `arguments` and `options` together are its fields; `check`, `reference` and `work`
+    take that class. `check(call, dims)` raises ValueError for what the tables cannot say. `reference(call)` returns the outputs,
+    differentiable, in float64 for a float64 call. `work(dims, call)` gives FLOP and extra bytes. `grid(call)` is the chunk size of the states that a forward may save, None where
     the op saves none. `variants` are the option sets worth testing. `seq_len_is` documents what the bucketed length means.
     """
 
@@ -102,9 +102,9 @@ class Contract:
     arguments: tuple[Argument, ...]
     options: tuple[Option, ...]
     outputs: tuple[Output, ...]
-    check: Callable[[Call, Mapping[str, int]], None]
-    reference: Callable[[Call], tuple[Tensor | None, ...]]
-    work: Callable[[Mapping[str, int], Call], tuple[float, float]]
+    check: Callable[..., None]
+    reference: Callable[..., tuple[Tensor | None, ...]]
+    work: Callable[..., tuple[float, float]]
     variants: tuple[Variant, ...]
     grid: Callable[[Call], int] | None = None
     seq_len_is: str = "T; packed: T / N"

@@ -99,7 +99,9 @@ def check(call: DualCore, dims: Mapping[str, int]) -> None:
         }
         wrong = [name for name, present in meaningless.items() if present]
         if wrong:
-            raise ValueError(f"dual_core: memory='flat' carries no state, so {', '.join(wrong)} has no meaning there; drop it or pass memory='recurrent'")
+            raise ValueError(
+                f"dual_core: memory='flat' carries no state, so {', '.join(wrong)} has no meaning there; drop it or pass memory='recurrent'"
+            )
 
 
 def flat_reference(q: Tensor, k: Tensor, call: DualCore) -> Tensor:
@@ -128,23 +130,24 @@ def slow_part(q: Tensor, k: Tensor, call: DualCore) -> tuple[Tensor, Tensor | No
             q, k, call.v, call.beta, call.g, gate=call.slow_gate, scale=call.scale, initial_state=call.initial_state,
             output_final_state=call.output_final_state, cu_seqlens=call.cu_seqlens,
         )  # fmt: skip
-        o, state = rule_reference(exact)
+        found, state = rule_reference(exact)
         if state is not None and call.normalize_final:
             state = normalize_state(state)
     else:
         u, w = transform_reference(
             UWTransform(k, call.v, call.beta, call.g, chunk_size=call.chunk_size, transform=call.transform, cu_seqlens=call.cu_seqlens)
         )
-        assert u is not None and w is not None
-        o, state = slow_reference(
+        assert u is not None
+        assert w is not None
+        found, state = slow_reference(
             SlowCore(
                 q, k, u, w, g=call.g, chunk_decay=call.chunk_decay, gate=call.slow_gate, chunk_size=call.chunk_size, scale=call.scale,
                 initial_state=call.initial_state, output_final_state=call.output_final_state, cu_seqlens=call.cu_seqlens,
                 delta=call.delta, normalize_read=call.normalize_read, normalize_final=call.normalize_final,
             )
         )  # fmt: skip
-    assert o is not None
-    return o, state
+    assert found is not None
+    return found, state
 
 
 def reference(call: DualCore) -> tuple[Tensor | None, ...]:

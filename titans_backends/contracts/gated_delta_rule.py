@@ -78,8 +78,9 @@ def reference(call: GatedDeltaRule) -> tuple[Tensor | None, ...]:
     states = [start] if call.cu_seqlens is None else list(start.split(1))
     outputs = []
     for index, (begin, end) in enumerate(bounds):
-        part = (x if x is None else x[:, begin:end] for x in (q, k, v, beta, g))
-        o, states[index] = delta_rule(*part, scale, states[index].to(dtype))  # type: ignore[arg-type]  # only g may be None
+        part = slice(begin, end)
+        decay = None if g is None else g[:, part]
+        o, states[index] = delta_rule(q[:, part], k[:, part], v[:, part], beta[:, part], decay, scale, states[index].to(dtype))
         outputs.append(o)
     o = torch.cat(outputs, 1) if outputs else torch.zeros_like(v)
     if call.gate is not None:

@@ -51,7 +51,9 @@ class SlowCore:
 def check(call: SlowCore, dims: Mapping[str, int]) -> None:
     """One kind of decay at a time."""
     if call.g is not None and call.chunk_decay is not None:
-        raise ValueError("slow_core: g and chunk_decay are both given; pass one (log chunk_decay on each chunk's first token, 0 elsewhere, is the same as g)")
+        raise ValueError(
+            "slow_core: g and chunk_decay are both given; pass one (log chunk_decay on each chunk's first token, 0 elsewhere, is the same as g)"
+        )
 
 
 def reference(call: SlowCore) -> tuple[Tensor | None, ...]:

@@ -1,8 +1,8 @@
 """uw_transform: the u and w that feed slow_core, from k, v, beta and g, chunk by chunk (SPEC 3, there named fused_uw).
 
-    A = -stril(diag(beta) K K^T * Gamma)
-    exact: T = (I - A)^-1        lam: T = I + A + stril(A A^T)  (LAM's; A A^T, not A A)        none: T = I
-    u = T (beta * V)             w = T (beta * exp(G) * K)
+A = -stril(diag(beta) K K^T * Gamma)
+exact: T = (I - A)^-1        lam: T = I + A + stril(A A^T)  (LAM's; A A^T, not A A)        none: T = I
+u = T (beta * V)             w = T (beta * exp(G) * K)
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def solve(a_matrix: Tensor, right: Tensor, transform: str) -> Tensor:
     if transform == "lam":
         return right + (a_matrix + (a_matrix @ a_matrix.transpose(-1, -2)).tril(-1)) @ right
     unit = torch.eye(a_matrix.shape[-1], dtype=a_matrix.dtype, device=a_matrix.device)
-    return torch.linalg.solve_triangular(unit - a_matrix, right, upper=False, unitriangular=True)
+    solved: Tensor = torch.linalg.solve_triangular(unit - a_matrix, right, upper=False, unitriangular=True)
+    return solved
 
 
 def reference(call: UWTransform) -> tuple[Tensor | None, ...]:

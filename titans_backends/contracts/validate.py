@@ -7,6 +7,7 @@ got and what it accepts. NaN is never looked for.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -74,7 +75,9 @@ def _check_tensors(contract: Contract, call: Call) -> dict[str, Tensor]:
             continue
         elif value is not None or not argument.optional or argument.name == "alpha":
             accepted = "a number or a torch.Tensor" if argument.name == "alpha" else "a torch.Tensor"
-            raise TypeError(f"{where} must be {accepted}{' or None' if argument.optional and argument.name != 'alpha' else ''}, got {type(value).__name__}")
+            raise TypeError(
+                f"{where} must be {accepted}{' or None' if argument.optional and argument.name != 'alpha' else ''}, got {type(value).__name__}"
+            )
     return tensors
 
 
@@ -84,7 +87,9 @@ def _check_devices(contract: Contract, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.device != device and not (name == "cu_seqlens" and tensor.device.type == "cpu"):
             also = " or cpu" if name == "cu_seqlens" else ""
-            raise ValueError(f"{contract.name}: {name} is on {tensor.device}, but {first} is on {device}; it must be on {device}{also}: {name}.to({str(device)!r})")
+            raise ValueError(
+                f"{contract.name}: {name} is on {tensor.device}, but {first} is on {device}; it must be on {device}{also}: {name}.to({str(device)!r})"
+            )
 
 
 def _check_dtypes(contract: Contract, tensors: Mapping[str, Tensor]) -> None:
@@ -131,7 +136,9 @@ def _bind_dims(contract: Contract, tensors: Mapping[str, Tensor]) -> dict[str, i
             letters, tail = letters[1:], len(letters) - 1
             head, sizes = tensor.shape[:-tail], tuple(tensor.shape[-tail:])
             if leading is not None and head != leading[1]:
-                raise ValueError(f"{contract.name}: {name} has leading dimensions {tuple(head)}, but {leading[0]} has {tuple(leading[1])}; they must agree")
+                raise ValueError(
+                    f"{contract.name}: {name} has leading dimensions {tuple(head)}, but {leading[0]} has {tuple(leading[1])}; they must agree"
+                )
             leading = leading or (name, head)
             dims["*"] = head.numel()
         for letter, size in zip(letters, sizes, strict=True):
@@ -157,7 +164,9 @@ def _check_heads(contract: Contract, tensors: Mapping[str, Tensor], dims: Mappin
     if (groups == 0) != (heads == 0) or (groups and heads % groups):
         keys = " and ".join(name for name in ("q", "k") if name in tensors)
         values = "u" if "u" in tensors else "v"
-        raise ValueError(f"{contract.name}: {keys} have {groups} heads and {values} has {heads}; the heads of q and k must divide those of {values} (q, k, v heads)")
+        raise ValueError(
+            f"{contract.name}: {keys} have {groups} heads and {values} has {heads}; the heads of q and k must divide those of {values} (q, k, v heads)"
+        )
 
 
 def _check_packing(contract: Contract, call: Call, tensors: Mapping[str, Tensor], dims: dict[str, int]) -> None:
@@ -168,7 +177,9 @@ def _check_packing(contract: Contract, call: Call, tensors: Mapping[str, Tensor]
         if not len(packed):
             raise ValueError(f"{contract.name}: cu_seqlens must have N + 1 entries, from 0 to T = {dims['T']}, got none")
         if dims.setdefault("N", len(packed) - 1) != len(packed) - 1:
-            raise ValueError(f"{contract.name}: a state has N = {dims['N']} rows, but cu_seqlens has {len(packed)} entries, N + 1, for {len(packed) - 1} sequences")
+            raise ValueError(
+                f"{contract.name}: a state has N = {dims['N']} rows, but cu_seqlens has {len(packed)} entries, N + 1, for {len(packed) - 1} sequences"
+            )
         if packed.device.type == "cpu":
             check_indices(contract, call)
     decay = tensors.get("chunk_decay")
@@ -177,7 +188,9 @@ def _check_packing(contract: Contract, call: Call, tensors: Mapping[str, Tensor]
         chunks = chunk_count(dims["T"], chunk, packed)
         if decay.shape[1] != chunks:
             how = "the sum of ceil(len / chunk_size)" if packed is not None else "ceil(T / chunk_size)"
-            raise ValueError(f"{contract.name}: chunk_decay has M = {decay.shape[1]} chunks in shape {tuple(decay.shape)}; it must have {how} = {chunks}")
+            raise ValueError(
+                f"{contract.name}: chunk_decay has M = {decay.shape[1]} chunks in shape {tuple(decay.shape)}; it must have {how} = {chunks}"
+            )
 
 
 def check_indices(contract: Contract, call: Call) -> None:
@@ -188,9 +201,11 @@ def check_indices(contract: Contract, call: Call) -> None:
         ends, tokens = packed.tolist(), tensors[contract.operands[0]].shape[1]
         if ends[0] != 0 or ends[-1] != tokens:
             raise ValueError(f"{contract.name}: cu_seqlens must start at 0 and end at T = {tokens}, got {ends[0]} and {ends[-1]}")
-        falls = [i for i, (left, right) in enumerate(zip(ends[:-1], ends[1:], strict=True)) if right < left]
+        falls = [i for i, (left, right) in enumerate(pairwise(ends)) if right < left]
         if falls:
-            raise ValueError(f"{contract.name}: cu_seqlens must not fall, but goes from {ends[falls[0]]} to {ends[falls[0] + 1]} at entry {falls[0] + 1}")
+            raise ValueError(
+                f"{contract.name}: cu_seqlens must not fall, but goes from {ends[falls[0]]} to {ends[falls[0] + 1]} at entry {falls[0] + 1}"
+            )
     slots = tensors.get("state_indices")
     if slots is not None:
         named, pool = slots.tolist(), tensors["state"].shape[0]

@@ -6,8 +6,9 @@ where a candidate says that it is deterministic, two runs must give the same bit
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -145,12 +146,11 @@ def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Ca
     given = made.tensors(call)
     before = {name: tensor.clone() for name, tensor in given.items() if name != writes}
     _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
-    with torch.no_grad():
+    with torch.no_grad(), _guarded(given, before, where):
         found = module.run(call, candidate)
     expected = len(made.outputs) + candidate.saves_states
     if not isinstance(found, tuple) or len(found) != expected:
         raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not a tuple of {expected}, on {where}")
-    _untouched(given, before, where)
     names = [spec.name for spec in made.outputs]
     own = {tensor.untyped_storage().data_ptr(): name for name, tensor in given.items() if tensor.numel() and name != writes}
     for name, tensor in zip([*names, "states"], found, strict=False):
@@ -213,12 +213,11 @@ def run_backward(
     before = {name: tensor.clone() for name, tensor in read.items()}
     _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     assert hasattr(module, "run_backward")
-    with torch.no_grad():
+    with torch.no_grad(), _guarded(read, before, where):
         found: object = module.run_backward(call, grads, states, needs, candidate)
     if not isinstance(found, tuple) or len(found) != len(made.differentiable):
         count = len(found) if isinstance(found, tuple) else type(found).__name__
         raise Rejected(f"it returned {count}, not {len(made.differentiable)} gradients, on {where}")
-    _untouched(read, before, where)
     for name, grad in zip(made.differentiable, found, strict=True):
         if (grad is not None) != (name in needs):
             raise Rejected(f"the gradient of {name} {'is missing' if grad is None else 'was not asked for'} on {where}")
@@ -250,10 +249,19 @@ def gradient_floor(wanted: Outputs) -> float:
     return _NEGLIGIBLE * max((float(want.abs().max()) for want in wanted if want is not None and want.numel()), default=0.0)
 
 
-def _untouched(given: Mapping[str, Tensor], before: Mapping[str, Tensor], where: str) -> None:
-    for name, copy in before.items():
-        if not torch.equal(given[name], copy):
-            raise Rejected(f"it changed its input {name} on {where}")
+@contextlib.contextmanager
+def _guarded(given: Mapping[str, Tensor], before: Mapping[str, Tensor], where: str) -> Iterator[None]:
+    """Puts changed inputs back, whatever happens: the next candidate must find them whole. Rejected where there were any."""
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        for name, copy in before.items():
+            if not torch.equal(given[name], copy):
+                given[name].copy_(copy)
+                changed.append(name)
+    if changed:
+        raise Rejected(f"it changed its input {', '.join(changed)} on {where}")
 
 
 def _same_bits(first: Outputs, second: Outputs, where: str) -> None:

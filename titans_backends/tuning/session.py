@@ -99,31 +99,25 @@ class Session:
 
     def check(self, candidate: Candidate, states_from: Candidate | None) -> Checked:
         """Everything that a candidate must pass before it is timed, and its peak."""
-        module = self._module(candidate)
-        start = time.perf_counter()
+        where, ledger = f"the timed shape, seq_len {self.bucket.seq_len}", Ledger()
+        compile_s, skipped = None, tuple[str, ...]()
         try:
-            self._prepare(candidate, states_from)
-            self._kernel(candidate)()
-            self.sampler.synchronize()
-        except Exception as error:  # the candidate's own failure is its result
-            return Checked(GateResult(failure(error, f"the timed shape, seq_len {self.bucket.seq_len}")))
-        compile_s = time.perf_counter() - start
-        result = _gated(suite_key(self.bucket), candidate, self.bucket, self.device)
-        if not result.ok:
-            return Checked(result, compile_s=compile_s)
-        ledger, where = Ledger(dict(result.errors)), f"the timed shape, seq_len {self.bucket.seq_len}"
-        try:
-            if candidate.direction == "forward":
-                self._check_forward(candidate, module, ledger, where)
-            else:
-                self._check_backward(candidate, module, ledger, where)
+            start = time.perf_counter()
+            found = self._first_run(candidate, states_from, where)
+            compile_s = time.perf_counter() - start
+            result = _gated(suite_key(self.bucket), candidate, self.bucket, self.device)
+            if not result.ok:
+                return Checked(result, compile_s=compile_s)
+            ledger.errors |= dict(result.errors)
+            skipped = result.skipped
+            self._compare(candidate, found, ledger, where)
             peak = peak_mib(self._kernel(candidate), torch.device(self.device))
         except Rejected as reason:
-            return Checked(GateResult(str(reason), tuple(ledger.errors.items()), result.skipped), compile_s=compile_s)
-        except Exception as error:  # as above
-            return Checked(GateResult(failure(error, where), tuple(ledger.errors.items()), result.skipped), compile_s=compile_s)
+            return Checked(GateResult(str(reason), tuple(ledger.errors.items()), skipped), compile_s=compile_s)
+        except Exception as error:  # the candidate's own failure is its result
+            return Checked(GateResult(failure(error, where), tuple(ledger.errors.items()), skipped), compile_s=compile_s)
         self._warm.add(candidate)
-        return Checked(GateResult("", tuple(ledger.errors.items()), result.skipped), peak, compile_s)
+        return Checked(GateResult("", tuple(ledger.errors.items()), skipped), peak, compile_s)
 
     def sample(self, candidate: Candidate, states_from: Candidate | None) -> float:
         """One cold run in microseconds; a process that was started anew warms the candidate up first."""
@@ -225,17 +219,24 @@ class Session:
         grads = tuple(None if grad is None else part.output(index, grad) for index, grad in enumerate(self._cotangents()))
         return part, wanted_gradients(self.contract, self.contract.to(part.call, torch.float64), grads)
 
-    def _check_forward(self, candidate: Candidate, module: OpModule, ledger: Ledger, where: str) -> None:
-        found = run_forward(self.contract, candidate, module, self.call, where)
-        part, wanted = self._forward_part
-        limit = limits(self.dtype, self.machine, str(field(self.bucket, "float32")))
-        check_forward_part(self.contract, part, found[: len(self.contract.outputs)], wanted, limit, ledger, where)
+    def _first_run(self, candidate: Candidate, states_from: Candidate | None, where: str) -> Outputs:
+        """The timed call once, its inputs guarded; compilation happens here."""
+        module = self._module(candidate)
+        self._prepare(candidate, states_from)
+        if candidate.direction == "forward":
+            found = run_forward(self.contract, candidate, module, self.call, where)
+        else:
+            states = self._states if candidate.saves_states else None
+            found = run_backward(self.contract, candidate, module, self.call, self._cotangents(), states, where)
+        self.sampler.synchronize()
+        return found
 
-    def _check_backward(self, candidate: Candidate, module: OpModule | TrainableOpModule, ledger: Ledger, where: str) -> None:
-        states = self._states if candidate.saves_states else None
-        found = run_backward(self.contract, candidate, module, self.call, self._cotangents(), states, where)
-        if not self._checks_timed_gradients:
-            return
-        part, wanted = self._backward_part
+    def _compare(self, candidate: Candidate, found: Outputs, ledger: Ledger, where: str) -> None:
+        """What came out of the timed call, where the reference of a part of it is there to compare with."""
         limit = limits(self.dtype, self.machine, str(field(self.bucket, "float32")))
-        check_backward_part(self.contract, part, found, wanted, limit, ledger, where)
+        if candidate.direction == "forward":
+            part, wanted = self._forward_part
+            check_forward_part(self.contract, part, found[: len(self.contract.outputs)], wanted, limit, ledger, where)
+        elif self._checks_timed_gradients:
+            part, wanted = self._backward_part
+            check_backward_part(self.contract, part, found, wanted, limit, ledger, where)

@@ -66,7 +66,7 @@ def run(call, candidate):
         outputs[0] = call.v.view_as(call.v)
     if name == "restless":
         outputs[0].mul_(1 + RUNS[0] % 2 * 1e-6)
-    if name == "long_only" and call.q.shape[1] > 20:  # right on every hostile case, wrong at the timed shape
+    if name == "long_only" and call.q.shape[1] > 210:  # right on every hostile case, wrong at the timed shape
         outputs[0][:, -1] += 1
     return tuple(outputs)
 

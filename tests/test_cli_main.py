@@ -1,0 +1,111 @@
+"""The command line as a whole: every verb is there, errors are one line, and the exit status means what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from titans_backends.cli import app
+
+VERBS = ("tune", "autotune", "doctor", "ops", "explain", "bench", "verify", "cache")
+run = CliRunner().invoke
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str) -> None:
+    result = run(app, [verb, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+
+
+def test_help_names_every_verb() -> None:
+    text = run(app, ["--help"], env={"COLUMNS": "200"}).stdout
+    assert all(verb in text for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["explain", "nonsense"], "known: dual_core"),
+        (["ops", "nonsense"], "known: dual_core"),
+        (["bench", "nonsense"], "known: dual_core"),
+        (["tune", "--op", "nonsense"], "known: dual_core"),
+        (["verify", "--op", "nonsense"], "known: dual_core"),
+        (["tune", "--backend", "nonsense"], "known:"),
+        (["explain", "slow_core", "--backend", "nonsense"], "known:"),
+        (["verify", "--backend", "nonsense"], "known:"),
+        (["doctor", "--traceback", "nonsense"], "known:"),
+        (["tune", "--heads", "3/2"], "--heads must be like"),
+        (["tune", "--head-dim", "a"], "--head-dim must be like"),
+        (["tune", "--objective", "space"], "time or memory"),
+        (["tune", "--budget", "0"], "--budget must be above 0"),
+        (["tune", "--launch", "graph", "--device", "cpu"], "needs a CUDA device"),
+        (["explain", "gated_delta_step", "--seq-len", "9"], "1 to 8 tokens"),
+        (["explain", "slow_core", "--option", "chunk_size=0"], "chunk_size"),
+        (["explain", "slow_core", "--with", "beta"], "optional tensors of slow_core"),
+        (["explain", "slow_core", "--with", "g,chunk_decay"], "chunk_decay"),
+        (["explain", "fused_uw", "--packed"], "takes no cu_seqlens"),
+        (["bench", "slow_core", "--option", "scale=2"], "not in the key"),
+        (["cache", "show", "no-such-file.yaml"], "titans-backends tune"),
+        (["cache", "diff", "no-such-file.yaml"], "there is no file"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_status_2(words: list[str], said: str) -> None:
+    result = run(app, words)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_option_is_status_2() -> None:
+    assert run(app, ["tune", "--no-such-option"]).exit_code == 2
+
+
+def test_an_unknown_switch_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from titans_backends import switches
+
+    monkeypatch.setenv("TITANS_BACKENDS_FORCED", "eager")
+    switches.reload()
+    try:
+        result = run(app, ["explain", "slow_core"])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "did you mean TITANS_BACKENDS_FORCE?" in result.stderr
+    finally:
+        monkeypatch.undo()
+        switches.reload()
+
+
+def test_a_backend_that_refuses_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    from titans_backends import switches
+
+    monkeypatch.setenv("TITANS_BACKENDS_DISABLE", "eager")
+    switches.reload()
+    try:
+        result = run(app, ["explain", "slow_core", "--backend", "eager"])
+        assert result.exit_code == 1
+        assert "disabled by TITANS_BACKENDS_DISABLE" in result.stdout
+        forced = run(app, ["bench", "slow_core", "--backend", "eager", "--seq-len", "8", "--heads", "1", "--head-dim", "8"])
+        assert forced.exit_code == 1
+        assert "disabled by TITANS_BACKENDS_DISABLE" in forced.stderr
+    finally:
+        monkeypatch.undo()
+        switches.reload()
+
+
+def test_the_library_does_not_import_its_command_line() -> None:
+    code = "import sys, titans_backends as tb; tb.get_op('slow_core'); print([m for m in ('titans_backends.cli', 'typer', 'rich') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_python_m_is_the_same_program() -> None:
+    result = subprocess.run([sys.executable, "-m", "titans_backends", "--version"], capture_output=True, text=True, check=False)
+    import titans_backends
+
+    assert (result.returncode, result.stdout.strip()) == (0, titans_backends.__version__)

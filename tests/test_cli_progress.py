@@ -1,0 +1,66 @@
+"""What a tune shows while it runs: the estimate by a made-up clock, lines where there is no terminal, a bar where there is one."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from titans_backends.buckets import Bucket, defaults_of
+from titans_backends.cache.schema import Entry, canonical_when
+from titans_backends.cli.progress import Estimate, showing
+from titans_backends.tuning.events import BackendProbed, BucketDone, BucketFailed, BucketStarted, CandidateDone, Event, Planned, Remaining, Skipped
+
+GIVEN = {"dtype": "float32", "head_dim": (16, 16), "streams": 2}
+BUCKET = Bucket("gated_delta_rule", canonical_when(GIVEN, defaults_of("gated_delta_rule")), 512)
+ENTRY = Entry("eager/chunked", 100.0, 0.01, 1.0)
+EVENTS: list[Event] = [
+    Planned(3, 2),
+    Skipped(BUCKET, ENTRY),
+    BackendProbed("other", "refused", "the [package] is missing"),
+    BucketStarted(BUCKET, 1, ("eager/chunked", "eager/wrong")),
+    CandidateDone(BUCKET, "eager/chunked", "forward", "ok", us=100.0, spread=0.01),
+    CandidateDone(BUCKET, "eager/wrong", "forward", "failed", "o is off by 0.3 [on T=65]"),
+    BucketDone(BUCKET, ENTRY, 250.0, 900.0, 2.0),
+    BucketFailed(BUCKET, "no candidate passed", 1.0),
+    Remaining((BUCKET,)),
+]
+
+
+def test_the_estimate_follows_the_pace_so_far() -> None:
+    clock = iter([10.0, 16.0, 16.0])
+    estimate = Estimate(lambda: next(clock), to_measure=4)
+    assert estimate.left == ""
+    estimate.done = 1
+    assert estimate.left_s == pytest.approx(18.0)
+    assert estimate.left == "about 18 s left"
+
+
+def told(to: Console) -> None:
+    with showing(to) as on_event:
+        for event in EVENTS:
+            on_event(event)
+
+
+def test_without_a_terminal_there_is_a_plain_line_for_each_finished_bucket() -> None:
+    stream = io.StringIO()
+    told(Console(file=stream, width=60, force_terminal=False, markup=False, highlight=False))
+    text = stream.getvalue()
+    assert "\x1b" not in text
+    assert "\r" not in text
+    lines = text.splitlines()
+    assert any(line.startswith("[1/2] ") and "eager/chunked 100 µs, 2.50× the default" in line and " left)" in line for line in lines)
+    assert any(line.startswith("[2/2] ") and "no candidate passed" in line for line in lines)
+    assert any("the [package] is missing" in line for line in lines)
+    assert any("off by 0.3 [on T=65]" in line for line in lines)
+
+
+def test_on_a_terminal_finished_buckets_stand_above_a_bar_with_the_time_left() -> None:
+    stream = io.StringIO()
+    to = Console(file=stream, width=200, force_terminal=True, color_system=None, markup=False, highlight=False)
+    told(to)
+    text = stream.getvalue()
+    assert "100 µs" in text
+    assert "left" in text or "estimating" in text
+    assert "2/2" in text

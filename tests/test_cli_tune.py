@@ -1,0 +1,218 @@
+"""`tune`: measures a tiny grid for real, then the exit status and the words of every ending with a tuner that is made up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner, Result
+
+from titans_backends.buckets import Bucket
+from titans_backends.cache.schema import Entry
+from titans_backends.cache.writing import CacheError
+from titans_backends.cli import app
+from titans_backends.tuning.events import OnEvent
+from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
+
+TINY = ["tune", "--op", "fused_uw", "--seq-lens", "64", "--heads", "1/1", "--head-dim", "16", "--device", "cpu"]
+MODULE = importlib.import_module("titans_backends.cli.tune")
+run = CliRunner().invoke
+
+Tuner = Callable[[TuneRequest, OnEvent], TuneReport]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests share their cores: more threads than are free make a tiny kernel slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A file made by a real tune, and what the command said."""
+    path = tmp_path_factory.mktemp("tuned") / "out.yaml"
+    return path, run(app, [*TINY, "--output", str(path)])
+
+
+def test_a_tune_writes_the_file_and_shows_what_won(tuned: tuple[Path, Result]) -> None:
+    path, result = tuned
+    assert result.exit_code == 0, result.output
+    assert str(path) in result.stdout
+    rows = yaml.safe_load(path.read_text())["ops"]["fused_uw"]
+    assert rows[0]["by_seq_len"][64]["use"] in result.stdout
+    for word in ("seq_len", "median", "vs default"):
+        assert word in result.stdout
+    assert "[1/1]" in result.stderr
+    assert "\x1b" not in result.output
+
+
+def test_a_second_tune_has_nothing_to_do(tuned: tuple[Path, Result]) -> None:
+    path, _ = tuned
+    before = path.read_bytes()
+    result = run(app, [*TINY, "--output", str(path)])
+    assert result.exit_code == 0
+    assert "nothing to do" in result.stdout.splitlines()
+    assert path.read_bytes() == before
+
+
+def test_json_is_the_rows_and_nothing_else(tuned: tuple[Path, Result]) -> None:
+    path, _ = tuned
+    result = run(app, [*TINY, "--output", str(path), "--json"])
+    (row,) = json.loads(result.stdout)
+    assert (row["op"], row["seq_len"], row["regime"]) == ("fused_uw", 64, "inference")
+    assert row["median_us"] > 0
+    assert row["winner"].startswith("eager/")
+    assert "nothing to do" in result.stderr
+
+
+def test_a_read_only_file_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "out.yaml"
+    tmp_path.chmod(0o500)
+    try:
+        result = run(app, [*TINY, "--output", str(path)])
+    finally:
+        tmp_path.chmod(0o700)
+    assert result.exit_code == 2
+    assert "read-only" in result.stderr
+    assert "--output" in result.stderr
+    assert "[1/1]" not in result.stderr
+
+
+def test_a_dry_run_lists_the_grid_and_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "run_tune", lambda *_: pytest.fail("it measured"))
+    result = run(app, ["tune", "--dry-run", "--device", "cpu", "--output", str(tmp_path / "x.yaml")])
+    assert result.exit_code == 0, result.output
+    for op in ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core", "gated_delta_step", "fused_uw"):
+        assert op in result.stdout
+    rows = json.loads(run(app, ["tune", "--dry-run", "--json", "--device", "cpu"]).stdout)
+    assert f"{len(rows)} buckets would be measured" in result.stdout
+    assert all(row["candidates"] for row in rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_autotune_is_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(MODULE, "run_tune", lambda request, _: seen.append(request) or report(request))
+    for verb in ("tune", "autotune"):
+        run(app, [verb, *TINY[1:]])
+    assert seen[0] == seen[1]
+
+
+def entry(bucket: Bucket) -> Entry:
+    return Entry("eager/x", 100.0, 0.01, 1.0, next="eager/y", next_us=120.0)
+
+
+def report(request: TuneRequest, *, done: int | None = None, failed: str = "") -> TuneReport:
+    buckets = request.buckets
+    count = len(buckets) if done is None else done
+    rows = [Row(b, None if failed else entry(b), 150.0, 400.0, measured=True, reason=failed) for b in buckets[:count]]
+    return TuneReport(Path("somewhere.yaml"), tuple(rows), tuple(buckets[count:]), 3.0)
+
+
+def ending(monkeypatch: pytest.MonkeyPatch, tuner: Tuner, *more: str) -> Result:
+    monkeypatch.setattr(MODULE, "run_tune", tuner)
+    return run(app, ["tune", "--op", "fused_uw", "--seq-lens", "64,128", "--heads", "1", "--head-dim", "16", "--device", "cpu", *more])
+
+
+def test_gains_are_over_the_default_and_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ending(monkeypatch, lambda request, _: report(request))
+    line = next(line for line in result.stdout.splitlines() if "eager/x" in line)
+    assert re.search(r"100 µs\s+1\.50×\s+4\.00×\s+eager/y 120 µs", line)
+
+
+def test_at_80_columns_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = ending(monkeypatch, lambda request, _: report(request))
+    table = result.stdout[: result.stdout.index("measured 2 buckets")]
+    assert max(map(len, table.splitlines())) <= 80
+    for word in ("eager/x", "eager/y 120 µs", "1.50×", "4.00×", "100 µs"):
+        assert word in table
+
+
+def test_a_budget_that_ends_early_is_status_1_and_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ending(monkeypatch, lambda request, _: report(request, done=1), "--budget", "5")
+    assert result.exit_code == 1
+    assert "1 bucket left" in result.stdout
+    assert "titans-backends tune --op fused_uw --seq-lens 64,128 --heads 1 --head-dim 16 --device cpu --budget 5" in result.stdout
+
+
+def test_a_bucket_without_a_winner_is_status_1_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ending(monkeypatch, lambda request, _: report(request, failed="no candidate passed: [x]"))
+    assert result.exit_code == 1
+    assert "no candidate passed: [x]" in result.stdout
+
+
+def test_an_interrupt_is_status_130_and_says_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(request: TuneRequest, _: OnEvent) -> TuneReport:
+        raise TuneInterrupted(report(request, done=1))
+
+    result = ending(monkeypatch, interrupted)
+    assert result.exit_code == 130
+    assert "interrupted: 1 of 2 buckets have a row in somewhere.yaml" in result.stderr
+    assert "titans-backends tune --op fused_uw" in result.stderr
+    assert "eager/x" in result.stdout
+
+
+def test_a_cache_that_cannot_be_written_is_status_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(request: TuneRequest, _: OnEvent) -> TuneReport:
+        raise CacheError("it is read-only. To write another file: titans-backends tune --output OTHER.yaml")
+
+    result = ending(monkeypatch, refused)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error: it is read-only" in result.stderr
+
+
+def test_the_request_holds_what_was_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[TuneRequest] = []
+
+    def tuner(request: TuneRequest, on_event: OnEvent) -> TuneReport:
+        seen.append(request)
+        return report(request)
+
+    words = ["--full", "--backend", "eager", "--objective", "memory", "--max-memory", "8", "--budget", "9", "--regime", "training", "--force"]
+    ending(monkeypatch, tuner, *words, "--output", str(tmp_path / "x.yaml"))
+    ending(monkeypatch, tuner)
+    assert (seen[0].quick, seen[0].backends, seen[0].objective, seen[0].max_memory_mib, seen[0].budget_s) == (False, ("eager",), "memory", 8.0, 9.0)
+    assert (seen[0].force, seen[0].output) == (True, tmp_path / "x.yaml")
+    assert {dict(bucket.when)["regime"] for bucket in seen[0].buckets} == {"training"}
+    assert (seen[1].quick, seen[1].backends, seen[1].output, seen[1].force) == (True, None, None, False)
+    assert [bucket.seq_len for bucket in seen[1].buckets] == [64, 128]
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "out.yaml"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = ["tune", "--op", "fused_uw", "--seq-lens", ",".join(str(64 * n) for n in range(1, 60)), "--heads", "1", "--head-dim", "16"]
+    command = [sys.executable, "-m", "titans_backends", *words, "--device", "cpu", "--output", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    kept = yaml.safe_load(path.read_text())["ops"]["fused_uw"][0]["by_seq_len"]
+    assert 1 <= len(kept) < 59
+    assert re.search(rf"interrupted: {len(kept)} of 59 buckets have a row", err)
+    assert "eager/" in out
+    assert "\x1b" not in out + err
+
+

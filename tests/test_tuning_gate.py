@@ -1,0 +1,111 @@
+"""The gate on candidates that are wrong in one way each: what it rejects, and the sentence that it gives."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from titans_backends.backend import Candidate, TrainableOpModule
+from titans_backends.buckets import Bucket, defaults_of
+from titans_backends.cache.schema import WhenValue, canonical_when
+from titans_backends.machine import detect
+from titans_backends.tuning.gate import GateResult, gate
+
+Run = Callable[..., GateResult]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run(variant, direction)` gates one of the faulty candidates."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "plugins")
+    for name in [name for name in sys.modules if name.split(".")[0] == "faulty"]:
+        monkeypatch.delitem(sys.modules, name)
+    module = importlib.import_module("faulty.gated_delta_rule")
+
+    def gated(variant: str, direction: str = "forward", module: ModuleType = module, **fields: WhenValue) -> GateResult:
+        monkeypatch.setenv("FAULTY_VARIANTS", variant if direction == "forward" else f"backward:{variant}")
+        values: dict[str, WhenValue] = {"dtype": "float32", "head_dim": (8, 4), "streams": 2, "g": True, **fields}
+        if direction == "backward":
+            values["regime"] = "training"
+        bucket = Bucket("gated_delta_rule", canonical_when(values, defaults_of("gated_delta_rule")), 20)
+        candidate = Candidate("faulty", variant, direction=direction)  # type: ignore[arg-type]
+        found: TrainableOpModule = module  # type: ignore[assignment]
+        return gate(bucket, candidate, found, detect("cpu"), "cpu")
+
+    return gated
+
+
+def test_a_right_candidate_passes_with_its_errors_and_no_case_left_out(run: Run) -> None:
+    result = run("good")
+    assert (result.reason, result.skipped) == ("", ())
+    assert set(dict(result.errors)) == {"o", "final_state"}
+    assert all(0 <= error < 5e-6 for error in dict(result.errors).values())
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("nan", "o is not finite on strided"),
+        ("wrong", "o is off by"),
+        ("wrong_state", "final_state is off by"),
+        ("shape", "o has shape"),
+        ("dtype", "o has dtype torch.float64"),
+        ("writes", "it changed its input k"),
+        ("shares", "o shares the memory of v"),
+        ("restless", "two runs differ"),
+        ("raises", "raised on strided: ValueError: no such instruction"),
+        ("memory_error", "out of memory on strided: MemoryError"),
+        ("huge", "out of memory on strided: RuntimeError"),
+    ],
+)
+def test_a_wrong_candidate_is_rejected_with_what_is_wrong(run: Run, variant: str, said: str) -> None:
+    result = run(variant)
+    assert not result.ok
+    assert said in result.reason
+    assert "\n" not in result.reason
+
+
+def test_an_error_is_kept_with_its_size(run: Run) -> None:
+    assert dict(run("wrong_state").errors)["final_state"] == pytest.approx(1e-3, rel=0.2)
+
+
+def test_a_right_backward_passes_and_a_wrong_one_names_its_gradient(run: Run) -> None:
+    assert run("good", "backward").reason == ""
+    assert "dk is off by" in run("wrong", "backward").reason
+
+
+def test_a_backward_must_bear_that_an_output_brings_no_gradient(run: Run) -> None:
+    result = run("needs_all", "backward")
+    assert "dv is off by" in result.reason
+    assert "with a gradient of o alone" in result.reason
+
+
+def test_packed_and_misaligned_buckets_are_gated_as_such(run: Run) -> None:
+    assert "packed with empty sequences" in run("wrong", packed=True, streams=4).reason
+    assert (run("good", aligned=False).reason, run("good", aligned=False).skipped) == ("", ())
+
+
+def test_a_candidate_that_writes_to_its_inputs_spoils_nothing_for_the_next(run: Run) -> None:
+    assert not run("writes").ok
+    assert run("good").ok
+
+
+def test_a_case_that_the_backend_refuses_is_skipped_and_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from titans_backends.verdict import ACCEPTED, refused
+
+    run("good")
+    faulty = sys.modules["faulty.gated_delta_rule"]
+
+    def supports(signature: object, machine: object) -> object:
+        v = signature.tensor("v")  # type: ignore[attr-defined]
+        return refused("v is strided") if v.stride[-2] != v.shape[-1] else ACCEPTED
+
+    monkeypatch.setattr(faulty, "supports", supports)
+    result = run("good")
+    assert result.ok
+    assert result.skipped == ("strided",)

@@ -99,7 +99,9 @@ def test_a_backend_that_refuses_is_status_1(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_library_does_not_import_its_command_line() -> None:
-    code = "import sys, titans_backends as tb; tb.get_op('slow_core'); print([m for m in ('titans_backends.cli', 'typer', 'rich') if m in sys.modules])"
+    code = (
+        "import sys, titans_backends as tb; tb.get_op('slow_core'); print([m for m in ('titans_backends.cli', 'typer', 'rich') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

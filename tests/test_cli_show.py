@@ -76,7 +76,16 @@ def test_colour_survives_on_a_terminal() -> None:
 
 @pytest.mark.parametrize(
     ("us", "text"),
-    [(0.0, "0 µs"), (8.123, "8.12 µs"), (12.34, "12.3 µs"), (812.3, "812 µs"), (999.6, "1.00 ms"), (12340, "12.3 ms"), (999_600, "1.00 s"), (None, "")],
+    [
+        (0.0, "0 µs"),
+        (8.123, "8.12 µs"),
+        (12.34, "12.3 µs"),
+        (812.3, "812 µs"),
+        (999.6, "1.00 ms"),
+        (12340, "12.3 ms"),
+        (999_600, "1.00 s"),
+        (None, ""),
+    ],
 )
 def test_times_have_three_digits_and_a_unit_that_fits(us: float | None, text: str) -> None:
     assert units.time_us(us) == text

@@ -214,5 +214,3 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     assert re.search(rf"interrupted: {len(kept)} of 59 buckets have a row", err)
     assert "eager/" in out
     assert "\x1b" not in out + err
-
-

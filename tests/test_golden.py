@@ -5,6 +5,7 @@ Where several ops can make the same numbers, each of these routes is held to the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,7 +166,7 @@ def stepped(x: Rule) -> Outcome:
     if state is None:
         state = x.v.new_zeros(sequences, x.v.shape[2], x.k.shape[-1], values)
     parts = []
-    for slot, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for slot, (begin, end) in enumerate(itertools.pairwise(ends)):
         where = None if x.cu_seqlens is None else torch.tensor([slot])
         for start in range(begin, end, 5):
             part = slice(start, min(start + 5, end))
@@ -312,9 +313,7 @@ def test_fused_uw_is_the_product_with_the_inverse(golden_file: Path, dtype: torc
 def test_gated_delta_rule_is_the_exact_slow_core(golden_file: Path, dtype: torch.dtype) -> None:
     file, ledger = read(golden_file), Ledger.of("float64 inside", dtype)
     x = file.cast(dtype)
-    o, state = run(
-        "gated_delta_rule", x["q"], x["k"], x["v"], x["beta"], x["g"], gate=x["slow_gate"], initial_state=x["S0"], output_final_state=True
-    )
+    o, state = run("gated_delta_rule", x["q"], x["k"], x["v"], x["beta"], x["g"], gate=x["slow_gate"], initial_state=x["S0"], output_final_state=True)
     ledger.add("o_slow_exact", o, file["o_slow_exact"])
     ledger.add("S_slow_exact", state, file["S_slow_exact"])
     ledger.settle()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -122,7 +122,7 @@ def device_named(text: str | None) -> str:
 
 
 def options_of(op: Contract, given: Sequence[str] | None) -> dict[str, OptionValue]:
-    """`name=value` words as an op's arguments that are no tensors; the contract checks their ranges later."""
+    """`name=value` words as an op's arguments that are no tensors, within what the contract's table accepts."""
     found: dict[str, OptionValue] = {}
     for text in given or ():
         name, equals, value = text.partition("=")
@@ -141,16 +141,25 @@ def _written(value: OptionValue) -> str:
 
 
 def _value(op: Contract, option: Option, text: str) -> OptionValue:
-    words: Mapping[str, bool] = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if option.nullable and text.lower() in ("none", "null"):
         return None
     try:
-        if option.kind == "bool":
-            return words[text.lower()]
-        return int(text) if option.kind == "int" else float(text) if option.kind == "float" else text
+        value = _read(option.kind, text)
     except (ValueError, KeyError):
         what = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[option.kind]
         raise MisuseError(f"--option {option.name}: {op.name} takes {what}{' or none' if option.nullable else ''} there, got {text!r}") from None
+    if option.choices and value not in option.choices:
+        raise MisuseError(f"--option {option.name}: {op.name} takes {' or '.join(option.choices)} there, got {text!r}")
+    if option.minimum is not None and isinstance(value, (int, float)) and value < option.minimum:
+        raise MisuseError(f"--option {option.name}: {op.name} takes at least {option.minimum} there, got {text}")
+    return value
+
+
+def _read(kind: str, text: str) -> OptionValue:
+    """ValueError or KeyError where it is not of its kind."""
+    if kind == "bool":
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+    return int(text) if kind == "int" else float(text) if kind == "float" else text
 
 
 def _positive(text: str) -> int | None:

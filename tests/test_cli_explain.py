@@ -1,0 +1,87 @@
+"""`explain`: the words make the call that they name, and the answer is the library's own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import titans_backends as tb
+from titans_backends.cli import app
+from titans_backends.cli.asked_call import optional_tensors, sized
+from titans_backends.contracts import CONTRACTS, contract
+
+run = CliRunner().invoke
+
+
+@pytest.mark.parametrize("op", CONTRACTS)
+@pytest.mark.parametrize("regime", ["inference", "training"])
+def test_every_op_is_explained(op: str, regime: str) -> None:
+    result = run(app, ["explain", op, "--regime", regime, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "eager/" in result.stdout
+    assert "not tuned yet; measure it: titans-backends tune --op" in result.stdout
+
+
+def test_the_words_are_the_call() -> None:
+    words = [
+        "--seq-len",
+        "96",
+        "--batch",
+        "3",
+        "--heads",
+        "2/4",
+        "--head-dim",
+        "32x16",
+        "--dtype",
+        "bfloat16",
+        "--with",
+        "g",
+        "--option",
+        "chunk_size=32",
+    ]
+    said = json.loads(run(app, ["explain", "gated_delta_rule", *words, "--device", "cpu", "--json"]).stdout)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).to(torch.bfloat16)
+
+    q, k, v = drawn(3, 96, 2, 32), drawn(3, 96, 2, 32), drawn(3, 96, 4, 16)
+    beta, g = (drawn(3, 96, 4).float() for _ in range(2))
+    real = tb.get_op("gated_delta_rule").explain(q, k, v, beta, -g, chunk_size=32).as_dict()
+    assert {name: said[name] for name in ("key", "seq_len", "kernel", "work", "backends")} == {
+        name: real[name] for name in ("key", "seq_len", "kernel", "work", "backends")
+    }
+
+
+def test_no_memory_is_taken_for_a_call_that_would_not_fit() -> None:
+    result = run(app, ["explain", "gated_delta_rule", "--seq-len", "16777216", "--batch", "64", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+
+
+def test_packed_sequences_are_packed() -> None:
+    said = json.loads(run(app, ["explain", "slow_core", "--packed", "--batch", "3", "--seq-len", "100", "--device", "cpu", "--json"]).stdout)
+    assert (said["key"]["packed"], said["seq_len"], said["key"]["streams"]) == (True, 100, 48)
+
+
+def test_the_optional_tensors_are_the_tuners_unless_named() -> None:
+    core = contract("slow_core")
+    assert optional_tensors(core, None) == ("g", "gate")
+    assert optional_tensors(core, ["none"]) == ()
+    assert optional_tensors(core, ["chunk_decay,initial_state"]) == ("chunk_decay", "initial_state")
+
+
+def test_the_default_length_is_one_token_for_decode() -> None:
+    asked = sized(
+        contract("gated_delta_step"), seq_len=None, batch=2, heads="4", head_dim="16", dtype="float32", regime="inference", device="cpu", options={}, given=()
+    )  # fmt: skip
+    assert asked.signature().dim("T") == 1
+
+
+def test_it_fits_80_columns() -> None:
+    result = run(app, ["explain", "gated_delta_rule", "--regime", "training", "--device", "cpu"], env={"COLUMNS": "80"})
+    lines = result.stdout.splitlines()
+    assert "eager/chunked chunk_size=32 inverse=solve" in result.stdout
+    assert max(len(line) for line in lines if "/" not in line) <= 80

@@ -12,11 +12,15 @@ import torch
 from typer.testing import CliRunner
 
 import titans_backends
+from titans_backends.buckets import defaults_of
+from titans_backends.cache import file
 from titans_backends.cache.paths import user_cache_path
+from titans_backends.cache.schema import device_of
 from titans_backends.cli import app
 from titans_backends.cli.backend_check import BackendReport, check_backends
 from titans_backends.cli.cache_check import CacheReport
 from titans_backends.machine import detect
+from titans_backends.tables import current_environment
 
 run = CliRunner().invoke
 MODULE = importlib.import_module("titans_backends.cli.doctor")
@@ -119,6 +123,21 @@ def test_a_damaged_cache_is_named_and_left_as_it_is() -> None:
         result = run(app, ["doctor", "--no-run", "--device", "cpu"], env={"COLUMNS": "80"})
         assert result.exit_code == 1
         assert path.read_text() == "schema: 1\nops: [\n"
-        assert ":3:" in result.stdout.replace("\n", "").replace(" ", "") or "damaged" in result.stdout
+        assert f"{path.name}:" in "".join(result.stdout.split())
+    finally:
+        path.unlink()
+
+
+def test_a_cache_that_anybody_may_change_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "check_backends", lambda *_, **__: [USABLE])
+    path = user_cache_path(detect("cpu").slug)
+    file.update(path, device=device_of(detect("cpu")), environment=current_environment("cpu"), changes={}, defaults_of=defaults_of)
+    path.chmod(0o666)
+    try:
+        result = run(app, ["doctor", "--device", "cpu"])
+        assert result.exit_code == 1
+        assert f"chmod o-w {path}" in result.stdout
+        path.chmod(0o600)
+        assert run(app, ["doctor", "--device", "cpu"]).exit_code == 0
     finally:
         path.unlink()

@@ -106,8 +106,27 @@ def test_the_library_does_not_import_its_command_line() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_python_m_is_the_same_program() -> None:
-    result = subprocess.run([sys.executable, "-m", "titans_backends", "--version"], capture_output=True, text=True, check=False)
+def test_the_version_is_the_librarys() -> None:
     import titans_backends
 
-    assert (result.returncode, result.stdout.strip()) == (0, titans_backends.__version__)
+    assert run(app, ["--version"]).stdout.strip() == titans_backends.__version__
+
+
+def test_a_long_error_is_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    result = run(app, ["explain", "nonsense"])
+    assert result.stderr.strip().endswith("uw_transform")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_fault_of_our_own_is_shown_whole_with_status_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import titans_backends.cli as cli
+
+    def faulty() -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(cli, "app", faulty)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "ZeroDivisionError: ours" in capsys.readouterr().err

@@ -19,9 +19,9 @@ from titans_backends.contracts.case import Case, build, cotangents
 
 FOLDER = Path(__file__).parent
 
-GROUPED = Case("grouped", B=2, T=21, G=1, H=2, K=16, V=16)
-PACKED = replace(GROUPED, name="packed", lengths=(13, 0, 9))
-STEP = replace(GROUPED, name="step", B=3, T=3, H=3)
+GROUPED = Case("grouped", B=2, T=19, G=1, H=2, K=16, V=16)
+PACKED = replace(GROUPED, name="packed", lengths=(11, 0, 6))
+STEP = replace(GROUPED, name="step", B=3, T=3)
 
 FILES: Mapping[str, tuple[str, Case]] = {
     "fast_core_continued": (

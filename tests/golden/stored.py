@@ -73,4 +73,5 @@ def load(path: Path) -> Golden:
             role, _, name = key.partition(".")
             groups[role][name] = opened.get_tensor(key)
     op, options = told.pop("op"), json.loads(told.pop("options"))
-    return Golden(op, options, *(groups[role] for role in _ROLES), metadata=told)
+    inputs, outputs, cotangents, gradients = (groups[role] for role in _ROLES)
+    return Golden(op, options, inputs, outputs, cotangents, gradients, told)

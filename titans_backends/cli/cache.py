@@ -23,7 +23,7 @@ from titans_backends.cli import exit_codes, units, words
 from titans_backends.cli.cache_rows import changes_json, rows_json, show_changes, show_rows
 from titans_backends.cli.failures import CommandGroup, MisuseError
 from titans_backends.cli.row_state import measurement_state, renewals, row_state
-from titans_backends.cli.show import Column, Group, console, facts, print_json, say, status_console
+from titans_backends.cli.show import Column, Group, command, console, facts, print_json, say, status_console
 from titans_backends.cli.show import table as show_table
 from titans_backends.machine import Machine, detect
 
@@ -61,7 +61,7 @@ def show(
         out.print()
     for one in worn:
         say(out, Text(str(one), "yellow"))
-        say(out, f"  {one.command}")
+        command(out, one.command)
 
 
 @cache.command("path")

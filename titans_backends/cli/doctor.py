@@ -18,7 +18,7 @@ from titans_backends import __version__, switches
 from titans_backends.cli import exit_codes, words
 from titans_backends.cli.backend_check import BackendReport, check_backends, traceback_of
 from titans_backends.cli.cache_check import CacheReport, check_caches
-from titans_backends.cli.show import Column, Group, Json, console, facts, heading, print_json, say, status_console, table
+from titans_backends.cli.show import Column, Group, Json, command, console, facts, heading, print_json, say, status_console, table
 from titans_backends.machine import Machine, detect
 
 __all__ = ["doctor"]
@@ -154,7 +154,9 @@ def _show(out: Console, machine: Machine, backends: Sequence[BackendReport], cac
         say(out, Text("  nothing: all is well", "green"))
     for finding in findings:
         style = {"note": "", "falls short": "yellow", "broken": "bold red"}[finding.level]
-        facts(out, [(finding.level, Text.assemble((finding.text, style), *([("\n" + finding.command, "bold")] if finding.command else [])))])
+        facts(out, [(finding.level, Text(finding.text, style))])
+        if finding.command:
+            command(out, finding.command, indent=len(finding.level) + 4)
 
 
 def _backend_cells(one: BackendReport) -> list[str | Text]:

@@ -14,7 +14,7 @@ from titans_backends.cache.timings import Measurement
 from titans_backends.cli import exit_codes, units, words
 from titans_backends.cli.asked_call import AskedCall, optional_tensors, sized
 from titans_backends.cli.keys import key_text
-from titans_backends.cli.show import Column, Group, console, facts, heading, print_json, say, table
+from titans_backends.cli.show import Column, Group, command, console, facts, heading, print_json, say, table
 from titans_backends.contracts import contract
 from titans_backends.dispatch import Consulted
 from titans_backends.explain import Explanation, explain_signature
@@ -97,7 +97,8 @@ def _show(out: Console, asked: AskedCall, found: Explanation) -> None:
         table(out, columns, [Group("", [_timing(one) for one in sorted(measurements, key=_by_time)])])
     if found.choice is not None and found.choice.origin == "default":
         out.print()
-        say(out, f"not tuned yet; measure it: titans-backends tune {_tune_words(asked, found)}")
+        say(out, "not tuned yet; measure it:")
+        command(out, f"titans-backends tune {_tune_words(asked, found)}")
 
 
 def _tune_words(asked: AskedCall, found: Explanation) -> str:

@@ -37,7 +37,7 @@ def user_input() -> Iterator[None]:
 
 def fail(message: object, code: int) -> typer.Exit:
     """Prints `error: ...` on stderr; raise what comes back."""
-    status_console().print(Text.assemble(("error: ", "bold red"), str(message)), overflow="fold", soft_wrap=True)
+    status_console().print(Text.assemble(("error: ", "bold red"), str(message)), soft_wrap=True)
     return typer.Exit(code)
 
 

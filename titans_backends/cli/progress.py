@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
-from titans_backends.buckets import Bucket
 from titans_backends.cli import units
 from titans_backends.cli.keys import place
 from titans_backends.tuning.events import (
@@ -66,10 +66,10 @@ def showing(to: Console) -> Iterator[OnEvent]:
         yield _Lines(to).on_event
         return
     estimate = Estimate(time.monotonic)
+    described = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
     bar = Progress(
-        SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), _Left(estimate), TextColumn("{task.description}", markup=False),
-        console=to, transient=True, expand=False,
-    )  # fmt: skip
+        SpinnerColumn(), BarColumn(bar_width=12), MofNCompleteColumn(), _Left(estimate), described, console=to, transient=True, expand=True
+    )
     with bar:
         yield _Bar(bar, estimate).on_event
 
@@ -78,7 +78,7 @@ class _Left(ProgressColumn):
     """The time left."""
 
     def __init__(self, estimate: Estimate) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._estimate = estimate
 
     def render(self, task: Task) -> Text:
@@ -140,11 +140,11 @@ def finished_line(event: Event) -> Text | None:
     """The line of an event that is worth one: a finished bucket, a candidate that was wrong, a backend that is not usable."""
     if isinstance(event, BucketDone):
         return Text.assemble(
-            ("✓ ", "green"), _short(event.bucket), ": ", (event.entry.label, "green"), f" {units.time_us(event.entry.us)}",
+            ("✓ ", "green"), place(event.bucket), ": ", (event.entry.label, "green"), f" {units.time_us(event.entry.us)}",
             _gain(event), (f"  in {units.seconds(event.seconds)}", "dim"),
         )  # fmt: skip
     if isinstance(event, BucketFailed):
-        return Text.assemble(("✗ ", "red"), _short(event.bucket), f": {event.reason}")
+        return Text.assemble(("✗ ", "red"), place(event.bucket), f": {event.reason}")
     if isinstance(event, CandidateDone) and event.status == "failed":
         return Text.assemble(("! ", "yellow"), f"{event.bucket.op} {event.bucket.seq_len}: {event.label} ({event.direction}) failed: {event.detail}")
     if isinstance(event, BackendProbed) and event.state in ("broken", "refused"):
@@ -154,10 +154,6 @@ def finished_line(event: Event) -> Text | None:
     raise TypeError(f"unknown event {event!r}")
 
 
-def _short(bucket: Bucket) -> str:
-    return place(bucket)
-
-
 def _gain(event: BucketDone) -> str:
     over = units.gain(event.default_us, event.entry.us)
-    return f", {over} the default" if over and event.default_us != event.entry.us else ""
+    return f", {over} the default" if over not in ("", "1.00×") else ""

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Column", "Group", "Json", "console", "facts", "heading", "print_json", "say", "status_console", "table"]
+__all__ = ["Column", "Group", "Json", "command", "console", "facts", "heading", "print_json", "say", "status_console", "table"]
 
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 Cell = str | Text
@@ -64,6 +64,11 @@ def status_console() -> Console:
 def say(to: Console, text: Cell, style: str = "") -> None:
     """A paragraph, wrapped at blanks only."""
     to.print(text, style=style or None, overflow="fold")
+
+
+def command(to: Console, text: str, indent: int = 2) -> None:
+    """Something to copy and type: never broken by a line's end of ours."""
+    to.print(" " * indent + text, style="bold", soft_wrap=True)
 
 
 def heading(to: Console, text: str) -> None:

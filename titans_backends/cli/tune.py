@@ -18,7 +18,7 @@ from titans_backends.cli import exit_codes, units, words
 from titans_backends.cli.failures import MisuseError, user_input
 from titans_backends.cli.plan_rows import plan_json, show_plan
 from titans_backends.cli.progress import showing
-from titans_backends.cli.show import console, facts, print_json, say, status_console
+from titans_backends.cli.show import command, console, facts, print_json, say, status_console
 from titans_backends.cli.tune_rows import rows_json, show_rows
 from titans_backends.machine import Machine, detect
 from titans_backends.signature import Launch, Regime
@@ -197,7 +197,7 @@ class _Session:
     def _ended(self, to: Console, report: TuneReport) -> None:
         measured = sum(row.measured for row in report.rows)
         say(to, f"measured {units.amount(measured, 'bucket')} in {units.seconds(report.seconds)}; the winners are in")
-        say(to, f"  {report.path}", "bold")
+        command(to, str(report.path))
         without = [row for row in report.rows if row.entry is None and row.bucket not in report.remaining]
         if without:
             say(
@@ -205,7 +205,7 @@ class _Session:
             )
         if report.remaining:
             say(to, Text(f"the budget ended with {units.amount(len(report.remaining), 'bucket')} left. Go on with:", "yellow"))
-            say(to, f"  {self.again}{self._budget()}")
+            command(to, self.again + self._budget())
             return
         op = report.rows[0].bucket.op if report.rows else "gated_delta_rule"
         steps = [("see it again", f"titans-backends cache show{_file(self.request)}"), ("ask why", f"titans-backends explain {op}")]
@@ -216,7 +216,7 @@ class _Session:
     def _interrupted(self, err: Console, report: TuneReport) -> None:
         kept = sum(row.entry is not None for row in report.rows)
         say(err, f"interrupted: {kept} of {units.amount(len(self.request.buckets), 'bucket')} have a row in {report.path}, and are kept. Go on with:")
-        say(err, f"  {self.again}{self._budget()}")
+        command(err, self.again + self._budget())
 
     def _budget(self) -> str:
         return f" --budget {self.request.budget_s:g}" if self.request.budget_s is not None else ""

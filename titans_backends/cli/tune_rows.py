@@ -10,7 +10,7 @@ from rich.text import Text
 from titans_backends.buckets import field
 from titans_backends.cli import units
 from titans_backends.cli.keys import by_key, key_json, key_title
-from titans_backends.cli.show import Column, Group, Json, table
+from titans_backends.cli.show import Column, Group, Json, say, table
 from titans_backends.cli.winners import is_narrow, winner_cells, winner_columns
 from titans_backends.tuning.run import Row
 
@@ -29,6 +29,9 @@ def show_rows(to: Console, rows: Sequence[Row]) -> None:
     columns = [Column("seq_len", "right"), winner, Column("median", "right"), Column("vs default", "right"), Column(reference, "right"), *second]
     groups = [Group(key_title(first), [_cells(to, row) for _, row in found]) for first, found in by_key((row.bucket, row) for row in rows)]
     table(to, columns, groups)
+    if any(row.entry is not None and row.entry.next_us is not None and row.entry.next_us < row.entry.us for row in rows):
+        to.print()
+        say(to, "a runner-up that is faster within the noise does not replace the default, nor a simpler winner", "dim")
 
 
 def _cells(to: Console, row: Row) -> list[str | Text]:

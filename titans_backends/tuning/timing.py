@@ -27,13 +27,15 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class RaceRules:
-    """`budget_s` bounds a race beyond its least rounds; `drop_factor` times the best's median loses after `rounds_before_drop`,
+    """`budget_s` bounds a race beyond `least_rounds`; `drop_factor` times the best's median loses after `rounds_before_drop`,
     `hopeless_factor` at once.
 
-    A race ends early once every finalist's spread is at most `target_spread`; finalists are within `final_band` of the best.
+    A race ends early once every finalist's spread is at most `target_spread`, but not before `min_rounds`; finalists are within
+    `final_band` of the best, and run `final_rounds` more while twice the budget lasts.
     """
 
     budget_s: float = 2.0
+    least_rounds: int = 3
     min_rounds: int = 5
     max_rounds: int = 40
     rounds_before_drop: int = 3
@@ -100,12 +102,14 @@ def race(runners: Sequence[Runner], sample: Callable[[Runner], float], clock: Ca
     for number in range(rules.max_rounds):
         one_round(_rotated(running, number))
         running[:] = _kept(running, series, rules.drop_factor if number + 1 >= rules.rounds_before_drop else rules.hopeless_factor)
-        enough = number + 1 >= rules.min_rounds
-        if not running or (enough and (clock() - start >= rules.budget_s or _settled(running, series, rules))):
+        spent = number + 1 >= rules.least_rounds and clock() - start >= rules.budget_s
+        if not running or spent or (number + 1 >= rules.min_rounds and _settled(running, series, rules)):
             break
     finalists = _kept(running, series, 1 + rules.final_band)
     if len(finalists) > 1:
         for number in range(rules.final_rounds):
+            if clock() - start >= 2 * rules.budget_s:
+                break
             one_round(_rotated([runner for runner in finalists if runner not in withdrawn], number))
     timings = {runner: timing_of(found) for runner, found in series.items() if found and runner not in withdrawn}
     return Outcome(timings, withdrawn)

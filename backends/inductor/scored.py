@@ -1,0 +1,37 @@
+"""A slab's operands with their scores from the compiled kernel, for fast_core and slow_core."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from titans_backends.backends.eager.chunk_grid import Slab, compute_dtype
+from titans_backends.backends.eager.decay import Decay
+from titans_backends.backends.eager.recurrence import Operands
+from titans_backends.backends.eager.slow_core import Recurrence
+
+from .compiled import SCORES
+from .serving import EAGER_SOURCES, OWN_SOURCES, running_log
+
+__all__ = ["SCORED_SOURCES", "load"]
+
+SCORED_SOURCES = (
+    *OWN_SOURCES,
+    "titans_backends.backends.inductor.scored",
+    *EAGER_SOURCES,
+    *(f"titans_backends.backends.eager.{name}" for name in ("causal", "frobenius", "recurrence", "slow_core")),
+)
+
+
+def load(source: Recurrence, slab: Slab) -> tuple[Operands, Tensor]:
+    """One slab's operands, q with its scale, and M `[n, H, C, C]`; Gamma, which nobody reads once M is there, is M's memory."""
+    q, k, u = (source.gather(slab, x) for x in (source.q, source.k, source.u))
+    w = None if source.w is None else source.gather(slab, source.w)
+    if source.scale != 1.0:
+        q.mul_(source.scale)
+    factor = None
+    if source.chunk_decay is not None:
+        factor = source.grid.gather_per_chunk(slab, source.chunk_decay, compute_dtype(source.u))[..., None, None]
+    log = None if source.g is None else running_log(source.gather(slab, source.g))
+    m, *rest = (x.unflatten(0, q.shape[:2]) for x in SCORES(q.flatten(0, 1), k.flatten(0, 1), log))
+    decay = None if log is None else Decay(*rest, pair=m)
+    return Operands(q, k, u, w, decay, factor), m

@@ -1,0 +1,71 @@
+"""What the documents show works: README's snippet runs, CONTRIBUTING's backend passes conformance, links and tables are true."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import titans_backends as tb
+from titans_backends import registry
+from titans_backends.conformance import examine, items
+from titans_backends.contracts import CONTRACTS
+from titans_backends.switches import PREFIX, SWITCHES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced code blocks of one language, without the indentation of the list that they stand in."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in found]
+
+
+def test_the_readmes_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = blocks("README.md", "python")
+    scope: dict[str, object] = {}
+    exec(compile(snippet, "README.md", "exec"), scope)
+    assert "slow_core on" in capsys.readouterr().out
+    one = tb.get_op("slow_core")(*(scope[n] for n in "qkuw"), g=scope["g"])[0]
+    assert torch.allclose(one, scope["o"], atol=1e-4)  # the snippet's second way computes the same
+
+
+def test_contributings_backend_passes_conformance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    manifest, module, suite = blocks("CONTRIBUTING.md", "python")
+    (tmp_path / "my_backend").mkdir()
+    (tmp_path / "my_backend" / "__init__.py").write_text(manifest)
+    (tmp_path / "my_backend" / "fused_uw.py").write_text(module)
+    assert "examine(item)" in suite
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        patch.setenv(f"{PREFIX}PLUGINS", "my_backend")
+        tb.reset()
+        assert "mine" in registry.known(), registry.broken()
+        results = [examine(item) for item in items("mine", regimes=("inference",))]
+        assert {r.status for r in results} == {"passed", "refused"}  # float32 passes, the rest is refused with its sentence
+        assert all("it takes float32 only" in r.detail for r in results if r.status == "refused")
+    for name in ("my_backend", "my_backend.fused_uw"):
+        sys.modules.pop(name, None)
+    tb.reset()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_point_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_switch_and_every_op_is_documented() -> None:
+    switches, readme = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{PREFIX}{name}`" in switches for name in SWITCHES)
+    assert all(f"`{name}`" in readme for name in CONTRACTS)
+
+
+def test_no_page_has_a_placeholder() -> None:
+    for page in PAGES:
+        assert "@@" not in page.read_text(encoding="utf-8"), page.name

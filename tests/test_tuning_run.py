@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -197,6 +199,43 @@ def test_a_killed_tune_keeps_every_finished_bucket(workshop: Workshop) -> None:
     report = workshop.tune(buckets)
     assert report.complete
     assert [event.bucket for event in workshop.events if isinstance(event, events.BucketStarted)] == [buckets[2]]
+
+
+def test_a_tune_killed_outright_keeps_its_rows_and_leaves_no_process_behind(workshop: Workshop) -> None:
+    workshop.offer("good", "hangs_at_16")
+    buckets = small([4, 16])
+    script = (
+        "from pathlib import Path; import sys\n"
+        "from titans_backends.tuning.plan import plan\n"
+        "from titans_backends.tuning.run import TuneRequest, tune\n"
+        "buckets = plan('cpu', ops=['gated_delta_rule'], seq_lens=[4, 16], heads=[(1, 1)], head_dims=[(8, 8)], regimes=['inference'])\n"
+        "say = lambda event: print(type(event).__name__, flush=True)\n"
+        "tune(TuneRequest(buckets, backends=('faulty',), bucket_s=0.02, output=Path(sys.argv[1])), say)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+    command = [sys.executable, "-c", script, str(workshop.output)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline().strip()]
+        while said[-1] != "BucketDone":
+            assert said[-1], f"it ended after {said}"
+            said.append(process.stdout.readline().strip())
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    assert set(workshop.rows()) == {buckets[0]}
+    assert children
+    deadline = time.monotonic() + 10
+    while any(_runs(int(child)) for child in children):
+        assert time.monotonic() < deadline, f"processes {children} outlived their tuner"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
 
 
 def test_a_budget_ends_between_buckets_and_names_what_is_left(workshop: Workshop) -> None:

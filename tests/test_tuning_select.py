@@ -50,7 +50,9 @@ def test_the_joint_margin_widens_a_tie_but_not_without_limit() -> None:
 def test_noise_that_stays_inside_the_band_never_flips_the_choice() -> None:
     chosen = set()
     for jitter in itertools.product((0.996, 1.0, 1.004), repeat=2):
-        chosen.add(winner(contender("default", 100, 0), contender("a", 80 * jitter[0], 1, simplicity=2), contender("b", 80 * jitter[1], 2, simplicity=1)))
+        chosen.add(
+            winner(contender("default", 100, 0), contender("a", 80 * jitter[0], 1, simplicity=2), contender("b", 80 * jitter[1], 2, simplicity=1))
+        )
     assert chosen == {"b"}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from titans_backends.backend import Candidate
 from titans_backends.buckets import bucket_of, defaults_of
 from titans_backends.cache import file
 from titans_backends.cache.paths import timings_path
@@ -105,9 +106,16 @@ class Explanation:
 def _offer_line(entry: Offer, signature: Signature) -> str:
     if not entry.verdict:
         return f"refuses: {entry.verdict}"
-    names = [c.label for c in (*entry.forward, *entry.backward)]
+    told = [_listed("forward" if signature.regime == "training" else "candidate", entry.forward)]
+    if signature.regime == "training":
+        told.append(_listed("backward", entry.backward))
     lacking = "" if pairs([entry], signature, mixed=False) else " (no forward and backward of its own that fit together)"
-    return f"accepts, {len(names)} candidate{'s' * (len(names) != 1)}{lacking}: {'; '.join(dict.fromkeys(names))}"
+    return f"accepts{lacking}: {'. '.join(told)}"
+
+
+def _listed(what: str, found: Sequence[Candidate]) -> str:
+    names = [c.label + (" saving states" if c.saves_states else "") for c in found]
+    return f"{len(names)} {what}{'s' * (what == 'candidate' and len(names) != 1)}: {'; '.join(names)}" if names else f"no {what}"
 
 
 def _offer_row(entry: Offer, signature: Signature) -> dict[str, Json]:

@@ -62,7 +62,9 @@ class Kernel:
                 run(*example)
             except Exception as error:
                 text = str(error).strip().split("\n", 1)[0][:300]
-                raise BackendError(f"inductor: compiling {name} for {dtype} on {device} raised {type(error).__name__}: {text}. See: titans-backends doctor") from error
+                raise BackendError(
+                    f"inductor: compiling {name} for {dtype} on {device} raised {type(error).__name__}: {text}. See: titans-backends doctor"
+                ) from error
             return _compiled.setdefault(key, run)
 
     def _operand(self, layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:

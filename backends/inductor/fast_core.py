@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from titans_backends.backend import Candidate
-from titans_backends.backends.eager.chunk_grid import ChunkGrid, compute_dtype
-from titans_backends.backends.eager.fast_chunks import fast_forward
-from titans_backends.backends.eager.scratch import chunk_bytes, slab_budget
-from titans_backends.backends.eager.slow_core import Recurrence
 from titans_backends.contracts.fast_core import FastCore
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
+from ..eager.chunk_grid import ChunkGrid, compute_dtype
+from ..eager.fast_chunks import fast_forward
+from ..eager.scratch import chunk_bytes, slab_budget
+from ..eager.slow_core import Recurrence
 from .scored import SCORED_SOURCES, load
 from .serving import plain_modes, refuse_chunk, serves
 

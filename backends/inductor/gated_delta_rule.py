@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from titans_backends.backend import Candidate
-from titans_backends.backends.eager.chunk_grid import ChunkGrid, Slab, compute_dtype
-from titans_backends.backends.eager.scratch import chunk_bytes, slab_budget
-from titans_backends.backends.eager.triangular import unit_lower_inverse
-from titans_backends.backends.eager.unit_norm import unit
-from titans_backends.backends.eager.workspace import Workspace
 from titans_backends.contracts.gated_delta_rule import GRID, GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict
 
+from ..eager.chunk_grid import ChunkGrid, Slab, compute_dtype
+from ..eager.scratch import chunk_bytes, slab_budget
+from ..eager.triangular import unit_lower_inverse
+from ..eager.unit_norm import unit
+from ..eager.workspace import Workspace
 from .compiled import TRIANGLES
 from .serving import EAGER_SOURCES, LARGEST_CHUNK, OWN_SOURCES, plain_modes, refuse_chunk, running_log, serves
 

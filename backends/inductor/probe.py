@@ -30,9 +30,11 @@ def _tried(machine: Machine) -> Verdict:
     try:
         o, _ = run(call, Candidate("inductor", "chunked"))
     except Exception as error:  # whatever the compiler raises is the reason
-        return refused(f"the smallest case failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}")
+        said = (str(error).strip() or "no message").splitlines()[0]
+        return refused(f"the smallest case failed: {type(error).__name__}: {said}")
     want, _ = reference(CONTRACT.to(call, torch.float64))  # type: ignore[arg-type]
-    assert o is not None and want is not None
+    assert o is not None
+    assert want is not None
     limit = tolerance(torch.float32, "highest" if machine.kind == "cpu" else torch.get_float32_matmul_precision()).outputs
     difference = compare("o", o, want)
     return ACCEPTED if difference.within(limit) else refused(f"the smallest case is wrong: {difference}, where {limit:.0e} is allowed")

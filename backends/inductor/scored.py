@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from titans_backends.backends.eager.chunk_grid import Slab, compute_dtype
-from titans_backends.backends.eager.decay import Decay
-from titans_backends.backends.eager.recurrence import Operands
-from titans_backends.backends.eager.slow_core import Recurrence
-
+from ..eager.chunk_grid import Slab, compute_dtype
+from ..eager.decay import Decay
+from ..eager.recurrence import Operands
+from ..eager.slow_core import Recurrence
 from .compiled import SCORES
 from .serving import EAGER_SOURCES, OWN_SOURCES, running_log
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from titans_backends.backends.eager.packing import refuse_packed_graph
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
+from ..eager.packing import refuse_packed_graph
 from .toolchain import toolchain
 
 __all__ = ["EAGER_SOURCES", "LARGEST_CHUNK", "OWN_SOURCES", "plain_modes", "refuse_chunk", "running_log", "serves"]

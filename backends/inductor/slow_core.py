@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from titans_backends.backend import Candidate
-from titans_backends.backends.eager.chunk_grid import ChunkGrid
-from titans_backends.backends.eager.frobenius import normalized
-from titans_backends.backends.eager.recurrence import advance, read
-from titans_backends.backends.eager.slow_core import Recurrence
 from titans_backends.contracts.slow_core import SlowCore
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
+from ..eager.chunk_grid import ChunkGrid
+from ..eager.frobenius import normalized
+from ..eager.recurrence import advance, read
+from ..eager.slow_core import Recurrence
 from .scored import SCORED_SOURCES, load
 from .serving import plain_modes, refuse_chunk, serves
 

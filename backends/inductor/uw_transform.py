@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from titans_backends.backend import Candidate
-from titans_backends.backends.eager.chunk_grid import ChunkGrid, Slab, compute_dtype
-from titans_backends.backends.eager.scratch import chunk_bytes, slab_budget
-from titans_backends.backends.eager.triangular import INVERSES, unit_lower_inverse
 from titans_backends.contracts.uw_transform import UWTransform
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
+from ..eager.chunk_grid import ChunkGrid, Slab, compute_dtype
+from ..eager.scratch import chunk_bytes, slab_budget
+from ..eager.triangular import INVERSES, unit_lower_inverse
 from .compiled import LAM_UW, SCALED_SIDES, UNIT_TRIANGLE
 from .serving import EAGER_SOURCES, OWN_SOURCES, plain_modes, refuse_chunk, running_log, serves
 

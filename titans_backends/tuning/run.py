@@ -41,6 +41,9 @@ __all__ = ["Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_
 
 QUICK_BUCKET_S, FULL_BUCKET_S = 0.8, 4.0
 """How long the rounds of one race may take, beyond the least number of rounds."""
+QUICK_S = 110.0
+"""What a quick tune aims to take as a whole: on a slow or busy machine its races are shorter, but no bucket is left out."""
+_RACE_SHARE = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,16 @@ class _Run:
                 self.remaining = tuple(entry[1].bucket for entry in work[position:])
                 self.say(Remaining(self.remaining))
                 return
-            self._measure(index, standing, todo)
+            self._measure(index, standing, todo, self._race_s(len(work) - position))
+
+    def _race_s(self, left: int) -> float:
+        """The rounds' budget in each of the buckets that are left: the asked one, or less where the whole would take too long."""
+        request = self.request
+        wanted = request.bucket_s or (QUICK_BUCKET_S if request.quick else FULL_BUCKET_S)
+        whole = request.budget_s if request.budget_s is not None else QUICK_S if request.quick else None
+        if whole is None:
+            return wanted
+        return min(wanted, max(0.0, whole - (time.monotonic() - self.started)) / left * _RACE_SHARE)
 
     def report(self) -> TuneReport:
         """What has been done so far, in the order of the request."""
@@ -245,15 +257,14 @@ class _Run:
         self.rows[bucket] = Row(bucket, entry, standing.default_us(), reference_us)
         self.say(Skipped(bucket, entry, standing.default_us(), reference_us))
 
-    def _measure(self, index: int, standing: Standing, todo: Sequence[Candidate]) -> None:
+    def _measure(self, index: int, standing: Standing, todo: Sequence[Candidate], race_s: float) -> None:
         bucket, begun = standing.bucket, time.monotonic()
         refusals = tuple((entry.backend.name, str(entry.verdict)) for entry in standing.offers if not entry.verdict)
         refused = {c: _refused(standing, c, reason) for c in todo if (reason := self._refusal(c.backend))}
         self.say(BucketStarted(bucket, index, tuple(c.label for c in todo if c not in refused), refusals))
         for candidate, one in refused.items():
             self._tell(bucket, candidate, one)
-        rules = RaceRules(budget_s=self.request.bucket_s or (QUICK_BUCKET_S if self.request.quick else FULL_BUCKET_S))
-        bench = Bench(self.host, bucket, rules, self.request.timeout_s, self._known_saver(standing))
+        bench = Bench(self.host, bucket, RaceRules(budget_s=race_s), self.request.timeout_s, self._known_saver(standing))
         older, measured = dict(standing.current), dict(refused)
         try:
             wanted = [candidate for candidate in todo if candidate not in refused]

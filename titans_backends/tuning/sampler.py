@@ -70,7 +70,7 @@ class CudaSampler:
     def sample(self, key: Hashable, kernel: Kernel) -> float:
         """The time between the events. The device is idle when the launch begins, so that launch costs show where there is no graph."""
         run = self._captured(key, kernel) if self._launch == "graph" else kernel
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         self.synchronize()
         start.record()
@@ -86,7 +86,7 @@ class CudaSampler:
 
     def _captured(self, key: Hashable, kernel: Kernel) -> Kernel:
         if key not in self._graphs:
-            side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            side = torch.cuda.Stream(self._device)
             side.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(side):
                 kernel()

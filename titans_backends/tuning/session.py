@@ -136,7 +136,7 @@ class Session:
             self._run_reference(short)
             if (time.perf_counter() - start) * self.dims["T"] / _REFERENCE_TOKENS > most_s:
                 return None
-        return self.sampler.sample("reference", lambda: self._run_reference(self.call))
+        return sampler_for(torch.device(self.device), "eager").sample("reference", lambda: self._run_reference(self.call))
 
     def _run_reference(self, call: Call) -> object:
         if not self.training:

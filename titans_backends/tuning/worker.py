@@ -97,6 +97,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(int(threads))
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(torch.device(device))
     with open(int(requests), "rb") as source, open(int(answers), "wb", buffering=0) as sink:
         serve(source.readline, sink.write, device)
 

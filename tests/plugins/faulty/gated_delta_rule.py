@@ -43,7 +43,7 @@ def run(call, candidate):
         os.kill(os.getpid(), signal.SIGSEGV)
     if name == "exits":
         os._exit(3)
-    if name == "hangs":
+    if name == "hangs" or (name == "hangs_at_16" and call.q.shape[:2] == (1, 16)):
         time.sleep(3600)
     if name == "memory_error":
         raise MemoryError

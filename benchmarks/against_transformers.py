@@ -21,11 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import titans_backends as tb
+from titans_backends.cli.show import Column, Group, console, facts, table
 from titans_backends.contracts import contract
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.tolerance import compare, tolerance
@@ -61,7 +60,8 @@ def theirs_function() -> Callable[..., tuple[Tensor, Tensor]]:
         from transformers.models.qwen3_next import modeling_qwen3_next
     except ImportError as error:
         raise SystemExit(f"{MISSING}\n({error})") from error
-    return inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+    plain: Callable[..., tuple[Tensor, Tensor]] = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+    return plain
 
 
 def problem(shape: str) -> dict[str, Tensor]:
@@ -101,12 +101,13 @@ def measure(shape: str, rounds: int) -> Row:
     """One shape: checked, then timed."""
     x = problem(shape)
     rule = tb.get_op("gated_delta_rule")
-    plan = rule.explain(**x, output_final_state=True)
+    arguments = (x["q"], x["k"], x["v"], x["beta"], x["g"])
+    plan = rule.explain(*arguments, output_final_state=True)
     if plan.choice is None:
         raise SystemExit(plan.refusal)
 
     def ours() -> tuple[Tensor, Tensor]:
-        return rule(**x, output_final_state=True)  # type: ignore[return-value]  # both were asked for
+        return rule(*arguments, output_final_state=True)  # type: ignore[return-value]  # both were asked for
 
     original = theirs_function()
 
@@ -115,7 +116,7 @@ def measure(shape: str, rounds: int) -> Row:
 
     got, other = ours(), theirs()
     op = contract("gated_delta_rule")
-    exact = op.reference(op.make_call(**{name: t.double() for name, t in x.items()}, output_final_state=True))
+    exact = op.reference(op.make_call(*(t.double() for t in arguments), output_final_state=True))
     assert exact[0] is not None
     assert exact[1] is not None
     truth = (exact[0], exact[1])
@@ -128,6 +129,12 @@ def measure(shape: str, rounds: int) -> Row:
         shape, plan.kernel, plan.choice.origin, ours_ms, spread(mine), theirs_ms, spread(yours), theirs_ms / ours_ms, rounds,
         difference, our_error, their_error, agree=max(difference, our_error) <= limit,
     )  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """A row for people."""
+    times = [f"{row.ours_ms:.2f}", f"{row.ours_spread:.0%}", f"{row.theirs_ms:.2f}", f"{row.theirs_spread:.0%}", f"{row.ratio:.2f}"]
+    return [*times, f"{row.difference:.1e}", f"{row.our_error:.1e}", f"{row.their_error:.1e}"]
 
 
 def main() -> int:
@@ -155,18 +162,12 @@ def main() -> int:
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
     }
-    out = Console()
-    table = Table(title="gated_delta_rule against transformers, float32, medians")
-    for column in ("shape", "kernel", "ours ms", "theirs ms", "ratio", "ours - theirs", "our error", "their error"):
-        table.add_column(column, justify="left" if column in ("shape", "kernel") else "right")
-    for row in rows:
-        table.add_row(
-            row.shape, f"{row.kernel} ({row.chosen_by})", f"{row.ours_ms:.2f} ±{row.ours_spread:.0%}", f"{row.theirs_ms:.2f} ±{row.theirs_spread:.0%}",
-            f"{row.ratio:.2f}", f"{row.difference:.1e}", f"{row.our_error:.1e}", f"{row.their_error:.1e}",
-        )  # fmt: skip
-    out.print(table)
-    out.print(f"geometric mean of the ratios: {mean:.2f} (the aim is {AIM})", highlight=False)
-    out.print(", ".join(f"{name} {value}" for name, value in told.items()), highlight=False)
+    out = console()
+    titles = ("ours ms", "±", "theirs ms", "±", "ratio", "ours - theirs", "our error", "their error")
+    groups = [Group(f"{row.shape}  {row.kernel} ({row.chosen_by})", [cells(row)]) for row in rows]
+    table(out, [Column(title, "right") for title in titles], groups)
+    out.print(f"\ngeometric mean of the ratios: {mean:.2f} (the aim is at least {AIM})\n")
+    facts(out, [(name, str(value)) for name, value in told.items()])
     if asked.json is not None:
         asked.json.write_text(json.dumps({**told, "geometric_mean": mean, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
     wrong = [row.shape for row in rows if not row.agree]

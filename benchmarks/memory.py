@@ -43,10 +43,12 @@ class Sample:
 
 def resident(field: str) -> int:
     """Bytes of VmRSS or VmHWM."""
+    if not CLEAR.exists():
+        raise SystemExit(f"there is no {CLEAR}; this benchmark needs Linux with /proc")
     for line in STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) << 10
-    raise SystemExit(f"{STATUS} has no {field}; this benchmark needs Linux")
+    raise SystemExit(f"{STATUS} has no {field}")
 
 
 def sample(seq_len: int, heads: int, head_dim: int, threads: int | None) -> Sample:
@@ -117,23 +119,23 @@ def main() -> int:
     sizes = ["--seq-len", str(asked.seq_len), "--heads", str(asked.heads), "--head-dim", str(asked.head_dim)]
     samples = [child([*sizes, *(["--threads", str(asked.threads)] if asked.threads else [])]) for _ in range(asked.repeats)]
 
-    from rich.console import Console
-    from rich.table import Table
+    from titans_backends.cli.show import Column, Group, console, facts, table
 
-    out = Console()
-    table = Table(title=f"peak memory of gated_delta_rule, 1x{asked.seq_len}, {asked.heads} heads, head_dim {asked.head_dim}, float32, inference")
-    for column in ("kernel", "inputs MiB", "outputs MiB", "peak MiB", "factor", "error"):
-        table.add_column(column, justify="left" if column == "kernel" else "right")
-    for one in samples:
-        table.add_row(one.kernel, f"{one.inputs_mib:.1f}", f"{one.outputs_mib:.1f}", f"{one.peak_mib:.1f}", f"{one.factor:.2f}", f"{one.error:.1e}")
-    out.print(table)
+    out = console()
+    rows = [
+        [one.kernel, *(f"{mib:.1f}" for mib in (one.inputs_mib, one.outputs_mib, one.peak_mib)), f"{one.factor:.2f}", f"{one.error:.1e}"]
+        for one in samples
+    ]
+    titles = ("inputs MiB", "outputs MiB", "peak MiB", "factor", "error")
+    title = f"gated_delta_rule, 1x{asked.seq_len}, {asked.heads} heads, head_dim {asked.head_dim}, float32, inference"
+    table(out, [Column("kernel", flexible=True), *(Column(t, "right") for t in titles)], [Group(title, rows)])
     median = statistics.median(one.factor for one in samples)
-    out.print(f"median factor over inputs plus outputs: {median:.2f} (the aim is at most {AIM:g})", highlight=False)
-    out.print(f"{samples[0].machine}, threads {samples[0].threads}, torch {samples[0].torch}", highlight=False)
+    out.print(f"\nmedian factor over inputs plus outputs: {median:.2f} (the aim is at most {AIM:g})\n")
+    facts(out, [("machine", samples[0].machine), ("threads", str(samples[0].threads)), ("torch", samples[0].torch)])
     if asked.json is not None:
         told = {"seq_len": asked.seq_len, "heads": asked.heads, "head_dim": asked.head_dim, "median_factor": median}
-        rows = [{**asdict(one), "factor": one.factor} for one in samples]
-        asked.json.write_text(json.dumps({**told, "samples": rows}, indent=1) + "\n", encoding="utf-8")
+        measured = [{**asdict(one), "factor": one.factor} for one in samples]
+        asked.json.write_text(json.dumps({**told, "samples": measured}, indent=1) + "\n", encoding="utf-8")
     if max(one.error for one in samples) > 5e-6:
         print("the output is wrong: over 5e-06", file=sys.stderr)
         return 1

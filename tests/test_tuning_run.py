@@ -166,12 +166,12 @@ def test_a_second_run_has_nothing_to_do_and_a_changed_kernel_is_raced_with_its_y
 
 
 def test_what_fails_is_not_tried_again_until_it_changes(workshop: Workshop) -> None:
-    workshop.offer("good", "segfault")
+    workshop.offer("good", "raises")
     buckets = small()
     workshop.tune(buckets)
     assert workshop.tune(buckets).nothing_to_do
     assert workshop.tune(buckets, force=True).complete
-    assert workshop.timed() == ["faulty/good", "faulty/segfault"]
+    assert workshop.timed() == ["faulty/good", "faulty/raises"]
 
 
 def test_a_bucket_without_a_passing_candidate_has_no_row_and_says_why(workshop: Workshop) -> None:

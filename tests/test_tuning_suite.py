@@ -23,10 +23,9 @@ def bucket(op: str, seq_len: int = 150, **fields: WhenValue) -> Bucket:
     return Bucket(op, canonical_when(values, defaults_of(op)), seq_len)
 
 
-def call_of(op: str, variant: Variant, *, packed: bool = False) -> tuple[object, Case]:
-    tokens = 3 if op == "gated_delta_step" else 70
-    case = Case(variant.name, T=tokens, G=2, H=4, K=8, V=4, dtype=torch.float64, options=variant.options, given=variant.given)
-    return case, Case(**{**{f: getattr(case, f) for f in case.__slots__}, "lengths": (33, 0, 1, 66, 0) if packed else None})
+def case_with(op: str, variant: Variant, *, packed: bool = False) -> Case:
+    tokens, lengths = 3 if op == "gated_delta_step" else 70, (33, 0, 1, 66, 0) if packed else None
+    return Case(variant.name, T=tokens, G=2, H=4, K=8, V=4, dtype=torch.float64, options=variant.options, given=variant.given, lengths=lengths)
 
 
 @pytest.mark.parametrize("op", list(CONTRACTS))
@@ -64,7 +63,7 @@ def test_buckets_that_differ_in_size_only_share_their_exams() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_call_that_starts_from_a_chunks_state_goes_on_exactly(op: str, variant: Variant, packed: bool) -> None:
     made = contract(op)
-    _, case = call_of(op, variant, packed=packed)
+    case = case_with(op, variant, packed=packed)
     call = build(made, case)
     starts = chunk_starts(made, call)
     assert starts is not None
@@ -90,7 +89,7 @@ def test_the_reference_of_a_part_is_the_part_of_the_reference(op: str, variant: 
     made = contract(op)
     if packed and "cu_seqlens" not in made.argument_by_name:
         pytest.skip(f"{op} takes no packed sequences")
-    _, case = call_of(op, variant, packed=packed)
+    case = case_with(op, variant, packed=packed)
     call = build(made, case)
     dims = with_sizes(validate(made, call))
     whole = made.reference(call)
@@ -110,7 +109,7 @@ def test_the_reference_of_a_part_is_the_part_of_the_reference(op: str, variant: 
 @pytest.mark.parametrize(("op", "variant"), VARIANTS, ids=lambda v: getattr(v, "name", v))
 def test_the_gradients_of_a_group_of_heads_are_complete(op: str, variant: Variant) -> None:
     made = contract(op)
-    _, case = call_of(op, variant)
+    case = case_with(op, variant)
     call = build(made, case)
     dims = with_sizes(validate(made, call))
     grads = cotangents(made, call, made.reference(call))

@@ -101,8 +101,7 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
 
 
 def _plan(op: Contract, made: Call, asked: Request) -> Plan:
-    own = _PLANNERS[op.name]
-    return own.plan(made, asked, own.values(made))
+    return _PLANNERS[op.name].plan(made, asked)
 
 
 def _asked(backend: object, batch_invariant: object, *, training: bool, may_save: bool, must_save: bool = False) -> Request:

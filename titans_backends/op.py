@@ -28,15 +28,25 @@ __all__ = ["BoundOp", "Op", "get_op"]
 _is_compiling = torch.compiler.is_compiling
 
 
-def _watched(values: tuple[object, ...]) -> bool:
+_PLAIN = (Tensor, torch.nn.Parameter, type(None), float, int)
+
+
+def _watched(tensors: tuple[object, ...]) -> bool:
     """Whether a tracer, a functorch transform or a tensor subclass is involved, so that torch must see the op."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return True
-    return any(isinstance(v, Tensor) and type(v) is not Tensor and type(v) is not torch.nn.Parameter for v in values)
+    for value in tensors:  # a loop, not any(): this is in every call
+        if value.__class__ not in _PLAIN and isinstance(value, Tensor):
+            return True
+    return False
 
 
-def _training(values: tuple[object, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+def _training(tensors: tuple[object, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for value in tensors:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
 
 
 class Op:
@@ -71,29 +81,28 @@ class Op:
         call = self._call(args, kwargs)
         if torch._C._is_any_autocast_enabled():
             call = autocast(self.contract, call)
-        values = self._planner.values(call)
-        if _watched(values):
-            return library.call(self.contract, values, backend or self.backend, False, False, False)
-        asked = request(backend or self.backend, training=_training(values))
-        plan = self._planner.plan(call, asked, values)
+        tensors = self._planner.tensors(call)
+        if _watched(tensors):
+            return library.call(self.contract, self._planner.values(call), backend or self.backend, False, False, False)
+        asked = request(backend or self.backend, training=_training(tensors))
+        plan = self._planner.plan(call, asked)
         if asked.training:
             _refuse_in_place(self.contract, call)
-            return library.call(self.contract, values, asked.backend, asked.batch_invariant, True, True)
+            return library.call(self.contract, self._planner.values(call), asked.backend, asked.batch_invariant, True, True)
         return self._planner.execute(plan, call)
 
     def bind(self, *args: object, backend: str | None = None, **kwargs: object) -> BoundOp:
         """Chooses once for these tensors' dtype, shape, stride and alignment; the bound op skips policy and lookup."""
         call = self._call(args, kwargs)
-        values = self._planner.values(call)
-        asked = request(backend or self.backend, training=_training(values))
-        return BoundOp(self, self._planner.plan(call, asked, values), call, asked.training)
+        asked = request(backend or self.backend, training=_training(self._planner.tensors(call)))
+        return BoundOp(self, self._planner.plan(call, asked), call, asked.training)
 
     def explain(self, *args: object, backend: str | None = None, **kwargs: object) -> Explanation:
         """Which kernel would run and why: every backend's answer, every table asked, every timing known. Runs nothing."""
         from titans_backends.explain import explain
 
         call = self._call(args, kwargs)
-        asked = request(backend or self.backend, training=_training(self._planner.values(call)))
+        asked = request(backend or self.backend, training=_training(self._planner.tensors(call)))
         return explain(self._planner, call, asked)
 
     def _call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
@@ -121,38 +130,27 @@ class BoundOp:
         self._plan = plan
         self._training = training
         self._make = op.contract.make_call
-        self._values = op._planner.values
-        self._facts = self._key(op._planner.values(call))
+        self._planner = op._planner
+        self._facts = op._planner.facts(call)
 
     def __repr__(self) -> str:
         return f"<{self.op!r} bound to {self.choice.pair.label}>"
 
-    @staticmethod
-    def _key(values: tuple[object, ...]) -> list[object]:
-        facts: list[object] = []
-        for value in values:
-            if isinstance(value, Tensor):
-                facts += (value.dtype, value.shape, value.stride(), value.data_ptr() & 15)
-            else:
-                facts.append(value)
-        return facts
-
     def __call__(self, *args: object, **kwargs: object) -> Outputs:
         """Runs the chosen kernel; BoundCallMismatchError names the first argument that differs."""
         call = self._make(*args, **kwargs)
-        values = self._values(call)
-        if self._key(values) != self._facts:
-            raise self._mismatch(values)
+        if self._planner.facts(call) != self._facts:
+            raise self._mismatch(self._planner.values(call))
         if self._plan.checks_indices:
             check_indices(self.op.contract, call)
-        if _training(values):
+        if _training(self._planner.tensors(call)):
             if not self._training:
                 raise BoundCallMismatchError(
                     f"{self.op.name}: it was bound without gradients, but an input requires one; bind it again, or use torch.no_grad()"
                 )
             pair = self.choice.pair
             forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
-            return library.call(self.op.contract, values, forced, self.choice.signature.batch_invariant, True, True)
+            return library.call(self.op.contract, self._planner.values(call), forced, self.choice.signature.batch_invariant, True, True)
         return self._plan.run(call)[: len(self.op.contract.outputs)]
 
     def _mismatch(self, values: tuple[object, ...]) -> BoundCallMismatchError:

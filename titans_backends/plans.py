@@ -109,14 +109,16 @@ class Planner:
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
-        self.values: Callable[[Call], tuple[object, ...]] = operator.attrgetter(*contract.parameters)
+        self.values = _getter(contract.parameters)
+        self.tensors = _getter(tuple(a.name for a in contract.arguments))
+        self._options = _getter(tuple(o.name for o in contract.options))
         self._memo: dict[object, Plan] = {}
         self._warmed: dict[str, set[Pair]] = {}
         _PLANNERS.add(self)
 
-    def plan(self, call: Call, asked: Request, values: tuple[object, ...]) -> Plan:
-        """The plan for a call; `values` are its fields in order."""
-        key = self._key(values, asked)
+    def plan(self, call: Call, asked: Request) -> Plan:
+        """The plan for a call, from the memo where it has one."""
+        key = self._key(call, asked)
         plan = self._memo.get(key) if key is not None else None
         if plan is None:
             plan = self._decide(call, asked)
@@ -152,25 +154,33 @@ class Planner:
         """Forgets every plan."""
         self._memo.clear()
 
-    @staticmethod
-    def _key(values: tuple[object, ...], asked: Request) -> object:
+    def _key(self, call: Call, asked: Request) -> object:
         """None where something cannot be hashed or is no strided tensor: validation says what."""
-        key: list[object] = [None if asked is PLAIN else asked, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
-        device = None
         try:
-            for value in values:
-                if isinstance(value, Tensor):
-                    device = value.device
-                    key += (value.shape, value.stride(), value.dtype, device, value.data_ptr() & 15)
-                else:
-                    key += (value.__class__, value)
-            if device is not None and device.type == "cuda":
+            key = self.facts(call)
+            key += (None if asked is PLAIN else asked, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
+            if key[3] == "cuda":
                 key.append(torch.cuda.is_current_stream_capturing())
             found = tuple(key)
             hash(found)
-        except (TypeError, RuntimeError):
+        except (TypeError, RuntimeError, IndexError):
             return None
         return found
+
+    def facts(self, call: Call) -> list[object]:
+        """What a choice may depend on in the call itself: each tensor's facts, then the options with their types (1 is not True)."""
+        key: list[object] = []
+        for value in self.tensors(call):
+            if value is None:
+                key.append(None)
+            elif isinstance(value, Tensor):
+                device = value.device
+                key += (value.shape, value.stride(), value.dtype, device.type, device.index, value.data_ptr() & 15)
+            else:
+                key += (value.__class__, value)
+        options = self._options(call)
+        key += (options, tuple(map(type, options)))
+        return key
 
     def _capturing(self, call: Call) -> bool:
         device: torch.device = getattr(call, self.contract.operands[0]).device
@@ -194,6 +204,13 @@ class Planner:
             choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
         return Plan(choice, forward, backward, checks, device)
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Call], tuple[object, ...]]:
+    """Reads some fields of a call, as a tuple also where there is one or none."""
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda call: tuple(getattr(call, name) for name in names)
 
 
 def _tuned_here(choice: Choice) -> bool:

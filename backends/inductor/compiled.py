@@ -1,7 +1,7 @@
 """Each kernel compiled once per dtype, device and set of optional operands, for every size: no later call compiles anything.
 
 torch.compile is shown a small example whose sizes all differ and are all marked dynamic, so that nothing is specialised to a length, a batch or a
-width. Sizes 0 and 1 it would specialise: `supports` keeps them out, except a single chunk of a single head, which is run twice.
+width. A leading size of 1, which it would specialise, is run as 2.
 """
 
 from __future__ import annotations
@@ -18,66 +18,76 @@ from titans_backends.errors import BackendError
 
 from . import kernels
 
-__all__ = ["LAM_UW", "SCALED_SIDES", "SCORES", "TRIANGLES", "UNIT_TRIANGLE", "Kernel", "compiled_count"]
-
-_EXAMPLE = {"N": 6, "C": 24, "2C": 48, "K": 16, "V": 40, "1": 1}
-_OPTIONS: dict[str, str | int | bool] = {"max_autotune": False, "triton.cudagraphs": False, "compile_threads": 1}
-"""One small graph each: no search, no worker processes that outlive it, and no graph replay below ours."""
+__all__ = ["LAM_TRIANGLE", "SCORES", "SIDES", "TRIANGLES", "UNIT_TRIANGLE", "Kernel", "compiled_count"]
 
 Results = tuple[Tensor, ...]
+_Function = Callable[..., Results]
 _Key = tuple[str, torch.dtype, torch.device, tuple[bool, ...], int, bool]
-_compiled: dict[_Key, Callable[..., Results]] = {}
+
+_EXAMPLE = {"N": 6, "C": 24, "K": 16, "V": 40, "1": 1}
+_OPTIONS: dict[str, str | int | bool] = {"max_autotune": False, "triton.cudagraphs": False, "compile_threads": 1}
+"""One small graph each: no search, no graph replay below the caller's, no worker processes that outlive it."""
+
+_compiled: dict[_Key, _Function] = {}
 _compiling = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A function of `kernels` and its operands' layouts; `wide` names the one in float64, which may be None."""
+    """A function of `kernels` and its operands' layouts: letters, then `float64` where the dtype is not the first operand's."""
 
-    function: Callable[..., Results]
+    function: _Function
     layouts: tuple[str, ...]
 
     def __call__(self, *operands: Tensor | None) -> Results:
-        """Runs it on `[N, C, *]` operands; the first call of a kind compiles. Needs torch's autograd to be off, as it is inside a backend."""
+        """Runs it on contiguous operands, which it may change; the first call of a kind compiles. Autograd must be off, see `plain_modes`."""
         first = operands[0]
         assert first is not None
         given = tuple(x is not None for x in operands)
-        # Torch compiles the number of threads and the deterministic switch in, and guards them.
+        # torch compiles the number of threads and the deterministic switch in, and compiles again where they change.
         key = (self.function.__name__, first.dtype, first.device, given, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
-        run = _compiled.get(key)
-        if run is None:
-            run = self._compile(key)
-        if first.shape[0] == 1:
-            return tuple(result[:1] for result in run(*(None if x is None else torch.cat([x, x]) for x in operands)))
-        return run(*operands)
+        run = _compiled.get(key) or self._compile(key)
+        return run(*operands) if first.shape[0] > 1 else self._twice(run, operands)
 
-    def _compile(self, key: _Key) -> Callable[..., Results]:
+    def _twice(self, run: _Function, operands: tuple[Tensor | None, ...]) -> Results:
+        """A single matrix, run as a pair of equal ones."""
+        leading = [x is not None and layout.startswith("N") for layout, x in zip(self.layouts, operands, strict=True)]
+        pairs = [torch.cat([x, x]) if there and x is not None else x for there, x in zip(leading, operands, strict=True)]
+        results = run(*pairs)
+        for there, x, pair in zip(leading, operands, pairs, strict=True):
+            if there and x is not None and pair is not None:
+                x.copy_(pair[:1])
+        return tuple(result[:1] for result in results)
+
+    def _compile(self, key: _Key) -> _Function:
         name, dtype, device, given = key[:4]
         with _compiling:
             if key in _compiled:
                 return _compiled[key]
-            example = [self._operand(layout, dtype, device) if there else None for layout, there in zip(self.layouts, given, strict=True)]
+            example = [_example(layout, dtype, device) if there else None for layout, there in zip(self.layouts, given, strict=True)]
             run = torch.compile(_own_code(self.function), fullgraph=True, dynamic=True, options=_OPTIONS)
             try:
                 run(*example)
             except Exception as error:
-                text = str(error).strip().split("\n", 1)[0][:300]
+                said = (str(error).strip() or "no message").splitlines()[0][:300]
                 raise BackendError(
-                    f"inductor: compiling {name} for {dtype} on {device} raised {type(error).__name__}: {text}. See: titans-backends doctor"
+                    f"inductor: compiling {name} for {dtype} on {device} raised {type(error).__name__}: {said}. See: titans-backends doctor"
                 ) from error
             return _compiled.setdefault(key, run)
 
-    def _operand(self, layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        letters = layout.removesuffix(" float64").split()
-        x = torch.zeros([_EXAMPLE[letter] for letter in letters], dtype=torch.float64 if layout.endswith(" float64") else dtype, device=device)
-        for axis, letter in enumerate(letters):
-            if letter != "1":
-                torch._dynamo.mark_dynamic(x, axis)
-        return x
+
+def _example(layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An operand of zeros; every size but a fixed 1 is marked dynamic, and torch says so if it cannot be."""
+    letters = layout.removesuffix(" float64").split()
+    x = torch.zeros([_EXAMPLE[letter] for letter in letters], dtype=torch.float64 if layout.endswith("float64") else dtype, device=device)
+    for axis, letter in enumerate(letters):
+        if letter != "1":
+            torch._dynamo.mark_dynamic(x, axis)
+    return x
 
 
-def _own_code(function: Callable[..., Results]) -> Callable[..., Results]:
-    """The same function over a code object of its own: torch counts recompilations, and limits them, per code object."""
+def _own_code(function: _Function) -> _Function:
+    """The same function over a code object of its own: torch counts compilations, and limits them, per code object."""
     assert isinstance(function, FunctionType)
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
@@ -87,9 +97,9 @@ def compiled_count() -> int:
     return len(_compiled)
 
 
-_LOG = "N C 1 float64"
-SCORES = Kernel(kernels.scores, ("N C K", "N C K", _LOG))
-UNIT_TRIANGLE = Kernel(kernels.unit_triangle, ("N C K", "N C V", "N C 1", _LOG))
-LAM_UW = Kernel(kernels.lam_uw, ("N C K", "N C V", "N C 1", _LOG))
-SCALED_SIDES = Kernel(kernels.scaled_sides, ("N C K", "N C V", "N C 1", _LOG))
-TRIANGLES = Kernel(kernels.triangles, ("N 2C K", "N C V", "N C 1", _LOG))
+_SQUARE, _K, _V, _BETA, _LOG, _MASK = "N C C", "N C K", "N C V", "N C 1", "N C 1 float64", "C C"
+SCORES = Kernel(kernels.scores, (_SQUARE, _LOG, _MASK))
+UNIT_TRIANGLE = Kernel(kernels.unit_triangle, (_SQUARE, _K, _V, _BETA, _LOG, _MASK))
+SIDES = Kernel(kernels.sides, (_K, _V, _BETA, _LOG))
+LAM_TRIANGLE = Kernel(kernels.lam_triangle, (_SQUARE, _SQUARE, _MASK))
+TRIANGLES = Kernel(kernels.triangles, (_SQUARE, _SQUARE, _K, _V, _BETA, _LOG, _MASK))

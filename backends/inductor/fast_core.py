@@ -18,6 +18,7 @@ from ..eager.chunk_grid import ChunkGrid, compute_dtype
 from ..eager.fast_chunks import fast_forward
 from ..eager.scratch import chunk_bytes, slab_budget
 from ..eager.slow_core import Recurrence
+from ..eager.workspace import Workspace
 from .scored import SCORED_SOURCES, load
 from .serving import plain_modes, refuse_chunk, serves
 
@@ -46,8 +47,9 @@ def run(call: FastCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
         final = source.states(call.initial_state) if call.output_final_state else None
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         size = chunk_bytes(v.shape[2], grid.chunk, call.k.shape[3], v.shape[3], dtype)
+        workspace = Workspace(dtype, v.device)
         for slab in grid.slabs(size, slab_budget(v.device)):
-            operands, m = load(source, slab)
+            operands, m = load(source, slab, workspace)
             y = fast_forward(grid, slab, operands, m, carry, final)
             if call.gate is not None:
                 y.mul_(source.gather(slab, call.gate))

@@ -22,7 +22,7 @@ from ..eager.triangular import unit_lower_inverse
 from ..eager.unit_norm import unit
 from ..eager.workspace import Workspace
 from .compiled import TRIANGLES
-from .serving import EAGER_SOURCES, LARGEST_CHUNK, OWN_SOURCES, plain_modes, refuse_chunk, running_log, serves
+from .serving import EAGER_SOURCES, LARGEST_CHUNK, OWN_SOURCES, causal_mask, plain_modes, refuse_chunk, running_log, serves
 
 __all__ = ["candidates", "run", "supports"]
 
@@ -84,41 +84,45 @@ class _Operands:
 
 
 def _load(call: GatedDeltaRule, grid: ChunkGrid, slab: Slab, workspace: Workspace) -> _Operands:
-    n, heads, chunk, dtype = slab.size, call.v.shape[2], grid.chunk, compute_dtype(call.v)
-    both = workspace.take("both", n, heads, 2 * chunk, call.k.shape[3])
+    n, heads, chunk, dtype, take = slab.size, call.v.shape[2], grid.chunk, compute_dtype(call.v), workspace.take
+    both = take("both", n, heads, 2 * chunk, call.k.shape[3])
     for x, rows in ((call.k, slice(None, chunk)), (call.q, slice(chunk, None))):
         grid.gather(slab, x, heads, dtype, both[:, :, rows])
     if call.qk_l2norm:
         both.copy_(unit(both))
     both[:, :, chunk:].mul_(call.k.shape[-1] ** -0.5 if call.scale is None else call.scale)
-    v = grid.gather(slab, call.v, heads, dtype, workspace.take("v", n, heads, chunk, call.v.shape[3]))
-    beta = grid.gather(slab, call.beta, heads, dtype)
-    log = None if call.g is None else running_log(grid.gather(slab, call.g, heads, dtype))
+    values = grid.gather(slab, call.v, heads, dtype, take("v", n, heads, chunk, call.v.shape[3])).flatten(0, 1)
+    rate = grid.gather(slab, call.beta, heads, dtype, take("beta", n, heads, chunk, 1)).flatten(0, 1)
+    log = None if call.g is None else running_log(grid.gather(slab, call.g, heads, dtype).flatten(0, 1))
     both = both.flatten(0, 1)
-    minus_a, m, values, rate, *decayed = TRIANGLES(both, v.flatten(0, 1), beta.flatten(0, 1), log)
-    t = unit_lower_inverse(minus_a, "blocks", workspace.take("t", *minus_a.shape))
-    writing, head, total = decayed or (both[:, :chunk], None, None)
+    k, q = both[:, :chunk], both[:, chunk:]
+    shape = (n * heads, chunk, chunk)
+    minus_a, m = torch.bmm(k, k.mT, out=take("n", *shape)), torch.bmm(q, k.mT, out=take("m", *shape))
+    writing = take("writing", *k.shape).copy_(k)
+    decayed = TRIANGLES(minus_a, m, writing, values, rate, log, causal_mask(chunk, k, decayed=log is not None))
+    t = unit_lower_inverse(minus_a, "blocks", take("t", *shape))
+    head, total = decayed or (None, None)
     return _Operands(both, t, m, values, rate, writing, head, total)
 
 
 def _advance(state: Tensor, slab: Slab, x: _Operands, workspace: Workspace, starts: Tensor | None) -> Tensor:
     """Moves `state [sequences, H, K, V]` over the slab and returns o without its gate, `[n, H, C, V]`."""
     heads, chunk = state.shape[1], x.values.shape[1]
-    seen = workspace.take("seen", *x.both.shape[:2], x.values.shape[2])
-    updates = workspace.take("updates", *x.values.shape)
-    error = workspace.take("error", max(step.last - step.first for step in slab.steps) * heads, *x.values.shape[1:])
-    for step in slab.steps:
-        part = slice(step.first * heads, step.last * heads)
+    sizes = [(step.last - step.first) * heads for step in slab.steps]
+    seen, updates = workspace.take("seen", *x.both.shape[:2], x.values.shape[2]), workspace.take("u", *x.values.shape)
+    error = workspace.take("error", max(sizes), *x.values.shape[1:])
+    parts = [part.split(sizes) for part in (x.both, seen, seen[:, :chunk], x.values, x.rate, x.t, updates, x.writing.mT)]
+    totals = None if x.total is None else x.total.split(sizes)
+    for index, (step, left, out, missed, value, factor, t, update, write) in enumerate(zip(slab.steps, *parts, strict=True)):
         current = state[step.rows].flatten(0, 1)
         if starts is not None:
             starts[step.chunks].copy_(state[step.rows])
-        torch.bmm(x.both[part], current, out=seen[part])
-        wrong = torch.addcmul(x.values[part], x.rate[part], seen[part, :chunk], out=error[: current.shape[0]])
-        torch.bmm(x.t[part], wrong, out=updates[part])
-        if x.total is not None:
-            current.mul_(x.total[part])
-        current.baddbmm_(x.writing[part].mT, updates[part])
+        torch.bmm(left, current, out=out)
+        torch.bmm(t, torch.addcmul(value, factor, missed, out=error[: sizes[index]]), out=update)
+        if totals is not None:
+            current.mul_(totals[index])
+        current.baddbmm_(write, update)
     read = seen[:, chunk:]
     if x.head is not None:
         read.mul_(x.head)
-    return torch.baddbmm(read, x.m, updates).unflatten(0, (-1, heads))
+    return torch.baddbmm(read, x.m, updates, out=x.values).unflatten(0, (-1, heads))  # b ⊙ V is spent

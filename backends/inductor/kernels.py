@@ -1,7 +1,8 @@
-"""What is compiled: the part of a slab that no state enters (SPEC.md 2 to 4), as functions of `[N, C, *]` tensors, N chunks times heads.
+"""What is compiled: everything elementwise that no state enters (SPEC.md 2 to 4), on `[N, C, *]` tensors, N chunks times heads, changed in place.
 
-They are written for the compiler, with every elementwise step after a product in one expression, so that a C x C matrix is read and written once.
-`log` is G, the running sum of g inside the chunk, in float64; None stands for no decay. Nothing here is called uncompiled.
+The products themselves are torch's own. Each C x C matrix is then read and written once, where plain torch makes a pass per step.
+`log` is G, the running sum of g inside the chunk, in float64. Without a decay it is None, and `mask [C, C]` holds 1 where a matrix is kept and 0
+elsewhere; with one it holds 0 and -inf, and is added before the exp, so that no exp sees a sum that it should not.
 """
 
 from __future__ import annotations
@@ -9,58 +10,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["lam_uw", "scaled_sides", "scores", "triangles", "unit_triangle"]
+__all__ = ["lam_triangle", "scores", "sides", "triangles", "unit_triangle"]
 
 
-def scores(q: Tensor, k: Tensor, log: Tensor | None) -> tuple[Tensor, ...]:
-    """tril(Q K^T) ⊙ Gamma, and with a decay e^G, e^(G_C - G) and e^(G_C)."""
-    m = torch.bmm(q, k.mT)
+def scores(m: Tensor, log: Tensor | None, mask: Tensor) -> tuple[Tensor, ...]:
+    """M from Q K^T; with a decay it returns e^G, e^(G_C - G) and e^(G_C)."""
+    m.mul_(_gamma(log, mask))
     if log is None:
-        return (_tril(m),)
+        return ()
     last = log[:, -1:]
-    return m * _gamma(log, m), log.to(q.dtype).exp(), (last - log).to(q.dtype).exp(), last.to(q.dtype).exp()
+    return log.to(m.dtype).exp(), (last - log).to(m.dtype).exp(), last.to(m.dtype).exp()
 
 
-def unit_triangle(k: Tensor, v: Tensor, beta: Tensor, log: Tensor | None) -> tuple[Tensor, ...]:
-    """-A below its diagonal (what stands on it means nothing), b ⊙ V and b ⊙ e^G ⊙ K."""
-    minus_a = torch.bmm(k, k.mT) * beta
-    return _tril(minus_a) if log is None else minus_a * _gamma(log, minus_a), *scaled_sides(k, v, beta, log)
+def unit_triangle(n: Tensor, k: Tensor, v: Tensor, beta: Tensor, log: Tensor | None, mask: Tensor) -> tuple[Tensor, ...]:
+    """-A from K K^T, b ⊙ V from V and b ⊙ e^G ⊙ K from K."""
+    n.mul_(_gamma(log, mask) * beta)
+    return sides(k, v, beta, log)
 
 
-def lam_uw(k: Tensor, v: Tensor, beta: Tensor, log: Tensor | None) -> tuple[Tensor, ...]:
-    """u and w of the lam transform, T = I + A + stril(A A^T)."""
-    n, x, z = unit_triangle(k, v, beta, log)
-    n = _tril(n, -1)
-    t = _tril(torch.bmm(n, n.mT), -1) - n + torch.eye(n.shape[1], dtype=n.dtype, device=n.device)
-    return torch.bmm(t, x), torch.bmm(t, z)
+def sides(k: Tensor, v: Tensor, beta: Tensor, log: Tensor | None) -> tuple[Tensor, ...]:
+    """b ⊙ V from V and b ⊙ e^G ⊙ K from K."""
+    v.mul_(beta)
+    k.mul_(beta if log is None else beta * log.to(k.dtype).exp())
+    return ()
 
 
-def scaled_sides(k: Tensor, v: Tensor, beta: Tensor, log: Tensor | None) -> tuple[Tensor, ...]:
-    """b ⊙ V and b ⊙ e^G ⊙ K."""
-    return v * beta, k * (beta if log is None else beta * log.to(k.dtype).exp())
+def lam_triangle(square: Tensor, n: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """I + A + stril(A A^T) from A A^T and -A; `mask` holds 1 below the diagonal."""
+    at = torch.arange(n.shape[-1], device=n.device)
+    square.copy_(square * mask - n + (at[:, None] == at[None, :]).to(n.dtype))
+    return ()
 
 
-def triangles(both: Tensor, v: Tensor, beta: Tensor, log: Tensor | None) -> tuple[Tensor, ...]:
-    """From K above Q in `both [N, 2C, K]`: -A as in `unit_triangle`, the scores, b ⊙ V, -b ⊙ e^G, and with a decay e^(G_C - G) ⊙ K, e^G, e^(G_C)."""
-    size = v.shape[1]
-    k, q = both[:, :size], both[:, size:]
-    n, m = torch.bmm(k, k.mT) * beta, torch.bmm(q, k.mT)
+def triangles(n: Tensor, m: Tensor, k: Tensor, v: Tensor, beta: Tensor, log: Tensor | None, mask: Tensor) -> tuple[Tensor, ...]:
+    """-A from K K^T, M from Q K^T, b ⊙ V from V, -b ⊙ e^G from b; with a decay e^(G_C - G) ⊙ K from K, and it returns e^G and e^(G_C)."""
+    gamma = _gamma(log, mask)
+    n.mul_(gamma * beta)
+    m.mul_(gamma)
+    v.mul_(beta)
     if log is None:
-        return n, _tril(m), v * beta, -beta
-    last, gamma, head = log[:, -1:], _gamma(log, m), log.to(v.dtype).exp()
-    return n * gamma, m * gamma, v * beta, -beta * head, k * (last - log).to(v.dtype).exp(), head, last.to(v.dtype).exp()
+        beta.neg_()
+        return ()
+    last, head = log[:, -1:], log.to(m.dtype).exp()
+    k.mul_((last - log).to(m.dtype).exp())
+    beta.mul_(-head)
+    return head, last.to(m.dtype).exp()
 
 
-def _below(square: Tensor, diagonal: int) -> Tensor:
-    at = torch.arange(square.shape[-1], device=square.device)
-    return at[:, None] + diagonal >= at[None, :]
-
-
-def _tril(square: Tensor, diagonal: int = 0) -> Tensor:
-    """What lies on and below a diagonal, zeros above."""
-    return torch.where(_below(square, diagonal), square, 0.0)
-
-
-def _gamma(log: Tensor, square: Tensor) -> Tensor:
-    """e^(G_i - G_j) on and below the diagonal, 0 above: the mask comes before the exp."""
-    return torch.where(_below(square, 0), (log - log.mT).to(square.dtype), float("-inf")).exp()
+def _gamma(log: Tensor | None, mask: Tensor) -> Tensor:
+    """e^(G_i - G_j) where the mask allows it, else 0; without a decay the mask itself."""
+    return mask if log is None else ((log - log.mT).to(mask.dtype) + mask).exp()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..eager.chunk_grid import Slab, compute_dtype
 from ..eager.decay import Decay
 from ..eager.recurrence import Operands
 from ..eager.slow_core import Recurrence
+from ..eager.workspace import Workspace
 from .compiled import SCORES
-from .serving import EAGER_SOURCES, OWN_SOURCES, running_log
+from .serving import EAGER_SOURCES, OWN_SOURCES, causal_mask, running_log
 
 __all__ = ["SCORED_SOURCES", "load"]
 
@@ -17,12 +19,12 @@ SCORED_SOURCES = (
     *OWN_SOURCES,
     "titans_backends.backends.inductor.scored",
     *EAGER_SOURCES,
-    *(f"titans_backends.backends.eager.{name}" for name in ("causal", "frobenius", "recurrence", "slow_core")),
+    *(f"titans_backends.backends.eager.{name}" for name in ("causal", "frobenius", "recurrence", "slow_core", "workspace")),
 )
 
 
-def load(source: Recurrence, slab: Slab) -> tuple[Operands, Tensor]:
-    """One slab's operands, q with its scale, and M `[n, H, C, C]`; Gamma, which nobody reads once M is there, is M's memory."""
+def load(source: Recurrence, slab: Slab, workspace: Workspace) -> tuple[Operands, Tensor]:
+    """One slab's operands, q with its scale, and M `[n, H, C, C]`, in the workspace; Gamma, which nobody reads once M is there, is M's memory."""
     q, k, u = (source.gather(slab, x) for x in (source.q, source.k, source.u))
     w = None if source.w is None else source.gather(slab, source.w)
     if source.scale != 1.0:
@@ -30,7 +32,9 @@ def load(source: Recurrence, slab: Slab) -> tuple[Operands, Tensor]:
     factor = None
     if source.chunk_decay is not None:
         factor = source.grid.gather_per_chunk(slab, source.chunk_decay, compute_dtype(source.u))[..., None, None]
-    log = None if source.g is None else running_log(source.gather(slab, source.g))
-    m, *rest = (x.unflatten(0, q.shape[:2]) for x in SCORES(q.flatten(0, 1), k.flatten(0, 1), log))
-    decay = None if log is None else Decay(*rest, pair=m)
-    return Operands(q, k, u, w, decay, factor), m
+    log = None if source.g is None else running_log(source.gather(slab, source.g).flatten(0, 1))
+    left, right, size = q.flatten(0, 1), k.flatten(0, 1), q.shape[2]
+    m = torch.bmm(left, right.mT, out=workspace.take("m", left.shape[0], size, size))
+    parts = SCORES(m, log, causal_mask(size, q, decayed=log is not None))
+    m, *rest = (x.unflatten(0, q.shape[:2]) for x in (m, *parts))
+    return Operands(q, k, u, w, Decay(*rest, pair=m) if rest else None, factor), m

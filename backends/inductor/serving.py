@@ -1,4 +1,4 @@
-"""What every op of this backend refuses, and what they share around the compiled part: the running decay, and the modes in which it runs."""
+"""What every op of this backend refuses, and what they share around the compiled part: the modes in which it runs, its decay and its mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titans_backends.verdict import ACCEPTED, Verdict, refused
 from ..eager.packing import refuse_packed_graph
 from .toolchain import toolchain
 
-__all__ = ["EAGER_SOURCES", "LARGEST_CHUNK", "OWN_SOURCES", "plain_modes", "refuse_chunk", "running_log", "serves"]
+__all__ = ["EAGER_SOURCES", "LARGEST_CHUNK", "OWN_SOURCES", "causal_mask", "plain_modes", "refuse_chunk", "running_log", "serves"]
 
 LARGEST_CHUNK = 256
 """Tokens of the largest chunk whose C x C products are formed for all heads at once."""
@@ -64,5 +64,12 @@ def plain_modes() -> Iterator[None]:
 
 
 def running_log(g: Tensor) -> Tensor:
-    """G, the running sum inside the chunk, `[N, C, 1]` in float64, from `g [n, H, C, 1]`."""
-    return g.to(torch.float64).cumsum(2).flatten(0, 1)
+    """G, the running sum inside the chunk in float64, from `g [N, C, 1]`."""
+    return g.to(torch.float64).cumsum(1)
+
+
+def causal_mask(size: int, like: Tensor, *, decayed: bool, diagonal: int = 0) -> Tensor:
+    """`[size, size]`: on and below a diagonal 1, above it 0; with a decay their logarithms, 0 and -inf."""
+    if decayed:
+        return torch.full((size, size), float("-inf"), dtype=like.dtype, device=like.device).triu_(diagonal + 1)
+    return torch.ones(size, size, dtype=like.dtype, device=like.device).tril_(diagonal)

@@ -20,6 +20,7 @@ from ..eager.chunk_grid import ChunkGrid
 from ..eager.frobenius import normalized
 from ..eager.recurrence import advance, read
 from ..eager.slow_core import Recurrence
+from ..eager.workspace import Workspace
 from .scored import SCORED_SOURCES, load
 from .serving import plain_modes, refuse_chunk, serves
 
@@ -48,8 +49,9 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
         state = source.states(call.initial_state)
         o = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         saved = torch.empty(*grid.per_chunk_shape, *state.shape[1:], dtype=state.dtype, device=u.device) if candidate.saves_states else None
+        workspace = Workspace(state.dtype, u.device)
         for slab in source.slabs():
-            operands, m = load(source, slab)
+            operands, m = load(source, slab, workspace)
             starts = None if saved is None else torch.empty(slab.size, *state.shape[1:], dtype=state.dtype, device=u.device)
             y = read(operands, advance(state, slab, operands, normalize_read=call.normalize_read, outputs=True, starts=starts), m)
             if call.gate is not None:

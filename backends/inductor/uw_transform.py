@@ -1,4 +1,4 @@
-"""uw_transform: A and the sides of the transform compiled; the exact transform's inverse in plain torch, "lam" and "none" compiled whole (SPEC.md 3).
+"""uw_transform: A's decay and mask, the sides of the transform and lam's T compiled; products and the exact inverse in plain torch (SPEC.md 3).
 
 A packed call's cu_seqlens is read on the host.
 """
@@ -17,12 +17,13 @@ from titans_backends.verdict import Verdict
 from ..eager.chunk_grid import ChunkGrid, Slab, compute_dtype
 from ..eager.scratch import chunk_bytes, slab_budget
 from ..eager.triangular import INVERSES, unit_lower_inverse
-from .compiled import LAM_UW, SCALED_SIDES, UNIT_TRIANGLE
-from .serving import EAGER_SOURCES, OWN_SOURCES, plain_modes, refuse_chunk, running_log, serves
+from ..eager.workspace import Workspace
+from .compiled import LAM_TRIANGLE, SIDES, UNIT_TRIANGLE
+from .serving import EAGER_SOURCES, OWN_SOURCES, causal_mask, plain_modes, refuse_chunk, running_log, serves
 
 __all__ = ["candidates", "run", "supports"]
 
-_SOURCES = (*OWN_SOURCES, *EAGER_SOURCES, "titans_backends.backends.eager.triangular")
+_SOURCES = (*OWN_SOURCES, *EAGER_SOURCES, *(f"titans_backends.backends.eager.{name}" for name in ("triangular", "workspace")))
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -44,21 +45,32 @@ def run(call: UWTransform, candidate: Candidate) -> tuple[Tensor | None, ...]:
         w = torch.empty(*v.shape[:3], keys, dtype=v.dtype, device=v.device)
         grid = ChunkGrid(v.shape[0], v.shape[1], call.chunk_size, cu_seqlens=call.cu_seqlens, device=v.device)
         size = chunk_bytes(v.shape[2], grid.chunk, keys, v.shape[3], dtype)
+        workspace = Workspace(dtype, v.device)
         for slab in grid.slabs(size, slab_budget(v.device)):
-            for chunks, out in zip(_transformed(call, grid, slab, candidate), (u, w), strict=True):
+            for chunks, out in zip(_transformed(call, grid, slab, candidate, workspace), (u, w), strict=True):
                 grid.scatter(slab, chunks.unflatten(0, (slab.size, v.shape[2])), out)
         return u, w
 
 
-def _transformed(call: UWTransform, grid: ChunkGrid, slab: Slab, candidate: Candidate) -> tuple[Tensor, ...]:
+def _transformed(call: UWTransform, grid: ChunkGrid, slab: Slab, candidate: Candidate, workspace: Workspace) -> tuple[Tensor, Tensor]:
     """One slab's u and w, `[n * H, C, *]`."""
-    heads, dtype = call.v.shape[2], compute_dtype(call.v)
-    k, v, beta = (grid.gather(slab, x, heads, dtype).flatten(0, 1) for x in (call.k, call.v, call.beta))
-    log = None if call.g is None else running_log(grid.gather(slab, call.g, heads, dtype))
+    heads, dtype, take = call.v.shape[2], compute_dtype(call.v), workspace.take
+
+    def gather(name: str, x: Tensor) -> Tensor:
+        width = x.shape[3] if x.dim() == 4 else 1
+        return grid.gather(slab, x, heads, dtype, take(name, slab.size, heads, grid.chunk, width)).flatten(0, 1)
+
+    k, v, beta = gather("k", call.k), gather("v", call.v), gather("beta", call.beta)
+    log = None if call.g is None else running_log(gather("g", call.g))
     if call.transform == "none":
-        return SCALED_SIDES(k, v, beta, log)
+        SIDES(k, v, beta, log)
+        return v, k
+    shape = (k.shape[0], grid.chunk, grid.chunk)
+    n = torch.bmm(k, k.mT, out=take("n", *shape))
+    UNIT_TRIANGLE(n, k, v, beta, log, causal_mask(grid.chunk, k, decayed=log is not None, diagonal=-1))
     if call.transform == "lam":
-        return LAM_UW(k, v, beta, log)
-    minus_a, x, z = UNIT_TRIANGLE(k, v, beta, log)
-    t = unit_lower_inverse(minus_a, str(candidate.param("inverse")))
-    return torch.bmm(t, x), torch.bmm(t, z)
+        t = torch.bmm(n, n.mT, out=take("t", *shape))
+        LAM_TRIANGLE(t, n, causal_mask(grid.chunk, k, decayed=False, diagonal=-1))
+    else:
+        t = unit_lower_inverse(n, str(candidate.param("inverse")), take("t", *shape))
+    return torch.bmm(t, v, out=take("u", *v.shape)), torch.bmm(t, k, out=take("w", *k.shape))

@@ -86,8 +86,7 @@ def _limit(item: Item, training: bool) -> float:
 
 
 def _choose(item: Item, call: Call, training: bool) -> Choice:
-    own = planner(item.op)
-    return own.plan(call, request(item.backend, training=training), own.values(call)).choice
+    return planner(item.op).plan(call, request(item.backend, training=training)).choice
 
 
 def _public(made: Contract, item: Item, exam: Exam, bound: Tolerance, ledger: Ledger, where: str, training: bool) -> None:

@@ -19,10 +19,8 @@ from titans_backends.contracts import contract
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call
 from titans_backends.contracts.tolerance import compare, tolerance
-from titans_backends.library import planner
 from titans_backends.machine import Machine, detect
 from titans_backends.offers import offer
-from titans_backends.plans import request
 from titans_backends.signature import Signature
 from titans_backends.tuning.gate import Ledger, check_forward
 from titans_backends.tuning.suite import exam_of

@@ -159,7 +159,7 @@ class Planner:
         try:
             key = self.facts(call)
             key += (None if asked is PLAIN else asked, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
-            if key[3] == "cuda":
+            if isinstance(key[3], torch.device) and key[3].type == "cuda":
                 key.append(torch.cuda.is_current_stream_capturing())
             found = tuple(key)
             hash(found)
@@ -171,11 +171,10 @@ class Planner:
         """What a choice may depend on in the call itself: each tensor's facts, then the options with their types (1 is not True)."""
         key: list[object] = []
         for value in self.tensors(call):
-            if value is None:
+            if isinstance(value, Tensor):
+                key += (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15)
+            elif value is None:
                 key.append(None)
-            elif isinstance(value, Tensor):
-                device = value.device
-                key += (value.shape, value.stride(), value.dtype, device.type, device.index, value.data_ptr() & 15)
             else:
                 key += (value.__class__, value)
         options = self._options(call)

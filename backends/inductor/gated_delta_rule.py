@@ -26,7 +26,8 @@ from .serving import EAGER_SOURCES, LARGEST_CHUNK, OWN_SOURCES, causal_mask, pla
 
 __all__ = ["candidates", "run", "supports"]
 
-_FREE = (32, GRID)
+_FREE = (32, GRID, 16)
+_FREE_TRAINING = (GRID, 32)
 _SOURCES = (*OWN_SOURCES, *EAGER_SOURCES, *(f"titans_backends.backends.eager.{name}" for name in ("triangular", "unit_norm", "workspace")))
 
 
@@ -39,7 +40,8 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Chunk sizes, where the call leaves them free; in training with kept states too."""
     asked = signature.option("chunk_size")
-    sizes = _FREE if asked is None else (int(asked) if int(asked) <= LARGEST_CHUNK else GRID,)
+    free = _FREE if signature.regime == "inference" else _FREE_TRAINING
+    sizes = free if asked is None else (int(asked) if int(asked) <= LARGEST_CHUNK else GRID,)
     found = [Candidate("inductor", "chunked", (("chunk_size", size),), batch_invariant=False, sources=_SOURCES) for size in sizes]
     if signature.regime == "training" and signature.may_save:
         found = [replace(one, saves_states=True) for one in found if one.param("chunk_size") == (asked or GRID)] + found
@@ -98,11 +100,11 @@ def _load(call: GatedDeltaRule, grid: ChunkGrid, slab: Slab, workspace: Workspac
     k, q = both[:, :chunk], both[:, chunk:]
     shape = (n * heads, chunk, chunk)
     minus_a, m = torch.bmm(k, k.mT, out=take("n", *shape)), torch.bmm(q, k.mT, out=take("m", *shape))
-    writing = take("writing", *k.shape).copy_(k)
+    writing = None if log is None else take("writing", *k.shape).copy_(k)
     decayed = TRIANGLES(minus_a, m, writing, values, rate, log, causal_mask(chunk, k, decayed=log is not None))
     t = unit_lower_inverse(minus_a, "blocks", take("t", *shape))
     head, total = decayed or (None, None)
-    return _Operands(both, t, m, values, rate, writing, head, total)
+    return _Operands(both, t, m, values, rate, k if writing is None else writing, head, total)
 
 
 def _advance(state: Tensor, slab: Slab, x: _Operands, workspace: Workspace, starts: Tensor | None) -> Tensor:

@@ -42,13 +42,13 @@ def lam_triangle(square: Tensor, n: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
-def triangles(n: Tensor, m: Tensor, k: Tensor, v: Tensor, beta: Tensor, log: Tensor | None, mask: Tensor) -> tuple[Tensor, ...]:
-    """-A from K K^T, M from Q K^T, b ⊙ V from V, -b ⊙ e^G from b; with a decay e^(G_C - G) ⊙ K from K, and it returns e^G and e^(G_C)."""
+def triangles(n: Tensor, m: Tensor, k: Tensor | None, v: Tensor, beta: Tensor, log: Tensor | None, mask: Tensor) -> tuple[Tensor, ...]:
+    """-A from K K^T, M from Q K^T, b ⊙ V from V, -b ⊙ e^G from b; with a decay also e^(G_C - G) ⊙ K from K, and it returns e^G and e^(G_C)."""
     gamma = _gamma(log, mask)
     n.mul_(gamma * beta)
     m.mul_(gamma)
     v.mul_(beta)
-    if log is None:
+    if log is None or k is None:
         beta.neg_()
         return ()
     last, head = log[:, -1:], log.to(m.dtype).exp()

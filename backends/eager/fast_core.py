@@ -15,7 +15,7 @@ from titans_backends.backend import Candidate
 from titans_backends.contracts.fast_core import FastCore
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
-from titans_backends.verdict import Verdict
+from titans_backends.verdict import Verdict, refused
 
 from .causal import row_sum
 from .chunk_grid import ChunkGrid, Slab, compute_dtype
@@ -30,16 +30,26 @@ __all__ = ["backward_candidates", "candidates", "run", "run_backward", "supports
 _WANTS = {"q": "q", "k": "k", "v": "u", "gate": "y", "g": "g", "initial_state": "state"}
 _WHOLE_UP_TO = 256
 """Tokens of the largest chunk that is offered as one product."""
+_WHOLE_IN_GRAPH = 2048
+
+
+def _chunk(signature: Signature) -> int:
+    return min(int(signature.option("chunk_size") or 1), max(1, signature.dim("T")))
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
-    """Everything but packed calls in a captured graph."""
-    return refuse_packed_graph(signature)
+    """Everything but, in a captured graph, packed calls and chunks that are too large to be one product."""
+    verdict = refuse_packed_graph(signature)
+    if signature.launch == "graph" and _chunk(signature) > _WHOLE_IN_GRAPH:
+        verdict &= refused(f"chunks of more than {_WHOLE_IN_GRAPH} tokens run in blocks, whose index the host makes, which a captured graph cannot")
+    return verdict
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Whole chunks, or blocks of a chunk that hand on W."""
-    chunk = min(int(signature.option("chunk_size") or 1), max(1, signature.dim("T")))
+    """Whole chunks, or blocks of a chunk that hand on W; in a captured graph whole chunks only."""
+    chunk = _chunk(signature)
+    if signature.launch == "graph":
+        return [Candidate("eager", "chunked")]
     whole = [Candidate("eager", "chunked")] if chunk <= _WHOLE_UP_TO else []
     blocks = [Candidate("eager", "blocked", (("block", block),)) for block in (64, 32) if chunk > block]
     return [*whole, *blocks]

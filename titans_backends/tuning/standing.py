@@ -143,7 +143,7 @@ def entry_of(selection: Selection, source: str) -> Entry:
         backward=None if pair.backward is None else pair.backward.name,
         backward_params=() if pair.backward is None else pair.backward.params,
         saves_states=pair.forward.saves_states,
-        next=None if second is None else second.pair.forward.name,
+        next=None if second is None else second.pair.label,
         next_us=None if second is None else second.us,
         source=source,
     )

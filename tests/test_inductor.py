@@ -19,6 +19,8 @@ from titans_backends.contracts import contract
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call
 from titans_backends.contracts.tolerance import compare, tolerance
+from titans_backends.contracts.validate import validate
+from titans_backends.facts import signature_of
 from titans_backends.machine import Machine, detect
 from titans_backends.offers import offer
 from titans_backends.signature import Signature
@@ -52,7 +54,7 @@ def rule_call(**changes: object) -> Call:
 def signature(op: str = "fast_core", **changes: object) -> Signature:
     made = contract(op)
     call = build(made, replace(Case("facts", T=64, given=("g",)), **changes))  # type: ignore[arg-type]
-    return planner(op).plan(call, request("eager", training=False)).choice.signature
+    return signature_of(made, call, validate(made, call))
 
 
 def run(call: Call) -> tuple[Tensor | None, ...]:
@@ -119,7 +121,7 @@ def test_forward_saves_states_for_another_backends_backward(op: str) -> None:
     case = Case("training", T=130, options=variant.options, given=variant.given)
     call = build(made, case)
     exam = exam_of(made, case, call, training=True)
-    facts = planner(op).plan(call, request("eager", training=True)).choice.signature
+    facts = signature_of(made, call, validate(made, call), regime="training")
     given = offer(registry.get("inductor"), facts, CPU)
     assert given.backward == ()
     assert {candidate.saves_states for candidate in given.forward} == {True, False}

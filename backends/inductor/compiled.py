@@ -25,7 +25,7 @@ _Function = Callable[..., Results]
 _Key = tuple[str, torch.dtype, torch.device, tuple[bool, ...], int, bool]
 
 _EXAMPLE = {"N": 6, "C": 24, "K": 16, "V": 40, "1": 1}
-_OPTIONS: dict[str, str | int | bool] = {"max_autotune": False, "triton.cudagraphs": False, "compile_threads": 1}
+_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {"max_autotune": False, "triton.cudagraphs": False, "compile_threads": 1}
 """One small graph each: no search, no graph replay below the caller's, no worker processes that outlive it."""
 
 _compiled: dict[_Key, _Function] = {}

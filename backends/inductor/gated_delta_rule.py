@@ -127,4 +127,5 @@ def _advance(state: Tensor, slab: Slab, x: _Operands, workspace: Workspace, star
     read = seen[:, chunk:]
     if x.head is not None:
         read.mul_(x.head)
-    return torch.baddbmm(read, x.m, updates, out=x.values).unflatten(0, (-1, heads))  # b ⊙ V is spent
+    torch.baddbmm(read, x.m, updates, out=x.values)  # b ⊙ V is spent
+    return x.values.unflatten(0, (-1, heads))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,10 @@ def load(source: Recurrence, slab: Slab, workspace: Workspace) -> tuple[Operands
     log = None if source.g is None else running_log(source.gather(slab, source.g).flatten(0, 1))
     left, right, size = q.flatten(0, 1), k.flatten(0, 1), q.shape[2]
     m = torch.bmm(left, right.mT, out=workspace.take("m", left.shape[0], size, size))
-    parts = SCORES(m, log, causal_mask(size, q, decayed=log is not None))
-    m, *rest = (x.unflatten(0, q.shape[:2]) for x in (m, *parts))
-    return Operands(q, k, u, w, Decay(*rest, pair=m) if rest else None, factor), m
+    parts: Sequence[Tensor] = SCORES(m, log, causal_mask(size, q, decayed=log is not None))
+    m, *parts = (x.unflatten(0, q.shape[:2]) for x in (m, *parts))
+    decay = None
+    if log is not None:
+        head, tail, total = parts
+        decay = Decay(head, tail, total, pair=m)
+    return Operands(q, k, u, w, decay, factor), m

@@ -87,11 +87,19 @@ class Session:
         self._references()
 
     def _references(self) -> None:
-        """Computes what every candidate is compared with now, so that none is blamed for its time."""
-        suite(suite_key(self.bucket), self.device)
-        _ = self._forward_part
-        if self.training and self._checks_timed_gradients:
-            _ = self._backward_part
+        """Computes what every candidate is compared with now, so that none is blamed for its time.
+
+        On one thread: they are thousands of tiny steps, which a second thread only slows down, on a busy machine by far.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            suite(suite_key(self.bucket), self.device)
+            _ = self._forward_part
+            if self.training and self._checks_timed_gradients:
+                _ = self._backward_part
+        finally:
+            torch.set_num_threads(threads)
 
     @property
     def _checks_timed_gradients(self) -> bool:

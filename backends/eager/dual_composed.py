@@ -17,11 +17,12 @@ from .chunk_grid import compute_dtype
 from .frobenius import normalized, normalized_backward
 from .unit_norm import unit, unit_backward
 
-__all__ = ["composed_backward", "composed_forward"]
+__all__ = ["WHOLE", "composed_backward", "composed_forward"]
 
 _FAST = ("q", "k", "v", "gate", "g", "initial_state")
 _SLOW = ("q", "k", "v", "beta", "g", "gate", "initial_state")
-_WHOLE = 128
+WHOLE = 128
+"""Tokens of the largest chunk that S_fast runs as one product."""
 _BLOCK = 64
 
 
@@ -64,7 +65,7 @@ class _Parts:
             output_final_state=call.output_final_state,
             cu_seqlens=call.cu_seqlens,
         )
-        whole = min(call.chunk_size, max(v.shape[1], 1)) <= _WHOLE
+        whole = min(call.chunk_size, max(v.shape[1], 1)) <= WHOLE
         self.fast_candidate = Candidate("eager", "chunked") if whole else Candidate("eager", "blocked", (("block", _BLOCK),))
         self.slow_candidate = Candidate("eager", "chunked", (("chunk_size", slow_chunk), ("inverse", "blocks")))
 

@@ -36,7 +36,7 @@ def main() -> int:
     if not rows:
         print("error: nothing is tuned here yet; type: titans-backends tune", file=sys.stderr)
         return 1
-    console = Console(record=True, width=118, file=io.StringIO(), force_terminal=True)
+    console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True)
     console.print("[bold]$ titans-backends tune[/bold]")
     show_rows(console, rows)
     PICTURE.write_text(console.export_svg(title=f"{machine.name}, {machine.threads} threads", theme=MONOKAI), encoding="utf-8")

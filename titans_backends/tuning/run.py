@@ -39,7 +39,7 @@ from titans_backends.tuning.timing import RaceRules
 
 __all__ = ["Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_call"]
 
-QUICK_BUCKET_S, FULL_BUCKET_S = 0.8, 4.0
+QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 """How long the rounds of one race may take, beyond the least number of rounds."""
 QUICK_S = 110.0
 """What a quick tune aims to take as a whole: on a slow or busy machine its races are shorter, but no bucket is left out."""

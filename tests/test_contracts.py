@@ -111,7 +111,9 @@ def test_packed_sequences_equal_the_sequences_alone() -> None:
     start = 0
     for n, length in enumerate(lengths):
         part = slice(start, start + length)
-        by_token = {name: t[:, part] for name, t in made.tensors(call).items() if made.argument_by_name[name].dims[-1].startswith("B T") and t.dim() > 2}
+        by_token = {
+            name: t[:, part] for name, t in made.tensors(call).items() if made.argument_by_name[name].dims[-1].startswith("B T") and t.dim() > 2
+        }
         alone = made.make_call(
             **{**{p: getattr(call, p) for p in made.parameters}, **by_token, "initial_state": call.initial_state[n : n + 1], "cu_seqlens": None}
         )
@@ -139,7 +141,9 @@ def test_a_step_equals_the_rule_and_a_pool_keeps_its_other_slots() -> None:
     assert not o[-1].any()
     used = slots[:-1]
     want = rule(
-        GatedDeltaRule(*(x[:-1] for x in (call.q, call.k, call.v, call.beta, call.g)), initial_state=call.state[used], output_final_state=True, qk_l2norm=True)
+        GatedDeltaRule(
+            *(x[:-1] for x in (call.q, call.k, call.v, call.beta, call.g)), initial_state=call.state[used], output_final_state=True, qk_l2norm=True
+        )
     )
     same(o[:-1], want[0])
     same(pool[used], want[1])
@@ -147,9 +151,7 @@ def test_a_step_equals_the_rule_and_a_pool_keeps_its_other_slots() -> None:
     assert torch.equal(pool[others], call.state[others])
 
 
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), chunk=st.integers(1, 50), offset=st.integers(0, 49), start=st.just(0)
-)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), chunk=st.integers(1, 50), offset=st.integers(0, 49), start=st.just(0))
 @settings(max_examples=200, deadline=None)
 def test_the_chunk_grid_covers_every_token_once(lengths: list[int], chunk: int, offset: int, start: int) -> None:
     offset %= chunk

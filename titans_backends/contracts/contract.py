@@ -92,8 +92,9 @@ class Contract:
 
     `make_call` is the op's argument dataclass; `arguments` and `options` together are its fields; `check`, `reference` and `work`
     take that class. `check(call, dims)` raises ValueError for what the tables cannot say. `reference(call)` returns the outputs,
-    differentiable, in float64 for a float64 call. `work(dims, call)` gives FLOP and extra bytes. `grid(call)` is the chunk size of the states that a forward may save, None where
-    the op saves none. `variants` are the option sets worth testing. `seq_len_is` documents what the bucketed length means.
+    differentiable, in float64 for a float64 call. `work(dims, call)` gives FLOP and extra bytes. `grid(call)` is the chunk size of
+    the states that a forward may save, None where the op saves none. `variants` are the option sets worth testing. `seq_len_is`
+    documents what the bucketed length means.
     """
 
     name: str

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from titans_backends import registry
 from titans_backends.backend import Backend, Candidate, OpModule, TrainableOpModule
+from titans_backends.cache.source_imports import with_imports
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
@@ -42,8 +43,8 @@ class Pair:
 
 
 def source_modules(candidate: Candidate, op: str) -> tuple[str, ...]:
-    """The modules whose code a candidate runs: its op's own and those that it names."""
-    return (registry.get(candidate.backend).ops[op], *candidate.sources)
+    """The modules whose code a candidate runs: its op's own, those that it names, and what these import from backends."""
+    return with_imports((registry.get(candidate.backend).ops[op], *candidate.sources))
 
 
 def _allowed(candidates: Iterable[Candidate], signature: Signature) -> tuple[Candidate, ...]:

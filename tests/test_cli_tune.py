@@ -214,3 +214,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     assert re.search(rf"interrupted: {len(kept)} of 59 buckets have a row", err)
     assert "eager/" in out
     assert "\x1b" not in out + err
+
+
+def test_a_length_that_an_op_cannot_have_is_said() -> None:
+    done = run(app, ["tune", "--op", "gated_delta_step", "--seq-lens", "2,9", "--dry-run", "--device", "cpu"])
+    assert "gated_delta_step takes 1 to 8 tokens: it is measured at 2, not at 9" in " ".join(done.stderr.split())

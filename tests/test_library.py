@@ -193,3 +193,29 @@ def test_the_memo_answers_the_registered_op_too() -> None:
     op = tb.get_op("fast_core")
     torch.compile(lambda **a: op(**a), fullgraph=True, backend="aot_eager")(**kw)
     assert len(library.planner("fast_core")._memo) == 1
+
+
+def test_autocast_is_the_same_for_a_plain_a_bound_and_a_compiled_call() -> None:
+    op = tb.get_op("gated_delta_rule")
+    _, kw = small("gated_delta_rule")
+    mixed = {**kw, "q": kw["q"].bfloat16()}
+    compiled = torch.compile(lambda **a: op(**a)[0], fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = op(**mixed)[0]
+        bound = op.bind(**mixed)(**mixed)[0]
+        assert op.explain(**mixed).as_dict()["key"]["dtype"] == "bfloat16"
+        traced = compiled(**mixed)
+    assert torch.equal(bound, want)
+    assert torch.equal(traced, want)
+    assert compiled(**kw).dtype == torch.float32
+
+
+def test_inplace_refuses_a_gradient_under_a_tracer_and_a_transform_too() -> None:
+    op = tb.get_op("gated_delta_step")
+    _, kw = small("gated_delta_step", requires_grad=True)
+    kw = {**kw, "state": kw["state"].detach(), "inplace": True}
+    with pytest.raises(Exception, match="inplace=True takes no gradient"):
+        torch.compile(lambda **a: op(**a)[0], fullgraph=True, backend="aot_eager")(**kw)
+    plain = {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in kw.items()}
+    with pytest.raises(ValueError, match="inplace=True takes no gradient"):
+        torch.func.grad(lambda v: op(**{**plain, "v": v})[0].sum())(plain["v"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,3 +314,54 @@ def test_install_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     tb.reset()
     assert "visitor" not in tb.get_op("fast_core").backends
+
+
+def test_ops_are_copied_and_pickled_by_name() -> None:
+    module = torch.nn.Module()
+    module.op = tb.get_op("gated_delta_rule")
+    assert copy.deepcopy(module).op is module.op
+    forced = tb.get_op("fast_core", backend="eager")
+    assert pickle.loads(pickle.dumps(forced)) is forced
+
+
+def test_an_empty_backend_name_is_not_no_name() -> None:
+    with pytest.raises(tb.UnknownNameError, match="unknown backend ''"):
+        tb.get_op("fast_core")(*inputs()[:3], backend="")
+
+
+def test_a_bound_op_names_an_option_or_a_keyword_that_differs() -> None:
+    arguments = inputs()
+    bound = tb.get_op("dual_core").bind(*arguments, alpha=0.1)
+    with pytest.raises(tb.BoundCallMismatchError, match=r"alpha is 0\.2, but it was bound to 0\.1"):
+        bound(*arguments, alpha=0.2)
+    with pytest.raises(TypeError, match="dual_core: got an unexpected keyword 'foo'; its parameters are q, k"):
+        bound(*arguments, alpha=0.1, foo=1)
+
+
+def test_a_forced_switch_that_names_nobody_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TITANS_BACKENDS_FORCE", "nope")
+        tb.reset()
+        with pytest.raises(tb.SwitchError, match=r"TITANS_BACKENDS_FORCE names an unknown backend 'nope'; known: .*eager"):
+            tb.get_op("fast_core")(*inputs()[:3])
+        patch.delenv("TITANS_BACKENDS_FORCE")
+        patch.setenv("TITANS_BACKENDS_DISABLE", "zzz")
+        tb.reset()
+        with pytest.raises(tb.SwitchError, match="TITANS_BACKENDS_DISABLE names an unknown backend 'zzz'"):
+            tb.get_op("fast_core")(*inputs()[:3])
+    tb.reset()
+
+
+def test_a_named_cache_that_is_not_there_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TITANS_BACKENDS_CACHE", str(tmp_path / "none.yaml"))
+        tb.reset()
+        with pytest.warns(UserWarning, match=r"names .*none\.yaml, which does not exist, .* titans-backends tune --output"):
+            tb.get_op("fast_core")(*inputs()[:3])
+    tb.reset()
+
+
+@pytest.mark.parametrize("budget", [0, -1, True, None, "x"])
+def test_autotune_wants_a_positive_budget(budget: object) -> None:
+    with pytest.raises(ValueError, match="budget_s must be a positive number of seconds"):
+        tb.autotune(budget_s=budget)

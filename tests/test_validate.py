@@ -193,3 +193,32 @@ def test_fused_uw_wants_square_matrices_and_one_set_of_leading_dimensions() -> N
 def test_nan_goes_through() -> None:
     broken = given(v=torch.full((B, T, H, D), float("nan")))
     assert bool(torch.isnan(tb.get_op("gated_delta_rule")(**broken)[0]).any())
+
+
+def test_the_chunks_of_a_packed_decay_are_counted_at_every_call() -> None:
+    q, k, v, _, _ = (t[:1] for t in given().values())
+    op, decay = tb.get_op("slow_core"), torch.rand(1, 3, H)
+    op(q, k, v, k, chunk_decay=decay, chunk_size=8, cu_seqlens=torch.tensor([0, 1, 12]))
+    with pytest.raises(ValueError, match=r"chunk_decay has M = 3 chunks .* = 2"):
+        op(q, k, v, k, chunk_decay=decay, chunk_size=8, cu_seqlens=torch.tensor([0, 8, 12]))
+
+
+@pytest.mark.parametrize("state", [torch.zeros(1, 1, D, D).expand(B, H, D, D), torch.zeros(999).as_strided((B, H, D, D), (64, 64, 8, 1))])
+def test_a_state_that_overlaps_itself_is_not_changed_in_place(state: torch.Tensor) -> None:
+    tokens = {n: t[:, :2] for n, t in given().items()}
+    with pytest.raises(ValueError, match=r"some elements share memory; .* Pass state\.clone\(\)"):
+        tb.get_op("gated_delta_step")(**tokens, state=state, inplace=True)
+    tb.get_op("gated_delta_step")(**tokens, state=state)
+    kept = torch.zeros(H, B, D, D).transpose(0, 1)
+    assert tb.get_op("gated_delta_step")(**tokens, state=kept, inplace=True)[1] is kept
+    assert bool(kept.any())
+
+
+def test_nested_tensors_and_numbers_beyond_a_float_are_refused_by_name() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(T, H, D), torch.randn(T - 1, H, D)])
+    with pytest.raises(TypeError, match="q must be an ordinary tensor, got a nested one"):
+        tb.get_op("gated_delta_rule")(**given(q=nested))
+    with pytest.raises(ValueError, match="scale must be a number that a float can hold, got an int of 401 digits"):
+        tb.get_op("gated_delta_rule")(**given(), scale=10**400)
+    with pytest.raises(ValueError, match="alpha must be a number that a float can hold"):
+        tb.get_op("dual_core")(**given(), alpha=10**400)

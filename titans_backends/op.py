@@ -7,6 +7,7 @@ that `library` registered with torch, and meets the same plan on the other side.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,10 @@ class Op:
         forced = f", backend={self.backend!r}" if self.backend else ""
         return f"titans_backends.get_op({self.name!r}{forced})"
 
+    def __reduce__(self) -> tuple[Callable[[str, str | None], Op], tuple[str, str | None]]:
+        """A copy of an op, or of a module that holds one, is the op of that name."""
+        return _restore, (self.name, self.backend)
+
     @property
     def backends(self) -> tuple[str, ...]:
         """The backends that declare this op; whether one accepts a call is for `explain` to say."""
@@ -76,25 +81,26 @@ class Op:
         Raises TypeError or ValueError for arguments that the contract refuses, BackendRefusedError where no backend, or not
         the forced one, accepts the call.
         """
+        if backend is None:
+            backend = self.backend
         if _is_compiling():
-            return self._traced(args, kwargs, backend or self.backend)
+            return self._traced(args, kwargs, backend)
         call = self._call(args, kwargs)
-        if torch._C._is_any_autocast_enabled():
-            call = autocast(self.contract, call)
         tensors = self._planner.tensors(call)
         if _watched(tensors):
-            return library.call(self.contract, self._planner.values(call), backend or self.backend, False, False, False)
-        asked = request(backend or self.backend, training=_training(tensors))
+            _refuse_in_place(self.contract, call, torch._C._are_functorch_transforms_active())
+            return library.call(self.contract, self._planner.values(call), backend, False, False, False)
+        asked = request(backend, training=_training(tensors))
         plan = self._planner.plan(call, asked)
         if asked.training:
-            _refuse_in_place(self.contract, call)
+            _refuse_in_place(self.contract, call, True)
             return library.call(self.contract, self._planner.values(call), asked.backend, asked.batch_invariant, True, True)
         return self._planner.execute(plan, call)
 
     def bind(self, *args: object, backend: str | None = None, **kwargs: object) -> BoundOp:
         """Chooses once for these tensors' dtype, shape, stride and alignment; the bound op skips policy and lookup."""
         call = self._call(args, kwargs)
-        asked = request(backend or self.backend, training=_training(self._planner.tensors(call)))
+        asked = request(self.backend if backend is None else backend, training=_training(self._planner.tensors(call)))
         return BoundOp(self, self._planner.plan(call, asked), call, asked.training)
 
     def explain(self, *args: object, backend: str | None = None, **kwargs: object) -> Explanation:
@@ -102,14 +108,15 @@ class Op:
         from titans_backends.explain import explain
 
         call = self._call(args, kwargs)
-        asked = request(backend or self.backend, training=_training(self._planner.tensors(call)))
+        asked = request(self.backend if backend is None else backend, training=_training(self._planner.tensors(call)))
         return explain(self._planner, call, asked)
 
     def _call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
         try:
-            return self._make(*args, **kwargs)
+            call = self._make(*args, **kwargs)
         except TypeError:
-            return bind_arguments(self.contract, args, kwargs)  # raises the sentence
+            call = bind_arguments(self.contract, args, kwargs)  # raises the sentence
+        return autocast(self.contract, call) if torch._C._is_any_autocast_enabled() else call
 
     def _traced(self, args: tuple[object, ...], kwargs: dict[str, object], backend: str | None) -> Outputs:
         """The call as a tracer sees it: plain Python that it can follow, ending in the registered op."""
@@ -117,6 +124,9 @@ class Op:
         if len(args) > len(names) or any(name not in names for name in kwargs):
             bind_arguments(self.contract, args, kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given.update(_cast(self.contract, {name: value for name, value in given.items() if isinstance(value, Tensor)}))
+        if given.get("inplace") and _training(tuple(given.values())):
+            raise ValueError(_NO_GRADIENT.format(self.name))
         values = tuple(given[name] if name in given else self._defaults[name] for name in names)
         return library.call(self.contract, values, backend, False, _training(values), False)  # the scope is read at run time
 
@@ -129,7 +139,8 @@ class BoundOp:
         self.choice = plan.choice
         self._plan = plan
         self._training = training
-        self._make = op.contract.make_call
+        names, values = op.contract.parameters, op._planner.values(call)
+        self._numbers = {name: value for name, value in zip(names, values, strict=True) if not isinstance(value, Tensor)}
         self._planner = op._planner
         self._facts = op._planner.facts(call)
 
@@ -138,7 +149,7 @@ class BoundOp:
 
     def __call__(self, *args: object, **kwargs: object) -> Outputs:
         """Runs the chosen kernel; BoundCallMismatchError names the first argument that differs."""
-        call = self._make(*args, **kwargs)
+        call = self.op._call(args, kwargs)
         if self._planner.facts(call) != self._facts:
             raise self._mismatch(self._planner.values(call))
         if self._plan.checks_indices:
@@ -155,40 +166,53 @@ class BoundOp:
 
     def _mismatch(self, values: tuple[object, ...]) -> BoundCallMismatchError:
         told = dict(self.choice.signature.tensors)
-        options = dict(self.choice.signature.options)
         for name, value in zip(self.op.contract.parameters, values, strict=True):
             bound = told.get(name)
-            if isinstance(value, Tensor) != (bound is not None):
-                return BoundCallMismatchError(f"{self.op.name}: it was bound {'with' if bound else 'without'} {name}; bind it again for this call")
             if isinstance(value, Tensor) and bound is not None:
                 got = (value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % 16 == 0)
                 want = (bound.dtype, bound.shape, bound.stride, bound.aligned)
                 for what, mine, theirs in zip(("dtype", "shape", "stride", "16-byte alignment"), got, want, strict=True):
                     if mine != theirs:
                         return BoundCallMismatchError(f"{self.op.name}: {name} has {what} {mine}, but it was bound to {theirs}; bind it again")
-            elif name in options and options[name] != value:
-                return BoundCallMismatchError(f"{self.op.name}: {name} is {value!r}, but it was bound to {options[name]!r}; bind it again")
+            elif isinstance(value, Tensor) or bound is not None:
+                return BoundCallMismatchError(f"{self.op.name}: it was bound {'with' if bound else 'without'} {name}; bind it again for this call")
+            elif (type(value), value) != (type(self._numbers[name]), self._numbers[name]):
+                return BoundCallMismatchError(f"{self.op.name}: {name} is {value!r}, but it was bound to {self._numbers[name]!r}; bind it again")
         return BoundCallMismatchError(f"{self.op.name}: a tensor's data starts elsewhere within 16 bytes than when it was bound; bind it again")
 
 
 def autocast(op: Contract, call: Call) -> Call:
     """Under torch.autocast the operands take its dtype, float64 excepted; gates, decays and states stay as they are."""
-    tensors = op.tensors(call)
+    changed = _cast(op, op.tensors(call))
+    return op.with_tensors(call, changed) if changed else call
+
+
+def _cast(op: Contract, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that autocast changes; plain enough for a tracer to follow."""
     first = tensors.get(op.operands[0])
     if first is None or not torch.is_autocast_enabled(first.device.type):
-        return call
+        return {}
     dtype = torch.get_autocast_dtype(first.device.type)
-    cast = {n: t.to(dtype) for n, t in tensors.items() if n in op.operands and t.is_floating_point() and t.dtype != torch.float64}
-    narrow = (torch.float16, torch.bfloat16)
-    gates = {n: t.float() for n, t in tensors.items() if op.argument_by_name[n].role == "gate" and t.dtype in narrow and t.dtype != dtype}
-    return op.with_tensors(call, {**cast, **gates})
+    changed = {}
+    for name, tensor in tensors.items():
+        role = op.argument_by_name[name].role
+        if role == "operand" and tensor.is_floating_point() and tensor.dtype != torch.float64:
+            changed[name] = tensor.to(dtype)
+        elif role == "gate" and tensor.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != dtype:
+            changed[name] = tensor.float()
+    return changed
 
 
-def _refuse_in_place(op: Contract, call: Call) -> None:
-    if getattr(call, "inplace", False):
-        raise ValueError(
-            f"{op.name}: inplace=True takes no gradient, but an input requires one; pass inplace=False, or call it under torch.no_grad()"
-        )
+_NO_GRADIENT = "{}: inplace=True takes no gradient, but an input requires one; pass inplace=False, or call it under torch.no_grad()"
+
+
+def _refuse_in_place(op: Contract, call: Call, differentiated: bool) -> None:
+    if differentiated and getattr(call, "inplace", False):
+        raise ValueError(_NO_GRADIENT.format(op.name))
+
+
+def _restore(name: str, backend: str | None) -> Op:
+    return get_op(name) if backend is None else get_op(name, backend=backend)
 
 
 @functools.lru_cache(maxsize=64)

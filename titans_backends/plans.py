@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from titans_backends import scope, switches
+from titans_backends import registry, scope, switches
 from titans_backends.backend import OpModule, TrainableOpModule
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import check_indices, validate
 from titans_backends.dispatch import Choice, Forced, choose
-from titans_backends.errors import BackendRefusedError
+from titans_backends.errors import BackendRefusedError, SwitchError
 from titans_backends.facts import signature_of
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, run_modules
@@ -64,6 +64,8 @@ def request(backend: str | None, *, training: bool, may_save: bool = True) -> Re
         backend, by = scoped.forced, "use_backend"
     if backend is None and force is not None:
         backend, by = force, f"{switches.PREFIX}FORCE"
+        if force not in registry.known() and force not in registry.broken():
+            raise SwitchError(f"{by} names an unknown backend {force!r}; known: {', '.join(sorted(registry.known()))}")
     return Request(backend, by, scoped.batch_invariant, training, may_save, False, scoped.tune_budget_s)
 
 

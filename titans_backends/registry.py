@@ -19,7 +19,7 @@ from typing import Literal, cast
 
 from titans_backends import switches
 from titans_backends.backend import CONTRACT_VERSION, Backend, OpModule, TrainableOpModule
-from titans_backends.errors import BackendError, unknown
+from titans_backends.errors import BackendError, SwitchError, unknown
 from titans_backends.machine import Machine
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
@@ -96,6 +96,9 @@ def _found() -> _Found:
             )
         else:
             backends[result.name] = result
+    for name in switches.current().disable:
+        if name not in backends and name not in failed:
+            raise SwitchError(f"{switches.PREFIX}DISABLE names an unknown backend {name!r}; known: {', '.join(sorted(backends))}")
     return _Found(MappingProxyType(backends), MappingProxyType(failed))
 
 

@@ -56,6 +56,6 @@ def policy(*, batch_invariant: bool) -> contextlib.AbstractContextManager[Policy
 
 def autotune(*, budget_s: float = 20.0) -> contextlib.AbstractContextManager[Policy]:
     """A context in which a call at an untuned bucket measures it first, in a child process, and writes the user's cache."""
-    if not budget_s > 0:
-        raise ValueError(f"autotune: budget_s must be positive, got {budget_s!r}")
+    if isinstance(budget_s, bool) or not isinstance(budget_s, (int, float)) or not budget_s > 0:
+        raise ValueError(f"autotune: budget_s must be a positive number of seconds, got {budget_s!r}")
     return _scoped(replace(current(), tune_budget_s=float(budget_s)))

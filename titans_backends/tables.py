@@ -6,6 +6,7 @@ Says which files there are and what is wrong with them; which row answers is `ca
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ def _sources(machine: Machine) -> Iterator[Source]:
     device = device_of(machine)
     named = switches.current().cache
     if named is not None:
+        if not named.exists():
+            warnings.warn(
+                f"{switches.PREFIX}CACHE names {named}, which does not exist, so it decides nothing; make it with: titans-backends tune --output {named}",
+                stacklevel=2,
+            )
         yield _source("named", named, file.load(named, defaults_of, device))
     user = paths.user_cache_path(machine.slug)
     yield _source("user", user, file.load(user, defaults_of, device))

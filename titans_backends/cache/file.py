@@ -162,6 +162,8 @@ def _canonical(bucket: Bucket, defaults_of: DefaultsOf) -> Bucket:
 def _examine(form: _Format[Content], path: Path, defaults_of: DefaultsOf, device: Device | None) -> Loaded[Content]:
     table, problem = None, None
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(f"it is no file but a {'folder' if path.is_dir() else 'device or pipe'}")
         text = path.read_bytes().decode("utf-8")
         known = form.written.get(real_path(path))
         if known is not None and known[:2] == (text, defaults_of) and (device is None or known[2].device.same(device)):

@@ -94,7 +94,8 @@ def _cache_findings(cache: CacheReport) -> list[Finding]:
         found.append(Finding("falls short", cache.problem, "titans-backends tune"))
     if cache.world_writable:
         text = f"anybody on this machine can change {cache.path}, and with it which kernels run"
-        found.append(Finding("falls short", text, f"chmod o-w {cache.path} {cache.path.parent}"))
+        folder = f" {cache.path.parent}" if cache.kind == "user cache" else ""  # a folder of ours; another's may be shared on purpose
+        found.append(Finding("falls short", text, f"chmod o-w {cache.path}{folder}"))
     if cache.damaged:
         found.append(Finding("note", f"damaged files were set aside: {', '.join(map(str, cache.damaged))}", "titans-backends cache reset --damaged"))
     if cache.kind == "user cache" and not cache.exists:

@@ -14,12 +14,14 @@ from rich.text import Text
 
 from titans_backends import registry
 from titans_backends.cache.paths import user_cache_path
+from titans_backends.cache.schema import Bucket
 from titans_backends.cli import exit_codes, units, words
 from titans_backends.cli.failures import MisuseError, user_input
 from titans_backends.cli.plan_rows import plan_json, show_plan
 from titans_backends.cli.progress import showing
 from titans_backends.cli.show import command, console, facts, print_json, say, status_console
 from titans_backends.cli.tune_rows import rows_json, show_rows
+from titans_backends.contracts.gated_delta_step import MAX_TOKENS
 from titans_backends.machine import Machine, detect
 from titans_backends.signature import Launch, Regime
 from titans_backends.tuning.plan import plan
@@ -69,12 +71,13 @@ def tune(
     small = machine.kind == "cpu" if quick is None else quick
     racing = _backends(backend)
     pairs = words.heads_list(heads)
+    lengths = words.integers("--seq-lens", seq_lens)
     with user_input():
         buckets = plan(
             machine.kind,
             quick=small,
             ops=words.op_names(op),
-            seq_lens=words.integers("--seq-lens", seq_lens),
+            seq_lens=lengths,
             heads=pairs,
             head_dims=words.head_dims(head_dim),
             dtypes=words.one_of("--dtype", dtype, words.DTYPES),
@@ -82,6 +85,7 @@ def tune(
             launches=cast("Sequence[Launch] | None", words.one_of("--launch", launch, ("eager", "graph"))),
             batch=batch,
         )
+    _say_other_lengths(lengths, buckets)
     if objective not in ("time", "memory"):
         raise MisuseError(f"--objective must be time or memory, got {objective!r}")
     for name, value in (("--budget", budget), ("--max-memory", max_memory)):
@@ -114,6 +118,17 @@ def tune(
     typed += ["--output", str(output)] if output is not None else []
     typed += ["--device", device] if device is not None else []
     _Session(request, machine, shlex.join(["titans-backends", "tune", *typed]), as_json).run()
+
+
+def _say_other_lengths(asked: Sequence[int] | None, buckets: Sequence[Bucket]) -> None:
+    """An op that cannot have a length that was asked for is told with what it is measured at instead."""
+    planned = sorted({bucket.seq_len for bucket in buckets if bucket.op == "gated_delta_step"})
+    beyond = [length for length in asked or () if length > MAX_TOKENS]
+    if planned and beyond:
+        told = (
+            f"gated_delta_step takes 1 to {MAX_TOKENS} tokens: it is measured at {', '.join(map(str, planned))}, not at {', '.join(map(str, beyond))}"
+        )
+        say(status_console(), told, "yellow")
 
 
 def _backends(given: list[str] | None) -> tuple[str, ...] | None:

@@ -48,6 +48,21 @@ def check(call: GatedDeltaStep, dims: Mapping[str, int]) -> None:
         raise ValueError(
             f"gated_delta_step: state has {dims['P']} rows and q, k, v have {dims['B']} sequences; pass one row each, or state_indices [B] into a pool"
         )
+    if call.inplace and overlaps(call.state):
+        raise ValueError(
+            f"gated_delta_step: state has strides {call.state.stride()} for shape {tuple(call.state.shape)}, so that some elements share memory; "
+            "it cannot be updated in place. Pass state.clone() or inplace=False"
+        )
+
+
+def overlaps(state: Tensor) -> bool:
+    """Whether two elements of a strided tensor may share memory."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(state.stride(), state.shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def reference(call: GatedDeltaStep) -> tuple[Tensor | None, ...]:

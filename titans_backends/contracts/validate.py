@@ -56,10 +56,19 @@ def _check_option(contract: Contract, option: Option, value: object) -> None:
     if not isinstance(value, _KINDS[option.kind]) or (isinstance(value, bool) and option.kind != "bool"):
         accepted = {"int": "an int", "float": "a number", "bool": "True or False", "str": "a string"}[option.kind]
         raise TypeError(f"{where} must be {accepted}{' or None' if option.nullable else ''}, got {value!r} ({type(value).__name__})")
+    if option.kind == "float" and isinstance(value, (int, float)):
+        _check_number(where, value)
     if option.choices and value not in option.choices:
         raise ValueError(f"{where} must be one of {', '.join(map(repr, option.choices))}, got {value!r}")
     if option.minimum is not None and isinstance(value, int) and value < option.minimum:
         raise ValueError(f"{where} must be at least {option.minimum}, got {value}")
+
+
+def _check_number(where: str, value: float) -> None:
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{where} must be a number that a float can hold, got an int of {len(str(value))} digits") from None
 
 
 def _check_tensors(contract: Contract, call: Call) -> dict[str, Tensor]:
@@ -68,11 +77,13 @@ def _check_tensors(contract: Contract, call: Call) -> dict[str, Tensor]:
         value = getattr(call, argument.name)
         where = f"{contract.name}: {argument.name}"
         if isinstance(value, Tensor):
+            if value.is_nested:
+                raise TypeError(f"{where} must be an ordinary tensor, got a nested one; pack its parts along T and pass cu_seqlens")
             if value.layout != torch.strided:
                 raise TypeError(f"{where} must be a strided tensor, got layout {value.layout}; call .to_dense() first")
             tensors[argument.name] = value
         elif argument.name == "alpha" and isinstance(value, (int, float)) and not isinstance(value, bool):
-            continue
+            _check_number(where, value)
         elif value is not None or not argument.optional or argument.name == "alpha":
             accepted = "a number or a torch.Tensor" if argument.name == "alpha" else "a torch.Tensor"
             raise TypeError(
@@ -182,15 +193,20 @@ def _check_packing(contract: Contract, call: Call, tensors: Mapping[str, Tensor]
             )
         if packed.device.type == "cpu":
             check_indices(contract, call)
-    decay = tensors.get("chunk_decay")
-    if decay is not None and (packed is None or packed.device.type == "cpu"):
-        chunk = int(getattr(call, "chunk_size"))  # noqa: B009  (a Call has no static fields)
-        chunks = chunk_count(dims["T"], chunk, packed)
-        if decay.shape[1] != chunks:
-            how = "the sum of ceil(len / chunk_size)" if packed is not None else "ceil(T / chunk_size)"
-            raise ValueError(
-                f"{contract.name}: chunk_decay has M = {decay.shape[1]} chunks in shape {tuple(decay.shape)}; it must have {how} = {chunks}"
-            )
+    else:
+        _check_chunks(contract, call, tensors)
+
+
+def _check_chunks(contract: Contract, call: Call, tensors: Mapping[str, Tensor]) -> None:
+    """One factor for each chunk; packed, their number depends on the values of cu_seqlens."""
+    decay, packed = tensors.get("chunk_decay"), tensors.get("cu_seqlens")
+    if decay is None:
+        return
+    chunk = int(getattr(call, "chunk_size"))  # noqa: B009  (a Call has no static fields)
+    chunks = chunk_count(tensors[contract.operands[0]].shape[1], chunk, packed)
+    if decay.shape[1] != chunks:
+        how = "the sum of ceil(len / chunk_size)" if packed is not None else "ceil(T / chunk_size)"
+        raise ValueError(f"{contract.name}: chunk_decay has M = {decay.shape[1]} chunks in shape {tuple(decay.shape)}; it must have {how} = {chunks}")
 
 
 def check_indices(contract: Contract, call: Call) -> None:
@@ -206,6 +222,7 @@ def check_indices(contract: Contract, call: Call) -> None:
             raise ValueError(
                 f"{contract.name}: cu_seqlens must not fall, but goes from {ends[falls[0]]} to {ends[falls[0] + 1]} at entry {falls[0] + 1}"
             )
+        _check_chunks(contract, call, tensors)
     slots = tensors.get("state_indices")
     if slots is not None:
         named, pool = slots.tolist(), tensors["state"].shape[0]

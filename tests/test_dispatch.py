@@ -1,0 +1,157 @@
+"""Which table decides: the order of precedence, what is ignored and why, what is borrowed, and that every answer is told."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import titans_backends as tb
+from titans_backends import dispatch
+from titans_backends.buckets import Bucket, bucket_of, defaults_of
+from titans_backends.cache import file, paths
+from titans_backends.cache.schema import Device, Entry, device_of
+from titans_backends.dispatch import choose
+from titans_backends.machine import Machine
+from titans_backends.offers import Pair
+from titans_backends.plans import PLAIN
+from titans_backends.tables import current_environment
+
+OP = tb.get_op("uw_transform")
+ARGUMENTS = (torch.randn(1, 70, 2, 8), torch.randn(1, 70, 2, 8), torch.rand(1, 70, 2))
+
+
+def signature() -> tb.Signature:
+    call = OP.contract.make_call(*ARGUMENTS)
+    return OP._planner.signature(call, {"B": 1, "T": 70, "G": 2, "H": 2, "K": 8, "V": 8, "N": 1}, PLAIN)
+
+
+def pair(inverse: str) -> Pair:
+    return next(
+        p for p in (Pair(c) for o in choose(signature(), tb.detect()).offers for c in o.forward) if p.forward.params == (("inverse", inverse),)
+    )
+
+
+def write(path: Path, inverse: str = "solve", *, device: Device | None = None, bucket: Bucket | None = None, **changes: object) -> None:
+    """A table with one row for the call, whose winner is not the default."""
+    found = pair(inverse)
+    entry = Entry("eager/chunked", 5.0, 0.0, 0.0, params=found.forward.params, source=dispatch.pair_source(found, "uw_transform"))
+    file.update(
+        path,
+        device=device or device_of(tb.detect()),
+        environment=replace(current_environment("cpu"), **changes.pop("environment", {})),  # type: ignore[arg-type]
+        changes={bucket or bucket_of(signature()): replace(entry, **changes)},  # type: ignore[type-var]
+        defaults_of=defaults_of,
+    )
+    tb.reset()
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder for each test; yields the user's path."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tb.reset()
+    yield paths.user_cache_path(tb.detect().slug)
+    monkeypatch.undo()
+    tb.reset()
+
+
+def kernel() -> str:
+    return OP.explain(*ARGUMENTS).kernel
+
+
+def test_the_users_row_decides_and_is_named(user: Path) -> None:
+    assert kernel() == "eager/chunked inverse=blocks"
+    write(user)
+    told = OP.explain(*ARGUMENTS)
+    assert told.kernel == "eager/chunked inverse=solve"
+    assert told.choice.origin == "tuned"
+    assert str(user) in told.choice.reason
+    assert OP.bind(*ARGUMENTS).choice.pair.label == told.kernel
+
+
+def test_a_named_file_comes_before_the_users(user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(user, "solve")
+    write(tmp_path / "named.yaml", "blocks")
+    monkeypatch.setenv("TITANS_BACKENDS_CACHE", str(tmp_path / "named.yaml"))
+    tb.reset()
+    told = OP.explain(*ARGUMENTS)
+    assert told.kernel == "eager/chunked inverse=blocks"
+    assert "named.yaml" in told.choice.reason
+
+
+def test_the_users_comes_before_the_shipped_and_that_before_a_relatives(user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = replace(tb.detect(), sm=90)
+    own, relative = tmp_path / "own.yaml", tmp_path / "relative.yaml"
+    write(own, device=device_of(machine))
+    write(relative, device=Device(machine.kind, "another", "Another", sm=90))
+    monkeypatch.setattr(paths, "shipped_paths", lambda: (relative, own))
+    tb.reset()
+    assert [asked.source.kind for asked in choose(signature(), machine).consulted] == ["user", "shipped"]
+    own.unlink()
+    tb.reset()
+    borrowed = choose(signature(), machine)
+    assert (borrowed.origin, borrowed.pair.label) == ("borrowed", "eager/chunked inverse=solve")
+    assert "borrowed table" in borrowed.reason
+    stranger: Machine = replace(machine, sm=80)
+    tb.reset()
+    assert choose(signature(), stranger).origin == "default"  # another architecture's is not asked
+
+
+def test_a_row_whose_source_changed_is_ignored_with_the_reason(user: Path) -> None:
+    write(user, source="000000000000")
+    told = OP.explain(*ARGUMENTS)
+    assert told.choice.origin == "default"
+    assert "ignored: eager/chunked inverse=solve has changed since" in str(told)
+
+
+def test_a_row_measured_with_another_torch_is_used_and_marked(user: Path) -> None:
+    write(user, environment={"torch": "1.0.0"})
+    told = OP.explain(*ARGUMENTS)
+    assert told.kernel == "eager/chunked inverse=solve"
+    assert "measured with torch 1.0.0" in told.stale
+    assert "titans-backends tune --op uw_transform" in told.stale
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a call never says it
+        OP(*ARGUMENTS)
+
+
+def test_a_row_that_names_what_is_not_offered_is_told_and_passed_over(user: Path) -> None:
+    write(user, use="triton/imagined")
+    told = OP.explain(*ARGUMENTS)
+    assert told.choice.origin == "default"
+    assert "its row names triton/imagined inverse=solve, which is not among the candidates" in str(told)
+
+
+def test_a_miss_shows_the_closest_row_field_by_field(user: Path) -> None:
+    other = bucket_of(signature())
+    write(user, bucket=other._replace(when=tuple((n, (64, 64) if n == "head_dim" else v) for n, v in other.when)))
+    text = str(OP.explain(*ARGUMENTS))
+    assert "no row with this key" in text
+    assert "head_dim (64, 64) there, (8, 8) here" in text
+
+
+def test_a_forced_backend_takes_its_own_row(user: Path) -> None:
+    write(user)
+    assert OP.explain(*ARGUMENTS, backend="eager").kernel == "eager/chunked inverse=solve"
+
+
+def test_batch_invariance_asks_no_table(user: Path) -> None:
+    write(user)
+    with tb.policy(batch_invariant=True):
+        told = OP.explain(*ARGUMENTS)
+    assert told.kernel == "eager/chunked inverse=blocks"
+    assert told.consulted == ()
+
+
+def test_a_damaged_cache_warns_once_and_loses_nothing(user: Path) -> None:
+    write(user)
+    user.write_text("ops: {[")
+    tb.reset()
+    with pytest.warns(UserWarning, match="damaged-1"):
+        assert kernel() == "eager/chunked inverse=blocks"
+    assert user.with_name(f"{user.name}.damaged-1").read_text() == "ops: {["

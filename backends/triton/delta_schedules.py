@@ -1,0 +1,230 @@
+"""How the kernels of the exact gated delta rule are put together: one function per schedule, each from a call's operands to its outputs.
+
+Scratch is taken from torch's allocator in few pieces; nothing here looks at a tensor's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titans_backends.backend import Param
+
+from .delta_maps import FOLD, READ
+from .delta_output import OUTPUT
+from .delta_prepare import PREPARE
+from .delta_scan import CHAIN, SCAN, TRANSITIONS
+from .delta_whole import WHOLE
+from .grid import slot_count, strides
+from .serving import tile_width
+
+__all__ = ["SCHEDULES", "Fast", "Operands", "Params"]
+
+Params = Mapping[str, Param]
+
+
+@dataclass(slots=True)
+class Fast:
+    """The fast core beside the rule, for `dual_core`: `alpha` is a number, or a tensor whose strides broadcast it to `[B, T, H]`."""
+
+    chunk: int
+    alpha: float | Tensor
+    gate: Tensor | None
+    initial: Tensor | None
+    final: Tensor | None
+
+
+@dataclass(slots=True)
+class Operands:
+    """A call as the kernels want it: rows of q, k and v contiguous, states contiguous, cu_seqlens on the device, `o` and `final` to be written.
+
+    `offset`: every sequence begins that many absent tokens earlier, so that the block grid agrees with the fast core's chunks.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
+    gate: Tensor | None
+    initial: Tensor | None
+    final: Tensor | None
+    o: Tensor
+    cu_seqlens: Tensor | None
+    scale: float
+    l2norm: bool
+    offset: int = 0
+    fast: Fast | None = None
+
+    @property
+    def sequences(self) -> int:
+        """N: rows of the batch, or packed sequences."""
+        return self.v.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+    @property
+    def heads(self) -> int:
+        """Heads of v."""
+        return self.v.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Heads of v for each head of q and k."""
+        return self.v.shape[2] // self.k.shape[2]
+
+    @property
+    def keys(self) -> int:
+        """K."""
+        return self.k.shape[3]
+
+    @property
+    def values(self) -> int:
+        """V."""
+        return self.v.shape[3]
+
+    def slots(self, unit: int) -> int:
+        """Slots of `unit` tokens."""
+        return slot_count(self.v.shape[0], self.v.shape[1], unit, self.cu_seqlens, self.offset)
+
+
+@dataclass(slots=True)
+class _Factors:
+    """What `delta_prepare` wrote."""
+
+    inverses: Tensor
+    scores: Tensor
+    lines: tuple[Tensor, ...]
+    fast: tuple[Tensor | None, ...]
+    maps: Tensor | None
+    offsets: Tensor | None
+
+
+def _prepare(x: Operands, p: Params, *, maps: bool = False) -> _Factors:
+    """Runs `delta_prepare`: factors of every block, and with `maps` what every block does to the state."""
+    block, heads, keys, values = int(p["block"]), x.heads, x.keys, x.values
+    slots = x.slots(block)
+    places = slots * heads
+    fast = x.fast
+    squares = torch.empty(2 if fast is None else 3, places * block * block, dtype=x.k.dtype, device=x.v.device)
+    count = 3 if fast is None else 5
+    wide = places * keys * (keys + values) if maps else 0
+    floats = torch.empty(places * (count * block + 1) + wide, dtype=torch.float32, device=x.v.device)
+    lines = floats[: places * count * block].view(count, places * block)
+    rest = floats[places * count * block :]
+    total, rest = rest[:places], rest[places:]
+    made = _Factors(
+        squares[0],
+        squares[1],
+        (lines[0], lines[1], lines[2], total),
+        (None, None, None) if fast is None else (squares[2], lines[3], lines[4]),
+        rest[: places * keys * keys] if maps else None,
+        rest[places * keys * keys :] if maps else None,
+    )
+    alpha = fast.alpha if fast is not None else 0.0
+    weight = alpha if isinstance(alpha, Tensor) else None
+    fast_gate = None if fast is None else fast.gate
+    args = (x.q, x.k, x.v, x.beta, x.g, x.gate, fast_gate, weight, x.cu_seqlens, made.inverses, made.scores, *made.lines, made.maps, made.offsets)
+    args += (*made.fast, x.v.shape[1], x.sequences, x.offset, heads, x.group, x.scale, 0.0 if isinstance(alpha, Tensor) else float(alpha))
+    for tensor in (x.q, x.k, x.v, x.beta, x.g, x.gate, fast_gate, weight):
+        args += strides(tensor)
+    constants = (keys, values, tile_width(keys), tile_width(values), block, x.l2norm, p["dot"])
+    PREPARE(places, args, constants, int(p["prepare_warps"]), 1)
+    return made
+
+
+def _run_scan(
+    x: Operands, made: _Factors, p: Params, initial: Tensor | None, *, segment: int = 0, o: Tensor | None = None, states: Tensor | None = None
+) -> None:
+    """Runs the scan over whole sequences, or side by side over segments of some blocks."""
+    block, width = int(p["block"]), int(p["value_tile"])
+    tiles = -(-x.values // width)
+    units = x.slots(block * segment) if segment else x.sequences
+    fast = x.fast
+    ends = (None, None) if fast is None else (fast.initial, fast.final)
+    args = (x.q, x.k, x.v, o, states, made.inverses, made.scores, *made.lines, *made.fast, initial, x.final, *ends, x.cu_seqlens)
+    args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, 1 if fast is None else fast.chunk)
+    args += (*strides(x.q), *strides(x.k), *strides(x.v))
+    constants = (x.keys, x.values, tile_width(x.keys), block, width, segment, x.offset > 0, p["dot"], p["stages"])
+    SCAN(units * x.heads * tiles, args, constants, int(p["warps"]), int(p["stages"]))
+
+
+def whole(x: Operands, p: Params) -> None:
+    """One launch."""
+    width = int(p["value_tile"])
+    tiles = -(-x.values // width)
+    args = (x.q, x.k, x.v, x.beta, x.g, x.gate, x.o, x.initial, x.final, x.cu_seqlens, x.v.shape[1], x.heads, x.group, tiles, x.scale)
+    for tensor in (x.q, x.k, x.v, x.beta, x.g, x.gate):
+        args += strides(tensor)
+    constants = (x.keys, x.values, tile_width(x.keys), p["block"], width, x.l2norm, p["dot"], p["stages"])
+    WHOLE(x.sequences * x.heads * tiles, args, constants, int(p["warps"]), int(p["stages"]))
+
+
+def scan(x: Operands, p: Params) -> None:
+    """Blocks prepared in parallel, then one scan per sequence."""
+    _run_scan(x, _prepare(x, p), p, x.initial, o=x.o)
+
+
+def states(x: Operands, p: Params) -> None:
+    """The scan writes the state at each block's start; outputs in parallel."""
+    made = _prepare(x, p)
+    block, width = int(p["block"]), int(p["output_tile"])
+    slots, tiles = x.slots(block), -(-x.values // width)
+    kept = torch.empty(slots * x.heads * x.keys * x.values, dtype=x.k.dtype, device=x.v.device)
+    _run_scan(x, made, p, x.initial, states=kept)
+    read, erase = made.lines[:2]
+    args = (x.q, x.k, x.v, x.o, kept, made.inverses, made.scores, read, erase, x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group, tiles)
+    args += (*strides(x.q), *strides(x.k), *strides(x.v))
+    OUTPUT(slots * x.heads * tiles, args, (x.keys, x.values, tile_width(x.keys), block, width, p["dot"]), int(p["output_warps"]), 1)
+
+
+def _chain(x: Operands, p: Params, offsets: Tensor, maps: Tensor, starts: Tensor) -> None:
+    """Runs over the segments: the state at each one's start."""
+    width = min(int(p["chain_tile"]), tile_width(x.values))
+    tiles = -(-x.values // width)
+    args = (offsets, maps, x.initial, starts, x.final, x.cu_seqlens, x.v.shape[1], x.sequences, x.offset, x.heads, tiles)
+    constants = (x.keys, x.values, tile_width(x.keys), width, int(p["block"]) * int(p["segment"]), p["dot"], p["chain_stages"])
+    CHAIN(x.sequences * x.heads * tiles, args, constants, int(p["chain_warps"]), int(p["chain_stages"]))
+
+
+def _segments(x: Operands, p: Params) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Segment slots, and room for starts, N and M of each."""
+    units = x.slots(int(p["block"]) * int(p["segment"]))
+    size = units * x.heads * x.keys
+    room = torch.empty(size * (2 * x.values + x.keys), dtype=torch.float32, device=x.v.device)
+    return units, room[: size * x.values], room[size * x.values : 2 * size * x.values], room[2 * size * x.values :]
+
+
+def split(x: Operands, p: Params) -> None:
+    """Segments side by side: what each does to the state, the states at their starts, then the scan of all segments at once."""
+    made = _prepare(x, p)
+    units, starts, offsets, maps = _segments(x, p)
+    width, segment = int(p["map_tile"]), int(p["segment"])
+    value_tiles = -(-x.values // width)
+    tiles = value_tiles + -(-x.keys // width)
+    _, erase, write, total = made.lines
+    args = (x.k, x.v, offsets, maps, made.inverses, erase, write, total, x.initial, x.cu_seqlens)
+    args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, value_tiles, *strides(x.k), *strides(x.v))
+    constants = (x.keys, x.values, tile_width(x.keys), p["block"], width, segment, p["dot"], p["stages"])
+    TRANSITIONS(units * x.heads * tiles, args, constants, int(p["map_warps"]), int(p["stages"]))
+    _chain(x, p, offsets, maps, starts)
+    _run_scan(x, made, p, starts, segment=segment, o=x.o)
+
+
+def maps(x: Operands, p: Params) -> None:
+    """Small heads: what every block does to the state is prepared too, and the rest is small products."""
+    made = _prepare(x, p, maps=True)
+    units, starts, offsets, segment_maps = _segments(x, p)
+    block, segment = int(p["block"]), int(p["segment"])
+    widths = (x.keys, x.values, tile_width(x.keys), tile_width(x.values), block, segment, p["dot"], p["stages"])
+    args = (made.maps, made.offsets, segment_maps, offsets, x.initial, x.cu_seqlens, x.v.shape[1], x.sequences, x.heads)
+    FOLD(units * x.heads * 2, args, widths, int(p["map_warps"]), int(p["stages"]))
+    _chain(x, p, offsets, segment_maps, starts)
+    read, erase = made.lines[:2]
+    args = (x.q, x.k, x.v, x.o, starts, made.maps, made.offsets, made.inverses, made.scores, read, erase, x.final, x.cu_seqlens)
+    args += (x.v.shape[1], x.sequences, x.heads, x.group, *strides(x.q), *strides(x.k), *strides(x.v))
+    READ(x.slots(block) * x.heads, args, widths, int(p["warps"]), int(p["stages"]))
+
+
+SCHEDULES: Mapping[str, Callable[[Operands, Params], None]] = {"whole": whole, "scan": scan, "split": split, "states": states, "maps": maps}

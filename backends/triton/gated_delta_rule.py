@@ -1,0 +1,61 @@
+"""gated_delta_rule in Triton: five schedules of the exact rule, for the tuner to race (SPEC.md 3, 4).
+
+    whole    one launch, everything in the serial loop: short sequences, no scratch memory
+    scan     blocks prepared in parallel, then one scan that holds the state and writes the output
+    split    the same with every sequence cut into segments that run side by side; what a segment does to the state is computed exactly
+    states   the scan writes the state at each block's start, outputs then in parallel
+    maps     small heads: what every block does to the state is computed in parallel too, the serial part is one small product a block
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_backends.backend import Candidate
+from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+from titans_backends.verdict import Verdict
+
+from .delta_plans import delta_plans
+from .delta_schedules import SCHEDULES, Operands
+from .grid import on_device, unit_stride
+from .serving import serves
+
+__all__ = ["candidates", "run", "supports"]
+
+
+def supports(signature: Signature, machine: Machine) -> Verdict:
+    """Every option, at any chunk size: the rule is the same on every grid."""
+    return serves(signature, machine)
+
+
+def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """The schedules with their tiles; the default by how many programs the card wants."""
+    return delta_plans(signature, machine)
+
+
+def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
+    """o and the final state."""
+    k, v = unit_stride(call.k), unit_stride(call.v)
+    cu_seqlens = on_device(call.cu_seqlens, v)
+    x = Operands(
+        unit_stride(call.q),
+        k,
+        v,
+        call.beta,
+        call.g,
+        call.gate,
+        None if call.initial_state is None else call.initial_state.contiguous(),
+        None,
+        torch.empty(v.shape, dtype=v.dtype, device=v.device),
+        cu_seqlens,
+        k.shape[3] ** -0.5 if call.scale is None else call.scale,
+        call.qk_l2norm,
+    )
+    if call.output_final_state:
+        x.final = torch.empty(x.sequences, x.heads, x.keys, x.values, dtype=torch.float32, device=v.device)
+    if x.o.numel() or x.final is not None:
+        SCHEDULES[candidate.variant](x, dict(candidate.params))
+    return x.o, x.final

@@ -1,0 +1,64 @@
+"""What every op of this backend refuses, and what its candidates share: tile widths, and how float32 products are rounded."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+
+import torch
+
+from titans_backends.backend import Param
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+from titans_backends.verdict import ACCEPTED, Verdict, refused
+
+__all__ = ["CONSUMER_SHARED_BYTES", "Params", "dots", "serves", "tile_width"]
+
+Params = tuple[tuple[str, Param], ...]
+
+CONSUMER_SHARED_BYTES = 99 * 1024
+"""Shared memory of a block on consumer cards (sm_86, sm_89, sm_120): the least that the kernels count on."""
+
+_OLDEST_SM = 80
+_OLDEST_TRITON = (3, 6)
+_WIDEST = 256
+_MOST_TOKENS = 2**31 - 2**16
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def serves(signature: Signature, machine: Machine) -> Verdict:
+    """Dtype, head_dim, length, the card and Triton's version; every reason, each with what would do."""
+    verdict = _version()
+    if signature.dtype not in _DTYPES:
+        verdict &= refused(f"dtype {str(signature.dtype).removeprefix('torch.')} is not in {{bfloat16, float16, float32}}; use backend='eager'")
+    if machine.sm is not None and machine.sm < _OLDEST_SM:
+        verdict &= refused(f"it needs compute capability 8.0, and {machine.name} has {machine.sm // 10}.{machine.sm % 10}")
+    sizes = dict(signature.dims)
+    for letter in "KV":
+        if sizes.get(letter, 1) > _WIDEST:
+            verdict &= refused(f"head_dim {letter}={sizes[letter]} is above {_WIDEST}; use backend='eager'")
+        if sizes.get(letter, 1) < 1:
+            verdict &= refused(f"head_dim {letter}=0; use backend='eager'")
+    if sizes.get("T", 0) > _MOST_TOKENS:
+        verdict &= refused(f"T={sizes['T']} is above {_MOST_TOKENS}")
+    return verdict
+
+
+def dots(signature: Signature) -> tuple[str, ...]:
+    """How products of float32 operands may be rounded, fastest first; 16-bit operands have one way."""
+    if signature.dtype != torch.float32:
+        return ("tf32",)
+    return ("tf32x3", "ieee") if signature.float32 == "highest" else ("tf32",)
+
+
+def tile_width(size: int) -> int:
+    """The power of two, at least 16, that holds a head_dim: the width of a tile."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@functools.cache
+def _version() -> Verdict:
+    found = importlib.metadata.version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TRITON:
+        return refused(f"it needs Triton 3.6 or later, and {found} is installed: pip install 'triton>=3.6'")
+    return ACCEPTED

@@ -33,47 +33,52 @@ def delta_plans(signature: Signature, machine: Machine) -> list[Candidate]:
     fitting = [plan for plan in _plans(signature, keys, values) if shared_bytes(*plan, keys, values, size) <= room]
     first = _default(signature, machine, fitting, values)
     ordered = [first, *(plan for plan in fitting if plan is not first)]
-    return [Candidate("triton", variant, (*params.items(), ("dot", dot))) for dot in dots(signature) for variant, params in ordered]
+    first_dot, *others = dots(signature)
+    found = [Candidate("triton", variant, (*params.items(), ("dot", first_dot))) for variant, params in ordered]
+    slowest = [plan for plan in fitting if plan[0] == "scan"][-1]
+    return found + [Candidate("triton", slowest[0], (*slowest[1].items(), ("dot", dot))) for dot in others]
 
 
 def _plans(signature: Signature, keys: int, values: int) -> list[Plan]:
-    """By the width of the heads; tiles of value columns that would be wider than the head are left out."""
+    """By the width of the heads. float32 takes smaller blocks: its products are three, and spill."""
     wide = max(keys, values)
     float32 = signature.dtype == torch.float32
+    lone = 4 if float32 else 1
     if wide <= 32:
+        tile = min(values, 32)
         found = [
-            _scan(64, 4, min(values, 32), 4, 3),
-            _scan(64, 4, 16, 4, 3),
-            _scan(32, 2, min(values, 32), 2, 3),
-            _whole(32, min(values, 32), 2),
+            _scan(32, 4, tile, 4, 3) if float32 else _scan(64, 4, tile, 4, 3),
+            _scan(32, lone, 16, 2, 3) if float32 else _scan(64, 4, 16, 4, 3),
+            _scan(32, lone, tile, 2, 3),
+            _whole(32, tile, 4 if float32 else 2),
             _whole(16, 16, 2),
-            _maps(64, 4, 8),
-            _maps(64, 4, 16),
-            _maps(32, 1, 16),
-            _split(32, 1, min(values, 32), 2, 8, 1),
+            _split(32, lone, tile, 64, 2, 8, 2),
+            _split(32, lone, tile, 64, 2, 16, 2),
+            _split(32, lone, 16, 32, 2, 32, 2) if float32 else _split(64, 4, tile, 64, 4, 4, 2),
+            _split(32, lone, 16, 32, 1, 8, 2),
         ]
     elif wide <= 64:
+        tile = min(values, 64)
         found = [
-            _scan(64, 4, 32, 4, 3),
-            _scan(64, 4, min(values, 64), 4, 3),
-            _scan(32, 2, 32, 4, 3),
+            _scan(32, 4, 32, 4, 3) if float32 else _scan(64, 4, 32, 4, 3),
+            _scan(32, 4, 32, 4, 2) if float32 else _scan(64, 4, tile, 4, 3),
+            _scan(32, 2 * lone, 32, 4, 2),
             _whole(32, 32, 4),
             _whole(16, 32, 4),
-            _maps(64, 4, 8),
-            _maps(64, 4, 16),
-            _split(64, 4, min(values, 64), 4, 16, 4),
+            *(_split(32, 4, 32, 32, 4, segment) if float32 else _split(64, 4, tile, 64, 4, segment) for segment in (8, 16)),
         ]
     else:
         block, tile = (32, 32) if float32 else (64, 64)
         found = [
             _scan(block, 4, 32, 4, 3),
             _scan(block, 4, min(values, tile), 4, 2 if wide > 128 else 3),
-            _scan(32, 2, 32, 4, 2),
+            _scan(32, 4 if float32 else 2, 32, 4, 2),
             _scan(16, 2, 16, 4, 2),
             _whole(32, 32, 4),
             _whole(16, 32, 4),
-            *(_split(block, 4, min(values, tile), 4, segment, 4) for segment in (16, 32, 64)),
+            *(_split(block, 4, min(values, tile), tile, 4, segment) for segment in (16, 32, 64)),
             _states(block, 4, 32, 4, 3),
+            *([] if float32 else [_crowded(_scan(block, 4, 32, 4, 3)), _crowded(_scan(block, 4, min(values, tile), 4, 3))]),
         ]
     distinct: list[Plan] = []
     for plan in found:
@@ -86,6 +91,11 @@ def _scan(block: int, prepare_warps: int, tile: int, warps: int, stages: int) ->
     return "scan", {"block": block, "prepare_warps": prepare_warps, "value_tile": tile, "warps": warps, "stages": stages}
 
 
+def _crowded(plan: Plan) -> Plan:
+    """The same with fewer registers for the preparation, so that four of its blocks fit a processor and not three."""
+    return plan[0], {**plan[1], "prepare_registers": 128}
+
+
 def _whole(block: int, tile: int, warps: int) -> Plan:
     return "whole", {"block": block, "value_tile": tile, "warps": warps, "stages": 2}
 
@@ -94,14 +104,10 @@ def _states(block: int, prepare_warps: int, tile: int, warps: int, stages: int) 
     return "states", {**_scan(block, prepare_warps, tile, warps, stages)[1], "output_tile": 64, "output_warps": 4}
 
 
-def _split(block: int, prepare_warps: int, tile: int, warps: int, segment: int, chain_warps: int) -> Plan:
-    shape = {"segment": segment, "map_tile": tile, "map_warps": warps, "chain_tile": 16, "chain_warps": chain_warps, "chain_stages": 3}
-    return "split", {**_scan(block, prepare_warps, tile, warps, 3)[1], **shape}
-
-
-def _maps(block: int, prepare_warps: int, segment: int) -> Plan:
-    shape: dict[str, Param] = {"block": block, "prepare_warps": prepare_warps, "segment": segment, "warps": 4 if block == 64 else 2, "stages": 2}
-    return "maps", {**shape, "map_warps": 2, "chain_tile": 16, "chain_warps": 1, "chain_stages": 3}
+def _split(block: int, prepare_warps: int, tile: int, map_tile: int, warps: int, segment: int, stages: int = 3) -> Plan:
+    lone = 1 if warps <= 2 else 4
+    shape = {"segment": segment, "map_tile": map_tile, "map_warps": warps, "chain_tile": 16, "chain_warps": lone, "chain_stages": 3}
+    return "split", {**_scan(block, prepare_warps, tile, warps, stages)[1], **shape}
 
 
 def shared_bytes(variant: str, params: dict[str, Param], keys: int, values: int, size: int) -> int:
@@ -112,9 +118,6 @@ def shared_bytes(variant: str, params: dict[str, Param], keys: int, values: int,
     if variant == "whole":
         return (stages * (2 * block * keys + block * tile) + keys * tile + block * (keys + 3 * block)) * size + lines
     prepare = (2 * block * keys + 3 * block * block) * size + 1024
-    if variant == "maps":
-        read = stages * keys * (keys + values) * 4 + (keys * values + 2 * block * values) * size
-        return max(prepare, read) + lines
     scan = (stages * 2 * block * (keys + block) + (stages - 1) * block * tile + (keys + block) * tile) * size
     if variant == "split":
         chain = int(params["chain_stages"]) * keys * (keys + 16) * 4 + keys * 16 * 4
@@ -138,7 +141,7 @@ def _default(signature: Signature, machine: Machine, plans: list[Plan], values: 
     if tokens <= _SHORT and signature.launch == "eager":
         return next((plan for plan in plans if plan[0] == "whole"), scans[0])
     if tokens >= _LONG and streams * -(-values // 64) <= sms // 3:
-        return next((plan for plan in plans if plan[0] in ("maps", "split")), scans[0])
+        return next((plan for plan in plans if plan[0] == "split"), scans[0])
     if streams * -(-values // 32) > sms and len(scans) > 1 and int(scans[1][1]["value_tile"]) > int(scans[0][1]["value_tile"]):
         return scans[1]
     return scans[0]

@@ -1,17 +1,16 @@
 """What the exact gated delta rule needs of a block of tokens before its state is known, in parallel over blocks (SPEC.md 3, 4).
 
-With D = diag(e^G): (I + D L D^-1)^-1 = D (I + L)^-1 D^-1, so the inverse is taken without gates, and every exponent stays <= 0. Written out
-a block and v head: the gated inverse A' = Gamma * (I + stril(beta K K^T))^-1 * beta^T and the gated scores P, both BLOCK x BLOCK, and the vectors
+With D = diag(e^G): (I + D L D^-1)^-1 = D (I + L)^-1 D^-1, so the inverse is taken without gates, and every exponent stays <= 0. Written for
+each block and v head: the gated inverse A' = Gamma * (I + stril(beta K K^T))^-1 * beta^T and the gated scores P, BLOCK x BLOCK, and the vectors
 
     read = scale gate e^G |q|      erase = e^G |k|      write = e^(G_C - G) |k|      total = e^(G_C)
 
-(|q|, |k|: the reciprocal norms under qk_l2norm, else 1), so that the scan works on q, k, v as they are given. A block computes 4 BLOCK^2 K FLOP and the inverse's ten small products,
-reads 2 BLOCK K elements and writes 2 BLOCK^2: bound by the latency of those products, hidden by the programs beside it.
+(|q|, |k|: the reciprocal norms under qk_l2norm, else 1), so that the scan works on q, k, v as they are given. A block computes 4 BLOCK^2 K FLOP
+and the inverse's ten small products, reads 2 BLOCK K elements and writes 2 BLOCK^2: bound by the latency of those products, hidden by the
+programs beside it.
 
 With `fast_scores`, what the fast core needs beside it (SPEC.md 2, 5): alpha fast_gate scale tril(Q K^T) beta^T, and its own read and write
 vectors; the slow core's rows are then weighed by 1 - alpha.
-
-With `maps`, also what the block does to the state, S <- M S + N: M = total - (write K)^T A' (erase K), N = (write K)^T A' V, in float32.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ def row_norm(x):
 
 @triton.jit
 def _prepare(
-    q, k, v, beta, g, gate, fast_gate, alpha, cu_seqlens, inverses, scores, read, erase, write, total, maps, offsets, fast_scores, fast_read, fast_write,
+    q, k, beta, g, gate, fast_gate, alpha, cu_seqlens, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
     tokens, sequences, offset, heads, group, scale, alpha_value,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h,
     fast_b, fast_t, fast_h, alpha_b, alpha_t, alpha_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = program % heads
@@ -124,19 +123,6 @@ def _prepare(
     tl.store(erase + line, back)
     tl.store(write + line, on)
     tl.store(total + place, fade)
-    if maps is not None:
-        value = tl.arange(0, BLOCK_V)
-        in_v = here[:, None] & (value[None, :] < V)
-        v_tile = tl.load(v + at * v_b + first * v_t + head * v_h + row[:, None] * v_t + value[None, :], mask=in_v, other=0.0)
-        written = (k_tile.to(tl.float32) * on[:, None]).to(DTYPE)
-        erased = (k_tile.to(tl.float32) * back[:, None]).to(DTYPE)
-        kept = tl.where(key[:, None] == key[None, :], fade, 0.0)
-        change = tl.dot(inverse, erased, input_precision=DOT)
-        kept -= tl.dot(tl.trans(written), change.to(DTYPE), input_precision=DOT)
-        update = tl.dot(inverse, v_tile, input_precision=DOT)
-        added = tl.dot(tl.trans(written), update.to(DTYPE), input_precision=DOT)
-        tl.store(maps + place * (K * K) + key[:, None] * K + key[None, :], kept, mask=(key[:, None] < K) & (key[None, :] < K))
-        tl.store(offsets + place * (K * V) + key[:, None] * V + value[None, :], added, mask=(key[:, None] < K) & (value[None, :] < V))
 
 
 PREPARE = Kernel(_prepare)

@@ -108,7 +108,7 @@ def _scan(
         batch, sequence, segment, start, begin, end = locate(cu_seqlens, unit, tokens, sequences, offset, SEGMENT * BLOCK)
         stop = tl.minimum(end, start + SEGMENT * BLOCK)
         block = segment * SEGMENT
-        if start >= end:
+        if (start >= end) | (begin >= end):
             return
     else:
         sequence = unit
@@ -142,7 +142,8 @@ def _scan(
     if initial_fast is not None:
         fast = tl.load(initial_fast + of_sequence + at_state, mask=in_state & (block == 0), other=0.0)
     EXACT: tl.constexpr = (K == BLOCK_K) & (V % BLOCK_V == 0) & (not OFFSET)
-    full = tl.maximum(stop - start, 0) // BLOCK
+    length = tl.where(begin < stop, stop - start, 0)
+    full = length // BLOCK
     for i in tl.range(0, full, num_stages=STAGES):
         place = (slot + i).to(tl.int64) * heads + head
         keep = 1.0
@@ -153,7 +154,7 @@ def _scan(
             start + i * BLOCK, place, column, begin, stop, heads, keep, q_t, k_t, v_t,
             K, V, BLOCK_K, BLOCK, BLOCK_V, not EXACT, DOT,
         )  # fmt: skip
-    for i in tl.range(full, tl.cdiv(tl.maximum(stop - start, 0), BLOCK), num_stages=STAGES):  # at most once; outside a loop it was miscompiled
+    for i in tl.range(full, tl.cdiv(length, BLOCK), num_stages=STAGES):  # at most once; outside a loop it was miscompiled
         place = (slot + i).to(tl.int64) * heads + head
         keep = 1.0
         if fast_scores is not None:
@@ -177,12 +178,12 @@ SCAN = Kernel(_scan)
 @triton.jit
 def _transitions(
     k, v, offsets, maps, inverses, erase, write, total, initial, cu_seqlens,
-    tokens, sequences, offset, heads, group, tiles, value_tiles,
+    tokens, sequences, offset, heads, group, tiles,
     k_b, k_t, k_h, v_b, v_t, v_h,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, SEGMENT: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SEGMENT: tl.constexpr, DOT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What a segment does to the state, exactly: S_out = M S_in + N. Tiles of value columns give N, tiles of key columns give M.
+    """What a segment does to the state, exactly: S_out = M S_in + N, as the columns of one recurrence from [S_0 | I]: V of N, then K of M.
 
     A first segment starts from the initial state and needs no M; a last one is left out.
     """
@@ -191,47 +192,40 @@ def _transitions(
     head = (program // tiles) % heads
     unit = program // tiles // heads
     batch, sequence, segment, start, begin, end = locate(cu_seqlens, unit, tokens, sequences, offset, SEGMENT * BLOCK)
-    of_map = tile >= value_tiles
-    if (start >= end) | (start + SEGMENT * BLOCK >= end) | (of_map & (segment == 0)):
+    if (start >= end) | (begin >= end) | (start + SEGMENT * BLOCK >= end) | ((tile * COLUMNS >= V) & (segment == 0)):
         return
-    stop = tl.minimum(end, start + SEGMENT * BLOCK)
     if cu_seqlens is None:
         slot = sequence * tl.cdiv(tokens + offset, BLOCK) + segment * SEGMENT
     else:
         slot = first_slot(begin, sequence, offset, BLOCK) + segment * SEGMENT
     DTYPE: tl.constexpr = k.dtype.element_ty
     at = batch.to(tl.int64)
-    column = tl.where(of_map, tile - value_tiles, tile) * BLOCK_V
     k_row = k + at * k_b + (head // group) * k_h
     v_row = v + at * v_b + head * v_h
     row = tl.arange(0, BLOCK)
     key = tl.arange(0, BLOCK_K)
-    value = column + tl.arange(0, BLOCK_V)
-    width = tl.where(of_map, K, V)
-    inside = (key[:, None] < K) & (value[None, :] < width)
-    state = tl.where(of_map & (key[:, None] == value[None, :]), 1.0, 0.0)
-    at_first = key[:, None] * V + value[None, :]
-    at_last = key[:, None] * width + value[None, :]
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    in_n = (key[:, None] < K) & (column[None, :] < V)
+    in_m = (key[:, None] < K) & (column[None, :] >= V) & (column[None, :] < V + K)
+    at_n = key[:, None] * V + column[None, :]
+    state = tl.where(key[:, None] + V == column[None, :], 1.0, 0.0)
     if initial is not None:
         known = initial + (sequence.to(tl.int64) * heads + head) * (K * V)
-        state += tl.load(known + at_first, mask=inside & (segment == 0), other=0.0)
-    for i in tl.range(0, tl.cdiv(stop - start, BLOCK), num_stages=STAGES):
+        state += tl.load(known + at_n, mask=in_n & (segment == 0), other=0.0)
+    for i in tl.range(0, SEGMENT, num_stages=STAGES):
         first = start + i * BLOCK
         place = (slot + i).to(tl.int64) * heads + head
-        here = (first + row >= begin) & (first + row < stop)
+        here = first + row >= begin
         wide = first.to(tl.int64)
         k_tile = tl.load(k_row + wide * k_t + row[:, None] * k_t + key[None, :], mask=here[:, None] & (key[None, :] < K), other=0.0)
-        in_v = here[:, None] & (value[None, :] < V) & (not of_map)
-        v_tile = tl.load(v_row + wide * v_t + row[:, None] * v_t + value[None, :], mask=in_v, other=0.0)
+        v_tile = tl.load(v_row + wide * v_t + row[:, None] * v_t + column[None, :], mask=here[:, None] & (column[None, :] < V), other=0.0)
         a_tile = tl.load(inverses + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :])
         erased = tl.load(erase + place * BLOCK + row)
         written = tl.load(write + place * BLOCK + row)
         state, _, _ = advance(state, k_tile, v_tile, a_tile, erased, written, tl.load(total + place), DTYPE, DOT)
     out = (unit.to(tl.int64) * heads + head) * K
-    if of_map:
-        tl.store(maps + out * K + at_last, state, mask=inside)
-    else:
-        tl.store(offsets + out * V + at_last, state, mask=inside)
+    tl.store(offsets + out * V + at_n, state, mask=in_n)
+    tl.store(maps + out * K + key[:, None] * K + (column - V)[None, :], state, mask=in_m & (segment > 0))
 
 
 TRANSITIONS = Kernel(_transitions)
@@ -248,7 +242,7 @@ def _chain(
     head = (program // tiles) % heads
     sequence = program // tiles // heads
     if cu_seqlens is None:
-        length = tokens + offset
+        length = tl.where(tokens > 0, tokens + offset, 0)
         unit = sequence * tl.cdiv(length, UNIT)
     else:
         begin = tl.load(cu_seqlens + sequence).to(tl.int32)

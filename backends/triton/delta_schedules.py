@@ -13,7 +13,6 @@ from torch import Tensor
 
 from titans_backends.backend import Param
 
-from .delta_maps import FOLD, READ
 from .delta_output import OUTPUT
 from .delta_prepare import PREPARE
 from .delta_scan import CHAIN, SCAN, TRANSITIONS
@@ -97,40 +96,27 @@ class _Factors:
     scores: Tensor
     lines: tuple[Tensor, ...]
     fast: tuple[Tensor | None, ...]
-    maps: Tensor | None
-    offsets: Tensor | None
 
 
-def _prepare(x: Operands, p: Params, *, maps: bool = False) -> _Factors:
-    """Runs `delta_prepare`: factors of every block, and with `maps` what every block does to the state."""
-    block, heads, keys, values = int(p["block"]), x.heads, x.keys, x.values
-    slots = x.slots(block)
-    places = slots * heads
-    fast = x.fast
+def _prepare(x: Operands, p: Params) -> _Factors:
+    """Runs `delta_prepare`: the factors of every block."""
+    block, heads, fast = int(p["block"]), x.heads, x.fast
+    places = x.slots(block) * heads
     squares = torch.empty(2 if fast is None else 3, places * block * block, dtype=x.k.dtype, device=x.v.device)
     count = 3 if fast is None else 5
-    wide = places * keys * (keys + values) if maps else 0
-    floats = torch.empty(places * (count * block + 1) + wide, dtype=torch.float32, device=x.v.device)
-    lines = floats[: places * count * block].view(count, places * block)
-    rest = floats[places * count * block :]
-    total, rest = rest[:places], rest[places:]
+    floats = torch.empty(places * (count * block + 1), dtype=torch.float32, device=x.v.device)
+    lines, total = floats[: places * count * block].view(count, places * block), floats[places * count * block :]
     made = _Factors(
-        squares[0],
-        squares[1],
-        (lines[0], lines[1], lines[2], total),
-        (None, None, None) if fast is None else (squares[2], lines[3], lines[4]),
-        rest[: places * keys * keys] if maps else None,
-        rest[places * keys * keys :] if maps else None,
+        squares[0], squares[1], (lines[0], lines[1], lines[2], total), (None, None, None) if fast is None else (squares[2], lines[3], lines[4])
     )
     alpha = fast.alpha if fast is not None else 0.0
     weight = alpha if isinstance(alpha, Tensor) else None
     fast_gate = None if fast is None else fast.gate
-    args = (x.q, x.k, x.v, x.beta, x.g, x.gate, fast_gate, weight, x.cu_seqlens, made.inverses, made.scores, *made.lines, made.maps, made.offsets)
-    args += (*made.fast, x.v.shape[1], x.sequences, x.offset, heads, x.group, x.scale, 0.0 if isinstance(alpha, Tensor) else float(alpha))
-    for tensor in (x.q, x.k, x.v, x.beta, x.g, x.gate, fast_gate, weight):
+    args = (x.q, x.k, x.beta, x.g, x.gate, fast_gate, weight, x.cu_seqlens, made.inverses, made.scores, *made.lines, *made.fast)
+    args += (x.v.shape[1], x.sequences, x.offset, heads, x.group, x.scale, 0.0 if isinstance(alpha, Tensor) else float(alpha))
+    for tensor in (x.q, x.k, x.beta, x.g, x.gate, fast_gate, weight):
         args += strides(tensor)
-    constants = (keys, values, tile_width(keys), tile_width(values), block, x.l2norm, p["dot"])
-    PREPARE(places, args, constants, int(p["prepare_warps"]), 1)
+    PREPARE(places, args, (x.keys, tile_width(x.keys), block, x.l2norm, p["dot"]), int(p["prepare_warps"]), 1, int(p.get("prepare_registers", 0)))
     return made
 
 
@@ -201,30 +187,14 @@ def split(x: Operands, p: Params) -> None:
     made = _prepare(x, p)
     units, starts, offsets, maps = _segments(x, p)
     width, segment = int(p["map_tile"]), int(p["segment"])
-    value_tiles = -(-x.values // width)
-    tiles = value_tiles + -(-x.keys // width)
+    tiles = -(-(x.values + x.keys) // width)
     _, erase, write, total = made.lines
     args = (x.k, x.v, offsets, maps, made.inverses, erase, write, total, x.initial, x.cu_seqlens)
-    args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, value_tiles, *strides(x.k), *strides(x.v))
+    args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, *strides(x.k), *strides(x.v))
     constants = (x.keys, x.values, tile_width(x.keys), p["block"], width, segment, p["dot"], p["stages"])
     TRANSITIONS(units * x.heads * tiles, args, constants, int(p["map_warps"]), int(p["stages"]))
     _chain(x, p, offsets, maps, starts)
     _run_scan(x, made, p, starts, segment=segment, o=x.o)
 
 
-def maps(x: Operands, p: Params) -> None:
-    """Small heads: what every block does to the state is prepared too, and the rest is small products."""
-    made = _prepare(x, p, maps=True)
-    units, starts, offsets, segment_maps = _segments(x, p)
-    block, segment = int(p["block"]), int(p["segment"])
-    widths = (x.keys, x.values, tile_width(x.keys), tile_width(x.values), block, segment, p["dot"], p["stages"])
-    args = (made.maps, made.offsets, segment_maps, offsets, x.initial, x.cu_seqlens, x.v.shape[1], x.sequences, x.heads)
-    FOLD(units * x.heads * 2, args, widths, int(p["map_warps"]), int(p["stages"]))
-    _chain(x, p, offsets, segment_maps, starts)
-    read, erase = made.lines[:2]
-    args = (x.q, x.k, x.v, x.o, starts, made.maps, made.offsets, made.inverses, made.scores, read, erase, x.final, x.cu_seqlens)
-    args += (x.v.shape[1], x.sequences, x.heads, x.group, *strides(x.q), *strides(x.k), *strides(x.v))
-    READ(x.slots(block) * x.heads, args, widths, int(p["warps"]), int(p["stages"]))
-
-
-SCHEDULES: Mapping[str, Callable[[Operands, Params], None]] = {"whole": whole, "scan": scan, "split": split, "states": states, "maps": maps}
+SCHEDULES: Mapping[str, Callable[[Operands, Params], None]] = {"whole": whole, "scan": scan, "split": split, "states": states}

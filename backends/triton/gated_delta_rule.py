@@ -1,10 +1,9 @@
-"""gated_delta_rule in Triton: five schedules of the exact rule, for the tuner to race (SPEC.md 3, 4).
+"""gated_delta_rule in Triton: four schedules of the exact rule, for the tuner to race (SPEC.md 3, 4).
 
     whole    one launch, everything in the serial loop: short sequences, no scratch memory
     scan     blocks prepared in parallel, then one scan that holds the state and writes the output
     split    the same with every sequence cut into segments that run side by side; what a segment does to the state is computed exactly
     states   the scan writes the state at each block's start, outputs then in parallel
-    maps     small heads: what every block does to the state is computed in parallel too, the serial part is one small product a block
 """
 
 from __future__ import annotations
@@ -18,12 +17,14 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
+from .ahead import ahead_of
 from .delta_plans import delta_plans
 from .delta_schedules import SCHEDULES, Operands
 from .grid import on_device, unit_stride
+from .program import remembered
 from .serving import serves
 
-__all__ = ["candidates", "run", "supports"]
+__all__ = ["candidates", "compile_ahead", "run", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -36,6 +37,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return delta_plans(signature, machine)
 
 
+@remembered
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and the final state."""
     k, v = unit_stride(call.k), unit_stride(call.v)
@@ -59,3 +61,6 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
     if x.o.numel() or x.final is not None:
         SCHEDULES[candidate.variant](x, dict(candidate.params))
     return x.o, x.final
+
+
+compile_ahead = ahead_of(run)

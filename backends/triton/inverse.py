@@ -9,26 +9,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rounding import operand as as_operand
+
 __all__ = ["unit_lower_inverse"]
 
 
 @triton.jit
-def unit_lower_inverse(lower, BLOCK: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)^-1 in float32 of a strictly lower L `[BLOCK, BLOCK]`, BLOCK 16, 32 or 64; products of MERGE operands, accumulated in float32."""
+def unit_lower_inverse(lower, BLOCK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + L)^-1 in float32 of a strictly lower L `[BLOCK, BLOCK]`, BLOCK 16, 32 or 64, for a call with operands of DTYPE.
+
+    bfloat16 calls multiply in float16: entries of the inverse are of the order of 1, and its three more bits keep hostile keys within tolerance.
+    float16 calls, whose tolerance is tf32's, multiply in float32.
+    """
+    MERGE: tl.constexpr = tl.float16 if DTYPE == tl.bfloat16 else tl.float32
+    DOT: tl.constexpr = "tf32x3" if DTYPE == tl.float16 else PRECISION
     row = tl.arange(0, BLOCK)
     apart = row[:, None] ^ row[None, :]
-    operand = lower.to(MERGE)
+    below = as_operand(lower, MERGE, DOT)
     if MERGE == tl.float32 and BLOCK > 16:
-        inverse = _doubled_blocks(lower, BLOCK, PRECISION)
+        inverse = _doubled_blocks(lower, BLOCK, DOT)
     else:
         inverse = tl.where(apart == 0, 1.0, tl.where(apart == 1, -lower, 0.0))
-        inverse = _double(inverse, operand, apart, 2, PRECISION)
-        inverse = _double(inverse, operand, apart, 4, PRECISION)
-        inverse = _double(inverse, operand, apart, 8, PRECISION)
+        inverse = _double(inverse, below, apart, 2, DOT)
+        inverse = _double(inverse, below, apart, 4, DOT)
+        inverse = _double(inverse, below, apart, 8, DOT)
     if BLOCK >= 32:
-        inverse = _double(inverse, operand, apart, 16, PRECISION)
+        inverse = _double(inverse, below, apart, 16, DOT)
     if BLOCK >= 64:
-        inverse = _double(inverse, operand, apart, 32, PRECISION)
+        inverse = _double(inverse, below, apart, 32, DOT)
     return inverse
 
 
@@ -53,7 +61,7 @@ def _double(inverse, lower, apart, WIDTH: tl.constexpr, PRECISION: tl.constexpr)
 
     `apart` is row XOR column: WIDTH to 2 WIDTH - 1 in the corner and in its mirror image, where the product is zero.
     """
-    operand = inverse.to(lower.dtype)
-    product = tl.dot(operand, lower, input_precision=PRECISION).to(lower.dtype)
-    product = tl.dot(product, operand, input_precision=PRECISION)
+    left = as_operand(inverse, lower.dtype, PRECISION)
+    product = as_operand(tl.dot(left, lower, input_precision=PRECISION), lower.dtype, PRECISION)
+    product = tl.dot(product, left, input_precision=PRECISION)
     return tl.where(apart // WIDTH == 1, -product, inverse)

@@ -7,8 +7,9 @@ pays for one tuple, one lookup and the driver. Under `TRITON_INTERPRET=1` the ke
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -16,10 +17,12 @@ from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
 
-__all__ = ["DTYPE_NAMES", "Form", "Kernel", "capability", "source_of"]
+__all__ = ["Form", "Kernel", "Loaded", "Tape", "Taped", "collecting", "is_collecting", "options_of", "source_of", "taping"]
 
 Value = int | float | str | bool | None
 Arg = Tensor | int | float | None
+Loaded = tuple[Callable[..., None], object, object]
+"""A compiled form on a device: Triton's launcher, the function's handle, packed metadata."""
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.bfloat16: "*bf16",
@@ -35,12 +38,69 @@ _ALIGNED = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a kernel is compiled for. `types` follow the kernel's run-time parameters: a type's name, with `!` where 16 divides the value; None: absent."""
+    """What a kernel is compiled for. `types` follow the kernel's run-time parameters: a type's name, with `!` where 16 divides the value; None: absent.
+
+    `registers`: the most that a thread may have, so that more blocks fit a processor; 0 leaves it to the compiler.
+    """
 
     types: tuple[str | None, ...]
     constants: tuple[Value, ...]
     warps: int
     stages: int
+    registers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Taped:
+    """One launch as it was made; `unused` stands for the constants, which the launcher skips."""
+
+    form: Loaded
+    blocks: int
+    args: tuple[Arg, ...]
+    unused: tuple[None, ...]
+
+
+@dataclass(slots=True)
+class Tape:
+    """The launches of a recorded call; with `forms` nothing is launched, and what would have been is noted there, each once."""
+
+    launches: list[Taped] = field(default_factory=list)
+    forms: dict[tuple[Kernel, Form], None] | None = None
+
+
+_LOCAL = threading.local()
+
+
+@contextmanager
+def taping() -> Iterator[Tape]:
+    """Notes the launches that this thread makes inside."""
+    tape = Tape()
+    with _noting(tape):
+        yield tape
+
+
+@contextmanager
+def collecting() -> Iterator[dict[tuple[Kernel, Form], None]]:
+    """Notes in order what this thread would launch inside, and launches nothing; tensors may lie anywhere, or on "meta"."""
+    forms: dict[tuple[Kernel, Form], None] = {}
+    with _noting(Tape(forms=forms)):
+        yield forms
+
+
+def is_collecting() -> bool:
+    """Whether this thread's launches are collected and not made."""
+    tape: Tape | None = getattr(_LOCAL, "tape", None)
+    return tape is not None and tape.forms is not None
+
+
+@contextmanager
+def _noting(tape: Tape) -> Iterator[None]:
+    before = getattr(_LOCAL, "tape", None)
+    _LOCAL.tape = tape
+    try:
+        yield
+    finally:
+        _LOCAL.tape = before
 
 
 class Kernel:
@@ -59,7 +119,7 @@ class Kernel:
         if tuple(names[len(self.names) :]) != self.constant_names:
             raise TypeError(f"{self.name}: its upper-case (constexpr) parameters must come last, got {names}")
         self._is_stride = tuple(name.endswith(_STRIDE_ENDINGS) for name in self.names)
-        self._forms: dict[object, tuple[object, ...]] = {}
+        self._forms: dict[object, Loaded] = {}
         self._lock = threading.Lock()
         self._unused = (None,) * len(self.constant_names)
 
@@ -68,9 +128,13 @@ class Kernel:
         """The jitted function's name."""
         return str(getattr(self.function, "__name__", self.function))
 
-    def __call__(self, blocks: int, args: tuple[Arg, ...], constants: tuple[Value, ...], warps: int, stages: int) -> None:
+    def __call__(self, blocks: int, args: tuple[Arg, ...], constants: tuple[Value, ...], warps: int, stages: int, registers: int = 0) -> None:
         """Runs `blocks` programs on the current stream of the current device, which the tensors must lie on."""
         if not blocks:
+            return
+        tape = getattr(_LOCAL, "tape", None)
+        if tape is not None and tape.forms is not None:
+            tape.forms[self, self._form(args, constants, warps, stages, registers)] = None
             return
         if self.interpreted:
             self.function[(blocks,)](*args, **dict(zip(self.constant_names, constants, strict=True)))  # type: ignore[index]
@@ -89,14 +153,16 @@ class Kernel:
                 else:
                     types.append(arg.__class__)
         device = torch._C._cuda_getDevice()
-        key = (device, tuple(types), constants, warps, stages)
+        key = (device, tuple(types), constants, warps, stages, registers)
         found = self._forms.get(key)
         if found is None:
-            found = self._compiled(key, device, self._form(args, constants, warps, stages))
+            found = self._compiled(key, device, self._form(args, constants, warps, stages, registers))
         run, function, packed = found
-        run(blocks, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, packed, None, None, None, *values, *self._unused)  # type: ignore[operator]
+        if tape is not None:
+            tape.launches.append(Taped(found, blocks, args, self._unused))
+        run(blocks, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, packed, None, None, None, *values, *self._unused)
 
-    def _form(self, args: tuple[Arg, ...], constants: tuple[Value, ...], warps: int, stages: int) -> Form:
+    def _form(self, args: tuple[Arg, ...], constants: tuple[Value, ...], warps: int, stages: int, registers: int = 0) -> Form:
         types: list[str | None] = []
         for arg, is_stride in zip(args, self._is_stride, strict=True):
             if arg is None:
@@ -107,15 +173,21 @@ class Kernel:
                 types.append(("i32" if -_WIDE <= arg < _WIDE else "i64") + ("!" if is_stride and -_WIDE <= arg < _WIDE and not arg & 15 else ""))
             else:
                 types.append("fp32")
-        return Form(tuple(types), constants, warps, stages)
+        return Form(tuple(types), constants, warps, stages, registers)
 
-    def _compiled(self, key: object, device: int, form: Form) -> tuple[object, ...]:
+    def _compiled(self, key: object, device: int, form: Form) -> Loaded:
         with self._lock:
             found = self._forms.get(key)
             if found is None:
-                kernel = triton.compile(source_of(self, form), options={"num_warps": form.warps, "num_stages": form.stages})
+                kernel = triton.compile(source_of(self, form), options=options_of(form))
                 found = self._forms[key] = (kernel.run, kernel.function, kernel.packed_metadata)
         return found
+
+
+def options_of(form: Form) -> dict[str, int]:
+    """The compiler's options for a form."""
+    options = {"num_warps": form.warps, "num_stages": form.stages}
+    return {**options, "maxnreg": form.registers} if form.registers else options
 
 
 def source_of(kernel: Kernel, form: Form) -> ASTSource:
@@ -133,9 +205,3 @@ def source_of(kernel: Kernel, form: Form) -> ASTSource:
     for name, value in zip(kernel.constant_names, form.constants, strict=True):
         signature[name], constants[name] = "constexpr", value
     return ASTSource(kernel.function, signature, constants, attributes)
-
-
-def capability(device: int) -> tuple[int, int]:
-    """The compute capability of a device."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return major, minor

@@ -12,7 +12,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["CONSUMER_SHARED_BYTES", "Params", "dots", "serves", "tile_width"]
+__all__ = ["CONSUMER_SHARED_BYTES", "Params", "dots", "narrow_warps", "serves", "tile_width"]
 
 Params = tuple[tuple[str, Param], ...]
 
@@ -49,6 +49,15 @@ def dots(signature: Signature) -> tuple[str, ...]:
     if signature.dtype != torch.float32:
         return ("tf32",)
     return ("tf32x3", "ieee") if signature.float32 == "highest" else ("tf32",)
+
+
+def narrow_warps(dtype: torch.dtype, rows: int, columns: int, warps: int) -> int:
+    """The warps for a kernel whose narrowest product outside of a pipelined loop has that many columns: 2 at most where wgmma would be too narrow.
+
+    Seen on an H100 with Triton 3.6: products of 16-bit operands with 64 rows or more and 16 or 32 columns gave wrong values or an illegal address with 4
+    and 8 warps, and right values with 2 (mma.sync), with 32 rows or fewer, with 64 columns or more, in float32, and in pipelined loops (delta_scan).
+    """
+    return min(warps, 2) if dtype.itemsize == 2 and rows >= 64 and columns < 64 else warps
 
 
 def tile_width(size: int) -> int:

@@ -1,0 +1,44 @@
+"""The probe: compiles the smallest case, runs it and compares it with the contract's float64 reference. A call of an op never comes here."""
+
+from __future__ import annotations
+
+import torch
+
+from titans_backends.contracts.fast_core import CONTRACT, FastCore, reference
+from titans_backends.contracts.tolerance import compare, tolerance
+from titans_backends.contracts.validate import validate
+from titans_backends.facts import signature_of
+from titans_backends.machine import Machine
+from titans_backends.verdict import ACCEPTED, Verdict, refused
+
+from .fast_core import candidates, run, supports
+
+__all__ = ["probe"]
+
+
+def probe(machine: Machine) -> Verdict:
+    """Whether fast_core's default on 32 tokens compiles on this machine and is right: Triton wants a C compiler, and a driver that fits it."""
+    call = _smallest(torch.device(machine.kind))
+    signature = signature_of(CONTRACT, call, validate(CONTRACT, call))
+    verdict = supports(signature, machine)
+    if not verdict:
+        return verdict
+    try:
+        o, _ = run(call, candidates(signature, machine)[0])
+        assert o is not None
+        o = o.cpu()  # a kernel that faults says so here
+    except Exception as error:  # whatever the compiler, the linker or the driver raises is the reason
+        said = (str(error).strip() or "no message").splitlines()[0]
+        return refused(f"the smallest case failed: {type(error).__name__}: {said}")
+    want, _ = reference(CONTRACT.to(call, torch.float64))  # type: ignore[arg-type]
+    assert want is not None
+    limit = tolerance(torch.float32, signature.float32 if machine.kind != "cpu" else "highest").outputs
+    difference = compare("o", o, want)
+    return ACCEPTED if difference.within(limit) else refused(f"the smallest case is wrong: {difference}, where {limit:.0e} is allowed")
+
+
+def _smallest(device: torch.device) -> FastCore:
+    """Two chunks of 16 tokens, one head, with a decay; the same numbers everywhere."""
+    source = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 32, 1, 16, generator=source).to(device) for _ in range(3))
+    return FastCore(q, k, v, g=-0.1 * torch.rand(1, 32, 1, generator=source).to(device), chunk_size=16)

@@ -1,0 +1,225 @@
+"""What a call launches, remembered: the second call of the same shapes runs the kernels without the Python that decided on them.
+
+The first call of a key runs as written and is recorded: its launches, the memory that it took and the views of it. A call that did anything else
+with a tensor (a copy of a strided input, say) is not replayed, and one whose launches are only collected is not recorded. A replay allocates, fills
+in the addresses and launches on the current stream.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titans_backends.backend import Candidate
+
+from . import launch
+
+__all__ = ["Run", "remembered"]
+
+Run = Callable[[Any, Candidate], tuple[Tensor | None, ...]]
+Address = tuple[int, int]
+"""Whose memory (inputs by field, then outputs and scratch in the order taken), and the offset in bytes."""
+
+_LIMIT = 2048
+_PAGE = 256
+_VIEWS = frozenset(
+    ["view", "_unsafe_view", "slice", "select", "split", "as_strided", "expand", "unsqueeze", "squeeze", "transpose", "permute", "alias", "detach",
+     "unbind", "_reshape_alias", "unflatten", "narrow", "split_with_sizes", "t"]
+)  # fmt: skip
+_EMPTY = frozenset(["empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"])
+
+
+def remembered(run: Run) -> Run:
+    """`run` with a memory of its launches, by the call's facts and the candidate."""
+    programs: dict[object, tuple[Candidate, Program | None]] = {}
+    getters: dict[type, Callable[[object], tuple[object, ...]]] = {}
+
+    def replay(call: Any, candidate: Candidate) -> tuple[Tensor | None, ...]:
+        kind = call.__class__
+        getter = getters.get(kind)
+        if getter is None:
+            getter = getters[kind] = operator.attrgetter(*(field.name for field in fields(kind)))
+        values = getter(call)
+        facts: list[object] = [kind, id(candidate)]
+        for value in values:
+            if isinstance(value, Tensor):
+                facts += (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15)
+            else:
+                facts.append((value.__class__, value))
+        key = tuple(facts)
+        try:
+            _, program = programs[key]
+        except KeyError:
+            if launch.is_collecting() or _repeated(values):
+                return run(call, candidate)
+            outputs, program = _record(run, call, candidate, values)
+            if len(programs) >= _LIMIT:
+                programs.clear()
+            programs[key] = candidate, program  # holding the candidate keeps its id from being another's
+            return outputs
+        return run(call, candidate) if program is None else program(values)
+
+    replay.__doc__, replay.__name__ = run.__doc__, run.__name__
+    return replay
+
+
+def _repeated(values: tuple[object, ...]) -> bool:
+    """Whether one tensor stands for two inputs: which of them an address came from could not be told, and the key does not say it."""
+    tensors = [id(value) for value in values if isinstance(value, Tensor)]
+    return len(set(tensors)) < len(tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A result: one of the call's own tensors, or memory of ours as it was shaped."""
+
+    owner: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: the compiled form, its blocks, its arguments with holes, and what fills them: position, owner, offset in bytes."""
+
+    form: launch.Loaded
+    blocks: int
+    template: tuple[object, ...]
+    holes: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A recorded call. Owners: the call's fields, then `kept` allocations, then one piece of scratch."""
+
+    given: tuple[int, ...]
+    kept: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    scratch: int
+    device: torch.device
+    launches: tuple[Launch, ...]
+    outputs: tuple[Output | None, ...]
+
+    def __call__(self, values: tuple[object, ...]) -> tuple[Tensor | None, ...]:
+        """The outputs of the same kernels on these tensors."""
+        owners: list[Any] = [values[index] for index in self.given]
+        owners += [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.kept]
+        if self.scratch:
+            owners.append(torch.empty(self.scratch, dtype=torch.uint8, device=self.device))
+        base = [owner.data_ptr() for owner in owners]
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        for step in self.launches:
+            run, function, packed = step.form
+            args = list(step.template)
+            for position, owner, offset in step.holes:
+                args[position] = base[owner] + offset
+            run(step.blocks, 1, 1, stream, function, packed, None, None, None, *args)
+        return tuple([None if out is None else _made(owners[out.owner], out) for out in self.outputs])
+
+
+def _made(owner: Tensor, out: Output) -> Tensor:
+    return owner if out.whole else owner.as_strided(out.shape, out.stride, out.offset)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every torch operation of a recorded call: memory taken is noted, views pass, anything else ends the recording."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[Tensor] = []
+        self.plain = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in _EMPTY:
+            self.taken.append(result)
+        elif name not in _VIEWS:
+            self.plain = False
+        return result
+
+
+def _record(run: Run, call: Any, candidate: Candidate, values: tuple[object, ...]) -> tuple[tuple[Tensor | None, ...], Program | None]:
+    """One run as written, with the program that repeats it, or None."""
+    with launch.taping() as tape, _Watch() as watch:
+        outputs = run(call, candidate)
+    if not watch.plain or not tape.launches:
+        return outputs, None
+    return outputs, _program(tape.launches, watch.taken, values, outputs)
+
+
+def _program(launches: list[launch.Taped], taken: list[Tensor], values: tuple[object, ...], outputs: tuple[Tensor | None, ...]) -> Program | None:
+    given = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    kept: list[Tensor] = []
+    for out in outputs:
+        if out is None or any(out is tensor for tensor in tensors):
+            continue
+        base = next((one for one in taken if _same_memory(one, out)), None)
+        if base is None:
+            return None
+        if not any(base is one for one in kept):
+            kept.append(base)
+    inner, scratch = [one for one in taken if not any(one is held for held in kept)], 0
+    places: list[int] = []
+    for one in inner:
+        places.append(scratch)
+        scratch += -(-one.untyped_storage().nbytes() // _PAGE) * _PAGE
+    owners, last = [*tensors, *kept], len(tensors) + len(kept)
+
+    def address(tensor: Tensor) -> Address | None:
+        for index, owner in enumerate(owners):
+            if tensor is owner:
+                return index, 0
+        sharing = [index for index, owner in enumerate(owners) if _same_memory(owner, tensor)]
+        if len(sharing) == 1:
+            return sharing[0], tensor.data_ptr() - owners[sharing[0]].data_ptr()
+        for one, place in zip(inner, places, strict=True):
+            if _same_memory(one, tensor):
+                return last, place + tensor.data_ptr() - one.data_ptr()
+        return None
+
+    steps: list[Launch] = []
+    for taped in launches:
+        template: list[object] = []
+        holes: list[tuple[int, int, int]] = []
+        for position, arg in enumerate(taped.args):
+            if isinstance(arg, Tensor):
+                found = address(arg)
+                if found is None:
+                    return None
+                holes.append((position, *found))
+                template.append(None)
+            else:
+                template.append(arg)
+        steps.append(Launch(taped.form, taped.blocks, (*template, *taped.unused), tuple(holes)))
+    results: list[Output | None] = []
+    for out in outputs:
+        if out is None:
+            results.append(None)
+            continue
+        index = next((i for i, owner in enumerate(owners) if out is owner), None)
+        if index is None:
+            index = next(i for i, owner in enumerate(owners) if i >= len(tensors) and _same_memory(owner, out))
+        owner = owners[index]
+        whole = out.shape == owner.shape and out.stride() == owner.stride() and out.dtype == owner.dtype
+        if not whole and out.dtype != owner.dtype:
+            return None
+        results.append(Output(index, tuple(out.shape), out.stride(), out.storage_offset(), whole))
+    device = tensors[0].device
+    shapes = tuple((tuple(one.shape), one.dtype) for one in kept)
+    if any(not one.is_contiguous() for one in kept):
+        return None
+    return Program(tuple(given), shapes, scratch, device, tuple(steps), tuple(results))
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are views of one piece of memory."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.untyped_storage().nbytes() > 0

@@ -1,0 +1,89 @@
+"""What the Triton backend's ops offer and refuse: on every card something that fits, and under batch invariance the same for every batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.triton_forms import PRODUCTION, module_of, production, signature
+from tests.triton_machines import CARDS, H100
+from titans_backends.backend import Candidate
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import Case
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="the package triton is not installed: pip install -c constraints.txt -e '.[test]'"
+)
+
+OPS = tuple(import_module("titans_backends.backends.triton").BACKEND.ops)
+LONG = PRODUCTION[0]
+UNKNOWN = Machine("cuda", "A card", "a_card", sm=90)
+"""A card whose driver does not say how much shared memory a block may have, nor how many multiprocessors there are."""
+
+
+def facts(op: str, case: Case, **changes: object) -> Signature:
+    """The signature of a production call."""
+    return replace(signature(op, production(op, case))[1], **changes)  # type: ignore[arg-type]
+
+
+def offered(op: str, given: Signature, machine: Machine = H100) -> list[Candidate]:
+    """What the op offers; a refusal is a failure here."""
+    verdict = module_of(op).supports(given, machine)
+    assert verdict, verdict
+    return list(module_of(op).candidates(given, machine))
+
+
+def test_the_manifest_names_every_op() -> None:
+    assert set(OPS) == set(CONTRACTS)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("machine", [*CARDS.values(), UNKNOWN], ids=lambda machine: machine.slug)
+@pytest.mark.parametrize("case", PRODUCTION, ids=str)
+def test_every_card_is_offered_something(op: str, machine: Machine, case: Case) -> None:
+    found = offered(op, facts(op, case), machine)
+    assert len(set(found)) == len(found) > 0
+    assert {one.backend for one in found} == {"triton"}
+    assert {one.direction for one in found} == {"forward"}
+    assert not any(one.saves_states for one in found)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("head_dim", [(16, 16), (20, 36), (96, 96), (256, 256), (64, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_head_size_up_to_256_is_served_on_a_small_card(op: str, head_dim: tuple[int, int], dtype: torch.dtype) -> None:
+    case = replace(LONG, K=head_dim[0], V=head_dim[1], dtype=dtype)
+    assert offered(op, facts(op, case), CARDS[89])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_under_batch_invariance_nothing_depends_on_batch_length_or_card(op: str) -> None:
+    other, least = {"gated_delta_step": (2, 1), "fused_uw": (128, 64)}.get(op, (100, 1))  # fused_uw: whole chunks, so that its C stays
+    sizes = [LONG, replace(LONG, B=7, T=other), replace(LONG, B=64, T=least)]
+    machines = [H100, replace(H100, sms=16)]
+    found = [offered(op, facts(op, case, batch_invariant=True), machine) for case in sizes for machine in machines]
+    assert all(one == found[0] for one in found)
+    assert any(candidate.batch_invariant for candidate in found[0])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_it_cannot_do_is_refused_by_name(op: str) -> None:
+    module, given = module_of(op), facts(op, LONG)
+    assert "compute capability 8.0" in str(module.supports(given, replace(H100, sm=70)))
+    assert "float64 is not in" in str(module.supports(replace(given, dtype=torch.float64), H100))
+    wide = facts(op, replace(LONG, K=300))
+    assert "head_dim K=300 is above 256" in str(module.supports(wide, H100))
+
+
+def test_the_manifest_imports_no_triton() -> None:
+    code = "import sys, titans_backends as tb; tb.registry.known(); assert 'triton' not in sys.modules, 'triton was imported'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

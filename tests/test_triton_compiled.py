@@ -1,0 +1,161 @@
+"""The Triton backend's kernels compile ahead of time, without a GPU, and fit the card: shared memory, registers, spills.
+
+Each op's default for production calls on four architectures, and every row of the shipped tables on its own card. A card is described in
+`triton_machines.py`; what a candidate launches is found by `triton_forms.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol
+
+import pytest
+import torch
+
+from tests.triton_forms import PRODUCTION, Compilation, Usage, compilations, compiled, compiler_pool, module_of, production, signature
+from tests.triton_machines import CARDS
+from tests.triton_tables import candidate_of, machine_of, named, rows, shipped
+from titans_backends.cache.schema import Table
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import build
+from titans_backends.tuning.problem import case_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed: pip install -c constraints.txt -e '.[test]'"),
+]
+
+MOST_REGISTERS = 255
+MOST_SPILLED = 512
+"""Bytes a thread: what the compiler may put into local memory where we do not tune, on other cards and for products of tf32x3."""
+
+CASES = {case.name: case for case in PRODUCTION}
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """An op's default for a production call on a card."""
+
+    op: str
+    case: str
+    sm: int
+    float32: str = "highest"
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.case}-{self.float32}-sm_{self.sm}"
+
+    @property
+    def tuned_for(self) -> bool:
+        """Whether nothing may spill: 16-bit operands on the card that we measure on."""
+        return self.sm == 90 and CASES[self.case].dtype != torch.float32
+
+
+def defaults() -> Iterator[Default]:
+    """All of them: every op at two head sizes on Hopper, one elsewhere; float32 where it asks for most, on Hopper and on a small card."""
+    for op in import_module("titans_backends.backends.triton").BACKEND.ops:
+        for sm in sorted(CARDS):
+            yield Default(op, "long", sm)
+        yield Default(op, "small heads", 90)
+        for sm in (90, 89):
+            yield Default(op, "float32", sm)
+    yield Default("dual_core", "float32", 90, "high")
+    yield Default("gated_delta_rule", "short", 90)
+
+
+class _Compile(Protocol):
+    def __call__(self, one: Compilation) -> Usage: ...
+
+
+@pytest.fixture(scope="module")
+def usage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Compile]:
+    """What a compiled form takes. Everything that the selected tests want is compiled side by side; under pytest-xdist one after the other."""
+    workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count()
+    started: dict[Compilation, Future[Usage]] = {}
+    with compiler_pool(tmp_path_factory.mktemp("triton"), workers) as pool:
+
+        def start(one: Compilation) -> Future[Usage]:
+            if one not in started:
+                started[one] = pool.submit(compiled, one)
+            return started[one]
+
+        for item in request.session.items:
+            if item.path == request.path and "PYTEST_XDIST_WORKER" not in os.environ:
+                wanted: Callable[[], list[Compilation]] = item.callspec.params["wanted"]  # type: ignore[attr-defined]
+                try:
+                    for one in wanted():
+                        start(one)
+                except Exception:  # the test itself will say so
+                    continue
+        yield lambda one: start(one).result()
+        for future in started.values():
+            future.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class OfDefault:
+    """What a default launches."""
+
+    default: Default
+
+    def __call__(self) -> list[Compilation]:
+        asked = self.default
+        call, facts = signature(asked.op, production(asked.op, CASES[asked.case]), asked.float32)
+        card = CARDS[asked.sm]
+        verdict = module_of(asked.op).supports(facts, card)
+        assert verdict, verdict
+        return compilations(asked.op, call, module_of(asked.op).candidates(facts, card)[0], asked.sm)
+
+    def __str__(self) -> str:
+        return str(self.default)
+
+
+@dataclass(frozen=True, slots=True)
+class OfTable:
+    """What the rows of a shipped table launch on their card."""
+
+    table: Table
+
+    def __call__(self) -> list[Compilation]:
+        machine = machine_of(self.table)
+        found: dict[Compilation, None] = {}
+        for bucket, entry in rows(self.table):
+            made = CONTRACTS[bucket.op]
+            candidate = candidate_of(bucket, entry, machine)
+            assert candidate is not None, f"gone: {named(bucket, entry)}"
+            found.update(dict.fromkeys(compilations(bucket.op, build(made, case_of(bucket), "meta"), candidate, machine.sm or 0)))
+        return list(found)
+
+    def __str__(self) -> str:
+        return self.table.device.slug
+
+
+def wrong(one: Compilation, found: Usage, shared: int, spilled: int) -> list[str]:
+    """What a compiled form takes too much of."""
+    limits = (("shared memory", found.shared, shared), ("registers", found.registers, MOST_REGISTERS), ("bytes spilled", found.spilled, spilled))
+    return [f"{one}: {name} {value}, at most {limit}" for name, value, limit in limits if value > limit]
+
+
+@pytest.mark.parametrize("wanted", [OfDefault(one) for one in defaults()], ids=str)
+def test_a_default_compiles_and_fits_the_card(wanted: OfDefault, usage: _Compile) -> None:
+    jobs = wanted()
+    assert jobs, "it launches nothing"
+    shared = CARDS[wanted.default.sm].shared_memory_bytes
+    assert shared is not None
+    spilled = 0 if wanted.default.tuned_for else MOST_SPILLED
+    lines = [line for one in jobs for line in wrong(one, usage(one), shared, spilled)]
+    if lines:
+        pytest.fail("\n".join(lines), pytrace=False)
+
+
+@pytest.mark.parametrize("wanted", [OfTable(table) for table in shipped()] if find_spec("triton") else [], ids=str)
+def test_a_shipped_tables_kernels_compile_and_fit_its_card(wanted: OfTable, usage: _Compile) -> None:
+    shared = machine_of(wanted.table).shared_memory_bytes
+    assert shared is not None, f"what a block of {wanted.table.device.name} may have of shared memory is not in triton_machines.CARDS"
+    lines = [line for one in wanted() for line in wrong(one, usage(one), shared, MOST_SPILLED)]
+    if lines:
+        pytest.fail("\n".join(lines), pytrace=False)

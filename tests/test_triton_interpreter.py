@@ -1,0 +1,61 @@
+"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, in a process for each op, as many at once as there are cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed: pip install -c constraints.txt -e '.[test]'"),
+]
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = tuple(reversed(import_module("titans_backends.backends.triton").BACKEND.ops))
+"""The largest first, so that the processes end together."""
+FILES = {"parts": "tests/triton_interpreted_parts.py", **dict.fromkeys(OPS, "tests/triton_interpreted.py")}
+_LEFT_OUT = {"PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST"}
+
+
+def _command(part: str) -> tuple[str, ...]:
+    return (FILES[part], *(("-k", f"{part}-") if part in OPS else ()))
+
+
+def _run(part: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT and not name.startswith("PYTEST_XDIST")}
+    options = ("-q", "--tb=short", "--no-header", "--color=no", "-p", "no:cacheprovider", "-p", "no:xdist")
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *_command(part), *options],
+        cwd=ROOT,
+        env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """The selected parts' processes, all of them under way; a worker of pytest-xdist starts them one at a time, as it comes to them."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        selected = [item.callspec.params["part"] for item in request.session.items if item.path == request.path]  # type: ignore[attr-defined]
+        started = {} if "PYTEST_XDIST_WORKER" in os.environ else {part: pool.submit(_run, part) for part in selected}
+        yield started
+        for future in started.values():
+            future.cancel()
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_every_kernel_is_right_in_the_interpreter(part: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
+    done = runs[part].result() if part in runs else _run(part)
+    if done.returncode:
+        pytest.fail(f"TRITON_INTERPRET=1 pytest {' '.join(_command(part))}\n{done.stdout}\n{done.stderr}", pytrace=False)
+    assert " passed" in done.stdout

@@ -1,0 +1,183 @@
+"""The Triton backend's kernels in Triton's interpreter, on CPU tensors in float32: right, complete, and nothing else touched.
+
+Triton decides at import whether it interprets, so this file runs in a process of its own: `TRITON_INTERPRET=1 pytest tests/triton_interpreted.py`,
+for one op with `-k fused_uw`. `test_triton_interpreter.py` starts it; plain `pytest` does not collect it. The registry serves GPUs only, so
+the op modules are called directly. An op's default candidate runs every conformance case and the sizes that tiles care about; every other
+candidate that differs in more than warps, stages and rounding runs a few.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from typing import Protocol, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.triton_machines import H100
+from titans_backends.backend import Candidate, OpModule
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import Case, build, cases
+from titans_backends.contracts.contract import Call, Contract
+from titans_backends.contracts.tolerance import tolerance
+from titans_backends.contracts.validate import validate
+from titans_backends.facts import signature_of
+from titans_backends.tuning.gate import Ledger, check_forward, failure
+from titans_backends.tuning.suite import exam_of
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError("triton_interpreted.py wants the interpreter: TRITON_INTERPRET=1 pytest tests/triton_interpreted.py")
+pytest.importorskip("triton")
+
+OPS = tuple(import_module("titans_backends.backends.triton").BACKEND.ops)
+LIMIT = tolerance(torch.float32)
+NOT_INTERPRETED = ("warps", "stages", "dot")
+"""What a parameter's name ends in when the interpreter does not see it: how a kernel is scheduled, how float32 products are rounded."""
+
+
+class _Empty(Protocol):
+    def __call__(self, *args: object, **kwargs: object) -> Tensor: ...
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN, and whole numbers that no index survives: what a kernel leaves out, or reads before it wrote it, shows."""
+
+    def poisoned(make: _Empty) -> Callable[..., Tensor]:
+        def made(*args: object, **kwargs: object) -> Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.device.type == "meta":
+                return tensor
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(0x55555555) if tensor.dtype in (torch.int32, torch.int64) else tensor
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def sizes(made: Contract) -> Iterator[Case]:
+    """Cases beyond conformance: head sizes of several tiles and of odd ones, chunks of any length, long memory, many short sequences."""
+    base = Case("", B=1, G=1, H=1)
+    if made.name == "fused_uw":
+        yield replace(base, name="chunk 20, K 80, V 48", T=50, K=80, V=48, options={"_chunk": 20})
+        yield replace(base, name="chunk 128, K 64, V 160", T=128, K=64, V=160, options={"_chunk": 128})
+        return
+    first = made.variants[0]
+    base = replace(base, options=first.options, given=first.given)
+    if made.name == "gated_delta_step":
+        yield replace(base, name="K 80, V 48", T=2, K=80, V=48)
+        yield replace(base, name="K 256, V 256", T=1, K=256, V=256)
+        return
+    yield replace(base, name="K 80, V 48", T=70, K=80, V=48)
+    yield replace(base, name="K 64, V 160", T=130, K=64, V=160)
+    yield replace(base, name="K 256, V 256", T=20, K=256, V=256)
+    yield replace(base, name="long memory", T=300, decay="zero", G=1, H=2)
+    yield replace(base, name="many short sequences", lengths=(1, 1, 1, 64, 1, 65, 0, 63, 1, 128))
+    for variant in made.variants:
+        if "chunk_size" not in made.option_by_name or "chunk_offset" in variant.options:
+            continue
+        for chunk in (20, 256):
+            tokens = 65 if chunk == 20 else 300
+            case = replace(
+                base, name=f"{variant.name}, chunk {chunk}", T=tokens, options={**variant.options, "chunk_size": chunk}, given=variant.given
+            )
+            yield case if chunk == 20 or variant == first else replace(case, T=130)
+
+
+def few(made: Contract) -> Iterator[Case]:
+    """Cases for every candidate: each of the first kind, one odd in all sizes, one packed."""
+    base = Case("", T=3 if made.name == "gated_delta_step" else 130, B=1, G=1, H=2)
+    if made.name == "fused_uw":
+        yield replace(base, name="odd", K=20, V=36, options={"_chunk": 50})
+        yield replace(base, name="wide", K=64, V=160)
+        return
+    for variant in made.variants:
+        yield replace(base, name=variant.name, options=variant.options, given=variant.given)
+    first = made.variants[0]
+    odd = replace(base, name="odd", K=36, V=20, view="transposed", options=first.options, given=first.given)
+    yield odd
+    if made.name != "gated_delta_step":
+        yield replace(odd, name="odd, packed", lengths=(33, 0, 1, 66, 0))
+
+
+def module_of(op: str) -> OpModule:
+    """The op's module, its kernels interpreted."""
+    return cast(OpModule, import_module(f"titans_backends.backends.triton.{op}"))
+
+
+def offered(made: Contract, call: Call) -> list[Candidate]:
+    """What the op offers an H100 for a call; a refusal is a failure here."""
+    module, signature = module_of(made.name), signature_of(made, call, validate(made, call))
+    verdict = module.supports(signature, H100)
+    assert verdict, f"refused: {verdict}"
+    found = list(module.candidates(signature, H100))
+    assert found, "no candidate"
+    return found
+
+
+def distinct(candidates: list[Candidate]) -> list[Candidate]:
+    """The first of all that differ in nothing that the interpreter sees."""
+    kept: dict[object, Candidate] = {}
+    for candidate in candidates:
+        params = tuple((name, value) for name, value in candidate.params if not name.endswith(NOT_INTERPRETED))
+        kept.setdefault((candidate.variant, params), candidate)
+    return list(kept.values())
+
+
+def problems(made: Contract, case: Case, choose: Callable[[Call], list[Candidate]]) -> list[str]:
+    """What is wrong with the chosen candidates on a case, a line each."""
+    call = build(made, case)
+    exam = exam_of(made, case, call, training=False)
+    found = []
+    for candidate in choose(call):
+        once = replace(candidate, deterministic=False)  # the interpreter is: a second run would tell nothing
+        try:
+            check_forward(made, once, module_of(made.name), exam, LIMIT, Ledger(), candidate.label)
+        except Exception as error:
+            found.append(failure(error, candidate.label) if type(error).__name__ != "Rejected" else str(error))
+    return found
+
+
+def expect_none(found: list[str]) -> None:
+    """Fails with the lines alone."""
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
+
+
+def listed(generate: Callable[[Contract], Iterator[Case]]) -> list[object]:
+    """Every op's cases as parameters."""
+    return [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPS for case in generate(CONTRACTS[op])]
+
+
+@pytest.mark.parametrize(("op", "case"), listed(lambda made: cases(made, torch.float32)))
+def test_the_default_keeps_the_contract(op: str, case: Case) -> None:
+    made = CONTRACTS[op]
+    expect_none(problems(made, case, lambda call: offered(made, call)[:1]))
+
+
+@pytest.mark.parametrize(("op", "case"), listed(sizes))
+def test_the_default_tiles_any_size(op: str, case: Case) -> None:
+    made = CONTRACTS[op]
+    expect_none(problems(made, case, lambda call: offered(made, call)[:1]))
+
+
+@pytest.mark.parametrize(("op", "case"), listed(few))
+def test_every_other_candidate_keeps_the_contract(op: str, case: Case) -> None:
+    made = CONTRACTS[op]
+
+    def others(call: Call) -> list[Candidate]:
+        """Those for this call, and for long ones with few and with many heads: a candidate must be right wherever it is run."""
+        known = offered(made, call)
+        if made.name not in ("fused_uw", "gated_delta_step") and case.lengths is None:
+            for heads in (2, 64):
+                known += offered(made, build(made, replace(case, T=16384, G=heads, H=heads), "meta"))
+        return distinct(known)[1:]
+
+    expect_none(problems(made, case, others))

@@ -10,7 +10,18 @@ from rich.console import Console
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import Entry, canonical_when
 from titans_backends.cli.progress import Estimate, showing
-from titans_backends.tuning.events import BackendProbed, BucketDone, BucketFailed, BucketStarted, CandidateDone, Event, Planned, Remaining, Skipped
+from titans_backends.tuning.events import (
+    BackendProbed,
+    BucketDone,
+    BucketFailed,
+    BucketStarted,
+    CandidateDone,
+    CompiledAhead,
+    Event,
+    Planned,
+    Remaining,
+    Skipped,
+)
 
 GIVEN = {"dtype": "float32", "head_dim": (16, 16), "streams": 2}
 BUCKET = Bucket("gated_delta_rule", canonical_when(GIVEN, defaults_of("gated_delta_rule")), 512)
@@ -19,6 +30,7 @@ EVENTS: list[Event] = [
     Planned(3, 2),
     Skipped(BUCKET, ENTRY),
     BackendProbed("other", "refused", "the [package] is missing"),
+    CompiledAhead(212, 14, 48.0, 3, "fused_uw 64: other/[fast]: it is killed"),
     BucketStarted(BUCKET, 1, ("eager/chunked", "eager/wrong")),
     CandidateDone(BUCKET, "eager/chunked", "forward", "ok", us=100.0, spread=0.01),
     CandidateDone(BUCKET, "eager/wrong", "forward", "failed", "o is off by 0.3 [on T=65]"),
@@ -29,12 +41,14 @@ EVENTS: list[Event] = [
 
 
 def test_the_estimate_follows_the_pace_so_far() -> None:
-    clock = iter([10.0, 16.0, 16.0])
+    clock = iter([10.0, 16.0, 16.0, 20.0, 23.0])
     estimate = Estimate(lambda: next(clock), to_measure=4)
     assert estimate.left == ""
     estimate.done = 1
     assert estimate.left_s == pytest.approx(18.0)
     assert estimate.left == "about 18 s left"
+    estimate.begin()  # what came before was no measuring
+    assert estimate.left_s == pytest.approx(9.0)
 
 
 def told(to: Console) -> None:
@@ -54,6 +68,7 @@ def test_without_a_terminal_there_is_a_plain_line_for_each_finished_bucket() -> 
     assert any(line.startswith("[2/2] ") and "no candidate passed" in line for line in lines)
     assert any("the [package] is missing" in line for line in lines)
     assert any("off by 0.3 [on T=65]" in line for line in lines)
+    assert "compiled 212 candidates ahead in 14 processes, 48 s; 3 not: fused_uw 64: other/[fast]: it is killed" in lines
 
 
 def test_on_a_terminal_finished_buckets_stand_above_a_bar_with_the_time_left() -> None:

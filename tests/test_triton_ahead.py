@@ -15,7 +15,6 @@ from tests.triton_machines import CARDS
 from titans_backends.backend import Candidate
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build
-from titans_backends.contracts.fused_uw import FusedUW
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.machine import Machine, detect
@@ -64,42 +63,14 @@ def test_every_op_can_be_compiled_ahead(op: str) -> None:
     assert callable(import_module(f"{PACKAGE}.{op}").compile_ahead)
 
 
-def test_a_collected_call_is_not_remembered_as_a_program() -> None:
-    ran = []
-
-    def run(call: object, candidate: Candidate) -> tuple[torch.Tensor | None, ...]:
-        ran.append(call)
-        return original(call, candidate)  # type: ignore[no-any-return]
-
+def test_a_collected_call_is_not_remembered() -> None:
     case = variant("fused_uw", SMALL)
-    original = import_module(f"{PACKAGE}.fused_uw").run
-    remembered, call, candidate = program.remembered(run), build(CONTRACTS["fused_uw"], case, "meta"), offered("fused_uw", case)[0]
-    first, second = (ahead.collected(remembered, call, candidate) for _ in range(2))
-    assert first == second
-    assert len(ran) == 2
+    call, candidate = build(CONTRACTS["fused_uw"], case, "meta"), offered("fused_uw", case)[0]
+    with launch.collecting() as forms:
+        _, again = import_module(f"{PACKAGE}.fused_uw").remember(call, candidate)
+    assert forms
+    assert again is None
     assert not launch.is_collecting()
-
-
-def test_a_call_with_one_tensor_for_two_inputs_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[tuple[object, ...]] = []
-
-    def run(call: FusedUW, candidate: Candidate) -> tuple[torch.Tensor | None, ...]:
-        o = torch.empty(4)
-        form = (lambda *given: launched.append(given[9:]), None, None)
-        tape = getattr(launch._LOCAL, "tape", None)
-        if tape is not None:
-            tape.launches.append(launch.Taped(form, 1, (call.attn_const, call.v_beta, call.k_beta, o), ()))
-        return (o,)
-
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-    remembered, candidate = program.remembered(run), Candidate("triton", "any")
-    x, y, z = (torch.empty(64, 64) for _ in range(3))
-    remembered(FusedUW(x, x, x), candidate)
-    remembered(FusedUW(x, y, z), candidate)
-    assert not launched  # recorded now, from three tensors
-    for given in ((z, y, x), (x, x, x)):
-        remembered(FusedUW(*given), candidate)
-        assert launched[-1][:3] == tuple(tensor.data_ptr() for tensor in given)
 
 
 @pytest.mark.parametrize("machine", [detect("cpu"), Machine("cuda", "a card of unknown capability", "unknown")], ids=["cpu", "unknown"])

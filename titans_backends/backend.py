@@ -16,11 +16,22 @@ and, where it can train,
 where `grads` follows the contract's outputs (None: no gradient arrives there), `needs` names the inputs that want a
 gradient, and the result follows `contract.differentiable`, None for what `needs` leaves out. Both run below autograd: torch.autograd
 records nothing there. The states lie on the grid of `contract.grid(call)`.
+
+A module whose kernels take long to compile may also have
+
+    compile_ahead(call, candidate, machine) -> None      compiles what running the candidate on such a call would launch, for the machine,
+                                                         into the backend's own cache on disk, and launches nothing
+
+The tuner calls it in processes that see no GPU, with tensors on "meta" or on the CPU; what it raises decides nothing. And one whose `run` costs
+more on the host than its kernels on the device
+
+    remember(call, candidate) -> (outputs, again)        `run`, and what repeats it for another call of the same facts, or None:
+                                                         again(call) -> outputs
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -32,7 +43,7 @@ if TYPE_CHECKING:
     from titans_backends.signature import Signature
     from titans_backends.verdict import Verdict
 
-__all__ = ["CONTRACT_VERSION", "Backend", "Candidate", "OpModule", "Param", "TrainableOpModule"]
+__all__ = ["CONTRACT_VERSION", "AheadOpModule", "Backend", "Candidate", "OpModule", "Param", "RememberingOpModule", "TrainableOpModule"]
 
 CONTRACT_VERSION = 1
 """Grows when a contract's signature or the interface above changes in a way that breaks backends."""
@@ -127,3 +138,17 @@ class TrainableOpModule(OpModule, Protocol):
         candidate: Candidate,
         /,
     ) -> tuple[torch.Tensor | None, ...]: ...
+
+
+class AheadOpModule(OpModule, Protocol):
+    """An op module that can compile without a GPU, for a candidate of either direction."""
+
+    def compile_ahead(self, call: object, candidate: Candidate, machine: Machine, /) -> None: ...
+
+
+class RememberingOpModule(OpModule, Protocol):
+    """An op module that can repeat a call: same shapes, strides, dtypes, device, 16-byte alignment and options, other tensors."""
+
+    def remember(
+        self, call: object, candidate: Candidate, /
+    ) -> tuple[tuple[torch.Tensor | None, ...], Callable[[object], tuple[torch.Tensor | None, ...]] | None]: ...

@@ -71,7 +71,10 @@ def request(backend: str | None, *, training: bool, may_save: bool = True) -> Re
 
 @dataclass(slots=True)
 class Plan:
-    """A frozen choice with the modules that run it. `ran` says that its kernels are loaded, which graph capture needs to know."""
+    """A frozen choice with the modules that run it. `ran` says that its kernels are loaded, which graph capture needs to know.
+
+    `again` is what the module remembered of the first call: every call of a plan has the same facts. `fresh`: it was not asked yet.
+    """
 
     choice: Choice
     forward_module: OpModule
@@ -79,13 +82,24 @@ class Plan:
     checks_indices: bool
     device: torch.device
     ran: bool = field(default=False)
+    again: Callable[[Call], Outputs] | None = field(default=None)
+    fresh: bool = field(default=True)
 
     def run(self, call: Call) -> Outputs:
         """The forward kernel, on the current stream of the inputs' device, outside autocast."""
-        return self._guarded(lambda: self.forward_module.run(call, self.choice.pair.forward)) if self._needs_guard() else self._run(call)
+        return self._guarded(lambda: self._run(call)) if self._needs_guard() else self._run(call)
 
     def _run(self, call: Call) -> Outputs:
-        return self.forward_module.run(call, self.choice.pair.forward)
+        """What the module remembered of this plan's first call, or its `run`."""
+        if self.again is not None:
+            return self.again(call)
+        candidate = self.choice.pair.forward
+        module = registry.remembering(self.forward_module) if self.fresh else None
+        if module is None:
+            return self.forward_module.run(call, candidate)
+        self.fresh = False
+        outputs, self.again = module.remember(call, candidate)
+        return outputs
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
         """The backward kernel; the gradients follow `contract.differentiable`."""

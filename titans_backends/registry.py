@@ -18,12 +18,27 @@ from types import MappingProxyType, ModuleType
 from typing import Literal, cast
 
 from titans_backends import switches
-from titans_backends.backend import CONTRACT_VERSION, Backend, OpModule, TrainableOpModule
+from titans_backends.backend import CONTRACT_VERSION, AheadOpModule, Backend, OpModule, RememberingOpModule, TrainableOpModule
 from titans_backends.errors import BackendError, SwitchError, unknown
 from titans_backends.machine import Machine
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["GROUP", "Broken", "Status", "availability", "broken", "get", "known", "module", "order", "probe", "reset", "trainable"]
+__all__ = [
+    "GROUP",
+    "Broken",
+    "Status",
+    "availability",
+    "broken",
+    "compiling_ahead",
+    "get",
+    "known",
+    "module",
+    "order",
+    "probe",
+    "remembering",
+    "reset",
+    "trainable",
+]
 
 GROUP = "titans_backends.backends"
 
@@ -165,6 +180,16 @@ def module(backend: Backend, op: str) -> tuple[OpModule | None, Verdict]:
 def trainable(found: OpModule) -> TrainableOpModule | None:
     """The same module if it has a backward."""
     return cast(TrainableOpModule, found) if hasattr(found, "run_backward") and hasattr(found, "backward_candidates") else None
+
+
+def compiling_ahead(found: OpModule) -> AheadOpModule | None:
+    """The same module if it can compile without a GPU."""
+    return cast(AheadOpModule, found) if hasattr(found, "compile_ahead") else None
+
+
+def remembering(found: OpModule) -> RememberingOpModule | None:
+    """The same module if it can repeat a call."""
+    return cast(RememberingOpModule, found) if hasattr(found, "remember") else None
 
 
 def probe(backend: Backend, machine: Machine) -> Status:

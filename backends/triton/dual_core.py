@@ -14,10 +14,10 @@ from . import slow_core
 from .ahead import ahead_of
 from .dual_flat import flat, flat_candidates
 from .dual_recurrent import recurrent, recurrent_candidates
-from .program import remembered
+from .program import remembering
 from .serving import serves
 
-__all__ = ["candidates", "compile_ahead", "run", "supports"]
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -38,7 +38,6 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return flat_candidates(signature, machine) if signature.option("memory") == "flat" else recurrent_candidates(signature, machine)
 
 
-@remembered
 def run(call: DualCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and both final states, float32."""
     if candidate.variant == "flat":
@@ -47,3 +46,4 @@ def run(call: DualCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
 
 
 compile_ahead = ahead_of(run)
+remember = remembering(run)

@@ -19,10 +19,10 @@ from titans_backends.verdict import Verdict
 from .ahead import ahead_of
 from .fast_chunks import BLOCKS, FINAL, WALK, WHOLE
 from .grid import on_device, slot_count, unit_stride
-from .program import remembered
+from .program import remembering
 from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
 
-__all__ = ["candidates", "compile_ahead", "run", "supports"]
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
 
 _WALK_FROM = 512
 """Tokens of a chunk from which walking it, linear, is expected to beat its triangle."""
@@ -148,7 +148,6 @@ def _empty(call: FastCore) -> tuple[Tensor | None, ...]:
     return o, torch.zeros(sequences, call.v.shape[2], call.k.shape[3], call.v.shape[3], dtype=torch.float32, device=call.v.device)
 
 
-@remembered
 def run(call: FastCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and the final W."""
     q, k, v, g, gate = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v), call.g, call.gate
@@ -197,3 +196,4 @@ def run(call: FastCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
 
 
 compile_ahead = ahead_of(run)
+remember = remembering(run)

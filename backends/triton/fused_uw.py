@@ -18,11 +18,11 @@ from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
 from .grid import unit_stride
-from .program import remembered
+from .program import remembering
 from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
 from .uw_product import PRODUCT, SERIES
 
-__all__ = ["candidates", "compile_ahead", "run", "supports"]
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
 
 _PLANS = (
     ("product", 64, 64, 128, 0, 4, 3),
@@ -96,7 +96,6 @@ def _flat(x: Tensor) -> tuple[Tensor, int]:
     return x, stride
 
 
-@remembered
 def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """u and w, contiguous."""
     (attn, attn_b), (v, v_b), (k, k_b) = _flat(call.attn_const), _flat(call.v_beta), _flat(call.k_beta)
@@ -120,3 +119,4 @@ def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
 
 
 compile_ahead = ahead_of(run)
+remember = remembering(run)

@@ -1,9 +1,9 @@
 """gated_delta_rule in Triton: four schedules of the exact rule, for the tuner to race (SPEC.md 3, 4).
 
-    whole    one launch, everything in the serial loop: short sequences, no scratch memory
-    scan     blocks prepared in parallel, then one scan that holds the state and writes the output
-    split    the same with every sequence cut into segments that run side by side; what a segment does to the state is computed exactly
-    states   the scan writes the state at each block's start, outputs then in parallel
+whole    one launch, everything in the serial loop: short sequences, no scratch memory
+scan     blocks prepared in parallel, then one scan that holds the state and writes the output
+split    the same with every sequence cut into segments that run side by side; what a segment does to the state is computed exactly
+states   the scan writes the state at each block's start, outputs then in parallel
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .ahead import ahead_of
 from .delta_plans import delta_plans
 from .delta_schedules import SCHEDULES, Operands
 from .grid import on_device, unit_stride
-from .program import remembered
+from .program import remembering
 from .serving import serves
 
-__all__ = ["candidates", "compile_ahead", "run", "supports"]
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -37,7 +37,6 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return delta_plans(signature, machine)
 
 
-@remembered
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and the final state."""
     k, v = unit_stride(call.k), unit_stride(call.v)
@@ -64,3 +63,4 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
 
 
 compile_ahead = ahead_of(run)
+remember = remembering(run)

@@ -15,11 +15,11 @@ from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
 from .grid import unit_stride
-from .program import remembered
+from .program import remembering
 from .serving import serves, tile_width
 from .step_tokens import STEP
 
-__all__ = ["candidates", "compile_ahead", "run", "supports"]
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
 
 _TILES = ((32, 4), (16, 1), (16, 2), (8, 1), (32, 2), (64, 4))
 """Value columns of a program and its warps."""
@@ -48,7 +48,6 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return [Candidate("triton", "tokens", (("value_tile", tile), ("warps", warps))) for tile, warps in fitting or [(_NARROWEST, 1)]]
 
 
-@remembered
 def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[torch.Tensor | None, ...]:
     """o `[B, T, H, V]` and the state after the tokens: a new tensor, or the given one when in place."""
     q, k, v, beta, g, state, slots = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v), call.beta, call.g, call.state, call.state_indices
@@ -81,3 +80,4 @@ def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[torch.Tensor | None
 
 
 compile_ahead = ahead_of(run)
+remember = remembering(run)

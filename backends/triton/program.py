@@ -20,13 +20,14 @@ from titans_backends.backend import Candidate
 
 from . import launch
 
-__all__ = ["Run", "remembered"]
+__all__ = ["Again", "Remember", "Run", "remembering"]
 
 Run = Callable[[Any, Candidate], tuple[Tensor | None, ...]]
+Again = Callable[[Any], tuple[Tensor | None, ...]]
+Remember = Callable[[Any, Candidate], tuple[tuple[Tensor | None, ...], Again | None]]
 Address = tuple[int, int]
 """Whose memory (inputs by field, then outputs and scratch in the order taken), and the offset in bytes."""
 
-_LIMIT = 2048
 _PAGE = 256
 _VIEWS = frozenset(
     ["view", "_unsafe_view", "slice", "select", "split", "as_strided", "expand", "unsqueeze", "squeeze", "transpose", "permute", "alias", "detach",
@@ -35,38 +36,34 @@ _VIEWS = frozenset(
 _EMPTY = frozenset(["empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"])
 
 
-def remembered(run: Run) -> Run:
-    """`run` with a memory of its launches, by the call's facts and the candidate."""
-    programs: dict[object, tuple[Candidate, Program | None]] = {}
-    getters: dict[type, Callable[[object], tuple[object, ...]]] = {}
+def remembering(run: Run) -> Remember:
+    """An op module's `remember`, from its `run`."""
 
-    def replay(call: Any, candidate: Candidate) -> tuple[Tensor | None, ...]:
-        kind = call.__class__
-        getter = getters.get(kind)
-        if getter is None:
-            getter = getters[kind] = operator.attrgetter(*(field.name for field in fields(kind)))
-        values = getter(call)
-        facts: list[object] = [kind, id(candidate)]
-        for value in values:
-            if isinstance(value, Tensor):
-                facts += (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15)
-            else:
-                facts.append((value.__class__, value))
-        key = tuple(facts)
-        try:
-            _, program = programs[key]
-        except KeyError:
-            if launch.is_collecting() or _repeated(values):
-                return run(call, candidate)
-            outputs, program = _record(run, call, candidate, values)
-            if len(programs) >= _LIMIT:
-                programs.clear()
-            programs[key] = candidate, program  # holding the candidate keeps its id from being another's
-            return outputs
-        return run(call, candidate) if program is None else program(values)
+    def remember(call: Any, candidate: Candidate) -> tuple[tuple[Tensor | None, ...], Again | None]:
+        values = _values(call)
+        if launch.is_collecting() or _repeated(values):
+            return run(call, candidate), None
+        outputs, program = _record(run, call, candidate, values)
+        if program is None:
+            return outputs, None
+        getter = _GETTERS[call.__class__]
+        return outputs, lambda later: program(getter(later))
 
-    replay.__doc__, replay.__name__ = run.__doc__, run.__name__
-    return replay
+    remember.__doc__ = (
+        "The outputs, and what repeats the call for other tensors of the same facts: None where it cannot be told from the launches alone."
+    )
+    return remember
+
+
+_GETTERS: dict[type, Callable[[object], tuple[object, ...]]] = {}
+
+
+def _values(call: Any) -> tuple[object, ...]:
+    kind = call.__class__
+    getter = _GETTERS.get(kind)
+    if getter is None:
+        getter = _GETTERS[kind] = operator.attrgetter(*(field.name for field in fields(kind)))
+    return getter(call)
 
 
 def _repeated(values: tuple[object, ...]) -> bool:

@@ -11,10 +11,11 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict, refused
 
 from .ahead import ahead_of
-from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
+from .program import remembering
+from .serving import CONSUMER_SHARED_BYTES, dots, narrow_warps, serves, tile_width
 from .slow_scan import Tiling, shared_bytes, slow_scan
 
-__all__ = ["candidates", "compile_ahead", "run", "supports"]
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
 
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("slow_scan", "decay", "grid", "launch"))
 _LARGEST_STATE = 128 * 256
@@ -42,6 +43,8 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     if signature.option("normalize_read"):
         warps = 8 if keys * values > 64 * 128 else 4
         ways = [(block, values, warps, 3), (block, values, warps, 2), (32, values, warps, 2), (16, values, 4, 2)]
+    if (signature.dim("K") | signature.dim("V")) % 8:  # rows that no asynchronous copy takes: the loop's products read registers
+        ways = [(rows, columns, narrow_warps(signature.dtype, rows, columns, warps), stages) for rows, columns, warps, stages in ways]
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     found: list[Candidate] = []
     for variant in ("prepared", "scan") if signature.has("g") else ("scan",):
@@ -94,3 +97,4 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
 
 
 compile_ahead = ahead_of(run)
+remember = remembering(run)

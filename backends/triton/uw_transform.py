@@ -16,10 +16,11 @@ from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
 from .grid import on_device, slot_count, unit_stride
+from .program import remembering
 from .serving import CONSUMER_SHARED_BYTES, dots, narrow_warps, serves, tile_width
 from .uw_blocks import UW_BLOCK, UW_SCALED, UW_WALK
 
-__all__ = ["candidates", "compile_ahead", "run", "supports", "transformed"]
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports", "transformed"]
 
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("uw_blocks", "decay", "inverse", "grid", "launch"))
 _WIDEST_BLOCK = 64
@@ -42,6 +43,8 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
         ways = [_candidate("scaled", block=block, warps=4, stages=1) for block in (16, 32, 64) if block < 2 * max(chunk, 16)]
         return ways[::-1]
     ways = _blocks(signature, chunk) if chunk <= _WIDEST_BLOCK else _walks(signature)
+    if 32 < chunk <= _WIDEST_BLOCK and max(signature.dim("K"), signature.dim("V")) <= 32:
+        ways = [*ways, *(_candidate("walk", block=32, columns=32, pairs=False, warps=warps, stages=2, dot=dots(signature)[0]) for warps in (2, 1))]
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     return [way for way in ways if shared_bytes(signature, way) <= room]
 
@@ -58,7 +61,15 @@ def _blocks(signature: Signature, chunk: int) -> list[Candidate]:
     usual = 4 if block == 64 else 2
     found: list[Candidate] = []
     for dot in dots(signature):
-        ways = [(128, 1, usual, 168), (64, 1, usual, 0), (128, 1, 4, 128), (32, 1, usual, 0), (64, group, usual, 0), (64, 1, usual, 128)]
+        ways = [
+            (128, 1, usual, 168),
+            (64, 1, usual, 0),
+            (128, 1, 4, 128),
+            (32, 1, usual, 0),
+            (64, group, usual, 0),
+            (128, group, usual, 168),
+            (128, 1, usual, 160),
+        ]
         for columns, heads, warps, registers in ways:
             few = narrow_warps(signature.dtype, block, min(columns, narrowest), warps)
             cap = registers if block == 64 and signature.dtype != torch.float32 and few == 4 else 0
@@ -137,3 +148,4 @@ def transformed(call: UWTransform, candidate: Candidate, chunk_offset: int = 0) 
 
 
 compile_ahead = ahead_of(run)
+remember = remembering(run)

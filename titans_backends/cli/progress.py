@@ -23,6 +23,7 @@ from titans_backends.tuning.events import (
     BucketFailed,
     BucketStarted,
     CandidateDone,
+    CompiledAhead,
     Event,
     OnEvent,
     Planned,
@@ -43,6 +44,10 @@ class Estimate:
     _start: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts from now: what came before says nothing about the pace."""
         self._start = self.now()
 
     @property
@@ -97,6 +102,8 @@ class _Lines:
         estimate = self._estimate
         if isinstance(event, Planned):
             estimate.to_measure = event.to_measure
+        if isinstance(event, CompiledAhead):
+            estimate.begin()
         if isinstance(event, (BucketDone, BucketFailed)):
             estimate.done += 1
         line = finished_line(event)
@@ -122,7 +129,9 @@ class _Bar:
             self._bar.console.print(line, overflow="fold")
         if isinstance(event, Planned):
             self._estimate.to_measure = event.to_measure
-            self._bar.update(self._task, total=event.to_measure)
+            self._bar.update(self._task, total=event.to_measure, description="preparing" if event.to_measure else "")
+        elif isinstance(event, CompiledAhead):
+            self._estimate.begin()
         elif isinstance(event, BucketStarted):
             self._expected, self._seen = max(1, len(event.candidates)), 0
             self._bar.update(self._task, description=place(event.bucket))
@@ -147,11 +156,18 @@ def finished_line(event: Event) -> Text | None:
         return Text.assemble(("✗ ", "red"), place(event.bucket), f": {event.reason}")
     if isinstance(event, CandidateDone) and event.status == "failed":
         return Text.assemble(("! ", "yellow"), f"{event.bucket.op} {event.bucket.seq_len}: {event.label} ({event.direction}) failed: {event.detail}")
+    if isinstance(event, CompiledAhead):
+        done = f"compiled {_counted(event.candidates, 'candidate')} ahead in {_counted(event.processes, 'process')}, {units.seconds(event.seconds)}"
+        return Text(f"{done}; {event.failed} not: {event.reason}" if event.failed else done, style="dim")
     if isinstance(event, BackendProbed) and event.state in ("broken", "refused"):
         return Text.assemble(("! ", "yellow"), f"backend {event.backend} is {event.state}: {event.reason}")
     if isinstance(event, (BackendProbed, BucketStarted, CandidateDone, Planned, Remaining, Skipped)):
         return None
     raise TypeError(f"unknown event {event!r}")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def _gain(event: BucketDone) -> str:

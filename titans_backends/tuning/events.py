@@ -1,7 +1,7 @@
 """What the tuner says while it works, as values: the command line turns them into a progress bar, tests compare them.
 
-Every tune begins with one `Planned`; then each bucket is `Skipped` (nothing to measure), or `BucketStarted`, any number of `CandidateDone`
-and one `BucketDone` or `BucketFailed`; where the budget ended first, one `Remaining` closes it.
+Every tune begins with one `Planned`, after which one `CompiledAhead` may come; then each bucket is `Skipped` (nothing to measure), or
+`BucketStarted`, any number of `CandidateDone` and one `BucketDone` or `BucketFailed`; where the budget ended first, one `Remaining` closes it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "BucketFailed",
     "BucketStarted",
     "CandidateDone",
+    "CompiledAhead",
     "Event",
     "OnEvent",
     "Planned",
@@ -34,6 +35,20 @@ class Planned:
 
     total: int
     to_measure: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledAhead:
+    """What is to be measured was compiled side by side: how many candidates over all buckets, and in how many processes.
+
+    `failed` of them were not, the first for `reason`: no verdict, each is compiled again where it is measured.
+    """
+
+    candidates: int
+    processes: int
+    seconds: float
+    failed: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +120,7 @@ class Remaining:
     buckets: tuple[Bucket, ...]
 
 
-Event = Planned | BackendProbed | BucketStarted | CandidateDone | BucketDone | BucketFailed | Skipped | Remaining
+Event = Planned | CompiledAhead | BackendProbed | BucketStarted | CandidateDone | BucketDone | BucketFailed | Skipped | Remaining
 OnEvent = Callable[[Event], None]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from titans_backends import registry
 from titans_backends.backend import Candidate, OpModule, TrainableOpModule
 from titans_backends.buckets import Bucket
 from titans_backends.contracts import contract as contract_of
@@ -135,19 +136,26 @@ def check_forward(made: Contract, candidate: Candidate, module: OpModule, exam: 
             raise Rejected(f"the saved states have shape {tuple(states[0].shape)}, not {tuple(exam.states.shape)}, on {where}")
         ledger.compare("states", states[0], exam.states, limit.outputs, where)
     if candidate.deterministic:
-        _same_bits(first, run_forward(made, candidate, module, exam.call, where), where)
+        _same_bits(first, run_forward(made, candidate, module, exam.call, where, repeated=True), where)
 
 
-def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Call, where: str) -> Outputs:
-    """One run on memory that is poisoned where it can be, with the inputs guarded; a call in place gets a state of its own."""
+def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Call, where: str, *, repeated: bool = False) -> Outputs:
+    """One run on memory that is poisoned where it can be, with the inputs guarded; a call in place gets a state of its own.
+
+    `repeated`: as a plan's second call is run, by what the module remembered of a first one, if it does.
+    """
     writes = "state" if getattr(call, "inplace", False) is True else None
     given = made.tensors(call)
     call = made.with_tensors(call, {"state": given["state"].clone()}) if writes else call
     given = made.tensors(call)
     before = {name: tensor.clone() for name, tensor in given.items() if name != writes}
     _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
+    remembering, again = registry.remembering(module) if repeated else None, None
+    if remembering is not None:
+        with torch.no_grad():
+            _, again = remembering.remember(made.with_tensors(call, {"state": given["state"].clone()}) if writes else call, candidate)
     with torch.no_grad(), _guarded(given, before, where):
-        found = module.run(call, candidate)
+        found = again(call) if again is not None else module.run(call, candidate)
     expected = len(made.outputs) + candidate.saves_states
     if not isinstance(found, tuple) or len(found) != expected:
         raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not a tuple of {expected}, on {where}")

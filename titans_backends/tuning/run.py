@@ -17,6 +17,7 @@ from titans_backends.machine import Machine, detect
 from titans_backends.offers import offers
 from titans_backends.plans import invalidate
 from titans_backends.signature import Signature
+from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 from titans_backends.tuning.bench import Bench
 from titans_backends.tuning.events import (
     BackendProbed,
@@ -44,6 +45,8 @@ QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 QUICK_S = 110.0
 """What a quick tune aims to take as a whole: on a slow or busy machine its races are shorter, but no bucket is left out."""
 _RACE_SHARE = 0.4
+AHEAD_S = 180.0
+"""How long compiling ahead may take; with a budget no more than half of what is left of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +174,26 @@ class _Run:
             self.store.require_writable()
         for standing in settled:
             self._settle(standing)
+        self._compile_ahead(work)
         for position, (index, standing, todo) in enumerate(work):
             if self.request.budget_s is not None and time.monotonic() - self.started >= self.request.budget_s:
                 self.remaining = tuple(entry[1].bucket for entry in work[position:])
                 self.say(Remaining(self.remaining))
                 return
             self._measure(index, standing, todo, self._race_s(len(work) - position))
+
+    def _compile_ahead(self, work: Sequence[tuple[int, Standing, list[Candidate]]]) -> None:
+        """Compiles side by side what is about to be measured, where there are cores for it and modules that can."""
+        most, request = processes(), self.request
+        if not most:
+            return
+        able = [(standing.bucket, hooked(standing.offers, todo)) for _, standing, todo in work]
+        todo = jobs((bucket, [c for c in candidates if not self._refusal(c.backend)]) for bucket, candidates in able)
+        if not todo:
+            return
+        left = None if request.budget_s is None else max(0.0, request.budget_s - (time.monotonic() - self.started))
+        limits = Limits(AHEAD_S if left is None else min(AHEAD_S, left / 2), request.timeout_s)
+        self.say(compile_ahead(todo, Target(self.machine, request.device, request.heads), limits, most))
 
     def _race_s(self, left: int) -> float:
         """The rounds' budget in each of the buckets that are left: the asked one, or less where the whole would take too long."""

@@ -1,4 +1,4 @@
-"""What the tuner and its child say to each other: one JSON object a line, and how buckets and candidates are written in it."""
+"""What the tuner and its children say to each other: one JSON object a line, and how buckets, candidates and machines are written in it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import cast
 
 from titans_backends.backend import Candidate, Param
 from titans_backends.buckets import Bucket, WhenValue
+from titans_backends.machine import Machine
 
-__all__ = ["Message", "bucket_from", "bucket_to", "candidate_from", "candidate_to", "dump", "load"]
+__all__ = ["Message", "bucket_from", "bucket_to", "candidate_from", "candidate_to", "dump", "load", "machine_from", "machine_to"]
 
 Message = Mapping[str, object]
 
@@ -53,3 +54,13 @@ def candidate_from(data: object) -> Candidate:
     params = cast(list[tuple[str, Param]], given.pop("params"))
     sources = cast(list[str], given.pop("sources"))
     return Candidate(**given, params=tuple((name, value) for name, value in params), sources=tuple(sources))  # type: ignore[arg-type]
+
+
+def machine_to(machine: Machine) -> Message:
+    """A machine's facts as plain data."""
+    return asdict(machine)
+
+
+def machine_from(data: object) -> Machine:
+    """The machine again."""
+    return Machine(**cast(dict[str, object], data))  # type: ignore[arg-type]

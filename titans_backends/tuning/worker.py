@@ -7,34 +7,22 @@ goes where its standard output goes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from titans_backends.tuning.tether import tether
+
 __all__ = ["main", "serve"]
 
-_PDEATHSIG = 1
 _LEAST_LIMIT = 1 << 30
 
 
-def _die_with(parent: int) -> None:
-    """A killed tuner leaves no child behind, not even one that hangs."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
-def _spare_the_machine(kind: str) -> None:
-    """Exhausted memory ends in an error here, or with this process, before it reaches anybody else."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+def _limit_memory(kind: str) -> None:
+    """Exhausted memory ends in an error here before it reaches anybody else."""
     if kind != "cpu":
         return  # a CUDA context reserves more than there is
     with contextlib.suppress(OSError, ValueError):
@@ -91,9 +79,8 @@ def serve(read: Callable[[], bytes], write: Callable[[bytes], object], device: s
 def main() -> None:
     """`worker REQUESTS ANSWERS PARENT DEVICE THREADS`: two inherited descriptors, the parent's id, the device, torch's threads."""
     requests, answers, parent, device, threads = sys.argv[1:]
-    _die_with(int(parent))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _spare_the_machine(device.split(":")[0])
+    tether(int(parent))
+    _limit_memory(device.split(":")[0])
     import torch
 
     torch.set_num_threads(int(threads))

@@ -1,0 +1,108 @@
+"""Calls that are remembered: what a later call launches, with which addresses, and what is never remembered. No GPU: launches are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from titans_backends.backends.triton import launch, program
+
+from titans_backends.backend import Candidate
+from titans_backends.contracts.fused_uw import FusedUW
+
+ANY = Candidate("triton", "any")
+
+
+@dataclass
+class Device:
+    """A kernel that writes its arguments down."""
+
+    launched: list[tuple[object, ...]] = field(default_factory=list)
+
+    def __call__(self, *args: Tensor | int) -> None:
+        tape = getattr(launch._LOCAL, "tape", None)
+        if tape is not None:
+            form = (lambda blocks, y, z, stream, function, packed, meta, enter, leave, *given: self.launched.append((blocks, *given)), None, None)
+            tape.launches.append(launch.Taped(form, 7, args, (None,)))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    return Device()
+
+
+def three() -> tuple[Tensor, Tensor, Tensor]:
+    x, y, z = (torch.randn(4, 4) for _ in range(3))
+    return x, y, z
+
+
+def doing(device: Device, more: Callable[[FusedUW], object] = lambda call: None) -> program.Run:
+    """Takes an output and scratch, launches twice, the second time on a view of the scratch."""
+
+    def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
+        o = torch.empty(4, 4)
+        scratch = torch.empty(2, 8)
+        more(call)
+        device(call.attn_const, call.v_beta, 5, scratch)
+        device(scratch[1], call.k_beta, o)
+        return o, None
+
+    return run
+
+
+def test_a_later_call_launches_the_same_with_its_own_addresses(device: Device) -> None:
+    outputs, again = program.remembering(doing(device))(FusedUW(*three()), ANY)
+    assert outputs[1] is None
+    assert again is not None
+    for _ in range(2):
+        x, y, z = three()
+        device.launched.clear()
+        o, nothing = again(FusedUW(x, y, z))
+        first, second = device.launched
+        assert nothing is None
+        assert first[:4] == (7, x.data_ptr(), y.data_ptr(), 5)
+        assert second[1] == first[4] + 8 * 4  # the second row of the scratch
+        assert second[2:4] == (z.data_ptr(), o.data_ptr())
+        assert second[4] is None  # a constant
+        assert (o.shape, o.dtype) == ((4, 4), torch.float32)
+
+
+def test_outputs_of_two_calls_are_different_memory(device: Device) -> None:
+    _, again = program.remembering(doing(device))(FusedUW(*three()), ANY)
+    call = FusedUW(*three())
+    first, second = again(call)[0], again(call)[0]
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_a_call_that_does_more_than_launch_is_not_remembered(device: Device) -> None:
+    outputs, again = program.remembering(doing(device, lambda call: call.attn_const.clone()))(FusedUW(*three()), ANY)
+    assert again is None
+    assert outputs[0] is not None
+
+
+def test_a_call_with_one_tensor_for_two_inputs_is_not_remembered(device: Device) -> None:
+    x, y, _ = three()
+    remember = program.remembering(doing(device))
+    assert remember(FusedUW(x, x, y), ANY)[1] is None
+    _, again = remember(FusedUW(*three()), ANY)
+    again(FusedUW(x, x, y))  # recorded from three, it serves two
+    assert device.launched[-2][1:3] == (x.data_ptr(), x.data_ptr())
+
+
+def test_views_of_one_tensor_keep_their_own_addresses(device: Device) -> None:
+    both = torch.randn(2, 4, 4)
+    _, again = program.remembering(doing(device))(FusedUW(both[0], both[1], torch.randn(4, 4)), ANY)
+    x, y, z = three()
+    again(FusedUW(x, y, z))
+    assert device.launched[0][1:3] == (x.data_ptr(), y.data_ptr())
+
+
+def test_what_launches_nothing_is_not_remembered(device: Device) -> None:
+    assert program.remembering(lambda call, candidate: (torch.empty(0), None))(FusedUW(*three()), ANY)[1] is None

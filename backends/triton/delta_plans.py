@@ -17,7 +17,7 @@ __all__ = ["delta_plans", "shared_bytes"]
 
 _SHORT = 256
 """Tokens up to which one launch is the default."""
-_LONG = 2048
+_LONG = 4096
 """Tokens from which few heads are split."""
 _SMS = 108
 """Multiprocessors assumed where the machine does not say."""

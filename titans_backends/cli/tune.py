@@ -47,7 +47,7 @@ def tune(
     budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Stop after this many seconds; type the command again to go on.", show_default="none")
     ] = None,
-    quick: Annotated[bool | None, typer.Option("--quick/--full", help="The small or the whole grid.", show_default="quick on a CPU")] = None,
+    quick: Annotated[bool | None, typer.Option("--quick/--full", help="The small or the whole grid.", show_default="quick")] = None,
     backend: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Backends that race.", show_default="all; with --quick the quick ones")
     ] = None,
@@ -68,7 +68,7 @@ def tune(
     """
     target = words.device_named(device)
     machine = detect(target)
-    small = machine.kind == "cpu" if quick is None else quick
+    small = True if quick is None else quick
     racing = _backends(backend)
     pairs = words.heads_list(heads)
     lengths = words.integers("--seq-lens", seq_lens)

@@ -1,0 +1,71 @@
+"""Runs every variant of every op of a backend once, on a small dense and a small packed call: for compute-sanitizer, which is slow.
+
+    compute-sanitizer --tool memcheck python benchmarks/every_kernel.py [--backend triton] [--ops slow_core,dual_core] [--dtype bfloat16]
+    compute-sanitizer --tool racecheck python benchmarks/every_kernel.py
+
+Nothing is timed. Results are compared with the float64 reference afterwards; exit status 1 where one is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from titans_backends import registry
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import build, cases
+from titans_backends.contracts.tolerance import compare, tolerance
+from titans_backends.contracts.validate import validate
+from titans_backends.facts import signature_of
+from titans_backends.machine import detect
+
+
+def examine(op: str, backend: str, dtype: torch.dtype, device: str) -> list[str]:
+    """Runs each variant of an op on its first case and on that case packed; the lines of what went wrong."""
+    contract, (module, reason) = CONTRACTS[op], registry.module(registry.get(backend), op)
+    if module is None:
+        return [f"{op}: {reason}"]
+    wrong: list[str] = []
+    first = contract.variants[0].name
+    for case in cases(contract, dtype):
+        if case.name not in (first, f"{first}, packed with empty sequences"):
+            continue
+        call = build(contract, case, device)
+        signature, seen = signature_of(contract, call, validate(contract, call)), set[str]()
+        if not module.supports(signature, detect(device)):
+            continue
+        wanted = contract.reference(contract.to(call, torch.float64))
+        for candidate in module.candidates(signature, detect(device)):
+            if candidate.variant in seen:
+                continue
+            seen.add(candidate.variant)
+            found = module.run(call, candidate)
+            torch.cuda.synchronize()
+            print(f"ran {op} {case.name}: {candidate.label}", flush=True)
+            for spec, got, want in zip(contract.outputs, found, wanted, strict=True):
+                if got is not None and want is not None:
+                    difference = compare(spec.name, got, want)
+                    if not difference.within(tolerance(dtype).outputs):
+                        wrong.append(f"{op} {case.name}: {candidate.label}: {difference}")
+    return wrong
+
+
+def main() -> int:
+    """0 where every result is right."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--ops", help=f"comma-separated, of {', '.join(CONTRACTS)} (default: all that the backend has)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it needs a CUDA device")
+    ops = asked.ops.split(",") if asked.ops else sorted(registry.get(asked.backend).ops)
+    wrong = [line for op in ops for line in examine(op, asked.backend, getattr(torch, asked.dtype), "cuda")]
+    print("\n".join(wrong) if wrong else "every result is right")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -258,23 +258,16 @@ def forced(op: str, candidate: Candidate) -> Iterator[None]:
 
 def ahead(wanted: Iterable[tuple[str, Call, Sequence[Candidate]]], workers: int | None = None) -> float:
     """Compiles what these candidates would launch, side by side, into Triton's own cache; returns the seconds. Failures are left to the run."""
-    from titans_backends.backends.triton.launch import Form, Kernel
+    from titans_backends.backends.triton.ahead import collected
+    from titans_backends.backends.triton.launch import Form
 
     jobs: dict[tuple[str, str, Form], None] = {}
-
-    def note(kernel: Kernel, blocks: int, args: tuple[object, ...], constants: tuple[object, ...], warps: int, stages: int) -> None:
-        form = kernel._form(args, constants, warps, stages)  # type: ignore[arg-type]
-        jobs[kernel.function.__module__, kernel.name, form] = None  # type: ignore[attr-defined]
-
-    start, launches = time.perf_counter(), Kernel.__call__
-    Kernel.__call__ = note  # type: ignore[method-assign, assignment]
-    try:
-        for op, call, candidates in wanted:
-            for candidate in candidates:
-                with contextlib.suppress(Exception):
-                    module_of(op).run(_sizes(call), candidate)
-    finally:
-        Kernel.__call__ = launches  # type: ignore[method-assign]
+    start = time.perf_counter()
+    for op, call, candidates in wanted:
+        for candidate in candidates:
+            with contextlib.suppress(Exception):
+                for kernel, form in collected(module_of(op).run, _sizes(call), candidate):
+                    jobs[kernel.function.__module__, kernel.name, form] = None  # type: ignore[attr-defined]
     major, minor = torch.cuda.get_device_capability()
     count = workers or max(1, min(14, (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(count, get_context("spawn")) as pool:
@@ -302,14 +295,14 @@ def _names(call: Call) -> list[str]:
 
 def _compile(job: tuple[str, str, object], sm: int) -> str:
     import triton
-    from titans_backends.backends.triton.launch import Form, Kernel, source_of
+    from titans_backends.backends.triton.launch import Form, Kernel, options_of, source_of
     from triton.backends.compiler import GPUTarget
 
     module, name, form = job
     assert isinstance(form, Form)
     kernel = next(value for value in vars(import_module(module)).values() if isinstance(value, Kernel) and value.name == name)
     try:
-        triton.compile(source_of(kernel, form), target=GPUTarget("cuda", sm, 32), options={"num_warps": form.warps, "num_stages": form.stages})
+        triton.compile(source_of(kernel, form), target=GPUTarget("cuda", sm, 32), options=options_of(form))
     except Exception as error:
         return f"{name} {form.constants} warps={form.warps} stages={form.stages}: {type(error).__name__}: {str(error)[:200]}"
     return ""

@@ -9,11 +9,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from titans_backends.backend import Candidate, TrainableOpModule
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import WhenValue, canonical_when
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.fused_uw import FusedUW
 from titans_backends.machine import detect
+from titans_backends.tuning import gate as gate_module
 from titans_backends.tuning.gate import GateResult, gate
 
 Run = Callable[..., GateResult]
@@ -109,3 +113,20 @@ def test_a_case_that_the_backend_refuses_is_skipped_and_said(run: Run, monkeypat
     result = run("good")
     assert result.ok
     assert result.skipped == ("strided",)
+
+
+def test_what_a_module_remembered_runs_on_poisoned_memory_and_not_on_its_first_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    contract, done = CONTRACTS["fused_uw"], list[str]()
+    call = contract.make_call(torch.eye(4), torch.ones(4, 4), torch.ones(4, 4))
+
+    class Module:
+        def run(self, call: FusedUW, candidate: Candidate) -> tuple[torch.Tensor, ...]:
+            done.append("run")
+            return call.attn_const @ call.v_beta, call.attn_const @ call.k_beta
+
+        def remember(self, call: FusedUW, candidate: Candidate) -> object:
+            return self.run(call, candidate), lambda later: self.run(later, candidate)
+
+    monkeypatch.setattr(gate_module, "_poison", lambda shapes, like: done.append("poison"))
+    gate_module.run_forward(contract, Candidate("any", "any"), Module(), call, "here", repeated=True)  # type: ignore[arg-type]
+    assert done == ["run", "poison", "run"]

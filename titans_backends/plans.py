@@ -97,8 +97,8 @@ class Plan:
         module = registry.remembering(self.forward_module) if self.fresh else None
         if module is None:
             return self.forward_module.run(call, candidate)
-        self.fresh = False
         outputs, self.again = module.remember(call, candidate)
+        self.fresh = False  # a first call that raised, for want of memory perhaps, leaves the next one to be remembered
         return outputs
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:

@@ -71,7 +71,7 @@ class Operands:
     @property
     def group(self) -> int:
         """Heads of v for each head of q and k."""
-        return self.v.shape[2] // self.k.shape[2]
+        return self.v.shape[2] // max(self.k.shape[2], 1)
 
     @property
     def keys(self) -> int:

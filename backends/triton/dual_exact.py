@@ -49,11 +49,15 @@ def is_exact(signature: Signature) -> bool:
     )
 
 
+_FARTHEST = 4096
+"""Tokens of chunk_offset up to which absent blocks are prepared like others: their scratch grows with it."""
+
+
 def exact_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Blocks that divide the chunk: scans of several tiles, and segments of three lengths, which come first where a long sequence has few heads."""
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
-    if not is_exact(signature):
+    if not is_exact(signature) or int(str(signature.option("chunk_offset"))) > _FARTHEST:
         return []
     keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
     small = max(keys, values) <= _SMALL

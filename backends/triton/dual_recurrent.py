@@ -47,7 +47,7 @@ def recurrent_candidates(signature: Signature, machine: Machine) -> list[Candida
 def _composed_candidates(signature: Signature, machine: Machine, most: int) -> list[Candidate]:
     """The transform's default before each of the scan's first candidates, and the transform's second before its default."""
     transforms = uw_transform.candidates(_transform_signature(signature), machine)
-    scans = slow_core.candidates(signature, machine)[: most + 1]
+    scans = slow_core.candidates(replace(signature, batch_invariant=True), machine)[: most + 1]  # the same for any number of heads
     if machine.sm is not None and machine.sm in HOPPER:
         transforms = [_careful(signature, way) for way in transforms]
     found = [_joined(transforms[0], scan) for scan in scans[:most]] if transforms else []

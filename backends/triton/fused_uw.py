@@ -82,17 +82,16 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
 def _flat(x: Tensor) -> tuple[Tensor, int]:
     """A tensor whose rows are contiguous and whose leading dimensions have one stride, with that stride."""
     x = unit_stride(x)
-    stride = 0
+    stride, reach = 0, None
     for size, step in zip(reversed(x.shape[:-2]), reversed(x.stride()[:-2]), strict=True):
         if size == 1:
             continue
-        if stride == 0:
-            stride, reach = step, step * size
-        elif step == reach:
-            reach = step * size
-        else:
+        if reach is None:
+            stride = step  # 0 where it is expanded
+        elif step != reach:
             x = x.contiguous()
             return x, x.shape[-2] * x.shape[-1]
+        reach = step * size
     return x, stride
 
 

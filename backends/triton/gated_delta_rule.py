@@ -52,7 +52,7 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
         None,
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
         cu_seqlens,
-        k.shape[3] ** -0.5 if call.scale is None else call.scale,
+        k.shape[3] ** -0.5 if call.scale is None else float(call.scale),
         call.qk_l2norm,
     )
     if call.output_final_state:

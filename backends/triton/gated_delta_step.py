@@ -36,13 +36,13 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Tiles of value columns; narrow ones first where few heads would leave most of the card idle."""
+    """Tiles of value columns, the same for any number of heads; narrow ones first where few heads would leave most of the card idle."""
     keys, values = tile_width(signature.dim("K")), signature.dim("V")
     few = not signature.batch_invariant and 32 * signature.dim("B") * signature.dim("H") * -(-values // 32) < 64 * (machine.sms or 64)
     widest = max(_NARROWEST, 1 << (values - 1).bit_length())
     fitting = [
         (tile, warps)
-        for tile, warps in (_NARROW if few else _TILES)
+        for tile, warps in dict.fromkeys((*_NARROW, *_TILES) if few else (*_TILES, *_NARROW))
         if tile <= widest and _ELEMENTS[0] <= keys * tile // (32 * warps) <= _ELEMENTS[1]
     ]
     return [Candidate("triton", "tokens", (("value_tile", tile), ("warps", warps))) for tile, warps in fitting or [(_NARROWEST, 1)]]

@@ -28,18 +28,24 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
         keys, values = signature.dim("K"), signature.dim("V")
         if tile_width(keys) * tile_width(values) > _LARGEST_STATE:
             verdict &= refused(f"normalize_read with K={keys}, V={values}: the state is too large for one program; use backend='eager'")
-    return verdict
+    return verdict if not verdict or candidates(signature, machine) else refused(_no_room(signature, machine))
+
+
+def _no_room(signature: Signature, machine: Machine) -> str:
+    sizes = f"K={signature.dim('K')}, V={signature.dim('V')}"
+    return f"no tiles of {sizes} in {str(signature.dtype).removeprefix('torch.')} fit the shared memory of {machine.name}; use backend='eager'"
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Value tiles, blocks, warps and stages that fit the card; the first is the default, with as many programs as the card has processors."""
+    """Value tiles, blocks, warps and stages that fit the card; the first is the default, with about as many programs as the card has processors."""
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
     keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    block, tile = min(64, tile_width(chunk)), min(_value_tile(signature, machine), values)
-    fewer = 16 if tile == 16 else tile // 2
-    ways = [(block, tile, 4, 3), (block, fewer, 4, 3), (block, tile, 8, 3), (block, min(2 * tile, values), 8, 2), (block, tile, 4, 2)]
-    ways += [(32, tile, 4, 3), (32, 16, 4, 2), (16, 16, 4, 2)]
+    block, preferred = min(64, tile_width(chunk)), min(_value_tile(signature, machine), values)
+    tiles = [tile for tile in (16, 32, 64) if tile <= values and (tile < 64 or keys <= 128)]
+    ways = [(block, tile, 4, stages) for stages in (3, 2) for tile in tiles]
+    ways += [(block, min(32, values), 8, 3), (block, min(64, values), 8, 2), (32, min(32, values), 4, 3), (32, 16, 4, 2), (16, 16, 4, 2)]
+    ways.sort(key=lambda way: way[:3] != (block, preferred, 4))  # streams and processors decide the order, never the set
     if signature.option("normalize_read"):
         warps = 8 if keys * values > 64 * 128 else 4
         ways = [(block, values, warps, 3), (block, values, warps, 2), (32, values, warps, 2), (16, values, 4, 2)]

@@ -12,7 +12,7 @@ from titans_backends.backend import Candidate
 from titans_backends.contracts.uw_transform import UWTransform
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
-from titans_backends.verdict import Verdict
+from titans_backends.verdict import Verdict, refused
 
 from .ahead import ahead_of
 from .grid import on_device, slot_count, unit_stride
@@ -25,12 +25,17 @@ __all__ = ["candidates", "compile_ahead", "remember", "run", "supports", "transf
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("uw_blocks", "decay", "inverse", "grid", "launch"))
 _WIDEST_BLOCK = 64
 _WIDEST_GRAM = 128
-_LONGEST = 2**31 - 1
+_LONGEST = 2**30
+"""A chunk beyond any sequence: the kernels count tokens in 32 bits, and add a chunk to them."""
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
-    """Whatever the backend serves."""
-    return serves(signature, machine)
+    """Whatever the backend serves, where some tiles fit the card."""
+    verdict = serves(signature, machine)
+    if verdict and not candidates(signature, machine):
+        sizes = f"K={signature.dim('K')}, V={signature.dim('V')} with chunk_size={signature.option('chunk_size')}"
+        verdict = refused(f"no tiles of {sizes} fit the shared memory of {machine.name}; use backend='eager'")
+    return verdict
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -54,7 +59,7 @@ def _candidate(variant: str, **params: int | str | bool) -> Candidate:
 
 
 def _blocks(signature: Signature, chunk: int) -> list[Candidate]:
-    group = signature.dim("H") // max(signature.dim("G"), 1)
+    group = max(signature.dim("H") // max(signature.dim("G"), 1), 1)
     block = tile_width(chunk)
     widest = tile_width(max(signature.dim("K"), signature.dim("V")))
     narrowest = tile_width(min(signature.dim("K"), signature.dim("V")))

@@ -149,11 +149,11 @@ def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Ca
     call = made.with_tensors(call, {"state": given["state"].clone()}) if writes else call
     given = made.tensors(call)
     before = {name: tensor.clone() for name, tensor in given.items() if name != writes}
-    _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     remembering, again = registry.remembering(module) if repeated else None, None
     if remembering is not None:
         with torch.no_grad():
-            _, again = remembering.remember(made.with_tensors(call, {"state": given["state"].clone()}) if writes else call, candidate)
+            again = remembering.remember(made.with_tensors(call, {"state": given["state"].clone()}) if writes else call, candidate)[1]
+    _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     with torch.no_grad(), _guarded(given, before, where):
         found = again(call) if again is not None else module.run(call, candidate)
     expected = len(made.outputs) + candidate.saves_states

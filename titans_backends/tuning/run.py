@@ -42,8 +42,8 @@ __all__ = ["Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_
 
 QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 """How long the rounds of one race may take, beyond the least number of rounds."""
-QUICK_S = 110.0
-"""What a quick tune aims to take as a whole: on a slow or busy machine its races are shorter, but no bucket is left out."""
+QUICK_S, QUICK_GPU_S = 110.0, 300.0
+"""What a quick tune's measurements aim to take as a whole, after what is compiled ahead: on a slow or busy machine races are shorter, none is left out."""
 _RACE_SHARE = 0.4
 AHEAD_S = 180.0
 """How long compiling ahead may take; with a budget no more than half of what is left of it."""
@@ -156,6 +156,7 @@ class _Run:
     rows: dict[Bucket, Row] = field(default_factory=dict)
     remaining: tuple[Bucket, ...] = ()
     started: float = field(default_factory=time.monotonic)
+    measuring: float = field(default_factory=time.monotonic)
     probed: dict[str, str] = field(default_factory=dict)
 
     def all(self) -> None:
@@ -175,6 +176,7 @@ class _Run:
         for standing in settled:
             self._settle(standing)
         self._compile_ahead(work)
+        self.measuring = time.monotonic()
         for position, (index, standing, todo) in enumerate(work):
             if self.request.budget_s is not None and time.monotonic() - self.started >= self.request.budget_s:
                 self.remaining = tuple(entry[1].bucket for entry in work[position:])
@@ -199,10 +201,12 @@ class _Run:
         """The rounds' budget in each of the buckets that are left: the asked one, or less where the whole would take too long."""
         request = self.request
         wanted = request.bucket_s or (QUICK_BUCKET_S if request.quick else FULL_BUCKET_S)
-        whole = request.budget_s if request.budget_s is not None else QUICK_S if request.quick else None
+        quick = QUICK_S if self.machine.kind == "cpu" else QUICK_GPU_S
+        whole = request.budget_s if request.budget_s is not None else quick if request.quick else None
+        since = self.measuring if request.budget_s is None else self.started
         if whole is None:
             return wanted
-        return min(wanted, max(0.0, whole - (time.monotonic() - self.started)) / left * _RACE_SHARE)
+        return min(wanted, max(0.0, whole - (time.monotonic() - since)) / left * _RACE_SHARE)
 
     def report(self) -> TuneReport:
         """What has been done so far, in the order of the request."""

@@ -35,6 +35,8 @@ _SMALL = 32
 _MAP_TILE = 32
 _LONGEST_SEGMENT = 64
 """In blocks."""
+_FARTHEST = 4096
+"""Tokens of chunk_offset up to which absent blocks are prepared like others: their scratch grows with it."""
 
 
 def is_exact(signature: Signature) -> bool:
@@ -47,10 +49,6 @@ def is_exact(signature: Signature) -> bool:
         and not options["normalize_read"]
         and not signature.has("chunk_decay")
     )
-
-
-_FARTHEST = 4096
-"""Tokens of chunk_offset up to which absent blocks are prepared like others: their scratch grows with it."""
 
 
 def exact_candidates(signature: Signature, machine: Machine) -> list[Candidate]:

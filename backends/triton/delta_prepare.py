@@ -9,6 +9,8 @@ each block and v head: the gated inverse A' = Gamma * (I + stril(beta K K^T))^-1
 and the inverse's ten small products, reads 2 BLOCK K elements and writes 2 BLOCK^2: bound by the latency of those products, hidden by the
 programs beside it.
 
+Without `inverses` the block is prepared for a scan from given u and w, which needs no A' and no erase.
+
 With `fast_scores`, what the fast core needs beside it (SPEC.md 2, 5): alpha fast_gate scale tril(Q K^T) beta^T, and its own read and write
 vectors; the slow core's rows are then weighed by 1 - alpha.
 """
@@ -63,7 +65,9 @@ def _prepare(
     line = place * BLOCK + row
     causal = row[:, None] >= row[None, :]
     k_tile = tl.load(k + at * k_b + first * k_t + shared * k_h + row[:, None] * k_t + key[None, :], mask=inside, other=0.0)
-    b = tl.load(beta + at * beta_b + first * beta_t + head * beta_h + row * beta_t, mask=here, other=0.0).to(tl.float32)
+    b = tl.full([BLOCK], 1.0, tl.float32)
+    if beta is not None:
+        b = tl.load(beta + at * beta_b + first * beta_t + head * beta_h + row * beta_t, mask=here, other=0.0).to(tl.float32)
     back = tl.full([BLOCK], 1.0, tl.float32)
     on = back
     fade = 1.0
@@ -111,16 +115,17 @@ def _prepare(
             mixed *= decay
         tl.store(scores + square, mixed.to(DTYPE))
         tl.store(read + line, ahead)
-    gram = tl.dot(k_tile, tl.trans(k_tile), input_precision=DOT)
-    if L2NORM:
-        gram *= k_norm[:, None] * k_norm[None, :]
-    lower = tl.where(row[:, None] > row[None, :], b[:, None] * gram, 0.0)
-    inverse = unit_lower_inverse(lower, BLOCK, DTYPE, DOT) * b[None, :]
-    if g is not None:
-        inverse *= decay
-    inverse = inverse.to(DTYPE)
-    tl.store(inverses + square, inverse)
-    tl.store(erase + line, back)
+    if inverses is not None:
+        gram = tl.dot(k_tile, tl.trans(k_tile), input_precision=DOT)
+        if L2NORM:
+            gram *= k_norm[:, None] * k_norm[None, :]
+        lower = tl.where(row[:, None] > row[None, :], b[:, None] * gram, 0.0)
+        inverse = unit_lower_inverse(lower, BLOCK, DTYPE, DOT) * b[None, :]
+        if g is not None:
+            inverse *= decay
+        inverse = inverse.to(DTYPE)
+        tl.store(inverses + square, inverse)
+        tl.store(erase + line, back)
     tl.store(write + line, on)
     tl.store(total + place, fade)
 

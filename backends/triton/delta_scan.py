@@ -7,6 +7,8 @@ A program owns a sequence (or a segment of it), a v head and a tile of value col
 2 BLOCK (2 BLOCK + 3 K) BLOCK_V FLOP on 2 BLOCK (K + K + BLOCK_V + 2 BLOCK) bytes at 16 bits, but what binds is the chain K S -> A' W -> K^T U, each
 product waiting for the last.
 
+With `w` the values are u, from which S is corrected by U = u - w S: slow_core, one product less on the chain.
+
 With `fast_scores` the same pass carries the fast core's state W, cleared where a chunk begins (SPEC.md 2, 5), and merges both:
 o += fast_read (Q W) + P_fast V,  W <- W + K^T (fast_write V).
 """
@@ -23,20 +25,23 @@ __all__ = ["CHAIN", "SCAN", "TRANSITIONS"]
 
 
 @triton.jit
-def advance(state, k_tile, v_tile, a_tile, erase, write, total, DTYPE: tl.constexpr, DOT: tl.constexpr):
-    """The state after a block, and the state before it and U as operands."""
+def advance(state, k_tile, w_tile, v_tile, a_tile, erase, write, total, DTYPE: tl.constexpr, DOT: tl.constexpr):
+    """The state after a block, and the state before it and U as operands; with `w_tile` the values are u, and U = u - w S."""
     old = state.to(DTYPE)
-    seen = tl.dot(k_tile, old, input_precision=DOT)
-    error = (v_tile.to(tl.float32) - seen * erase[:, None]).to(DTYPE)
-    update = tl.dot(a_tile, error, input_precision=DOT)
+    if w_tile is not None:
+        update = v_tile.to(tl.float32) - tl.dot(w_tile, old, input_precision=DOT)
+    else:
+        seen = tl.dot(k_tile, old, input_precision=DOT)
+        error = (v_tile.to(tl.float32) - seen * erase[:, None]).to(DTYPE)
+        update = tl.dot(a_tile, error, input_precision=DOT)
     state = tl.dot(tl.trans(k_tile), (update * write[:, None]).to(DTYPE), acc=state * total, input_precision=DOT)
     return state, old, update.to(DTYPE)
 
 
 @triton.jit
 def _scan_block(
-    state, fast, q, k, v, o, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
-    first, place, column, begin, end, heads, keep, q_t, k_t, v_t,
+    state, fast, q, k, w, v, o, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+    first, place, column, begin, end, heads, keep, q_t, k_t, w_t, v_t,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One block from token `first` on, its factors at `place`: pointers stand at the program's batch row, head and value column."""
@@ -63,15 +68,22 @@ def _scan_block(
         if o is not None:
             q_tile = tl.load(q + at_q)
     square = place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :]
-    a_tile = tl.load(inverses + square)
     line = place * BLOCK + row
-    erased = tl.load(erase + line)
+    w_tile = None
+    a_tile = None
+    erased = None
+    if w is not None:
+        at_w = w + wide * w_t + row[:, None] * w_t + key[None, :]
+        w_tile = tl.load(at_w, mask=here[:, None] & keys, other=0.0) if MASKED else tl.load(at_w)
+    else:
+        a_tile = tl.load(inverses + square)
+        erased = tl.load(erase + line)
     written = tl.load(write + line)
     kept = tl.load(total + place)
     if states is not None:
         spot = place * (K * V)
         tl.store(states + spot + key[:, None] * V + value[None, :], state.to(DTYPE), mask=(key[:, None] < K) & (value[None, :] < V))
-    state, old, update = advance(state, k_tile, v_tile, a_tile, erased, written, kept, DTYPE, DOT)
+    state, old, update = advance(state, k_tile, w_tile, v_tile, a_tile, erased, written, kept, DTYPE, DOT)
     if o is not None:
         p_tile = tl.load(scores + square)
         ahead = tl.load(read + line)
@@ -94,9 +106,10 @@ def _scan_block(
 
 @triton.jit
 def _scan(
-    q, k, v, o, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write, initial, final, initial_fast, final_fast, cu_seqlens,
+    q, k, w, v, o, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+    initial, final, initial_fast, final_fast, cu_seqlens,
     tokens, sequences, offset, heads, group, tiles, chunk,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, SEGMENT: tl.constexpr,
     OFFSET: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -127,6 +140,7 @@ def _scan(
     column = tile * BLOCK_V
     q_row = q + at * q_b + shared * q_h if q is not None else None
     k_row = k + at * k_b + shared * k_h
+    w_row = w + at * w_b + head * w_h if w is not None else None
     v_row = v + at * v_b + head * v_h
     o_row = o + (at * tokens * heads + head) * V if o is not None else None
     key = tl.arange(0, BLOCK_K)
@@ -150,8 +164,8 @@ def _scan(
         if fast_scores is not None:
             keep = tl.where((((block + i) * BLOCK) % chunk == 0) & ((block + i > 0) | (offset == 0)), 0.0, 1.0)
         state, fast = _scan_block(
-            state, fast, q_row, k_row, v_row, o_row, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
-            start + i * BLOCK, place, column, begin, stop, heads, keep, q_t, k_t, v_t,
+            state, fast, q_row, k_row, w_row, v_row, o_row, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+            start + i * BLOCK, place, column, begin, stop, heads, keep, q_t, k_t, w_t, v_t,
             K, V, BLOCK_K, BLOCK, BLOCK_V, not EXACT, DOT,
         )  # fmt: skip
     for i in tl.range(full, tl.cdiv(length, BLOCK), num_stages=STAGES):  # at most once; outside a loop it was miscompiled
@@ -160,8 +174,8 @@ def _scan(
         if fast_scores is not None:
             keep = tl.where((((block + i) * BLOCK) % chunk == 0) & ((block + i > 0) | (offset == 0)), 0.0, 1.0)
         state, fast = _scan_block(
-            state, fast, q_row, k_row, v_row, o_row, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
-            start + i * BLOCK, place, column, begin, stop, heads, keep, q_t, k_t, v_t,
+            state, fast, q_row, k_row, w_row, v_row, o_row, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+            start + i * BLOCK, place, column, begin, stop, heads, keep, q_t, k_t, w_t, v_t,
             K, V, BLOCK_K, BLOCK, BLOCK_V, True, DOT,
         )  # fmt: skip
     if SEGMENT > 0:
@@ -177,9 +191,9 @@ SCAN = Kernel(_scan)
 
 @triton.jit
 def _transitions(
-    k, v, offsets, maps, inverses, erase, write, total, initial, cu_seqlens,
+    k, w, v, offsets, maps, inverses, erase, write, total, initial, cu_seqlens,
     tokens, sequences, offset, heads, group, tiles,
-    k_b, k_t, k_h, v_b, v_t, v_h,
+    k_b, k_t, k_h, w_b, w_t, w_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SEGMENT: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -219,10 +233,17 @@ def _transitions(
         wide = first.to(tl.int64)
         k_tile = tl.load(k_row + wide * k_t + row[:, None] * k_t + key[None, :], mask=here[:, None] & (key[None, :] < K), other=0.0)
         v_tile = tl.load(v_row + wide * v_t + row[:, None] * v_t + column[None, :], mask=here[:, None] & (column[None, :] < V), other=0.0)
-        a_tile = tl.load(inverses + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :])
-        erased = tl.load(erase + place * BLOCK + row)
+        w_tile = None
+        a_tile = None
+        erased = None
+        if w is not None:
+            w_row = w + at * w_b + head * w_h + wide * w_t
+            w_tile = tl.load(w_row + row[:, None] * w_t + key[None, :], mask=here[:, None] & (key[None, :] < K), other=0.0)
+        else:
+            a_tile = tl.load(inverses + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :])
+            erased = tl.load(erase + place * BLOCK + row)
         written = tl.load(write + place * BLOCK + row)
-        state, _, _ = advance(state, k_tile, v_tile, a_tile, erased, written, tl.load(total + place), DTYPE, DOT)
+        state, _, _ = advance(state, k_tile, w_tile, v_tile, a_tile, erased, written, tl.load(total + place), DTYPE, DOT)
     out = (unit.to(tl.int64) * heads + head) * K
     tl.store(offsets + out * V + at_n, state, mask=in_n)
     tl.store(maps + out * K + key[:, None] * K + (column - V)[None, :], state, mask=in_m & (segment > 0))

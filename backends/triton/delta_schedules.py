@@ -40,13 +40,14 @@ class Fast:
 class Operands:
     """A call as the kernels want it: rows of q, k and v contiguous, states contiguous, cu_seqlens on the device, `o` and `final` to be written.
 
+    With `w` the values `v` are u, and beta is not needed.
     `offset`: every sequence begins that many absent tokens earlier, so that the block grid agrees with the fast core's chunks.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    beta: Tensor
+    beta: Tensor | None
     g: Tensor | None
     gate: Tensor | None
     initial: Tensor | None
@@ -57,6 +58,7 @@ class Operands:
     l2norm: bool
     offset: int = 0
     fast: Fast | None = None
+    w: Tensor | None = None
 
     @property
     def sequences(self) -> int:
@@ -92,9 +94,9 @@ class Operands:
 class _Factors:
     """What `delta_prepare` wrote."""
 
-    inverses: Tensor
+    inverses: Tensor | None
     scores: Tensor
-    lines: tuple[Tensor, ...]
+    lines: tuple[Tensor | None, ...]
     fast: tuple[Tensor | None, ...]
 
 
@@ -102,12 +104,16 @@ def _prepare(x: Operands, p: Params) -> _Factors:
     """Runs `delta_prepare`: the factors of every block."""
     block, heads, fast = int(p["block"]), x.heads, x.fast
     places = x.slots(block) * heads
-    squares = torch.empty(2 if fast is None else 3, places * block * block, dtype=x.k.dtype, device=x.v.device)
+    given = x.w is not None
+    squares = torch.empty(2 - given if fast is None else 3, places * block * block, dtype=x.k.dtype, device=x.v.device)
     count = 3 if fast is None else 5
     floats = torch.empty(places * (count * block + 1), dtype=torch.float32, device=x.v.device)
     lines, total = floats[: places * count * block].view(count, places * block), floats[places * count * block :]
     made = _Factors(
-        squares[0], squares[1], (lines[0], lines[1], lines[2], total), (None, None, None) if fast is None else (squares[2], lines[3], lines[4])
+        None if given else squares[1],
+        squares[0],
+        (lines[0], None if given else lines[1], lines[2], total),
+        (None, None, None) if fast is None else (squares[2], lines[3], lines[4]),
     )
     alpha = fast.alpha if fast is not None else 0.0
     weight = alpha if isinstance(alpha, Tensor) else None
@@ -129,9 +135,9 @@ def _run_scan(
     units = x.slots(block * segment) if segment else x.sequences
     fast = x.fast
     ends = (None, None) if fast is None else (fast.initial, fast.final)
-    args = (x.q, x.k, x.v, o, states, made.inverses, made.scores, *made.lines, *made.fast, initial, x.final, *ends, x.cu_seqlens)
+    args = (x.q, x.k, x.w, x.v, o, states, made.inverses, made.scores, *made.lines, *made.fast, initial, x.final, *ends, x.cu_seqlens)
     args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, 1 if fast is None else fast.chunk)
-    args += (*strides(x.q), *strides(x.k), *strides(x.v))
+    args += (*strides(x.q), *strides(x.k), *strides(x.w), *strides(x.v))
     constants = (x.keys, x.values, tile_width(x.keys), block, width, segment, x.offset > 0, p["dot"], p["stages"])
     SCAN(units * x.heads * tiles, args, constants, int(p["warps"]), int(p["stages"]))
 
@@ -189,8 +195,8 @@ def split(x: Operands, p: Params) -> None:
     width, segment = int(p["map_tile"]), int(p["segment"])
     tiles = -(-(x.values + x.keys) // width)
     _, erase, write, total = made.lines
-    args = (x.k, x.v, offsets, maps, made.inverses, erase, write, total, x.initial, x.cu_seqlens)
-    args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, *strides(x.k), *strides(x.v))
+    args = (x.k, x.w, x.v, offsets, maps, made.inverses, erase, write, total, x.initial, x.cu_seqlens)
+    args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, *strides(x.k), *strides(x.w), *strides(x.v))
     constants = (x.keys, x.values, tile_width(x.keys), p["block"], width, segment, p["dot"], p["stages"])
     TRANSITIONS(units * x.heads * tiles, args, constants, int(p["map_warps"]), int(p["stages"]))
     _chain(x, p, offsets, maps, starts)

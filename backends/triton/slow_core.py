@@ -1,24 +1,39 @@
-"""slow_core in Triton: one launch, the state in registers for the whole sequence; the kernel is in slow_scan.py."""
+"""slow_core in Triton: the state in registers for the whole sequence, or for segments side by side.
+
+scan       one launch, everything in the serial loop (slow_scan.py)
+prepared   the same after a small kernel that sums the log decay
+scored     gated scores prepared in parallel, then the delta rule's scan from given u and w: chunks of 16, 32 or 64
+split      the same in segments that run side by side: few heads on long sequences
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from titans_backends.backend import Candidate
+from titans_backends.backend import Candidate, Param
 from titans_backends.contracts.slow_core import SlowCore
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict, refused
 
+from . import delta_schedules
 from .ahead import ahead_of
+from .delta_plans import shared_bytes as delta_bytes
+from .delta_schedules import Operands, Params
+from .grid import on_device, unit_stride
 from .program import remembering
 from .serving import CONSUMER_SHARED_BYTES, dots, narrow_warps, serves, tile_width
-from .slow_scan import Tiling, shared_bytes, slow_scan
+from .slow_scan import Tiling, normalized, shared_bytes, slow_scan
 
 __all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
 
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("slow_scan", "decay", "grid", "launch"))
 _LARGEST_STATE = 128 * 256
+_BLOCKS = (16, 32, 64)
+SCHEDULES = {"scored": delta_schedules.scan, "split": delta_schedules.split}
+_LONG = 4096
+"""Tokens from which few programs are split by default."""
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -64,7 +79,37 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
                 way = Candidate("triton", variant, params, sources=_SOURCES)
                 if way not in found:
                     found.append(way)
-    return found
+    return _segmented(signature, machine, room, found)
+
+
+def _is_plain(signature: Signature) -> bool:
+    """Whether a chunk is one block of the delta rule's scan, and no option asks for more."""
+    extra = signature.has("chunk_decay") or signature.option("normalize_read") or not signature.option("delta")
+    return signature.option("chunk_size") in _BLOCKS and not extra
+
+
+def _segmented(signature: Signature, machine: Machine, room: int, others: list[Candidate]) -> list[Candidate]:
+    """The delta rule's schedules on given u and w beside the others: first where segments give an idle card its programs."""
+    if not _is_plain(signature):
+        return others
+    block, size = int(str(signature.option("chunk_size"))), signature.dtype.itemsize
+    keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
+    tiles = [tile for tile in (16, 32, 64) if tile <= max(values, 16)][-2:]
+    plans: list[tuple[str, dict[str, Param]]] = []
+    for tile in tiles:
+        for stages in (3, 2):
+            plans.append(("scored", {"block": block, "prepare_warps": 4, "value_tile": tile, "warps": 4, "stages": stages}))
+        for segment in (4, 8, 16) if keys <= 64 else (16, 32):
+            cut = {"segment": segment, "map_tile": 64, "map_warps": 4, "chain_tile": 16, "chain_warps": 4 if keys > 64 else 1, "chain_stages": 3}
+            plans.append(("split", {"block": block, "prepare_warps": 4, "value_tile": tile, "warps": 4, "stages": 3 if keys > 64 else 2, **cut}))
+    fitting = [plan for plan in plans if delta_bytes(*plan, keys, values, size) + int(plan[1]["stages"]) * block * keys * size <= room]  # w too
+    dot = dots(signature)[0]
+    made = [Candidate("triton", variant, (*params.items(), ("dot", dot)), sources=_SOURCES) for variant, params in fitting]
+    if signature.batch_invariant:
+        return [*others, *made]
+    streams = signature.dim("N") * signature.dim("H")
+    few = signature.dim("T") >= _LONG and streams * -(-values // 64) <= (machine.sms or 108) // 3
+    return sorted([*others, *made], key=lambda one: one.variant != "split") if few else [*others, *made]
 
 
 def _value_tile(signature: Signature, machine: Machine) -> int:
@@ -90,6 +135,8 @@ def _serves(way: tuple[int, int, int, int], block: int, values: int) -> bool:
 def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and the final state."""
     chosen = dict(candidate.params)
+    if candidate.variant in SCHEDULES:
+        return _scheduled(call, candidate.variant, chosen)
     tiling = Tiling(
         int(chosen["block"]), int(chosen["block_v"]), int(chosen["warps"]), int(chosen["stages"]), str(chosen["dot"]), candidate.variant == "prepared"
     )
@@ -100,6 +147,22 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
         normalize_read=call.normalize_read, normalize_final=call.normalize_final,
     )  # fmt: skip
     return o, final
+
+
+def _scheduled(call: SlowCore, variant: str, params: Params) -> tuple[Tensor | None, ...]:
+    """The delta rule's schedule on given u and w."""
+    k, u = unit_stride(call.k), unit_stride(call.u)
+    cu_seqlens = on_device(call.cu_seqlens, u)
+    initial = None if call.initial_state is None else call.initial_state.contiguous()
+    o = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    x = Operands(unit_stride(call.q), k, u, None, call.g, call.gate, initial, None, o, cu_seqlens, call.scale, False, w=unit_stride(call.w))
+    if call.output_final_state:
+        x.final = torch.empty(x.sequences, x.heads, x.keys, x.values, dtype=torch.float32, device=u.device)
+    if o.numel() or x.final is not None:
+        SCHEDULES[variant](x, params)
+    if call.normalize_final and x.final is not None:
+        normalized(x.final)
+    return o, x.final
 
 
 compile_ahead = ahead_of(run)

@@ -19,7 +19,7 @@ from .grid import locate, on_device, slot_count, unit_stride
 from .launch import Kernel
 from .serving import tile_width
 
-__all__ = ["Tiling", "shared_bytes", "slow_scan"]
+__all__ = ["Tiling", "normalized", "shared_bytes", "slow_scan"]
 
 _ONE_CHUNK = 2**30
 
@@ -460,8 +460,13 @@ def slow_scan(
     )  # fmt: skip
     SLOW_SCAN(sequences * heads * tiles, args, constants, tiling.warps, tiling.stages)
     if normalize_final and final is not None:
-        NORMALIZE(sequences * heads, (final,), (keys * values, 1024), 4, 2)
+        normalized(final)
     return o, final, final_fast
+
+
+def normalized(final: Tensor) -> None:
+    """Divides each state `[..., K, V]` by its Frobenius norm + 1e-8, in place."""
+    NORMALIZE(final.shape[0] * final.shape[1], (final,), (final.shape[2] * final.shape[3], 1024), 4, 2)
 
 
 def _sums_of(g: Tensor, split: bool, cu_seqlens: Tensor | None, chunk: int, block: int, offset: int) -> tuple[Tensor, Tensor | None]:

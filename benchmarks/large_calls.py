@@ -85,7 +85,10 @@ def examine(op: str, backend: str, packed: bool) -> str:
         if not same(a, b, times, along):
             return f"{op}: {candidate.label}: {spec.name} differs between the repetitions"
     largest = max(value.numel() for value in (*vars_of(call).values(), *got) if isinstance(value, Tensor))
-    print(f"{op:<18} {'packed' if packed else 'dense':<6} {times} x {tuple(one_shape(one))}, {largest:,} numbers: {candidate.label}: the same bits", flush=True)
+    print(
+        f"{op:<18} {'packed' if packed else 'dense':<6} {times} x {tuple(one_shape(one))}, {largest:,} numbers: {candidate.label}: the same bits",
+        flush=True,
+    )
     return ""
 
 

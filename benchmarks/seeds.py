@@ -9,8 +9,9 @@
     memory   the peak of every schedule of gated_delta_rule over inputs plus outputs
     cold     from the first call to the first result with nothing compiled, a fresh process for each op
 
-The floor is the contract's work over ceilings measured at the start. A time is the median of graph replays from a cold cache unless it says
-eager. Exit status 1 where something is wrong; a time is never a failure. With fla in PYTHONPATH slow_core is raced against FLA's two kernels.
+The floor is the contract's work over ceilings measured at the start; a copy that moves as many bytes shows what a launch and a cold cache cost.
+A time is the median of graph replays from a cold cache unless it says eager. Exit status 1 where something is wrong; a time is never a failure.
+With fla in PYTHONPATH slow_core is raced against FLA's two kernels.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from titans_backends.contracts.tolerance import compare, tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.tuning.slices import heads_part
 
+COPY = "a copy of as many bytes, for comparison"
 PARTS = ("seeds", "dual", "short", "step", "memory", "cold")
 Outputs = tuple[Tensor | None, ...]
 Run = Callable[[], object]
@@ -264,6 +266,11 @@ def measure(task: Task, asked: str, top: Ceilings, budget_s: float) -> list[Line
                 raise
             except Exception as error:
                 line.failed = f"{type(error).__name__}: {str(error)[:200]}"
+        if task.part == "seeds":
+            source = torch.zeros(int(work(task.op, call).bytes) // 2, dtype=torch.int8, device="cuda")
+            target = torch.empty_like(source)
+            race.add(COPY, lambda: target.copy_(source))
+            lines.append(Line(task.part, task.op, task.what, COPY, floor_us=floor))
         times = race.times(budget_s)
         for line in lines:
             line.graph_us = times.get(line.who, math.nan)
@@ -276,7 +283,7 @@ def measure(task: Task, asked: str, top: Ceilings, budget_s: float) -> list[Line
                 line.notes["share_of_copy"] = work(task.op, call).bytes / (line.graph_us * 1e-6) / top.copy
     best = min((one for one in lines if one.who in candidates and not math.isnan(one.graph_us)), key=lambda one: one.graph_us, default=None)
     for line in lines:
-        if best is not None and line.who not in candidates:
+        if best is not None and line.who not in candidates and line.who != COPY:
             line.notes["best_of_ours_is_faster_by"] = line.graph_us / best.graph_us
     return lines
 

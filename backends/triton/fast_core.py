@@ -93,6 +93,8 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
         offer("walk", 64, 32, 4, 3)
     if first and not heavy:
         offer(*walked)
+    if itemsize == 2 and not small and 64 < unit <= _BLOCKS_UP_TO:
+        offer("blocks", 64, 128, 4, 2)
     if unit <= _WHOLE_UP_TO:
         block = tile_width(unit)
         warps = max(1, min(8, block * block // 1024 if small else max(4 if block > 16 else 1, block // (8 if heavy else 16))))

@@ -34,6 +34,8 @@ _BLOCKS = (16, 32, 64)
 SCHEDULES = {"scored": delta_schedules.scan, "split": delta_schedules.split}
 _LONG = 4096
 """Tokens from which few programs are split by default."""
+_SHORT = 256
+"""Tokens up to which the serial kernels are the default."""
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -89,7 +91,8 @@ def _is_plain(signature: Signature) -> bool:
 
 
 def _segmented(signature: Signature, machine: Machine, room: int, others: list[Candidate]) -> list[Candidate]:
-    """The delta rule's schedules on given u and w beside the others: first where segments give an idle card its programs."""
+    """The delta rule's schedules on given u and w beside the others: segments first where they give an idle card its programs, scores before a scan
+    of wide heads."""
     if not _is_plain(signature):
         return others
     block, size = int(str(signature.option("chunk_size"))), signature.dtype.itemsize
@@ -105,11 +108,17 @@ def _segmented(signature: Signature, machine: Machine, room: int, others: list[C
     fitting = [plan for plan in plans if delta_bytes(*plan, keys, values, size) + int(plan[1]["stages"]) * block * keys * size <= room]  # w too
     dot = dots(signature)[0]
     made = [Candidate("triton", variant, (*params.items(), ("dot", dot)), sources=_SOURCES) for variant, params in fitting]
-    if signature.batch_invariant:
-        return [*others, *made]
-    streams = signature.dim("N") * signature.dim("H")
-    few = signature.dim("T") >= _LONG and streams * -(-values // 64) <= (machine.sms or 108) // 3
-    return sorted([*others, *made], key=lambda one: one.variant != "split") if few else [*others, *made]
+    first = _first(signature, machine, keys, values)
+    preferred = max(_value_tile(signature, machine), 32)
+    return sorted([*others, *made], key=lambda one: (one.variant != first, first == one.variant == "scored" and one.param("value_tile") != preferred))
+
+
+def _first(signature: Signature, machine: Machine, keys: int, values: int) -> str:
+    """The variant of the default, "" for the serial ones."""
+    streams, tokens = signature.dim("N") * signature.dim("H"), signature.dim("T")
+    if not signature.batch_invariant and tokens >= _LONG and streams * -(-values // 64) <= (machine.sms or 108) // 3:
+        return "split"
+    return "scored" if keys > 64 and (signature.batch_invariant or tokens > _SHORT) else ""
 
 
 def _value_tile(signature: Signature, machine: Machine) -> int:

@@ -1,7 +1,8 @@
 """The kernels of uw_transform: u and w of a chunk, the triangle and its inverse on chip (SPEC.md 3).
 
 `uw_block`: a chunk of at most 64 tokens is one block of BLOCK rows. Per program and v head it moves BLOCK (2 K + 2 V) elements (the q/k heads'
-rows come from L2 for all but one v head of a group) and computes BLOCK^2 (2 K + V) + 2/3 BLOCK^3 multiply-adds: bytes limit it.
+rows come from L2 for all but one v head of a group) and computes BLOCK^2 (2 K + V) + 2/3 BLOCK^3 multiply-adds: bytes limit it. Small heads may be
+joined: values and keys side by side as one operand of 64 columns, wide enough for four warps (`serving.narrow_warps`).
 `uw_walk`: a longer chunk is walked in blocks, with running matrices in registers in place of a large triangle: exact, R [K, columns]; lam, R and
 the Gram matrix P [K, K] of the chunk's earlier keys, or without P the earlier blocks once more. `uw_scaled`: no transform, only the scaling.
 The grid of chunks begins `offset` absent tokens before each sequence.
@@ -17,7 +18,10 @@ from .grid import locate
 from .inverse import unit_lower_inverse
 from .launch import Kernel
 
-__all__ = ["UW_BLOCK", "UW_SCALED", "UW_WALK", "block_triangle", "chunk_of", "load_tile", "load_vector", "store_tile"]
+__all__ = ["JOINED_WIDTH", "UW_BLOCK", "UW_SCALED", "UW_WALK", "block_triangle", "chunk_of", "load_tile", "load_vector", "store_tile"]
+
+JOINED_WIDTH = 32
+"""The widest head that `uw_block` joins."""
 
 
 @triton.jit
@@ -102,9 +106,9 @@ def _uw_block(
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PER: tl.constexpr,
-    LAM: tl.constexpr, DOT: tl.constexpr,
+    LAM: tl.constexpr, DOT: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
-    """u and w of one chunk and PER v heads of one q/k head. Blocks: slots * HEADS // PER."""
+    """u and w of one chunk and PER v heads of one q/k head. Blocks: slots * HEADS // PER. JOINED: half the columns of a joined operand, or 0."""
     OPERAND: tl.constexpr = k.dtype.element_ty
     DECAYED: tl.constexpr = g is not None
     SPLIT: tl.constexpr = k.dtype.element_ty == tl.float32
@@ -136,16 +140,27 @@ def _uw_block(
         triangle = block_triangle(gram, b, coarse, fine, DECAYED, OPERAND, BLOCK, LAM, DOT) * b[None, :]
         right = triangle.to(OPERAND)
         out = u + (token * HEADS + h) * VALUES
-        for part in tl.static_range(0, VALUES, BLOCK_V):
-            values = load_tile(v + h * v_h, line, ok, v_t, part, VALUES, BLOCK_V)
-            store_tile(out, line, ok, HEADS * VALUES, part, tl.dot(right, values, input_precision=DOT), VALUES, BLOCK_V)
-        if DECAYED:
-            right = (triangle * tl.exp(coarse + fine)[None, :]).to(OPERAND)
-        out = w + (token * HEADS + h) * KEYS
-        for part in tl.static_range(0, KEYS, BLOCK_K):
-            if KEYS > BLOCK_K:
-                keys = load_tile(k, line, ok, k_t, part, KEYS, BLOCK_K)
-            store_tile(out, line, ok, HEADS * KEYS, part, tl.dot(right, keys, input_precision=DOT), KEYS, BLOCK_K)
+        if JOINED > 0:
+            column = tl.arange(0, 2 * JOINED)[None, :]
+            in_v, in_k = ok[:, None] & (column < VALUES), ok[:, None] & (column >= JOINED) & (column < JOINED + KEYS)
+            both = tl.load(k + line[:, None] * k_t + (column - JOINED), mask=in_k, other=0.0)
+            if DECAYED:
+                both = (both.to(tl.float32) * tl.exp(coarse + fine)[:, None]).to(OPERAND)
+            both += tl.load(v + h * v_h + line[:, None] * v_t + column, mask=in_v, other=0.0)
+            both = tl.dot(right, both, input_precision=DOT).to(u.dtype.element_ty)
+            tl.store(out + line[:, None] * (HEADS * VALUES) + column, both, mask=in_v)
+            tl.store(w + (token * HEADS + h) * KEYS + line[:, None] * (HEADS * KEYS) + (column - JOINED), both, mask=in_k)
+        else:
+            for part in tl.static_range(0, VALUES, BLOCK_V):
+                values = load_tile(v + h * v_h, line, ok, v_t, part, VALUES, BLOCK_V)
+                store_tile(out, line, ok, HEADS * VALUES, part, tl.dot(right, values, input_precision=DOT), VALUES, BLOCK_V)
+            if DECAYED:
+                right = (triangle * tl.exp(coarse + fine)[None, :]).to(OPERAND)
+            out = w + (token * HEADS + h) * KEYS
+            for part in tl.static_range(0, KEYS, BLOCK_K):
+                if KEYS > BLOCK_K:
+                    keys = load_tile(k, line, ok, k_t, part, KEYS, BLOCK_K)
+                store_tile(out, line, ok, HEADS * KEYS, part, tl.dot(right, keys, input_precision=DOT), KEYS, BLOCK_K)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """uw_transform in Triton: one launch, the triangle and its inverse on chip; kernels in uw_blocks.py.
 
-"block": a chunk of at most 64 tokens at once. "walk": a longer chunk block after block, in column tiles. "scaled": transform="none".
+"block": a chunk of at most 64 tokens at once. "joined": the same of small heads, u and w by one product. "walk": a longer chunk block after
+block, in column tiles. "scaled": transform="none".
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .ahead import ahead_of
 from .grid import on_device, slot_count, unit_stride
 from .program import remembering
 from .serving import CONSUMER_SHARED_BYTES, dots, narrow_warps, serves, tile_width
-from .uw_blocks import UW_BLOCK, UW_SCALED, UW_WALK
+from .uw_blocks import JOINED_WIDTH, UW_BLOCK, UW_SCALED, UW_WALK
 
 __all__ = ["candidates", "compile_ahead", "remember", "run", "supports", "transformed"]
 
@@ -66,13 +67,13 @@ def _blocks(signature: Signature, chunk: int) -> list[Candidate]:
     usual = 4 if block == 64 else 2
     found: list[Candidate] = []
     for dot in dots(signature):
+        if widest <= JOINED_WIDTH and block == 64 and signature.dtype.itemsize == 2:
+            found += [_candidate("joined", block=block, heads=1, warps=warps, stages=1, dot=dot) for warps in (4, 8)]
         ways = [
             (128, 1, usual, 168),
             (64, 1, usual, 0),
-            (128, 1, 4, 128),
             (32, 1, usual, 0),
             (64, group, usual, 0),
-            (128, group, usual, 168),
             (128, 1, usual, 160),
         ]
         for columns, heads, warps, registers in ways:
@@ -102,9 +103,9 @@ def _walks(signature: Signature) -> list[Candidate]:
 def shared_bytes(signature: Signature, candidate: Candidate) -> int:
     """An upper bound of a program's shared memory: operand tiles (twice for the split products of float32) and the conversions of the triangle."""
     chosen = dict(candidate.params)
-    block, columns, width = int(chosen["block"]), int(chosen["columns"]), signature.dtype.itemsize
+    block, columns, width = int(chosen["block"]), int(chosen.get("columns", 2 * JOINED_WIDTH)), signature.dtype.itemsize
     square = block * block * 4
-    if candidate.variant == "block":
+    if candidate.variant in ("block", "joined"):
         triangle = 5 * square if width == 4 else square + block * 64
         return max((4 if width == 4 else 2) * block * columns * width, triangle) + 4096
     keys, split = tile_width(signature.dim("K")), 2 if width == 4 else 1
@@ -139,12 +140,12 @@ def transformed(call: UWTransform, candidate: Candidate, chunk_offset: int = 0) 
         tiles = (min(tile_width(keys), 128), min(tile_width(values), 128))
         UW_SCALED(slots * heads, args, (*shape, *tiles), int(chosen["warps"]), int(chosen["stages"]))
         return u, w
-    lam, columns = call.transform == "lam", int(chosen["columns"])
+    lam, columns = call.transform == "lam", int(chosen.get("columns", 2 * JOINED_WIDTH))
     rounding = (lam, chosen["dot"])
-    if candidate.variant == "block":
-        per = int(chosen["heads"])
-        constants = (*shape, min(tile_width(keys), columns), min(tile_width(values), columns), per, *rounding)
-        UW_BLOCK(slots * (heads // per), args, constants, int(chosen["warps"]), int(chosen["stages"]), int(chosen["registers"]))
+    if candidate.variant != "walk":
+        per, joined = int(chosen["heads"]), JOINED_WIDTH if candidate.variant == "joined" else 0
+        constants = (*shape, min(tile_width(keys), columns), min(tile_width(values), columns), per, *rounding, joined)
+        UW_BLOCK(slots * (heads // per), args, constants, int(chosen["warps"]), int(chosen["stages"]), int(chosen.get("registers", 0)))
     else:
         constants = (*shape, tile_width(keys), columns, chosen["pairs"], *rounding)
         tiles = -(-keys // columns) - (-values // columns)

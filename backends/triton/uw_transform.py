@@ -67,8 +67,6 @@ def _blocks(signature: Signature, chunk: int) -> list[Candidate]:
     usual = 4 if block == 64 else 2
     found: list[Candidate] = []
     for dot in dots(signature):
-        if widest <= JOINED_WIDTH and block == 64 and signature.dtype.itemsize == 2:
-            found += [_candidate("joined", block=block, heads=1, warps=warps, stages=1, dot=dot) for warps in (4, 8)]
         ways = [
             (128, 1, usual, 168),
             (64, 1, usual, 0),
@@ -82,6 +80,9 @@ def _blocks(signature: Signature, chunk: int) -> list[Candidate]:
             way = _candidate("block", block=block, columns=min(columns, widest), heads=heads, warps=few, stages=1, dot=dot, registers=cap)
             if way not in found and not (dot == "ieee" and heads > 1):
                 found.append(way)
+    if widest <= JOINED_WIDTH and block == 64 and signature.dtype.itemsize == 2:
+        joined = [_candidate("joined", block=block, heads=1, warps=warps, stages=1, dot="tf32") for warps in (4, 8)]
+        found = [*found, *joined] if signature.option("transform") == "lam" else [*joined, *found]  # lam's one product gains nothing from more warps
     return found
 
 

@@ -1,4 +1,4 @@
-"""Runs every variant of every op of a backend once, on a small dense and a small packed call: for compute-sanitizer, which is slow.
+"""Runs every variant of every op of a backend once, on small calls of every kind of option, one of them packed: for compute-sanitizer, which is slow.
 
     compute-sanitizer --tool memcheck python benchmarks/every_kernel.py [--backend triton] [--ops slow_core,dual_core] [--dtype bfloat16]
     compute-sanitizer --tool racecheck python benchmarks/every_kernel.py
@@ -23,14 +23,14 @@ from titans_backends.machine import detect
 
 
 def examine(op: str, backend: str, dtype: torch.dtype, device: str) -> list[str]:
-    """Runs each variant of an op on its first case and on that case packed; the lines of what went wrong."""
+    """Runs each variant of an op once for each of its kinds of call, and for the first of them packed; the lines of what went wrong."""
     contract, (module, reason) = CONTRACTS[op], registry.module(registry.get(backend), op)
     if module is None:
         return [f"{op}: {reason}"]
     wrong: list[str] = []
-    first = contract.variants[0].name
+    kinds = {variant.name for variant in contract.variants} | {f"{contract.variants[0].name}, packed with empty sequences"}
     for case in cases(contract, dtype):
-        if case.name not in (first, f"{first}, packed with empty sequences"):
+        if case.name not in kinds:
             continue
         call = build(contract, case, device)
         signature, seen = signature_of(contract, call, validate(contract, call)), set[str]()

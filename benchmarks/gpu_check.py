@@ -53,7 +53,7 @@ def graphs(failures: list[str]) -> None:
         run = tb.get_op(op)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), tb.policy(launch="graph"):
             run(**arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

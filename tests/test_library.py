@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -48,6 +50,17 @@ def test_opcheck_of_the_in_place_step() -> None:
     call, _ = small("gated_delta_step")
     arguments = (call.q, call.k, call.v, call.beta, call.g, call.state, None, None, False, None)
     torch.library.opcheck(torch.ops.titans_backends.gated_delta_step_.default, arguments)
+
+
+def test_an_op_can_be_traced_before_it_was_ever_called() -> None:
+    code = (
+        "import torch, titans_backends as tb\n"
+        "x = torch.randn(1, 20, 2, 8); op = tb.get_op('fast_core')\n"
+        "got = torch.compile(lambda q: op(q, q, q)[0], fullgraph=True, backend='eager')(x)\n"
+        "assert torch.equal(got, op(x, x, x)[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", CONTRACTS)

@@ -281,6 +281,25 @@ def test_capture_uses_only_what_a_warm_up_loaded(monkeypatch: pytest.MonkeyPatch
     plans.invalidate()
     monkeypatch.setattr(planner, "_capturing", lambda call: True, raising=False)
     assert op(q, k, v)[0].shape == v.shape
+    assert op(q[:, :20], k[:, :20], v[:, :20])[0].shape == v[:, :20].shape, "another length runs the same kernels"
+    with pytest.raises(tb.BackendRefusedError, match="no kernel for this signature has run"):
+        op(q.double(), k.double(), v.double())
+
+
+def test_a_policy_asks_for_what_a_captured_graph_would_get() -> None:
+    plans.invalidate()
+    op = tb.get_op("fast_core")
+    q, k, v, _, _ = inputs(length=33)
+    with tb.policy(launch="graph"):
+        assert op.bind(q, k, v).choice.signature.launch == "graph"
+        with tb.policy(batch_invariant=True):
+            inner = op.bind(q, k, v).choice.signature
+            assert inner.launch == "graph"
+            assert inner.batch_invariant
+        assert not op.bind(q, k, v).choice.signature.batch_invariant
+    assert op.bind(q, k, v).choice.signature.launch == "eager"
+    with pytest.raises(ValueError, match="launch must be one of eager, graph, got 'cuda'"):
+        tb.policy(launch="cuda")  # type: ignore[arg-type]
 
 
 def test_meta_and_cpu_tensors_do_not_share_a_plan() -> None:

@@ -24,12 +24,13 @@ from titans_backends.errors import BackendRefusedError, SwitchError
 from titans_backends.facts import signature_of
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, run_modules
-from titans_backends.signature import Signature
+from titans_backends.signature import Launch, Signature
 
 __all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "invalidate", "request"]
 
 Outputs = tuple[Tensor | None, ...]
 _MEMO_LIMIT = 4096
+_LENGTHS = frozenset("BTNMEP")
 _PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
 
 
@@ -44,6 +45,7 @@ class Request:
     may_save: bool = True
     must_save: bool = False
     tune_budget_s: float | None = None
+    launch: Launch | None = None
 
     @property
     def forced(self) -> Forced | None:
@@ -66,7 +68,7 @@ def request(backend: str | None, *, training: bool, may_save: bool = True) -> Re
         backend, by = force, f"{switches.PREFIX}FORCE"
         if force not in registry.known() and force not in registry.broken():
             raise SwitchError(f"{by} names an unknown backend {force!r}; known: {', '.join(sorted(registry.known()))}")
-    return Request(backend, by, scoped.batch_invariant, training, may_save, False, scoped.tune_budget_s)
+    return Request(backend, by, scoped.batch_invariant, training, may_save, False, scoped.tune_budget_s, scoped.launch)
 
 
 @dataclass(slots=True)
@@ -129,7 +131,7 @@ class Planner:
         self.tensors = _getter(tuple(a.name for a in contract.arguments))
         self._options = _getter(tuple(o.name for o in contract.options))
         self._memo: dict[object, Plan] = {}
-        self._warmed: dict[str, set[Pair]] = {}
+        self._warmed: dict[object, set[Pair]] = {}
         _PLANNERS.add(self)
 
     def plan(self, call: Call, asked: Request) -> Plan:
@@ -150,7 +152,7 @@ class Planner:
         """Runs a plan's forward, and remembers that its kernels are loaded."""
         outputs = plan.run(call)
         if not plan.ran:
-            self._warmed.setdefault(plan.choice.signature.device, set()).add(plan.choice.pair)
+            self._warmed.setdefault(_compiled_for(plan.choice.signature), set()).add(plan.choice.pair)
             plan.ran = True
         return outputs
 
@@ -161,7 +163,7 @@ class Planner:
             call,
             dims,
             regime="training" if asked.training else "inference",
-            launch="graph" if self._capturing(call) else "eager",
+            launch="graph" if self._capturing(call) else asked.launch or "eager",
             batch_invariant=asked.batch_invariant,
             may_save=asked.may_save,
         )
@@ -210,7 +212,7 @@ class Planner:
         if checks:
             check_indices(self.contract, call)
         signature, machine = self.signature(call, dims, asked), detect(device)
-        warmed = sorted(self._warmed.get(str(device), ()), key=lambda pair: pair.label) if signature.launch == "graph" else None
+        warmed = sorted(self._warmed.get(_compiled_for(signature), ()), key=lambda pair: pair.label) if self._capturing(call) else None
         choice = choose(signature, machine, asked.forced, warmed, must_save=asked.must_save)
         if asked.tune_budget_s is not None and warmed is None and not _tuned_here(choice):
             from titans_backends.tuning.run import tune_call
@@ -219,6 +221,13 @@ class Planner:
             choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
         return Plan(choice, forward, backward, checks, device)
+
+
+def _compiled_for(signature: Signature) -> object:
+    """What a kernel may be compiled for: all but the length and how many sequences there are."""
+    dims = tuple(pair for pair in signature.dims if pair[0] not in _LENGTHS)
+    given = tuple((name, facts.aligned, tuple(step % 16 == 0 for step in facts.stride)) for name, facts in signature.tensors)
+    return signature.device, signature.dtype, dims, signature.options, given, signature.float32
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Call], tuple[object, ...]]:

@@ -9,6 +9,9 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import get_args
+
+from titans_backends.signature import Launch
 
 __all__ = ["DEFAULT", "Policy", "autotune", "current", "policy", "use_backend"]
 
@@ -17,11 +20,13 @@ __all__ = ["DEFAULT", "Policy", "autotune", "current", "policy", "use_backend"]
 class Policy:
     """`forced`: the only backend allowed. `batch_invariant`: one candidate and one chunk grid whatever the batch and length.
 
+    `launch`: "graph", chosen as for a captured graph; None, as the call is launched.
     `tune_budget_s`: a call whose bucket has no row of this machine's own tunes it first, within so many seconds; None: never.
     """
 
     forced: str | None = None
     batch_invariant: bool = False
+    launch: Launch | None = None
     tune_budget_s: float | None = None
 
 
@@ -47,11 +52,19 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[Policy]:
     return _scoped(replace(current(), forced=name))
 
 
-def policy(*, batch_invariant: bool) -> contextlib.AbstractContextManager[Policy]:
-    """A context in which a row's bits do not depend on what shares its batch, nor on the length of what follows it."""
-    if not isinstance(batch_invariant, bool):
+def policy(*, batch_invariant: bool | None = None, launch: Launch | None = None) -> contextlib.AbstractContextManager[Policy]:
+    """A context that changes how calls are chosen; what is None stays as it was.
+
+    `batch_invariant`: a row's bits do not depend on what shares its batch, nor on the length of what follows it.
+    `launch="graph"`: the kernel that a captured graph would get. A capture takes only what has run before, so warm up inside of it.
+    """
+    scoped = current()
+    if batch_invariant is not None and not isinstance(batch_invariant, bool):
         raise TypeError(f"policy: batch_invariant must be True or False, got {batch_invariant!r}")
-    return _scoped(replace(current(), batch_invariant=batch_invariant))
+    if launch is not None and launch not in get_args(Launch):
+        raise ValueError(f"policy: launch must be one of {', '.join(get_args(Launch))}, got {launch!r}")
+    invariant = scoped.batch_invariant if batch_invariant is None else batch_invariant
+    return _scoped(replace(scoped, batch_invariant=invariant, launch=scoped.launch if launch is None else launch))
 
 
 def autotune(*, budget_s: float = 20.0) -> contextlib.AbstractContextManager[Policy]:

@@ -6,9 +6,8 @@ inputs, `buckets` to build keys, `library` to register it with torch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -95,6 +94,10 @@ class Contract:
     differentiable, in float64 for a float64 call. `work(dims, call)` gives FLOP and extra bytes. `grid(call)` is the chunk size of
     the states that a forward may save, None where the op saves none. `variants` are the option sets worth testing. `seq_len_is`
     documents what the bucketed length means.
+
+    Derived once, since a tracer cannot follow what is computed at first use: `parameters`, every parameter's name in the order of the
+    op's signature; `operands`, the arguments that share one dtype; `differentiable`, the tensor arguments that take a gradient, which a
+    backward's result follows; the tensor arguments and the options by name.
     """
 
     name: str
@@ -110,38 +113,28 @@ class Contract:
     grid: Callable[[Call], int] | None = None
     seq_len_is: str = "T; packed: T / N"
     default_seq_lens: tuple[int, ...] = (128, 512, 2048)
+    parameters: tuple[str, ...] = field(init=False, repr=False)
+    operands: tuple[str, ...] = field(init=False, repr=False)
+    differentiable: tuple[str, ...] = field(init=False, repr=False)
+    argument_by_name: Mapping[str, Argument] = field(init=False, repr=False)
+    option_by_name: Mapping[str, Option] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         declared = {a.name for a in self.arguments} | {o.name for o in self.options}
         have = {f.name for f in fields(self.make_call)}  # type: ignore[arg-type]
         if declared != have:
             raise ValueError(f"{self.name}: the tables and the argument dataclass differ in {sorted(declared ^ have)}")
-
-    @functools.cached_property
-    def parameters(self) -> tuple[str, ...]:
-        """Every parameter's name, in the order of the op's signature."""
-        return tuple(f.name for f in fields(self.make_call))  # type: ignore[arg-type]
-
-    @functools.cached_property
-    def differentiable(self) -> tuple[str, ...]:
-        """The tensor arguments that take a gradient, in signature order; a backward's result follows it."""
+        parameters = tuple(f.name for f in fields(self.make_call))  # type: ignore[arg-type]
         floating = {a.name for a in self.arguments if a.role != "index"}
-        return tuple(name for name in self.parameters if name in floating)
-
-    @functools.cached_property
-    def argument_by_name(self) -> Mapping[str, Argument]:
-        """The tensor arguments by name."""
-        return {a.name: a for a in self.arguments}
-
-    @functools.cached_property
-    def option_by_name(self) -> Mapping[str, Option]:
-        """The other arguments by name."""
-        return {o.name: o for o in self.options}
-
-    @functools.cached_property
-    def operands(self) -> tuple[str, ...]:
-        """The arguments that share one dtype."""
-        return tuple(a.name for a in self.arguments if a.role == "operand")
+        derived = {
+            "parameters": parameters,
+            "operands": tuple(a.name for a in self.arguments if a.role == "operand"),
+            "differentiable": tuple(name for name in parameters if name in floating),
+            "argument_by_name": {a.name: a for a in self.arguments},
+            "option_by_name": {o.name: o for o in self.options},
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def tensors(self, call: Call) -> dict[str, Tensor]:
         """The tensors that were given, by name, in signature order."""

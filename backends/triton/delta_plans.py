@@ -13,7 +13,7 @@ from titans_backends.signature import Signature
 
 from .serving import CONSUMER_SHARED_BYTES, dots, tile_width
 
-__all__ = ["delta_plans", "shared_bytes"]
+__all__ = ["backward_plans", "delta_plans", "shared_bytes"]
 
 _SHORT = 256
 """Tokens up to which one launch is the default."""
@@ -37,6 +37,38 @@ def delta_plans(signature: Signature, machine: Machine) -> list[Candidate]:
     found = [Candidate("triton", variant, (*params.items(), ("dot", first_dot))) for variant, params in ordered]
     slowest = [plan for plan in fitting if plan[0] == "scan"][-1]
     return found + [Candidate("triton", slowest[0], (*slowest[1].items(), ("dot", dot))) for dot in others]
+
+
+def backward_plans(signature: Signature, machine: Machine, block: int | None = None) -> list[Candidate]:
+    """The plans of the backward that fit, the default first; with `block` on such blocks alone, where the chunk grid is given."""
+    keys, values = (tile_width(signature.dim(letter)) for letter in "KV")
+    size, wide = signature.dtype.itemsize, max(keys, values)
+    room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
+    float32 = signature.dtype == torch.float32
+    ways: list[tuple[int, int, int, int, int, int, int]] = []  # block; value tile, warps, stages of the scans; tile, warps and stages of the rest
+    if wide <= 32:
+        ways = [(32, min(values, 16 if float32 else 32), 2, 3, 32, 4 if float32 else 2, 2)]
+    elif wide <= 64:
+        ways = [(32, 32, 4, 3, 32, 4, 1)] if float32 else [(64, 32, 4, 3, 64, 4, 2)]
+    elif wide <= 128:
+        ways = [(32, 32, 4, 2, 32, 8, 1)] if float32 else [(64, 32, 4, 3, 64, 8, 2), (64, 32, 4, 3, 64, 4, 2), (64, 32, 4, 3, 32, 4, 3)]
+    ways += [(32, 32, 4, 2, 32, 8, 1), (16, 16, 4, 2, 16, 8, 1)]
+    if block is not None:
+        same = [way for way in ways if way[0] == block]
+        ways = same or [(block, *ways[0][1:])]
+    found = []
+    for rows, tile, warps, stages, rest_tile, rest_warps, rest_stages in ways:
+        plan: dict[str, Param] = {"block": rows, "prepare_warps": 4, "value_tile": min(tile, values), "warps": warps, "stages": stages}
+        need = max(
+            shared_bytes("scan", plan, keys, values, size),
+            (rest_stages * (keys + rows) * rest_tile + 2 * rows * keys + 2 * rows * rows) * size,
+        )
+        if need <= room:
+            for name, warps_of in (("pair", min(rest_warps, 4)), ("gradient", rest_warps)):
+                plan |= {f"{name}_tile": rest_tile, f"{name}_warps": warps_of, f"{name}_stages": rest_stages}
+            plan["dot"] = dots(signature)[0]
+            found.append(Candidate("triton", "again", tuple(plan.items()), direction="backward"))
+    return found
 
 
 def _plans(signature: Signature, keys: int, values: int) -> list[Plan]:

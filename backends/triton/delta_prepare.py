@@ -9,6 +9,7 @@ each block and v head: the gated inverse A' = Gamma * (I + stril(beta K K^T))^-1
 and the inverse's ten small products, reads 2 BLOCK K elements and writes 2 BLOCK^2: bound by the latency of those products, hidden by the
 programs beside it.
 
+With `weight`, for a backward, A' is left without beta, which is written there: the gradient wants both sides of beta.
 Without `inverses` the block is prepared for a scan from given u and w, which needs no A' and no erase.
 
 With `fast_scores`, what the fast core needs beside it (SPEC.md 2, 5): alpha fast_gate scale tril(Q K^T) beta^T, and its own read and write
@@ -37,7 +38,7 @@ def row_norm(x):
 
 @triton.jit
 def _prepare(
-    q, k, beta, g, gate, fast_gate, alpha, cu_seqlens, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+    q, k, beta, g, gate, fast_gate, alpha, cu_seqlens, inverses, weight, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
     tokens, sequences, offset, heads, group, scale, alpha_value,
     q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h,
     fast_b, fast_t, fast_h, alpha_b, alpha_t, alpha_h,
@@ -108,9 +109,9 @@ def _prepare(
             mixed *= (1.0 - share)[:, None]
             ahead *= 1.0 - share
         if gate is not None:
-            weight = tl.load(gate + at * gate_b + first * gate_t + head * gate_h + row * gate_t, mask=here, other=0.0).to(tl.float32)
-            mixed *= weight[:, None]
-            ahead *= weight
+            through = tl.load(gate + at * gate_b + first * gate_t + head * gate_h + row * gate_t, mask=here, other=0.0).to(tl.float32)
+            mixed *= through[:, None]
+            ahead *= through
         if g is not None:
             mixed *= decay
         tl.store(scores + square, mixed.to(DTYPE))
@@ -120,7 +121,11 @@ def _prepare(
         if L2NORM:
             gram *= k_norm[:, None] * k_norm[None, :]
         lower = tl.where(row[:, None] > row[None, :], b[:, None] * gram, 0.0)
-        inverse = unit_lower_inverse(lower, BLOCK, DTYPE, DOT) * b[None, :]
+        inverse = unit_lower_inverse(lower, BLOCK, DTYPE, DOT)
+        if weight is not None:
+            tl.store(weight + line, b)
+        else:
+            inverse *= b[None, :]
         if g is not None:
             inverse *= decay
         inverse = inverse.to(DTYPE)

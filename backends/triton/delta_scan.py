@@ -7,6 +7,7 @@ A program owns a sequence (or a segment of it), a v head and a tile of value col
 2 BLOCK (2 BLOCK + 3 K) BLOCK_V FLOP on 2 BLOCK (K + K + BLOCK_V + 2 BLOCK) bytes at 16 bits, but what binds is the chain K S -> A' W -> K^T U, each
 product waiting for the last.
 
+With `weight` A' comes without beta: U = A' (weight W). `updates` is where U goes, for a backward.
 With `w` the values are u, from which S is corrected by U = u - w S: slow_core, one product less on the chain.
 
 With `fast_scores` the same pass carries the fast core's state W, cleared where a chunk begins (SPEC.md 2, 5), and merges both:
@@ -25,22 +26,24 @@ __all__ = ["CHAIN", "SCAN", "TRANSITIONS"]
 
 
 @triton.jit
-def advance(state, k_tile, w_tile, v_tile, a_tile, erase, write, total, DTYPE: tl.constexpr, DOT: tl.constexpr):
+def advance(state, k_tile, w_tile, v_tile, a_tile, weight, erase, write, total, DTYPE: tl.constexpr, DOT: tl.constexpr):
     """The state after a block, and the state before it and U as operands; with `w_tile` the values are u, and U = u - w S."""
     old = state.to(DTYPE)
     if w_tile is not None:
         update = v_tile.to(tl.float32) - tl.dot(w_tile, old, input_precision=DOT)
     else:
         seen = tl.dot(k_tile, old, input_precision=DOT)
-        error = (v_tile.to(tl.float32) - seen * erase[:, None]).to(DTYPE)
-        update = tl.dot(a_tile, error, input_precision=DOT)
+        error = v_tile.to(tl.float32) - seen * erase[:, None]
+        if weight is not None:
+            error *= weight[:, None]
+        update = tl.dot(a_tile, error.to(DTYPE), input_precision=DOT)
     state = tl.dot(tl.trans(k_tile), (update * write[:, None]).to(DTYPE), acc=state * total, input_precision=DOT)
     return state, old, update.to(DTYPE)
 
 
 @triton.jit
 def _scan_block(
-    state, fast, q, k, w, v, o, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+    state, fast, q, k, w, v, o, states, updates, inverses, weight, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
     first, place, column, begin, end, heads, keep, q_t, k_t, w_t, v_t,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -72,18 +75,26 @@ def _scan_block(
     w_tile = None
     a_tile = None
     erased = None
+    weighed = None
     if w is not None:
         at_w = w + wide * w_t + row[:, None] * w_t + key[None, :]
         w_tile = tl.load(at_w, mask=here[:, None] & keys, other=0.0) if MASKED else tl.load(at_w)
     else:
         a_tile = tl.load(inverses + square)
         erased = tl.load(erase + line)
+        if weight is not None:
+            weighed = tl.load(weight + line)
     written = tl.load(write + line)
     kept = tl.load(total + place)
     if states is not None:
         spot = place * (K * V)
         tl.store(states + spot + key[:, None] * V + value[None, :], state.to(DTYPE), mask=(key[:, None] < K) & (value[None, :] < V))
-    state, old, update = advance(state, k_tile, w_tile, v_tile, a_tile, erased, written, kept, DTYPE, DOT)
+    state, old, update = advance(state, k_tile, w_tile, v_tile, a_tile, weighed, erased, written, kept, DTYPE, DOT)
+    if updates is not None:
+        if MASKED:
+            tl.store(updates + at_o, update, mask=in_v)
+        else:
+            tl.store(updates + at_o, update)
     if o is not None:
         p_tile = tl.load(scores + square)
         ahead = tl.load(read + line)
@@ -106,7 +117,7 @@ def _scan_block(
 
 @triton.jit
 def _scan(
-    q, k, w, v, o, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+    q, k, w, v, o, states, updates, inverses, weight, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
     initial, final, initial_fast, final_fast, cu_seqlens,
     tokens, sequences, offset, heads, group, tiles, chunk,
     q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, v_b, v_t, v_h,
@@ -143,6 +154,7 @@ def _scan(
     w_row = w + at * w_b + head * w_h if w is not None else None
     v_row = v + at * v_b + head * v_h
     o_row = o + (at * tokens * heads + head) * V if o is not None else None
+    u_row = updates + (at * tokens * heads + head) * V if updates is not None else None
     key = tl.arange(0, BLOCK_K)
     value = column + tl.arange(0, BLOCK_V)
     at_state = key[:, None] * V + value[None, :]
@@ -164,7 +176,7 @@ def _scan(
         if fast_scores is not None:
             keep = tl.where((((block + i) * BLOCK) % chunk == 0) & ((block + i > 0) | (offset == 0)), 0.0, 1.0)
         state, fast = _scan_block(
-            state, fast, q_row, k_row, w_row, v_row, o_row, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+            state, fast, q_row, k_row, w_row, v_row, o_row, states, u_row, inverses, weight, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
             start + i * BLOCK, place, column, begin, stop, heads, keep, q_t, k_t, w_t, v_t,
             K, V, BLOCK_K, BLOCK, BLOCK_V, not EXACT, DOT,
         )  # fmt: skip
@@ -174,7 +186,7 @@ def _scan(
         if fast_scores is not None:
             keep = tl.where((((block + i) * BLOCK) % chunk == 0) & ((block + i > 0) | (offset == 0)), 0.0, 1.0)
         state, fast = _scan_block(
-            state, fast, q_row, k_row, w_row, v_row, o_row, states, inverses, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+            state, fast, q_row, k_row, w_row, v_row, o_row, states, u_row, inverses, weight, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
             start + i * BLOCK, place, column, begin, stop, heads, keep, q_t, k_t, w_t, v_t,
             K, V, BLOCK_K, BLOCK, BLOCK_V, True, DOT,
         )  # fmt: skip
@@ -243,7 +255,7 @@ def _transitions(
             a_tile = tl.load(inverses + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :])
             erased = tl.load(erase + place * BLOCK + row)
         written = tl.load(write + place * BLOCK + row)
-        state, _, _ = advance(state, k_tile, w_tile, v_tile, a_tile, erased, written, tl.load(total + place), DTYPE, DOT)
+        state, _, _ = advance(state, k_tile, w_tile, v_tile, a_tile, None, erased, written, tl.load(total + place), DTYPE, DOT)
     out = (unit.to(tl.int64) * heads + head) * K
     tl.store(offsets + out * V + at_n, state, mask=in_n)
     tl.store(maps + out * K + key[:, None] * K + (column - V)[None, :], state, mask=in_m & (segment > 0))

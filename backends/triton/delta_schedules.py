@@ -20,7 +20,7 @@ from .delta_whole import WHOLE
 from .grid import slot_count, strides
 from .serving import tile_width
 
-__all__ = ["SCHEDULES", "Fast", "Operands", "Params"]
+__all__ = ["SCHEDULES", "Factors", "Fast", "Operands", "Params", "prepare", "run_scan"]
 
 Params = Mapping[str, Param]
 
@@ -52,7 +52,7 @@ class Operands:
     gate: Tensor | None
     initial: Tensor | None
     final: Tensor | None
-    o: Tensor
+    o: Tensor | None
     cu_seqlens: Tensor | None
     scale: float
     l2norm: bool
@@ -91,34 +91,39 @@ class Operands:
 
 
 @dataclass(slots=True)
-class _Factors:
+class Factors:
     """What `delta_prepare` wrote."""
 
     inverses: Tensor | None
     scores: Tensor
     lines: tuple[Tensor | None, ...]
     fast: tuple[Tensor | None, ...]
+    weight: Tensor | None = None
+    spare: Tensor | None = None
 
 
-def _prepare(x: Operands, p: Params) -> _Factors:
-    """Runs `delta_prepare`: the factors of every block."""
+def prepare(x: Operands, p: Params, *, backward: bool = False) -> Factors:
+    """Runs `delta_prepare`: the factors of every block; for a backward with the inverse and beta apart."""
     block, heads, fast = int(p["block"]), x.heads, x.fast
     places = x.slots(block) * heads
     given = x.w is not None
     squares = torch.empty(2 - given if fast is None else 3, places * block * block, dtype=x.k.dtype, device=x.v.device)
-    count = 3 if fast is None else 5
+    weigh = backward and not given
+    count = 3 + weigh if fast is None else 5
     floats = torch.empty(places * (count * block + 1), dtype=torch.float32, device=x.v.device)
     lines, total = floats[: places * count * block].view(count, places * block), floats[places * count * block :]
-    made = _Factors(
+    made = Factors(
         None if given else squares[1],
         squares[0],
         (lines[0], None if given else lines[1], lines[2], total),
         (None, None, None) if fast is None else (squares[2], lines[3], lines[4]),
+        lines[3] if weigh else None,
+        lines[1] if given else None,
     )
     alpha = fast.alpha if fast is not None else 0.0
     weight = alpha if isinstance(alpha, Tensor) else None
     fast_gate = None if fast is None else fast.gate
-    args = (x.q, x.k, x.beta, x.g, x.gate, fast_gate, weight, x.cu_seqlens, made.inverses, made.scores, *made.lines, *made.fast)
+    args = (x.q, x.k, x.beta, x.g, x.gate, fast_gate, weight, x.cu_seqlens, made.inverses, made.weight, made.scores, *made.lines, *made.fast)
     args += (x.v.shape[1], x.sequences, x.offset, heads, x.group, x.scale, 0.0 if isinstance(alpha, Tensor) else float(alpha))
     for tensor in (x.q, x.k, x.beta, x.g, x.gate, fast_gate, weight):
         args += strides(tensor)
@@ -126,16 +131,24 @@ def _prepare(x: Operands, p: Params) -> _Factors:
     return made
 
 
-def _run_scan(
-    x: Operands, made: _Factors, p: Params, initial: Tensor | None, *, segment: int = 0, o: Tensor | None = None, states: Tensor | None = None
+def run_scan(
+    x: Operands,
+    made: Factors,
+    p: Params,
+    initial: Tensor | None,
+    *,
+    segment: int = 0,
+    o: Tensor | None = None,
+    states: Tensor | None = None,
+    updates: Tensor | None = None,
 ) -> None:
-    """Runs the scan over whole sequences, or side by side over segments of some blocks."""
+    """Runs the scan over whole sequences, or side by side over segments of some blocks, writing whatever is given."""
     block, width = int(p["block"]), int(p["value_tile"])
     tiles = -(-x.values // width)
     units = x.slots(block * segment) if segment else x.sequences
     fast = x.fast
     ends = (None, None) if fast is None else (fast.initial, fast.final)
-    args = (x.q, x.k, x.w, x.v, o, states, made.inverses, made.scores, *made.lines, *made.fast, initial, x.final, *ends, x.cu_seqlens)
+    args = (x.q, x.k, x.w, x.v, o, states, updates, made.inverses, made.weight, made.scores, *made.lines, *made.fast, initial, x.final, *ends, x.cu_seqlens)
     args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, 1 if fast is None else fast.chunk)
     args += (*strides(x.q), *strides(x.k), *strides(x.w), *strides(x.v))
     constants = (x.keys, x.values, tile_width(x.keys), block, width, segment, x.offset > 0, p["dot"], p["stages"])
@@ -155,16 +168,16 @@ def whole(x: Operands, p: Params) -> None:
 
 def scan(x: Operands, p: Params) -> None:
     """Blocks prepared in parallel, then one scan per sequence."""
-    _run_scan(x, _prepare(x, p), p, x.initial, o=x.o)
+    run_scan(x, prepare(x, p), p, x.initial, o=x.o)
 
 
 def states(x: Operands, p: Params) -> None:
     """The scan writes the state at each block's start; outputs in parallel."""
-    made = _prepare(x, p)
+    made = prepare(x, p)
     block, width = int(p["block"]), int(p["output_tile"])
     slots, tiles = x.slots(block), -(-x.values // width)
     kept = torch.empty(slots * x.heads * x.keys * x.values, dtype=x.k.dtype, device=x.v.device)
-    _run_scan(x, made, p, x.initial, states=kept)
+    run_scan(x, made, p, x.initial, states=kept)
     read, erase = made.lines[:2]
     args = (x.q, x.k, x.v, x.o, kept, made.inverses, made.scores, read, erase, x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group, tiles)
     args += (*strides(x.q), *strides(x.k), *strides(x.v))
@@ -190,7 +203,7 @@ def _segments(x: Operands, p: Params) -> tuple[int, Tensor, Tensor, Tensor]:
 
 def split(x: Operands, p: Params) -> None:
     """Segments side by side: what each does to the state, the states at their starts, then the scan of all segments at once."""
-    made = _prepare(x, p)
+    made = prepare(x, p)
     units, starts, offsets, maps = _segments(x, p)
     width, segment = int(p["map_tile"]), int(p["segment"])
     tiles = -(-(x.values + x.keys) // width)
@@ -200,7 +213,7 @@ def split(x: Operands, p: Params) -> None:
     constants = (x.keys, x.values, tile_width(x.keys), p["block"], width, segment, p["dot"], p["stages"])
     TRANSITIONS(units * x.heads * tiles, args, constants, int(p["map_warps"]), int(p["stages"]))
     _chain(x, p, offsets, maps, starts)
-    _run_scan(x, made, p, starts, segment=segment, o=x.o)
+    run_scan(x, made, p, starts, segment=segment, o=x.o)
 
 
 SCHEDULES: Mapping[str, Callable[[Operands, Params], None]] = {"whole": whole, "scan": scan, "split": split, "states": states}

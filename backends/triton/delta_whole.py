@@ -83,7 +83,7 @@ def _whole(
             decay = between(coarse, fine, causal, SPLIT)
             a_tile *= decay
             p_tile *= decay
-        state, old, update = advance(state, k_tile, None, v_tile, a_tile.to(DTYPE), erase, write, total, DTYPE, DOT)
+        state, old, update = advance(state, k_tile, None, v_tile, a_tile.to(DTYPE), None, erase, write, total, DTYPE, DOT)
         out = tl.dot(q_tile, old, input_precision=DOT) * (scale * ahead)[:, None]
         out = tl.dot(p_tile.to(DTYPE), update, acc=out, input_precision=DOT)
         if gate is not None:

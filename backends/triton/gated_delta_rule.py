@@ -18,13 +18,16 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
-from .delta_plans import delta_plans
+from .delta_backward import gradients
+from .delta_plans import backward_plans, delta_plans
 from .delta_schedules import SCHEDULES, Operands
 from .grid import on_device, unit_stride
 from .program import remembering
 from .serving import serves
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
+
+_INPUTS = ("q", "k", "v", "beta", "g", "gate", "initial_state")
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -37,29 +40,35 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return delta_plans(signature, machine)
 
 
+def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """The states computed again, or handed over by the forward."""
+    return backward_plans(signature, machine)
+
+
+def _operands(call: GatedDeltaRule, o: Tensor | None) -> Operands:
+    initial = None if call.initial_state is None else call.initial_state.contiguous()
+    v = unit_stride(call.v)
+    scale = call.k.shape[3] ** -0.5 if call.scale is None else float(call.scale)
+    cu_seqlens = on_device(call.cu_seqlens, v)
+    return Operands(unit_stride(call.q), unit_stride(call.k), v, call.beta, call.g, call.gate, initial, None, o, cu_seqlens, scale, call.qk_l2norm)
+
+
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and the final state."""
-    k, v = unit_stride(call.k), unit_stride(call.v)
-    cu_seqlens = on_device(call.cu_seqlens, v)
-    x = Operands(
-        unit_stride(call.q),
-        k,
-        v,
-        call.beta,
-        call.g,
-        call.gate,
-        None if call.initial_state is None else call.initial_state.contiguous(),
-        None,
-        torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        cu_seqlens,
-        k.shape[3] ** -0.5 if call.scale is None else float(call.scale),
-        call.qk_l2norm,
-    )
+    v = call.v
+    x = _operands(call, torch.empty(v.shape, dtype=v.dtype, device=v.device))
     if call.output_final_state:
         x.final = torch.empty(x.sequences, x.heads, x.keys, x.values, dtype=torch.float32, device=v.device)
-    if x.o.numel() or x.final is not None:
+    if v.numel() or x.final is not None:
         SCHEDULES[candidate.variant](x, dict(candidate.params))
     return x.o, x.final
+
+
+def run_backward(
+    call: GatedDeltaRule, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, beta, g, gate and the initial state, in that order."""
+    return gradients(_operands(call, None), dict(candidate.params), call, grads, states, needs, _INPUTS)
 
 
 compile_ahead = ahead_of(run)

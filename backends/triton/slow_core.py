@@ -19,6 +19,8 @@ from titans_backends.verdict import Verdict, refused
 
 from . import delta_schedules
 from .ahead import ahead_of
+from .delta_backward import gradients
+from .delta_plans import backward_plans
 from .delta_plans import shared_bytes as delta_bytes
 from .delta_schedules import Operands, Params
 from .grid import on_device, unit_stride
@@ -26,9 +28,10 @@ from .program import remembering
 from .serving import CONSUMER_SHARED_BYTES, dots, narrow_warps, serves, tile_width
 from .slow_scan import Tiling, normalized, shared_bytes, slow_scan
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
 
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("slow_scan", "decay", "grid", "launch"))
+_INPUTS = ("q", "k", "u", "w", "g", "chunk_decay", "gate", "initial_state")
 _LARGEST_STATE = 128 * 256
 _BLOCKS = (16, 32, 64)
 SCHEDULES = {"scored": delta_schedules.scan, "split": delta_schedules.split}
@@ -158,13 +161,35 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return o, final
 
 
+def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """The delta rule's on given u and w, where a chunk is one of its blocks; none for the options that only the serial kernels have."""
+    if not _is_plain(signature) or signature.option("normalize_final"):
+        return []
+    block = int(str(signature.option("chunk_size")))
+    return backward_plans(signature, machine, block)
+
+
+def run_backward(
+    call: SlowCore, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, u, w, g, chunk_decay (None), gate and the initial state, in that order."""
+    return gradients(_operands(call, None), dict(candidate.params), call, grads, states, needs, _INPUTS)
+
+
+def _operands(call: SlowCore, o: Tensor | None) -> Operands:
+    u, initial = unit_stride(call.u), None if call.initial_state is None else call.initial_state.contiguous()
+    cu_seqlens = on_device(call.cu_seqlens, u)
+    scale = float(call.scale)
+    return Operands(
+        unit_stride(call.q), unit_stride(call.k), u, None, call.g, call.gate, initial, None, o, cu_seqlens, scale, False, w=unit_stride(call.w)
+    )
+
+
 def _scheduled(call: SlowCore, variant: str, params: Params) -> tuple[Tensor | None, ...]:
     """The delta rule's schedule on given u and w."""
-    k, u = unit_stride(call.k), unit_stride(call.u)
-    cu_seqlens = on_device(call.cu_seqlens, u)
-    initial = None if call.initial_state is None else call.initial_state.contiguous()
+    u = call.u
     o = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    x = Operands(unit_stride(call.q), k, u, None, call.g, call.gate, initial, None, o, cu_seqlens, call.scale, False, w=unit_stride(call.w))
+    x = _operands(call, o)
     if call.output_final_state:
         x.final = torch.empty(x.sequences, x.heads, x.keys, x.values, dtype=torch.float32, device=u.device)
     if o.numel() or x.final is not None:

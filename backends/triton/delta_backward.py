@@ -1,0 +1,116 @@
+"""How the backward of the delta rule is put together: the factors of every block, the state at every block's start, the gradient of the state
+from the last block to the first, then the gradients of all inputs in parallel (SPEC.md 10).
+
+The states are computed again by one scan forward, or, where the forward saved them, only the updates are, in parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .delta_gradients import GRADIENTS
+from .delta_pairs import PAIRS
+from .delta_reverse import REVERSE
+from .delta_schedules import Factors, Operands, Params, prepare, run_scan
+from .delta_updates import UPDATES
+from .grid import strides, unit_stride
+from .serving import tile_width
+
+__all__ = ["gradients"]
+
+
+def gradients(
+    x: Operands, p: Params, call: object, grads: tuple[Tensor | None, ...], saved: Tensor | None, needs: frozenset[str], inputs: tuple[str, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the call's `inputs` that `needs` names, each like its input; for slow_core u and w stand in place of v and beta.
+
+    `grads`: of o `[B, T, H, V]` and of the final state `[N, H, K, V]`; `saved`: the states `[B, M, H, K, V]` of a dense call on blocks of the plan's size.
+    """
+    wanted = {name: getattr(call, name) for name in inputs if name in needs}
+    into = {name: torch.empty(like.shape, dtype=like.dtype, device=like.device) for name, like in wanted.items() if like is not None}
+    d_final = None if grads[1] is None else grads[1].contiguous()
+    if not x.v.numel():
+        for name, grad in into.items():
+            grad.copy_(d_final) if name == "initial_state" and d_final is not None else grad.zero_()
+    elif into:
+        d_o = torch.zeros_like(x.v) if grads[0] is None else unit_stride(grads[0])
+        _fill(x, p, d_o, d_final, saved, into)
+    return tuple(into.get(name) for name in inputs)
+
+
+def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Tensor | None, into: Mapping[str, Tensor]) -> None:
+    """Runs the kernels."""
+    block, device = int(p["block"]), x.v.device
+    made = prepare(x, p, backward=True)
+    room = torch.empty(2 if saved is None else 1, x.slots(block) * x.heads * x.keys * x.values, dtype=x.k.dtype, device=device)
+    leaving, states = room[0], room[1] if saved is None else saved
+    kept = torch.empty(2 - ("u" in into), x.v.numel(), dtype=x.v.dtype, device=device)
+    errors, updates = into["u"] if "u" in into else kept[1], kept[0]
+    alone = not set(into) - {"initial_state", "u"}
+    if not alone and saved is None:
+        run_scan(x, made, p, x.initial, states=states, updates=updates)
+    elif not alone:
+        _run_updates(x, made, p, states, updates)
+    _run_reverse(x, made, p, d_o, d_final, into.get("initial_state"), leaving, errors)
+    if not alone:
+        _run_pairs(x, made, p, d_o, states, leaving, updates, errors, into)
+        _run_gradients(x, made, p, d_o, states, leaving, updates, errors, into)
+
+
+def _run_updates(x: Operands, made: Factors, p: Params, states: Tensor, updates: Tensor) -> None:
+    block, width = int(p["block"]), int(p["gradient_tile"])
+    tiles = -(-x.values // width)
+    args = (x.k, x.w, x.v, states, updates, made.inverses, made.weight, made.lines[1], x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group, tiles)
+    args += (*strides(x.k), *strides(x.w), *strides(x.v))
+    UPDATES(x.slots(block) * x.heads * tiles, args, (x.keys, x.values, tile_width(x.keys), block, width, p["dot"]), int(p["gradient_warps"]), 1)
+
+
+def _run_reverse(
+    x: Operands, made: Factors, p: Params, d_o: Tensor, d_final: Tensor | None, d_initial: Tensor | None, leaving: Tensor, errors: Tensor
+) -> None:
+    block, width = int(p["block"]), int(p["value_tile"])
+    tiles = -(-x.values // width)
+    args = (x.q, x.k, x.w, d_o, leaving, errors, made.inverses, made.weight, made.scores, *made.lines, d_final, d_initial, x.cu_seqlens)
+    args += (x.v.shape[1], x.heads, x.group, tiles, *strides(x.q), *strides(x.k), *strides(x.w), *strides(d_o))
+    constants = (x.keys, x.values, tile_width(x.keys), block, width, p["dot"], p["stages"])
+    REVERSE(x.sequences * x.heads * tiles, args, constants, int(p["warps"]), int(p["stages"]))
+
+
+def _run_pairs(
+    x: Operands, made: Factors, p: Params, d_o: Tensor, states: Tensor, leaving: Tensor, updates: Tensor, errors: Tensor, into: Mapping[str, Tensor]
+) -> None:
+    """Writes over the factors: nothing after this reads them."""
+    block, keys, rule = int(p["block"]), tile_width(x.keys), x.w is None
+    args = (x.q, x.k, x.v if rule else None, x.beta, x.g, x.gate, d_o, states, leaving, updates, errors, made.scores, made.inverses)
+    slope, erase, _, total = made.lines
+    args += (slope, made.weight, made.spare if erase is None else erase, total, into.get("v") if rule else None, x.cu_seqlens)
+    args += (x.v.shape[1], x.sequences, x.heads, x.group, x.scale)
+    for tensor in (x.q, x.k, x.v, x.beta, x.g, x.gate, d_o):
+        args += strides(tensor)
+    width, stages = int(p["pair_tile"]), int(p["pair_stages"])
+    constants = (x.keys, x.values, keys, block, width, 16, x.l2norm, p["dot"], stages)
+    PAIRS(x.slots(block) * x.heads, args, constants, int(p["pair_warps"]), stages)
+
+
+def _run_gradients(
+    x: Operands, made: Factors, p: Params, d_o: Tensor, states: Tensor, leaving: Tensor, updates: Tensor, errors: Tensor, into: Mapping[str, Tensor]
+) -> None:
+    block, keys = int(p["block"]), tile_width(x.keys)
+    slots, groups = x.slots(block), x.heads // x.group
+    sums = None if x.group == 1 else torch.empty(slots * groups * 2 * block * keys, dtype=torch.float32, device=x.v.device)
+    d_w = None if x.w is None else into.get("w")
+    if x.w is not None and d_w is None:
+        d_w = torch.empty(x.w.shape, dtype=x.w.dtype, device=x.w.device)
+    slope, erase, _, total = made.lines
+    args = (x.q, x.k, x.beta, x.g, x.gate, d_o, states, leaving, updates, errors, made.scores, made.inverses)
+    args += (slope, made.weight, made.spare if erase is None else erase, total, sums)
+    args += (into.get("q"), into.get("k"), d_w, into.get("beta"), into.get("g"), into.get("gate"), x.cu_seqlens)
+    args += (x.v.shape[1], x.sequences, x.heads, x.group, x.scale)
+    for tensor in (x.q, x.k, x.beta, x.g, x.gate, d_o):
+        args += strides(tensor)
+    width, stages = int(p["gradient_tile"]), int(p["gradient_stages"])
+    constants = (x.keys, x.values, keys, block, width, x.l2norm, p["dot"], stages)
+    GRADIENTS(slots * groups, args, constants, int(p["gradient_warps"]), stages)

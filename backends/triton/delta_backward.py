@@ -1,7 +1,8 @@
 """How the backward of the delta rule is put together: the factors of every block, the state at every block's start, the gradient of the state
 from the last block to the first, then the gradients of all inputs in parallel (SPEC.md 10).
 
-The states are computed again by one scan forward, or, where the forward saved them, only the updates are, in parallel.
+The states are computed again by one scan forward, or, where the forward saved them, only the updates are, in parallel. Few heads on long sequences are
+cut into segments that run side by side in both directions, exactly.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from .delta_gradients import GRADIENTS
 from .delta_pairs import PAIRS
-from .delta_reverse import REVERSE
-from .delta_schedules import Factors, Operands, Params, prepare, run_scan
+from .delta_reverse import ENDS, REVERSE
+from .delta_schedules import Factors, Operands, Params, divide, prepare, run_scan
 from .delta_updates import UPDATES
 from .grid import strides, unit_stride
 from .serving import tile_width
@@ -50,11 +51,20 @@ def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Te
     kept = torch.empty(2 - ("u" in into), x.v.numel(), dtype=x.v.dtype, device=device)
     errors, updates = into["u"] if "u" in into else kept[1], kept[0]
     alone = not set(into) - {"initial_state", "u"}
-    if not alone and saved is None:
-        run_scan(x, made, p, x.initial, states=states, updates=updates)
-    elif not alone:
-        _run_updates(x, made, p, states, updates)
-    _run_reverse(x, made, p, d_o, d_final, into.get("initial_state"), leaving, errors)
+    d_initial = into.get("initial_state")
+    if "segment" in p:
+        starts, added, maps = divide(x, made, p)
+        if not alone:
+            run_scan(x, made, p, starts, segment=int(p["segment"]), states=states, updates=updates)
+        _run_reverse(x, made, p, d_o, d_final=d_final, before=added)
+        _run_ends(x, p, added, maps, d_final, starts, d_initial)
+        _run_reverse(x, made, p, d_o, behind=starts, d_initial=d_initial, leaving=leaving, errors=errors)
+    else:
+        if not alone and saved is None:
+            run_scan(x, made, p, x.initial, states=states, updates=updates)
+        elif not alone:
+            _run_updates(x, made, p, states, updates)
+        _run_reverse(x, made, p, d_o, behind=d_final, d_initial=d_initial, leaving=leaving, errors=errors)
     if not alone:
         _run_pairs(x, made, p, d_o, states, leaving, updates, errors, into)
         _run_gradients(x, made, p, d_o, states, leaving, updates, errors, into)
@@ -69,14 +79,33 @@ def _run_updates(x: Operands, made: Factors, p: Params, states: Tensor, updates:
 
 
 def _run_reverse(
-    x: Operands, made: Factors, p: Params, d_o: Tensor, d_final: Tensor | None, d_initial: Tensor | None, leaving: Tensor, errors: Tensor
+    x: Operands,
+    made: Factors,
+    p: Params,
+    d_o: Tensor,
+    *,
+    behind: Tensor | None = None,
+    d_final: Tensor | None = None,
+    before: Tensor | None = None,
+    d_initial: Tensor | None = None,
+    leaving: Tensor | None = None,
+    errors: Tensor | None = None,
 ) -> None:
-    block, width = int(p["block"]), int(p["value_tile"])
+    block, width, segment = int(p["block"]), int(p["value_tile"]), int(p.get("segment", 0))
     tiles = -(-x.values // width)
-    args = (x.q, x.k, x.w, d_o, leaving, errors, made.inverses, made.weight, made.scores, *made.lines, d_final, d_initial, x.cu_seqlens)
-    args += (x.v.shape[1], x.heads, x.group, tiles, *strides(x.q), *strides(x.k), *strides(x.w), *strides(d_o))
-    constants = (x.keys, x.values, tile_width(x.keys), block, width, p["dot"], p["stages"])
-    REVERSE(x.sequences * x.heads * tiles, args, constants, int(p["warps"]), int(p["stages"]))
+    units = x.slots(block * segment) if segment else x.sequences
+    args = (x.q, x.k, x.w, d_o, leaving, errors, made.inverses, made.weight, made.scores, *made.lines, behind, d_final, before, d_initial, x.cu_seqlens)
+    args += (x.v.shape[1], x.sequences, x.heads, x.group, tiles, *strides(x.q), *strides(x.k), *strides(x.w), *strides(d_o))
+    constants = (x.keys, x.values, tile_width(x.keys), block, width, segment, p["dot"], p["stages"])
+    REVERSE(units * x.heads * tiles, args, constants, int(p["warps"]), int(p["stages"]))
+
+
+def _run_ends(x: Operands, p: Params, added: Tensor, maps: Tensor, d_final: Tensor | None, behind: Tensor, d_initial: Tensor | None) -> None:
+    width = min(int(p["chain_tile"]), tile_width(x.values))
+    tiles = -(-x.values // width)
+    constants = (x.keys, x.values, tile_width(x.keys), width, int(p["block"]) * int(p["segment"]), p["dot"], p["chain_stages"])
+    args = (added, maps, d_final, behind, d_initial, x.cu_seqlens, x.v.shape[1], x.heads, tiles)
+    ENDS(x.sequences * x.heads * tiles, args, constants, int(p["chain_warps"]), int(p["chain_stages"]))
 
 
 def _run_pairs(

@@ -56,19 +56,32 @@ def backward_plans(signature: Signature, machine: Machine, block: int | None = N
     if block is not None:
         same = [way for way in ways if way[0] == block]
         ways = same or [(block, *ways[0][1:])]
-    found = []
+    found: list[Candidate] = []
+    cuts: dict[int, dict[str, Param]] = {}
+    for segment in (8, 16) if wide <= 64 else (16, 32):
+        chain: dict[str, Param] = {"chain_tile": 16, "chain_warps": 1 if wide <= 32 else 4, "chain_stages": 3}
+        cuts[segment] = {"segment": segment, "map_tile": 64 if size == 2 else 32, "map_warps": 2 if wide <= 32 else 4, **chain}
     for rows, tile, warps, stages, rest_tile, rest_warps, rest_stages in ways:
         plan: dict[str, Param] = {"block": rows, "prepare_warps": 4, "value_tile": min(tile, values), "warps": warps, "stages": stages}
-        need = max(
-            shared_bytes("scan", plan, keys, values, size),
-            (rest_stages * (keys + rows) * rest_tile + 2 * rows * keys + 2 * rows * rows) * size,
-        )
-        if need <= room:
-            for name, warps_of in (("pair", min(rest_warps, 4)), ("gradient", rest_warps)):
-                plan |= {f"{name}_tile": rest_tile, f"{name}_warps": warps_of, f"{name}_stages": rest_stages}
-            plan["dot"] = dots(signature)[0]
-            found.append(Candidate("triton", "again", tuple(plan.items()), direction="backward"))
-    return found
+        rest: dict[str, Param] = {}
+        for name, warps_of in (("pair", min(rest_warps, 4)), ("gradient", rest_warps)):
+            rest |= {f"{name}_tile": rest_tile, f"{name}_warps": warps_of, f"{name}_stages": rest_stages}
+        last = (rest_stages * (keys + rows) * rest_tile + 2 * rows * keys + 2 * rows * rows) * size
+        for variant, cut in [("again", {}), *(("split", cut) for cut in cuts.values() if rows == ways[0][0])]:
+            if max(shared_bytes("split" if cut else "scan", {**plan, **cut}, keys, values, size), last) <= room:
+                params = {**plan, **cut, **rest, "dot": dots(signature)[0]}
+                found.append(Candidate("triton", variant, tuple(params.items()), direction="backward"))
+    few = _is_few(signature, machine, values)
+    return sorted(found, key=lambda one: (one.variant == "split") != few)
+
+
+def _is_few(signature: Signature, machine: Machine, values: int) -> bool:
+    """Whether a call has too few programs for the card and enough tokens to be cut."""
+    if signature.batch_invariant:
+        return False
+    sequences = signature.dim("N") if signature.packed else signature.dim("B")
+    tokens = signature.dim("T") // max(sequences, 1) if signature.packed else signature.dim("T")
+    return tokens >= _LONG and max(sequences, 1) * signature.dim("H") * -(-values // 64) <= (machine.sms or _SMS) // 3
 
 
 def _plans(signature: Signature, keys: int, values: int) -> list[Plan]:

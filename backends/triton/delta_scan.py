@@ -203,7 +203,7 @@ SCAN = Kernel(_scan)
 
 @triton.jit
 def _transitions(
-    k, w, v, offsets, maps, inverses, erase, write, total, initial, cu_seqlens,
+    k, w, v, offsets, maps, inverses, weight, erase, write, total, initial, cu_seqlens,
     tokens, sequences, offset, heads, group, tiles,
     k_b, k_t, k_h, w_b, w_t, w_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SEGMENT: tl.constexpr, DOT: tl.constexpr,
@@ -248,14 +248,17 @@ def _transitions(
         w_tile = None
         a_tile = None
         erased = None
+        weighed = None
         if w is not None:
             w_row = w + at * w_b + head * w_h + wide * w_t
             w_tile = tl.load(w_row + row[:, None] * w_t + key[None, :], mask=here[:, None] & (key[None, :] < K), other=0.0)
         else:
             a_tile = tl.load(inverses + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :])
             erased = tl.load(erase + place * BLOCK + row)
+            if weight is not None:
+                weighed = tl.load(weight + place * BLOCK + row)
         written = tl.load(write + place * BLOCK + row)
-        state, _, _ = advance(state, k_tile, w_tile, v_tile, a_tile, None, erased, written, tl.load(total + place), DTYPE, DOT)
+        state, _, _ = advance(state, k_tile, w_tile, v_tile, a_tile, weighed, erased, written, tl.load(total + place), DTYPE, DOT)
     out = (unit.to(tl.int64) * heads + head) * K
     tl.store(offsets + out * V + at_n, state, mask=in_n)
     tl.store(maps + out * K + key[:, None] * K + (column - V)[None, :], state, mask=in_m & (segment > 0))

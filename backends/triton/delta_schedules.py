@@ -20,7 +20,7 @@ from .delta_whole import WHOLE
 from .grid import slot_count, strides
 from .serving import tile_width
 
-__all__ = ["SCHEDULES", "Factors", "Fast", "Operands", "Params", "prepare", "run_scan"]
+__all__ = ["SCHEDULES", "Factors", "Fast", "Operands", "Params", "divide", "prepare", "run_scan"]
 
 Params = Mapping[str, Param]
 
@@ -201,19 +201,24 @@ def _segments(x: Operands, p: Params) -> tuple[int, Tensor, Tensor, Tensor]:
     return units, room[: size * x.values], room[size * x.values : 2 * size * x.values], room[2 * size * x.values :]
 
 
-def split(x: Operands, p: Params) -> None:
-    """Segments side by side: what each does to the state, the states at their starts, then the scan of all segments at once."""
-    made = prepare(x, p)
+def divide(x: Operands, made: Factors, p: Params) -> tuple[Tensor, Tensor, Tensor]:
+    """The state at every segment's start, and N and M of the segments between: S_out = M S_in + N. N and M may be written over."""
     units, starts, offsets, maps = _segments(x, p)
     width, segment = int(p["map_tile"]), int(p["segment"])
     tiles = -(-(x.values + x.keys) // width)
     _, erase, write, total = made.lines
-    args = (x.k, x.w, x.v, offsets, maps, made.inverses, erase, write, total, x.initial, x.cu_seqlens)
+    args = (x.k, x.w, x.v, offsets, maps, made.inverses, made.weight, erase, write, total, x.initial, x.cu_seqlens)
     args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, *strides(x.k), *strides(x.w), *strides(x.v))
     constants = (x.keys, x.values, tile_width(x.keys), p["block"], width, segment, p["dot"], p["stages"])
     TRANSITIONS(units * x.heads * tiles, args, constants, int(p["map_warps"]), int(p["stages"]))
     _chain(x, p, offsets, maps, starts)
-    run_scan(x, made, p, starts, segment=segment, o=x.o)
+    return starts, offsets, maps
+
+
+def split(x: Operands, p: Params) -> None:
+    """Segments side by side: what each does to the state, the states at their starts, then the scan of all segments at once."""
+    made = prepare(x, p)
+    run_scan(x, made, p, divide(x, made, p)[0], segment=int(p["segment"]), o=x.o)
 
 
 SCHEDULES: Mapping[str, Callable[[Operands, Params], None]] = {"whole": whole, "scan": scan, "split": split, "states": states}

@@ -20,8 +20,9 @@ from .grid import on_device, slot_count, unit_stride
 from .program import remembering
 from .serving import CONSUMER_SHARED_BYTES, dots, narrow_warps, serves, tile_width
 from .uw_blocks import JOINED_WIDTH, UW_BLOCK, UW_SCALED, UW_WALK
+from .uw_gradients import backward_candidates, run_backward
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports", "transformed"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports", "transformed"]
 
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("uw_blocks", "decay", "inverse", "grid", "launch"))
 _WIDEST_BLOCK = 64

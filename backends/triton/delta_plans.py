@@ -5,6 +5,8 @@ Pure: a card whose shared memory is too small for a plan does not see it. Every 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from titans_backends.backend import Candidate, Param
@@ -13,7 +15,7 @@ from titans_backends.signature import Signature
 
 from .serving import CONSUMER_SHARED_BYTES, dots, tile_width
 
-__all__ = ["backward_plans", "delta_plans", "shared_bytes"]
+__all__ = ["backward_plans", "delta_plans", "saving", "shared_bytes"]
 
 _SHORT = 256
 """Tokens up to which one launch is the default."""
@@ -39,8 +41,19 @@ def delta_plans(signature: Signature, machine: Machine) -> list[Candidate]:
     return found + [Candidate("triton", slowest[0], (*slowest[1].items(), ("dot", dot))) for dot in others]
 
 
-def backward_plans(signature: Signature, machine: Machine, block: int | None = None) -> list[Candidate]:
-    """The plans of the backward that fit, the default first; with `block` on such blocks alone, where the chunk grid is given."""
+def saving(found: list[Candidate], signature: Signature, grid: int, variants: tuple[str, ...]) -> list[Candidate]:
+    """The plans, in training with those that also save the states of a dense call behind them: one of each of the `variants`, on blocks of the grid."""
+    if signature.regime != "training" or not signature.may_save or signature.packed:
+        return found
+    saved: dict[str, Candidate] = {}
+    for one in found:
+        if one.variant in variants and one.param("block") == grid:
+            saved.setdefault(one.variant, replace(one, saves_states=True))
+    return [*found, *saved.values()]
+
+
+def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: bool = False) -> list[Candidate]:
+    """The plans of the backward that fit, the default first. `grid`: the blocks on which states may be saved; `fixed`: no others will do."""
     keys, values = (tile_width(signature.dim(letter)) for letter in "KV")
     size, wide = signature.dtype.itemsize, max(keys, values)
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
@@ -53,9 +66,8 @@ def backward_plans(signature: Signature, machine: Machine, block: int | None = N
     elif wide <= 128:
         ways = [(32, 32, 4, 2, 32, 8, 1)] if float32 else [(64, 32, 4, 3, 64, 8, 2), (64, 32, 4, 3, 64, 4, 2), (64, 32, 4, 3, 32, 4, 3)]
     ways += [(32, 32, 4, 2, 32, 8, 1), (16, 16, 4, 2, 16, 8, 1)]
-    if block is not None:
-        same = [way for way in ways if way[0] == block]
-        ways = same or [(block, *ways[0][1:])]
+    if fixed:
+        ways = [way for way in ways if way[0] == grid] or [(grid, *ways[0][1:])]
     found: list[Candidate] = []
     cuts: dict[int, dict[str, Param]] = {}
     for segment in (8, 16) if wide <= 64 else (16, 32):
@@ -71,6 +83,8 @@ def backward_plans(signature: Signature, machine: Machine, block: int | None = N
             if max(shared_bytes("split" if cut else "scan", {**plan, **cut}, keys, values, size), last) <= room:
                 params = {**plan, **cut, **rest, "dot": dots(signature)[0]}
                 found.append(Candidate("triton", variant, tuple(params.items()), direction="backward"))
+    dense = [one for one in found if one.variant == "again" and one.param("block") == grid] if signature.may_save and not signature.packed else []
+    found += [replace(one, variant="saved", saves_states=True) for one in dense[:2]]
     few = _is_few(signature, machine, values)
     return sorted(found, key=lambda one: (one.variant == "split") != few)
 

@@ -40,7 +40,7 @@ class Fast:
 class Operands:
     """A call as the kernels want it: rows of q, k and v contiguous, states contiguous, cu_seqlens on the device, `o` and `final` to be written.
 
-    With `w` the values `v` are u, and beta is not needed.
+    With `w` the values `v` are u, and beta is not needed. `kept`, for a backward: where `scan` and `split` write the state at each block's start.
     `offset`: every sequence begins that many absent tokens earlier, so that the block grid agrees with the fast core's chunks.
     """
 
@@ -59,6 +59,7 @@ class Operands:
     offset: int = 0
     fast: Fast | None = None
     w: Tensor | None = None
+    kept: Tensor | None = None
 
     @property
     def sequences(self) -> int:
@@ -84,6 +85,12 @@ class Operands:
     def values(self) -> int:
         """V."""
         return self.v.shape[3]
+
+    def saving(self, block: int) -> Tensor:
+        """Room for `kept`: `[B, M, H, K, V]` in the dtype of k, of a dense call."""
+        tokens = self.v.shape[1]
+        self.kept = torch.empty(self.v.shape[0], -(-tokens // block), self.heads, self.keys, self.values, dtype=self.k.dtype, device=self.v.device)
+        return self.kept
 
     def slots(self, unit: int) -> int:
         """Slots of `unit` tokens."""
@@ -168,7 +175,7 @@ def whole(x: Operands, p: Params) -> None:
 
 def scan(x: Operands, p: Params) -> None:
     """Blocks prepared in parallel, then one scan per sequence."""
-    run_scan(x, prepare(x, p), p, x.initial, o=x.o)
+    run_scan(x, prepare(x, p), p, x.initial, o=x.o, states=x.kept)
 
 
 def states(x: Operands, p: Params) -> None:
@@ -218,7 +225,7 @@ def divide(x: Operands, made: Factors, p: Params) -> tuple[Tensor, Tensor, Tenso
 def split(x: Operands, p: Params) -> None:
     """Segments side by side: what each does to the state, the states at their starts, then the scan of all segments at once."""
     made = prepare(x, p)
-    run_scan(x, made, p, divide(x, made, p)[0], segment=int(p["segment"]), o=x.o)
+    run_scan(x, made, p, divide(x, made, p)[0], segment=int(p["segment"]), o=x.o, states=x.kept)
 
 
 SCHEDULES: Mapping[str, Callable[[Operands, Params], None]] = {"whole": whole, "scan": scan, "split": split, "states": states}

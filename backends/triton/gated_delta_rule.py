@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from titans_backends.backend import Candidate
-from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
+from titans_backends.contracts.gated_delta_rule import GRID, GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
 from .delta_backward import gradients
-from .delta_plans import backward_plans, delta_plans
+from .delta_plans import backward_plans, delta_plans, saving
 from .delta_schedules import SCHEDULES, Operands
 from .grid import on_device, unit_stride
 from .program import remembering
@@ -37,12 +37,17 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """The schedules with their tiles; the default by how many programs the card wants."""
-    return delta_plans(signature, machine)
+    return saving(delta_plans(signature, machine), signature, _grid(signature), ("scan", "split"))
 
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """The states computed again, or handed over by the forward."""
-    return backward_plans(signature, machine)
+    return backward_plans(signature, machine, _grid(signature))
+
+
+def _grid(signature: Signature) -> int:
+    chunk = signature.option("chunk_size")
+    return GRID if chunk is None else int(chunk)
 
 
 def _operands(call: GatedDeltaRule, o: Tensor | None) -> Operands:
@@ -59,9 +64,10 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
     x = _operands(call, torch.empty(v.shape, dtype=v.dtype, device=v.device))
     if call.output_final_state:
         x.final = torch.empty(x.sequences, x.heads, x.keys, x.values, dtype=torch.float32, device=v.device)
+    kept = (x.saving(int(candidate.param("block"))),) if candidate.saves_states else ()
     if v.numel() or x.final is not None:
         SCHEDULES[candidate.variant](x, dict(candidate.params))
-    return x.o, x.final
+    return x.o, x.final, *kept
 
 
 def run_backward(

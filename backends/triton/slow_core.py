@@ -20,7 +20,7 @@ from titans_backends.verdict import Verdict, refused
 from . import delta_schedules
 from .ahead import ahead_of
 from .delta_backward import gradients
-from .delta_plans import backward_plans
+from .delta_plans import backward_plans, saving
 from .delta_plans import shared_bytes as delta_bytes
 from .delta_schedules import Operands, Params
 from .grid import on_device, unit_stride
@@ -113,7 +113,8 @@ def _segmented(signature: Signature, machine: Machine, room: int, others: list[C
     made = [Candidate("triton", variant, (*params.items(), ("dot", dot)), sources=_SOURCES) for variant, params in fitting]
     first = _first(signature, machine, keys, values)
     preferred = max(_value_tile(signature, machine), 32)
-    return sorted([*others, *made], key=lambda one: (one.variant != first, first == one.variant == "scored" and one.param("value_tile") != preferred))
+    ordered = sorted([*others, *made], key=lambda one: (one.variant != first, first == one.variant == "scored" and one.param("value_tile") != preferred))
+    return saving(ordered, signature, block, tuple(SCHEDULES))
 
 
 def _first(signature: Signature, machine: Machine, keys: int, values: int) -> str:
@@ -148,7 +149,7 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and the final state."""
     chosen = dict(candidate.params)
     if candidate.variant in SCHEDULES:
-        return _scheduled(call, candidate.variant, chosen)
+        return _scheduled(call, candidate, chosen)
     tiling = Tiling(
         int(chosen["block"]), int(chosen["block_v"]), int(chosen["warps"]), int(chosen["stages"]), str(chosen["dot"]), candidate.variant == "prepared"
     )
@@ -166,7 +167,7 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     if not _is_plain(signature) or signature.option("normalize_final"):
         return []
     block = int(str(signature.option("chunk_size")))
-    return backward_plans(signature, machine, block)
+    return backward_plans(signature, machine, block, fixed=True)
 
 
 def run_backward(
@@ -185,18 +186,19 @@ def _operands(call: SlowCore, o: Tensor | None) -> Operands:
     )
 
 
-def _scheduled(call: SlowCore, variant: str, params: Params) -> tuple[Tensor | None, ...]:
+def _scheduled(call: SlowCore, candidate: Candidate, params: Params) -> tuple[Tensor | None, ...]:
     """The delta rule's schedule on given u and w."""
     u = call.u
     o = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     x = _operands(call, o)
     if call.output_final_state:
         x.final = torch.empty(x.sequences, x.heads, x.keys, x.values, dtype=torch.float32, device=u.device)
+    kept = (x.saving(int(params["block"])),) if candidate.saves_states else ()
     if o.numel() or x.final is not None:
-        SCHEDULES[variant](x, params)
+        SCHEDULES[candidate.variant](x, params)
     if call.normalize_final and x.final is not None:
         normalized(x.final)
-    return o, x.final
+    return o, x.final, *kept
 
 
 compile_ahead = ahead_of(run)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from tests.triton_machines import H100
-from titans_backends.backend import Candidate, OpModule
+from titans_backends.backend import Candidate, OpModule, TrainableOpModule
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build, cases
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
-from titans_backends.tuning.gate import Ledger, check_forward, failure
+from titans_backends.tuning.gate import Ledger, check_backward, check_forward, failure
 from titans_backends.tuning.suite import exam_of
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -145,6 +145,36 @@ def problems(made: Contract, case: Case, choose: Callable[[Call], list[Candidate
     return found
 
 
+def reverted(made: Contract, call: Call) -> list[Candidate]:
+    """What the op offers an H100 for the backward of a call; none where it leaves it to another backend."""
+    module, signature = module_of(made.name), signature_of(made, call, validate(made, call), regime="training")
+    if not hasattr(module, "backward_candidates") or not module.supports(signature, H100):
+        return []
+    return list(cast(TrainableOpModule, module).backward_candidates(signature, H100))
+
+
+def wrong_gradients(made: Contract, case: Case, choose: Callable[[Call], list[Candidate]]) -> list[str]:
+    """What is wrong with the chosen backward candidates on a case, a line each."""
+    call = build(made, case)
+    chosen = choose(call)
+    if not chosen:
+        pytest.skip("the backward is left to another backend")
+    exam = exam_of(made, case, call, training=True)
+    found = []
+    for candidate in chosen:
+        once = replace(candidate, deterministic=False)
+        try:
+            check_backward(made, once, module_of(made.name), exam, LIMIT, Ledger(), candidate.label)
+        except Exception as error:
+            found.append(failure(error, candidate.label) if type(error).__name__ != "Rejected" else str(error))
+    return found
+
+
+def shortened(candidate: Candidate) -> Candidate:
+    """With segments of one block, so that short calls have many."""
+    return replace(candidate, params=tuple((name, 1 if name.endswith("segment") else value) for name, value in candidate.params))
+
+
 def expect_none(found: list[str]) -> None:
     """Fails with the lines alone."""
     if found:
@@ -181,3 +211,21 @@ def test_every_other_candidate_keeps_the_contract(op: str, case: Case) -> None:
         return distinct(known)[1:]
 
     expect_none(problems(made, case, others))
+
+
+@pytest.mark.parametrize(("op", "case"), listed(lambda made: cases(made, torch.float32)))
+def test_the_default_backward_keeps_the_contract(op: str, case: Case) -> None:
+    made = CONTRACTS[op]
+    expect_none(wrong_gradients(made, case, lambda call: reverted(made, call)[:1]))
+
+
+@pytest.mark.parametrize(("op", "case"), listed(sizes))
+def test_the_default_backward_tiles_any_size(op: str, case: Case) -> None:
+    made = CONTRACTS[op]
+    expect_none(wrong_gradients(made, case, lambda call: reverted(made, call)[:1]))
+
+
+@pytest.mark.parametrize(("op", "case"), listed(few))
+def test_every_other_backward_keeps_the_contract(op: str, case: Case) -> None:
+    made = CONTRACTS[op]
+    expect_none(wrong_gradients(made, case, lambda call: distinct([shortened(one) for one in reverted(made, call)])[1:]))

@@ -55,7 +55,7 @@ def _gradients(
     groups = heads // group
     shared = program % groups
     slot = program // groups
-    batch, _, _, start, begin, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
+    batch, _, _, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
     if start >= end:
         return
     DTYPE: tl.constexpr = k.dtype.element_ty

@@ -34,7 +34,7 @@ def _pairs(
     head = program % heads
     slot = program // heads
     shared = head // group
-    batch, _, _, start, begin, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
+    batch, _, _, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
     if start >= end:
         return
     DTYPE: tl.constexpr = k.dtype.element_ty

@@ -27,7 +27,7 @@ def _updates(
     tile = program % tiles
     head = (program // tiles) % heads
     slot = program // tiles // heads
-    batch, _, _, start, begin, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
+    batch, _, _, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
     if start >= end:
         return
     DTYPE: tl.constexpr = k.dtype.element_ty

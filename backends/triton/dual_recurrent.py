@@ -26,7 +26,7 @@ from .dual_inputs import core_weights, unit_operands
 from .serving import narrow_warps, tile_width
 from .slow_scan import Tiling, slow_scan
 
-__all__ = ["recurrent", "recurrent_candidates"]
+__all__ = ["recurrent", "recurrent_candidates", "transform_signature"]
 
 _SOURCES = tuple(
     f"titans_backends.backends.triton.{name}"
@@ -46,7 +46,7 @@ def recurrent_candidates(signature: Signature, machine: Machine) -> list[Candida
 
 def _composed_candidates(signature: Signature, machine: Machine, most: int) -> list[Candidate]:
     """The transform's default before each of the scan's first candidates, and the transform's second before its default."""
-    transforms = uw_transform.candidates(_transform_signature(signature), machine)
+    transforms = uw_transform.candidates(transform_signature(signature), machine)
     scans = slow_core.candidates(replace(signature, batch_invariant=True), machine)[: most + 1]  # the same for any number of heads
     if machine.sm is not None and machine.sm in HOPPER:
         transforms = [_careful(signature, way) for way in transforms]
@@ -72,7 +72,7 @@ def _joined(transform: Candidate, scan: Candidate) -> Candidate:
     return Candidate("triton", "composed", (*scan.params, (f"{_TRANSFORM_PREFIX}variant", transform.variant), *prefixed), sources=_SOURCES)
 
 
-def _transform_signature(signature: Signature) -> Signature:
+def transform_signature(signature: Signature) -> Signature:
     """The signature of the u and w inside, of at least a chunk of tokens: a chunk_offset, which no key has, may put few tokens at a chunk's end."""
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)

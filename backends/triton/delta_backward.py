@@ -12,12 +12,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .delta_gradients import GRADIENTS
+from .delta_gradients import KEYS, QUERIES
 from .delta_pairs import PAIRS
 from .delta_reverse import ENDS, REVERSE
 from .delta_schedules import Factors, Operands, Params, divide, prepare, run_scan
 from .delta_updates import UPDATES
 from .grid import strides, unit_stride
+from .launch import Kernel
 from .serving import tile_width
 
 __all__ = ["gradients"]
@@ -67,13 +68,33 @@ def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Te
         _run_reverse(x, made, p, d_o, behind=d_final, d_initial=d_initial, leaving=leaving, errors=errors)
     if not alone:
         _run_pairs(x, made, p, d_o, states, leaving, updates, errors, into)
-        _run_gradients(x, made, p, d_o, states, leaving, updates, errors, into)
+        size = x.slots(block) * (x.heads // x.group) * block * tile_width(x.keys)
+        sums = None if x.group == 1 else torch.empty(size, dtype=torch.float32, device=device)
+        if into.keys() & {"q", "g", "gate"}:
+            _run_queries(x, made, p, d_o, states, sums, into)
+        if into.keys() & {"k", "beta", "g", "w"}:
+            _run_keys(x, made, p, states, leaving, updates, errors, sums, into)
 
 
 def _run_updates(x: Operands, made: Factors, p: Params, states: Tensor, updates: Tensor) -> None:
     block, width = int(p["block"]), int(p["gradient_tile"])
     tiles = -(-x.values // width)
-    args = (x.k, x.w, x.v, states, updates, made.inverses, made.weight, made.lines[1], x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group, tiles)
+    args = (
+        x.k,
+        x.w,
+        x.v,
+        states,
+        updates,
+        made.inverses,
+        made.weight,
+        made.lines[1],
+        x.cu_seqlens,
+        x.v.shape[1],
+        x.sequences,
+        x.heads,
+        x.group,
+        tiles,
+    )
     args += (*strides(x.k), *strides(x.w), *strides(x.v))
     UPDATES(x.slots(block) * x.heads * tiles, args, (x.keys, x.values, tile_width(x.keys), block, width, p["dot"]), int(p["gradient_warps"]), 1)
 
@@ -94,7 +115,23 @@ def _run_reverse(
     block, width, segment = int(p["block"]), int(p["value_tile"]), int(p.get("segment", 0))
     tiles = -(-x.values // width)
     units = x.slots(block * segment) if segment else x.sequences
-    args = (x.q, x.k, x.w, d_o, leaving, errors, made.inverses, made.weight, made.scores, *made.lines, behind, d_final, before, d_initial, x.cu_seqlens)
+    args = (
+        x.q,
+        x.k,
+        x.w,
+        d_o,
+        leaving,
+        errors,
+        made.inverses,
+        made.weight,
+        made.scores,
+        *made.lines,
+        behind,
+        d_final,
+        before,
+        d_initial,
+        x.cu_seqlens,
+    )
     args += (x.v.shape[1], x.sequences, x.heads, x.group, tiles, *strides(x.q), *strides(x.k), *strides(x.w), *strides(d_o))
     constants = (x.keys, x.values, tile_width(x.keys), block, width, segment, p["dot"], p["stages"])
     REVERSE(units * x.heads * tiles, args, constants, int(p["warps"]), int(p["stages"]))
@@ -124,22 +161,39 @@ def _run_pairs(
     PAIRS(x.slots(block) * x.heads, args, constants, int(p["pair_warps"]), stages)
 
 
-def _run_gradients(
-    x: Operands, made: Factors, p: Params, d_o: Tensor, states: Tensor, leaving: Tensor, updates: Tensor, errors: Tensor, into: Mapping[str, Tensor]
+def _run_queries(x: Operands, made: Factors, p: Params, d_o: Tensor, states: Tensor, sums: Tensor | None, into: Mapping[str, Tensor]) -> None:
+    slope, erase, _, _ = made.lines
+    args = (x.q, x.k, x.g, x.gate, d_o, states, made.scores, slope, made.spare if erase is None else erase, sums, into.get("q"), into.get("gate"))
+    args += (x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group, x.scale)
+    for tensor in (x.q, x.k, x.g, x.gate, d_o):
+        args += strides(tensor)
+    _launch(QUERIES, x, p, args)
+
+
+def _run_keys(
+    x: Operands,
+    made: Factors,
+    p: Params,
+    states: Tensor,
+    leaving: Tensor,
+    updates: Tensor,
+    errors: Tensor,
+    sums: Tensor | None,
+    into: Mapping[str, Tensor],
 ) -> None:
-    block, keys = int(p["block"]), tile_width(x.keys)
-    slots, groups = x.slots(block), x.heads // x.group
-    sums = None if x.group == 1 else torch.empty(slots * groups * 2 * block * keys, dtype=torch.float32, device=x.v.device)
     d_w = None if x.w is None else into.get("w")
     if x.w is not None and d_w is None:
         d_w = torch.empty(x.w.shape, dtype=x.w.dtype, device=x.w.device)
-    slope, erase, _, total = made.lines
-    args = (x.q, x.k, x.beta, x.g, x.gate, d_o, states, leaving, updates, errors, made.scores, made.inverses)
-    args += (slope, made.weight, made.spare if erase is None else erase, total, sums)
-    args += (into.get("q"), into.get("k"), d_w, into.get("beta"), into.get("g"), into.get("gate"), x.cu_seqlens)
-    args += (x.v.shape[1], x.sequences, x.heads, x.group, x.scale)
-    for tensor in (x.q, x.k, x.beta, x.g, x.gate, d_o):
+    slope, _, _, total = made.lines
+    args = (x.q, x.k, x.beta, x.g, states, leaving, updates, errors, made.scores, made.inverses, slope, made.weight, total, sums)
+    args += (into.get("k"), d_w, into.get("beta"), into.get("g"), x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group)
+    for tensor in (x.q, x.k, x.beta, x.g):
         args += strides(tensor)
-    width, stages = int(p["gradient_tile"]), int(p["gradient_stages"])
-    constants = (x.keys, x.values, keys, block, width, x.l2norm, p["dot"], stages)
-    GRADIENTS(slots * groups, args, constants, int(p["gradient_warps"]), stages)
+    _launch(KEYS, x, p, args)
+
+
+def _launch(kernel: Kernel, x: Operands, p: Params, args: tuple[object, ...]) -> None:
+    """A program for each block and q/k head."""
+    block, width, stages = int(p["block"]), int(p["gradient_tile"]), int(p["gradient_stages"])
+    constants = (x.keys, x.values, tile_width(x.keys), block, width, x.l2norm, p["dot"], stages)
+    kernel(x.slots(block) * (x.heads // x.group), args, constants, int(p["gradient_warps"]), stages)  # type: ignore[arg-type]

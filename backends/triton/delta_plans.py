@@ -64,7 +64,7 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
     elif wide <= 64:
         ways = [(32, 32, 4, 3, 32, 4, 1)] if float32 else [(64, 32, 4, 3, 64, 4, 2)]
     elif wide <= 128:
-        ways = [(32, 32, 4, 2, 32, 8, 1)] if float32 else [(64, 32, 4, 3, 64, 8, 2), (64, 32, 4, 3, 64, 4, 2), (64, 32, 4, 3, 32, 4, 3)]
+        ways = [(32, 32, 4, 2, 32, 8, 1)] if float32 else [(64, 32, 4, 3, 64, 8, 2), (64, 32, 4, 3, 32, 8, 3), (64, 64, 4, 3, 64, 8, 2)]
     ways += [(32, 32, 4, 2, 32, 8, 1), (16, 16, 4, 2, 16, 8, 1)]
     if fixed:
         ways = [way for way in ways if way[0] == grid] or [(grid, *ways[0][1:])]

@@ -155,7 +155,24 @@ def run_scan(
     units = x.slots(block * segment) if segment else x.sequences
     fast = x.fast
     ends = (None, None) if fast is None else (fast.initial, fast.final)
-    args = (x.q, x.k, x.w, x.v, o, states, updates, made.inverses, made.weight, made.scores, *made.lines, *made.fast, initial, x.final, *ends, x.cu_seqlens)
+    args = (
+        x.q,
+        x.k,
+        x.w,
+        x.v,
+        o,
+        states,
+        updates,
+        made.inverses,
+        made.weight,
+        made.scores,
+        *made.lines,
+        *made.fast,
+        initial,
+        x.final,
+        *ends,
+        x.cu_seqlens,
+    )
     args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, 1 if fast is None else fast.chunk)
     args += (*strides(x.q), *strides(x.k), *strides(x.w), *strides(x.v))
     constants = (x.keys, x.values, tile_width(x.keys), block, width, segment, x.offset > 0, p["dot"], p["stages"])

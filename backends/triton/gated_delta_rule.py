@@ -77,5 +77,5 @@ def run_backward(
     return gradients(_operands(call, None), dict(candidate.params), call, grads, states, needs, _INPUTS)
 
 
-compile_ahead = ahead_of(run)
+compile_ahead = ahead_of(run, "gated_delta_rule", run_backward)
 remember = remembering(run)

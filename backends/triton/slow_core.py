@@ -113,7 +113,9 @@ def _segmented(signature: Signature, machine: Machine, room: int, others: list[C
     made = [Candidate("triton", variant, (*params.items(), ("dot", dot)), sources=_SOURCES) for variant, params in fitting]
     first = _first(signature, machine, keys, values)
     preferred = max(_value_tile(signature, machine), 32)
-    ordered = sorted([*others, *made], key=lambda one: (one.variant != first, first == one.variant == "scored" and one.param("value_tile") != preferred))
+    ordered = sorted(
+        [*others, *made], key=lambda one: (one.variant != first, first == one.variant == "scored" and one.param("value_tile") != preferred)
+    )
     return saving(ordered, signature, block, tuple(SCHEDULES))
 
 
@@ -201,5 +203,5 @@ def _scheduled(call: SlowCore, candidate: Candidate, params: Params) -> tuple[Te
     return o, x.final, *kept
 
 
-compile_ahead = ahead_of(run)
+compile_ahead = ahead_of(run, "slow_core", run_backward)
 remember = remembering(run)

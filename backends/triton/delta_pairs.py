@@ -4,9 +4,10 @@ With U the updates and X the gradient of beta W, all [BLOCK, V]:
 
     pairs = tril(dO U^T) * Gamma * scale * gate     the gradient of Q K^T        links = -stril(X U^T) * Gamma * beta     that of K K^T
 
-both written over what the reverse scan no longer needs (`scores`, `inverses`), as are the parts of the vectors' gradients that a row or a column of these
-gives: of G in `slope`, of beta in `weight`, of the output gate in `erase`, and e^(G_C) <S, E> in `total`. The gradient of v is written here too. With
-`inverses` None, for slow_core, there are no links. A program computes 4 BLOCK^2 (K + V) FLOP on 2 (3 BLOCK V + 2 BLOCK K + 2 K V + 2 BLOCK^2) bytes at 16 bits: bytes limit it.
+both written over what the reverse scan no longer needs (`scores`, `inverses`), as are the parts of the vectors' gradients that a row or a column of
+these gives: of G in `slope`, of beta in `weight`, of the output gate in `erase`, and e^(G_C) <S, E> in `total`. The gradient of v is written here too.
+With `inverses` None, for slow_core, there are no links. A program computes 4 BLOCK^2 (K + V) FLOP on 2 (3 BLOCK V + 2 BLOCK K + 2 K V + 2 BLOCK^2) bytes at
+16 bits: bytes limit it.
 """
 
 from __future__ import annotations

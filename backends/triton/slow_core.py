@@ -8,6 +8,8 @@ split      the same in segments that run side by side: few heads on long sequenc
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -87,9 +89,9 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return _segmented(signature, machine, room, found)
 
 
-def _is_plain(signature: Signature) -> bool:
-    """Whether a chunk is one block of the delta rule's scan, and no option asks for more."""
-    extra = signature.has("chunk_decay") or signature.option("normalize_read") or not signature.option("delta")
+def _is_plain(signature: Signature, *, delta: bool = True) -> bool:
+    """Whether a chunk is one block of the delta rule's scan, and no option asks for more; `delta=False` lets a call without the correction pass."""
+    extra = signature.has("chunk_decay") or signature.option("normalize_read") or (delta and not signature.option("delta"))
     return signature.option("chunk_size") in _BLOCKS and not extra
 
 
@@ -166,7 +168,7 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """The delta rule's on given u and w, where a chunk is one of its blocks; none for the options that only the serial kernels have."""
-    if not _is_plain(signature) or signature.option("normalize_final"):
+    if not _is_plain(signature, delta=False) or signature.option("normalize_final"):
         return []
     block = int(str(signature.option("chunk_size")))
     return backward_plans(signature, machine, block, fixed=True)
@@ -176,7 +178,14 @@ def run_backward(
     call: SlowCore, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, u, w, g, chunk_decay (None), gate and the initial state, in that order."""
-    return gradients(_operands(call, None), dict(candidate.params), call, grads, states, needs, _INPUTS)
+    params = dict(candidate.params)
+    if call.delta:
+        return gradients(_operands(call, None), params, call, grads, states, needs, _INPUTS)
+    none = replace(call, w=call.w.new_zeros(call.w.shape[3]).expand(call.w.shape))  # no correction: w is as good as zero, and so is its gradient
+    found = list(gradients(_operands(none, None), params, none, grads, states, needs - {"w"}, _INPUTS))
+    if "w" in needs:
+        found[_INPUTS.index("w")] = torch.zeros_like(call.w, memory_format=torch.contiguous_format)
+    return tuple(found)
 
 
 def _operands(call: SlowCore, o: Tensor | None) -> Operands:

@@ -12,12 +12,13 @@ from titans_backends.verdict import Verdict, refused
 
 from . import slow_core
 from .ahead import ahead_of
+from .dual_backward import backward_candidates, run_backward
 from .dual_flat import flat, flat_candidates
 from .dual_recurrent import recurrent, recurrent_candidates
 from .program import remembering
 from .serving import serves
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -45,5 +46,5 @@ def run(call: DualCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return recurrent(call, candidate)
 
 
-compile_ahead = ahead_of(run)
+compile_ahead = ahead_of(run, "dual_core", run_backward)
 remember = remembering(run)

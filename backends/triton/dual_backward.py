@@ -104,7 +104,7 @@ def run_backward(
     else:
         core = SlowCore(
             q, k, u, w, g=call.g, gate=slow_weight, chunk_size=call.chunk_size, scale=call.scale, initial_state=call.initial_state,
-            output_final_state=call.output_final_state, cu_seqlens=call.cu_seqlens,
+            output_final_state=call.output_final_state, cu_seqlens=call.cu_seqlens, delta=call.delta,
         )  # fmt: skip
         slow = _of(slow_core, core, grads[:2], _asked(wanted, weights, needs, "slow"), _part(candidate, "slow"))
         _through_transform(alone, slow, slow.pop("w", None), wanted, candidate)

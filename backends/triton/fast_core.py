@@ -17,12 +17,13 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
+from .fast_backward import gradients, ways
 from .fast_chunks import BLOCKS, FINAL, WALK, WHOLE
 from .grid import on_device, slot_count, unit_stride
 from .program import remembering
 from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
 
 _WALK_FROM = 512
 """Tokens of a chunk from which walking it, linear, is expected to beat its triangle."""
@@ -197,5 +198,19 @@ def run(call: FastCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return o, final
 
 
-compile_ahead = ahead_of(run)
+def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """The ways and tiles of `fast_backward` that suit the chunk, the expected best first."""
+    chunk = int(signature.option("chunk_size") or 1)
+    tokens = chunk if signature.batch_invariant else signature.dim("T")
+    return ways(signature, machine, _unit(chunk, tokens, int(signature.option("chunk_offset") or 0)))
+
+
+def run_backward(
+    call: FastCore, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, gate, g and initial_state, in that order."""
+    return gradients(call, grads, needs, candidate, _unit(call.chunk_size, call.v.shape[1], call.chunk_offset))
+
+
+compile_ahead = ahead_of(run, "fast_core", run_backward)
 remember = remembering(run)

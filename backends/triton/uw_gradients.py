@@ -31,7 +31,7 @@ from .uw_blocks import _lower, _upper, chunk_of, load_tile, load_vector, store_t
 __all__ = ["backward_candidates", "run_backward", "transformed_gradients"]
 
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("uw_gradients", "uw_blocks", "decay", "inverse", "grid", "launch"))
-_WIDEST_BLOCK = 64
+_WIDEST_BLOCK = 128
 _LONGEST = 2**30
 """As the forward's: the kernels count tokens in 32 bits, and add a chunk to them."""
 
@@ -51,12 +51,20 @@ def _turned_triangle(
         turned = tl.where(row[:, None] == row[None, :], 1.0, 0.0) - upper + tl.where(row[:, None] < row[None, :], square, 0.0)
     else:
         turned = unit_lower_inverse(upper, BLOCK, OPERAND, DOT)
+        if BLOCK > 64:  # two diagonal blocks are inverted; with N the rest above them: X - X N X
+            MERGE: tl.constexpr = tl.float16 if OPERAND == tl.bfloat16 else tl.float32
+            PRECISION: tl.constexpr = "tf32x3" if OPERAND == tl.float16 else DOT
+            half = tl.arange(0, BLOCK) // 64
+            corner = tl.where(half[:, None] < half[None, :], upper, 0.0)
+            blocks = as_operand(turned, MERGE, PRECISION)
+            product = tl.dot(blocks, as_operand(corner, MERGE, PRECISION), input_precision=PRECISION)
+            turned -= tl.dot(as_operand(product, MERGE, PRECISION), blocks, input_precision=PRECISION)
     return turned
 
 
 @triton.jit
 def _uw_back(
-    k, v, beta, g, du, dw, dk, dv, dbeta, dg, cu_seqlens, tokens, sequences, offset,
+    k, v, beta, g, du, dw, dk, dv, dbeta, dg, wide, cu_seqlens, tokens, sequences, offset,
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, du_b, du_t, du_h, dw_b, dw_t, dw_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, LAM: tl.constexpr, DOT: tl.constexpr,
@@ -73,17 +81,18 @@ def _uw_back(
     row, first, low, stop = chunk_of(cu_seqlens, slot, tokens, sequences, offset, CHUNK)
     if first >= stop:
         return
+    height = stop - first
+    absent = low - first
     row = tl.cast(row, tl.int64)
     first = tl.cast(first, tl.int64)
     line = tl.arange(0, BLOCK)
-    ok = (line < stop - first) & (line >= low - first)
+    ok = (line < height) & (line >= absent)
     below = line[:, None] > line[None, :]
     token = row * tokens + first
+    key_t = HEADS // GROUP * KEYS
+    nothing = tl.program_id(1)  # 0, but the compiler does not know: what is computed with it is computed again and not kept in registers
     k += row * k_b + first * k_t + key_head * k_h
-    gram = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for part in tl.static_range(0, KEYS, BLOCK_K):
-        keys = load_tile(k, line, ok, k_t, part, KEYS, BLOCK_K)
-        gram = tl.dot(keys, tl.trans(keys), gram, input_precision=DOT)
+    keys = load_tile(k, line, ok, k_t, 0, KEYS, BLOCK_K)
     v += row * v_b + first * v_t
     beta += row * beta_b + first * beta_t
     if DECAYED:
@@ -94,83 +103,104 @@ def _uw_back(
         dw += row * dw_b + first * dw_t
     if dk is not None:
         dk += (token * (HEADS // GROUP) + key_head) * KEYS
-        d_key = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+        if GROUP > 1:
+            wide += (token * (HEADS // GROUP) + key_head) * KEYS
     for member in tl.range(0, GROUP, disable_licm=True):
         head = key_head * GROUP + member
-        b = load_vector(beta + head * beta_h, line, ok, beta_t)
+        rows = line + (nothing & member)
+        real = (rows < height) & (rows >= absent)
+        b = load_vector(beta + head * beta_h, rows, real, beta_t)
         coarse = b
         fine = b
-        reach = b
         if DECAYED:
-            coarse, fine, _, _ = running_log(load_vector(g + head * g_h, line, ok, g_t), SPLIT)
-            reach = b * tl.exp(coarse + fine)
-        turned = _turned_triangle(gram, b, coarse, fine, DECAYED, OPERAND, BLOCK, LAM, DOT)
+            coarse, fine, _, _ = running_log(load_vector(g + head * g_h, rows, real, g_t), SPLIT)
+        gram = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for part in tl.static_range(0, KEYS, BLOCK_K):
+            if not KEPT:
+                keys = load_tile(k, rows, real, k_t, part, KEYS, BLOCK_K)
+            gram = tl.dot(keys, tl.trans(keys), gram, input_precision=DOT)
+        turned = gram
+        if nothing == 0 or LAM:
+            turned = _turned_triangle(gram, b, coarse, fine, DECAYED, OPERAND, BLOCK, LAM, DOT)
         right = as_operand(turned, OPERAND, DOT)
         into = tl.zeros([BLOCK, BLOCK], tl.float32)
         if THROUGH:
+            reach = b
+            if DECAYED:
+                reach = b * tl.exp(coarse + fine)
             scaled = as_operand(turned * reach[:, None], OPERAND, DOT)
             if dw is not None:
                 for part in tl.static_range(0, KEYS, BLOCK_K):
-                    d_w = load_tile(dw + head * dw_h, line, ok, dw_t, part, KEYS, BLOCK_K)
+                    d_w = load_tile(dw + head * dw_h, rows, real, dw_t, part, KEYS, BLOCK_K)
                     if not KEPT:
-                        keys = load_tile(k, line, ok, k_t, part, KEYS, BLOCK_K)
+                        keys = load_tile(k, rows, real, k_t, part, KEYS, BLOCK_K)
                     into = tl.dot(d_w, tl.trans(keys), into, input_precision=DOT)
             if dg is not None:
-                log = reach * tl.sum(tl.trans(right).to(tl.float32) * into, 0)
+                log = tl.sum(tl.trans(scaled).to(tl.float32) * into, 0)
             if DECAYED:
                 into *= tl.exp(coarse + fine)[None, :]
         for part in tl.static_range(0, VALUES, BLOCK_V):
             if du is not None:
-                d_u = load_tile(du + head * du_h, line, ok, du_t, part, VALUES, BLOCK_V)
+                d_u = load_tile(du + head * du_h, rows, real, du_t, part, VALUES, BLOCK_V)
                 if dv is not None:
                     d_x = tl.dot(right, d_u, input_precision=DOT) * b[:, None]
-                    store_tile(dv + (token * HEADS + head) * VALUES, line, ok, HEADS * VALUES, part, d_x, VALUES, BLOCK_V)
+                    store_tile(dv + (token * HEADS + head) * VALUES, rows, real, HEADS * VALUES, part, d_x, VALUES, BLOCK_V)
                 if THROUGH:
-                    values = load_tile(v + head * v_h, line, ok, v_t, part, VALUES, BLOCK_V)
+                    values = load_tile(v + head * v_h, rows, real, v_t, part, VALUES, BLOCK_V)
                     into = tl.dot(d_u, tl.trans(values), into, input_precision=DOT)
             elif dv is not None:
                 d_x = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-                store_tile(dv + (token * HEADS + head) * VALUES, line, ok, HEADS * VALUES, part, d_x, VALUES, BLOCK_V)
+                store_tile(dv + (token * HEADS + head) * VALUES, rows, real, HEADS * VALUES, part, d_x, VALUES, BLOCK_V)
         if THROUGH:
             if dbeta is not None:
                 rate = tl.sum(tl.trans(right).to(tl.float32) * into, 0)
             d_t = tl.where(below, into * b[None, :], 0.0)
-            if LAM:
-                both = as_operand(d_t + tl.trans(d_t), INNER, DOT)
-                lower = as_operand(_lower(gram, b, coarse, fine, DECAYED, BLOCK, SPLIT), INNER, DOT)
-                d_lower = tl.where(below, tl.dot(both, lower, input_precision=DOT), 0.0) - d_t
-            else:
+            if not LAM:
                 inner = as_operand(right, INNER, DOT)
                 half = tl.dot(as_operand(d_t, INNER, DOT), inner, input_precision=DOT)
-                d_lower = -tl.where(below, tl.dot(inner, as_operand(half, INNER, DOT), input_precision=DOT), 0.0)
+                d_t = tl.dot(inner, as_operand(half, INNER, DOT), input_precision=DOT)
+            gram = tl.zeros([BLOCK, BLOCK], tl.float32) + nothing.to(tl.float32)
+            for part in tl.static_range(0, KEYS, BLOCK_K):
+                if not KEPT:
+                    keys = load_tile(k, rows, real, k_t, part, KEYS, BLOCK_K)
+                gram = tl.dot(keys, tl.trans(keys), gram, input_precision=DOT)
+            coarse += nothing.to(tl.float32)
+            if LAM:
+                both = as_operand(d_t, INNER, DOT)
+                both = tl.where(below, both, tl.trans(both))
+                lower = as_operand(_lower(gram, b, coarse, fine, DECAYED, BLOCK, SPLIT), INNER, DOT)
+                d_lower = tl.where(below, tl.dot(both, lower, -d_t, input_precision=DOT), 0.0)
+            else:
+                d_lower = tl.where(below, -d_t, 0.0)
             if DECAYED:
                 d_lower *= between(coarse, fine, below, SPLIT)
             d_gram = d_lower * b[:, None]
             if dbeta is not None:
                 rate += tl.sum(d_lower * gram, 1)
-                tl.store(dbeta + (token + line) * HEADS + head, rate.to(dbeta.dtype.element_ty), mask=ok)
+                tl.store(dbeta + (token + rows) * HEADS + head, rate.to(dbeta.dtype.element_ty), mask=real)
             if dg is not None:
                 h = d_gram * gram
                 log += tl.sum(h, 1) - tl.sum(h, 0)
-                tl.store(dg + (token + line) * HEADS + head, tl.cumsum(log, 0, reverse=True).to(dg.dtype.element_ty), mask=ok)
+                tl.store(dg + (token + rows) * HEADS + head, tl.cumsum(log, 0, reverse=True).to(dg.dtype.element_ty), mask=real)
             if dk is not None:
-                pairs = as_operand(d_gram + tl.trans(d_gram), INNER, DOT)
-                if KEPT:
+                pairs = as_operand(d_gram, INNER, DOT)
+                pairs = tl.where(below, pairs, tl.trans(pairs))
+                for part in tl.static_range(0, KEYS, BLOCK_K):
+                    d_key = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+                    if GROUP > 1:
+                        d_key = load_tile(wide, rows, real & (member > 0), key_t, part, KEYS, BLOCK_K)
                     if dw is not None:
-                        d_key = tl.dot(scaled, d_w, d_key, input_precision=DOT)
+                        if not KEPT:
+                            d_w = load_tile(dw + head * dw_h, rows, real, dw_t, part, KEYS, BLOCK_K)
+                        d_key += tl.dot(right, d_w, input_precision=DOT) * reach[:, None]
+                    if not KEPT:
+                        keys = load_tile(k, rows, real, k_t, part, KEYS, BLOCK_K)
                     d_key = tl.dot(pairs, keys.to(INNER), d_key, input_precision=DOT)
-                else:
-                    for part in tl.static_range(0, KEYS, BLOCK_K):
-                        keys = load_tile(k, line, ok, k_t, part, KEYS, BLOCK_K)
-                        d_key = tl.dot(pairs, keys.to(INNER), input_precision=DOT)
-                        if dw is not None:
-                            d_w = load_tile(dw + head * dw_h, line, ok, dw_t, part, KEYS, BLOCK_K)
-                            d_key = tl.dot(scaled, d_w, d_key, input_precision=DOT)
-                        d_key += load_tile(dk, line, ok & (member > 0), HEADS // GROUP * KEYS, part, KEYS, BLOCK_K)
-                        store_tile(dk, line, ok, HEADS // GROUP * KEYS, part, d_key, KEYS, BLOCK_K)
-                    tl.debug_barrier()
-    if dk is not None and KEPT:
-        store_tile(dk, line, ok, HEADS // GROUP * KEYS, 0, d_key, KEYS, BLOCK_K)
+                    if GROUP > 1:
+                        store_tile(wide, rows, real & (member < GROUP - 1), key_t, part, d_key, KEYS, BLOCK_K)
+                    store_tile(dk, rows, real & (member == GROUP - 1), key_t, part, d_key, KEYS, BLOCK_K)
+        if GROUP > 1 and dk is not None:
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -283,8 +313,8 @@ def _candidate(variant: str, **params: int | str) -> Candidate:
 def _blocks(signature: Signature, block: int) -> list[Candidate]:
     found: list[Candidate] = []
     for dot in dots(signature):
-        for columns, warps, registers in ((64, 4, 0), (128, 4, 0), (64, 8, 0), (64, 2, 0)):
-            way = _candidate("block", block=block, columns=columns, warps=warps, stages=1, dot=dot, registers=registers)
+        for columns, warps, registers in ((64, 4 if block < 128 else 8, 0), (128, 4, 0), (64, 8, 0), (64, 2, 0)):
+            way = _candidate("block", block=block, keys=128, columns=columns, warps=warps, stages=1, dot=dot, registers=registers)
             if way not in found:
                 found.append(way)
     return found
@@ -317,15 +347,16 @@ def transformed_gradients(
     steps = tuple(step for x in (k, v, beta, g, du, dw) for step in strides(x))
     block, chunk, warps, stages = candidate.param("block"), min(call.chunk_size, _LONGEST), int(candidate.param("warps")), int(candidate.param("stages"))
     shape = (heads, heads // max(groups, 1), keys, values, chunk, block)
+    summed = "k" in made and heads != groups
+    wide = made["k"] if summed and k.dtype == torch.float32 else torch.empty(k.shape, dtype=torch.float32, device=k.device) if summed else None
+    args = (k, v, beta, g, du, dw, *out, wide, *sizes, *steps)
     if candidate.variant == "scaled":
-        wide = made.get("k") if k.dtype == torch.float32 or heads == groups or "k" not in made else torch.empty(k.shape, dtype=torch.float32, device=k.device)
         tiles = (min(tile_width(keys), 128), min(tile_width(values), 128))
-        UW_BACK_SCALED(slots * groups, (k, v, beta, g, du, dw, *out, wide, *sizes, *steps), (*shape, *tiles), warps, stages)
+        UW_BACK_SCALED(slots * groups, args, (*shape, *tiles), warps, stages)
         return out
     columns, least = int(candidate.param("columns")), 16
     if v.dtype.itemsize == 2 and int(block) > 32 and warps >= 4:
         least = 64
-    wide_k = max(tile_width(keys), least) if v.dtype.itemsize == 2 else min(tile_width(keys), columns)
-    constants = (*shape, wide_k, max(min(tile_width(values), columns), least), call.transform == "lam", candidate.param("dot"))
-    UW_BACK(slots * groups, (k, v, beta, g, du, dw, *out, *sizes, *steps), constants, warps, stages, int(candidate.param("registers")))
+    constants = (*shape, max(min(tile_width(keys), int(candidate.param("keys"))), least), max(min(tile_width(values), columns), least), call.transform == "lam", candidate.param("dot"))
+    UW_BACK(slots * groups, args, constants, warps, stages, int(candidate.param("registers")))
     return out

@@ -155,5 +155,5 @@ def transformed(call: UWTransform, candidate: Candidate, chunk_offset: int = 0) 
     return u, w
 
 
-compile_ahead = ahead_of(run)
+compile_ahead = ahead_of(run, "uw_transform", run_backward)
 remember = remembering(run)

@@ -21,12 +21,12 @@ from .serving import CONSUMER_SHARED_BYTES, Params, dots, narrow_warps, tile_wid
 __all__ = ["gradients", "ways"]
 
 _INPUTS = ("q", "k", "v", "gate", "g", "initial_state")
-_SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("fast_backward", "fast_gradients", "fast_edges"))
 _WHOLE_UP_TO = 128
 """Tokens of the longest chunk that is two blocks."""
 _WIDE = 64
 """Columns that a product of 64 rows has at least with four warps and 16-bit operands (serving.narrow_warps): narrower heads are padded."""
 _SCRATCH = 1024
+_HOPPER = 9
 _EDGE_BLOCK, _WIDE_EDGE_BLOCK = 32, 16
 _RUNNING_ROWS, _RUNNING_HEADS = 64, 16
 
@@ -45,7 +45,7 @@ def ways(signature: Signature, machine: Machine, unit: int) -> list[Candidate]:
             return
         tiles = (("block", block),) if variant == "whole" else (("block", block), ("piece", min(piece, max(key_tile, value_tile))))
         params: Params = (*tiles, ("warps", warps), ("stages", stages), ("dot", dot))
-        found[Candidate("triton", variant, params, direction="backward", sources=_SOURCES)] = None
+        found[Candidate("triton", variant, params, direction="backward")] = None
 
     if unit <= _WHOLE_UP_TO and widest <= (128 if itemsize == 2 else 64):
         offer("whole", block, 0, max(1, block // 16), 1)
@@ -68,7 +68,8 @@ def ways(signature: Signature, machine: Machine, unit: int) -> list[Candidate]:
         for dot in dots(signature)[1:]:  # products without tensor cores
             offer("blocks", small, 64, 4, 2, dot)
             offer("blocks", 16, 64, 4, 1, dot)
-    return list(found)
+    turned = machine.sm is not None and machine.sm // 10 != _HOPPER  # elsewhere blocks of 64 rows spill
+    return sorted(found, key=lambda one: turned and int(one.param("block")) > 32)
 
 
 def _width(tile: int, itemsize: int, block: int, warps: int) -> int:
@@ -82,16 +83,15 @@ def _shared_bytes(variant: str, block: int, key_tile: int, value_tile: int, stag
     return pairs * block * (key_tile + value_tile) * itemsize + _SCRATCH
 
 
-def gradients(
-    call: FastCore, grads: tuple[Tensor | None, ...], needs: frozenset[str], candidate: Candidate, unit: int
-) -> tuple[Tensor | None, ...]:
+def gradients(call: FastCore, grads: tuple[Tensor | None, ...], needs: frozenset[str], candidate: Candidate, unit: int) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, gate, g and the initial W, in that order; `unit` is the chunk size."""
     wanted = {name: getattr(call, name) for name in _INPUTS if name in needs}
     into = {name: torch.empty(like.shape, dtype=like.dtype, device=like.device) for name, like in wanted.items() if like is not None}
     if call.v.numel():
         _Launches(call, grads, into, unit, str(candidate.param("dot"))).run(candidate)
-    elif "initial_state" in into:  # a call without tokens hands W on
-        into["initial_state"].zero_() if grads[1] is None else into["initial_state"].copy_(grads[1])
+    else:
+        for name, grad in into.items():  # a call without tokens hands W on
+            grad.copy_(grads[1]) if name == "initial_state" and grads[1] is not None else grad.zero_()
     return tuple(into.get(name) for name in _INPUTS)
 
 

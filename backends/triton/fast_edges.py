@@ -166,7 +166,8 @@ def _left(
                 w_tile = _turned(d_final, sequence, head, value, column, final_b, final_h, final_t, K, V)
                 from_w = tl.dot(v_tile, w_tile.to(DTYPE), from_w, input_precision=DOT)
         if left_log is not None:
-            tl.store(left_log + place * heads + head, flow, mask=here)
+            # nothing behind a sequence's last token reads its part, which may be far larger than the others
+            tl.store(left_log + place * heads + head, tl.where(row < count - 1, flow, 0.0), mask=here)
         dk += from_w * tail[:, None]
     if left_k is not None:
         inside = here[:, None] & (column[None, :] < K)

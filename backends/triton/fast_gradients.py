@@ -1,20 +1,21 @@
-"""The gradients of S_fast (SPEC.md 10), two ways through a chunk. Everything inside a chunk is computed again; nothing is saved by the forward.
+"""The gradients of S_fast (SPEC.md 10), two ways through a chunk. What the forward computed inside a chunk is computed again; nothing of it is saved.
 
-    whole    a program takes a chunk of one or two blocks, a q/k head and all v heads that share it: five products a pair of blocks, those for dq and
-             dk once for the whole group, every input read once. The last step of dg is taken on chip
-    blocks   programs for key blocks (dk, dv) and for row blocks (dq, dgate), side by side in one launch; `RUNNING` then sums what they found for dg.
-             Quadratic in the chunk: chunks beyond 512 tokens are better walked, which is not written yet
+    whole    a chunk is one or two blocks, whose pairs are written out: programs for dv, for the sums of dgate and dg, and, for each block and all v heads
+             that share q and k, for dq and dk. One launch; the last step of dg is taken on chip
+    blocks   a program walks the blocks that its own meets: dq, dk, dv in pieces of columns, and the sums over rows and over keys, side by side in one
+             launch; `RUNNING` then sums for dg. Quadratic in the chunk: beyond 512 tokens walking it would be faster, which is not written yet
 
-With P = Q K^T, D = dO V^T, F_tj = scale gate_t Gamma_tj on and below the diagonal, A = F P and B = F D:
+With P = Q K^T, D = dO V^T and F_tj = scale gate_t Gamma_tj on and below the diagonal, A = F P, B = F D:
 
-    dv = A^T dO    dk = B^T Q    dq = B K    dgate = rowsum(P D Gamma) scale    dg_i = sum over t < i of colsum(P B)_t - rowsum(P B)_t
+    dv = A^T dO    dk = B^T Q    dq = B K    dgate = scale rowsum(P D Gamma)    dg_i = sum over t < i of colsum(P B)_t - rowsum(P B)_t
 
-dO enters the products as it came: gate, scale and decay are applied to float32 scores. The diagonal of P B would cancel in dg and is left out. `whole`
-works on transposed tiles `[keys, rows]`, so that no result of a product need be turned: dq^T = K^T B^T.
+dO enters the products as it came: gate, scale and decay are applied to float32 scores. The diagonal of P B, which would cancel in dg, is left out. B is
+summed over the v heads before the products with K and Q. No result of a product is turned for the next: A^T comes from K Q^T, and dk^T = Q^T B.
 
-A row of a chunk of C tokens moves 2 K / group + 2 V elements in and as many less V out, (4 K / group + 3 V); whole takes C (2 K + 2 V) FLOP a row and
-v head and C (2 K) more a row and q/k head (3/4 of the square at two blocks, all of it at one), blocks up to C (7 K + ...) / 2. At C = 128 device memory
-limits both. A carried W and a final W add what `fast_edges` prepares for a sequence's first and last chunk.
+A row moves 2 K / group + 2 V elements in and 2 K / group + V out a v head, with W and without the two numbers. For a chunk of two blocks whole takes 16
+products of a pair of blocks a v head and 6 more a q/k head (2 BLOCK^2 K FLOP each; without gate and g 10 and 6), for one block 5 and 2, blocks 10 a pair.
+Its programs read a tile two to four times, from L2: a chunk's programs run together. At C = 128, K = 128 device memory, L2 and tensor cores take about
+as long as each other; narrow heads are bound by the exponentials and sums. A carried and a final W add what `fast_edges` has prepared.
 """
 
 from __future__ import annotations
@@ -182,9 +183,10 @@ def _sums(
         p = tl.dot(q1, tl.trans(_rows(k, BLOCK + row, column, here1, k_t, K, EVEN_K)), input_precision=DOT)
         p *= tl.dot(do1, tl.trans(_rows(v, BLOCK + row, value, here1, v_t, V, EVEN_V)), input_precision=DOT)
         p = _gamma(p, log1, fine1, log1, fine1, row, row, SPLIT)
-        read = tl.sum(p, 1)
         diagonal = tl.sum(tl.where(row[:, None] == row[None, :], p, 0.0), 1)
-        flow1 = tl.sum(tl.where(row[:, None] > row[None, :], p * rate1[:, None], 0.0), 0)
+        p = tl.where(row[:, None] > row[None, :], p, 0.0)
+        read = tl.sum(p, 1)
+        flow1 = tl.sum(p * rate1[:, None], 0)
     k0 = _rows(k, row, column, here0, k_t, K, EVEN_K)
     v0 = _rows(v, row, value, here0, v_t, V, EVEN_V)
     if TWO:
@@ -198,28 +200,29 @@ def _sums(
         if held_log is not None:
             read += tl.load(held_log + mine + (BLOCK + row) * heads, mask=here1 & opens, other=0.0)
         if dgate is not None:
-            tl.store(dgate + place + (BLOCK + row) * heads, (read * scale).to(dgate.dtype.element_ty), mask=here1)
+            tl.store(dgate + place + (BLOCK + row) * heads, ((read + diagonal) * scale).to(dgate.dtype.element_ty), mask=here1)
         if left_log is not None:
             flow1 += tl.load(left_log + mine + (BLOCK + row) * heads, mask=here1 & closes, other=0.0)
-        flow1 -= (read - diagonal) * rate1
+        flow1 -= read * rate1
     rate0 = _rate(gate, row, here0, scale, gate_t, BLOCK)
     p = tl.dot(_rows(q, row, column, here0, q_t, K, EVEN_K), tl.trans(k0), input_precision=DOT)
     p *= tl.dot(_rows(d_o, row, value, here0, do_t, V, EVEN_V), tl.trans(v0), input_precision=DOT)
     p = _gamma(p, log0, fine0, log0, fine0, row, row, SPLIT)
-    read = tl.sum(p, 1)
     diagonal = tl.sum(tl.where(row[:, None] == row[None, :], p, 0.0), 1)
-    flow = tl.sum(tl.where(row[:, None] > row[None, :], p * rate0[:, None], 0.0), 0)
+    p = tl.where(row[:, None] > row[None, :], p, 0.0)
+    read = tl.sum(p, 1)
+    flow = tl.sum(p * rate0[:, None], 0)
     if held_log is not None:
         read += tl.load(held_log + mine + row * heads, mask=here0 & opens, other=0.0)
     if dgate is not None:
-        tl.store(dgate + place + row * heads, (read * scale).to(dgate.dtype.element_ty), mask=here0)
+        tl.store(dgate + place + row * heads, ((read + diagonal) * scale).to(dgate.dtype.element_ty), mask=here0)
     if dg is not None:
         # dg_i = total + sum over t < i of what flows in less what flows out
         if TWO:
             flow += flow0
         if left_log is not None:
             flow += tl.load(left_log + mine + row * heads, mask=here0 & closes, other=0.0)
-        flow -= (read - diagonal) * rate0
+        flow -= read * rate0
         base = 0.0
         if total is not None:
             base = _total(total, sequence, head, heads, opens, TILES)
@@ -480,7 +483,7 @@ def _back(
             acc = tl.dot((d * rate[:, None]).to(DTYPE), k_tile, acc, input_precision=DOT)
         else:
             d *= tl.dot(q_tile, tl.trans(k_tile), input_precision=DOT)
-            acc += tl.sum(d, 1)
+            acc += tl.sum(tl.where(row[:, None] > key[None, :], d, 0.0), 1)
             diagonal += tl.sum(tl.where(row[:, None] == key[None, :], d, 0.0), 1)
     return acc, diagonal, rate
 
@@ -541,7 +544,7 @@ def _blocks(
     if READS > 0:
         if part < READS:
             acc = tl.zeros([BLOCK, BLOCK_C], tl.float32)
-            for step in range(group):
+            for _step in range(group):
                 do_tile = _rows(d_o, row, value, here, do_t, V, EVEN_V)
                 acc, _zero, _rates = _back(
                     do_tile, None, v, k, gate, g, part * BLOCK_C + piece, block, low, high, scale, acc, zero, zero, v_t, k_t, gate_t, g_t,
@@ -561,7 +564,7 @@ def _blocks(
     if KEYS > 0:
         if part < KEYS:
             acc = tl.zeros([BLOCK, BLOCK_C], tl.float32)
-            for step in range(group):
+            for _step in range(group):
                 v_tile = _rows(v, row, value, here, v_t, V, EVEN_V)
                 acc = _down(
                     v_tile, d_o, q, None, gate, g, part * BLOCK_C + piece, block, low, high, scale, acc, zero, do_t, q_t, gate_t, g_t,
@@ -611,9 +614,9 @@ def _blocks(
             if held_log is not None:
                 read += tl.load(held_log + edge * heads + place, mask=here & opens, other=0.0)
             if dgate is not None:
-                tl.store(dgate + token * heads + place, (read * scale).to(dgate.dtype.element_ty), mask=here)
+                tl.store(dgate + token * heads + place, ((read + diagonal) * scale).to(dgate.dtype.element_ty), mask=here)
             if outflow is not None:
-                tl.store(outflow + token * heads + place, (read - diagonal) * rate, mask=here)
+                tl.store(outflow + token * heads + place, read * rate, mask=here)
             return
     if inflow is not None:
         k_tile = _rows(k, row, column, here, k_t, K, EVEN_K)

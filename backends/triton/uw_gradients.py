@@ -63,8 +63,22 @@ def _turned_triangle(
 
 
 @triton.jit
+def _mirrored(lower, room, below, BLOCK: tl.constexpr):
+    """A strictly lower block and its transpose above it; the transpose through memory where there is room for a block."""
+    if room is None:
+        turned = tl.trans(lower)
+    else:
+        line = tl.arange(0, BLOCK)
+        tl.debug_barrier()
+        tl.store(room + line[:, None] * BLOCK + line[None, :], lower)
+        tl.debug_barrier()
+        turned = tl.load(room + line[None, :] * BLOCK + line[:, None])
+    return tl.where(below, lower, turned)
+
+
+@triton.jit
 def _uw_back(
-    k, v, beta, g, du, dw, dk, dv, dbeta, dg, wide, cu_seqlens, tokens, sequences, offset,
+    k, v, beta, g, du, dw, dk, dv, dbeta, dg, wide, room, cu_seqlens, tokens, sequences, offset,
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, du_b, du_t, du_h, dw_b, dw_t, dw_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, LAM: tl.constexpr, DOT: tl.constexpr,
@@ -87,7 +101,6 @@ def _uw_back(
     first = tl.cast(first, tl.int64)
     line = tl.arange(0, BLOCK)
     ok = (line < height) & (line >= absent)
-    below = line[:, None] > line[None, :]
     token = row * tokens + first
     key_t = HEADS // GROUP * KEYS
     nothing = tl.program_id(1)  # 0, but the compiler does not know: what is computed with it is computed again and not kept in registers
@@ -105,9 +118,12 @@ def _uw_back(
         dk += (token * (HEADS // GROUP) + key_head) * KEYS
         if GROUP > 1:
             wide += (token * (HEADS // GROUP) + key_head) * KEYS
+    if room is not None:
+        room += tl.cast(tl.program_id(0), tl.int64) * (BLOCK * BLOCK)
     for member in tl.range(0, GROUP, disable_licm=True):
         head = key_head * GROUP + member
         rows = line + (nothing & member)
+        below = rows[:, None] > rows[None, :]
         real = (rows < height) & (rows >= absent)
         b = load_vector(beta + head * beta_h, rows, real, beta_t)
         coarse = b
@@ -139,7 +155,7 @@ def _uw_back(
                 log = tl.sum(tl.trans(scaled).to(tl.float32) * into, 0)
             if DECAYED:
                 into *= tl.exp(coarse + fine)[None, :]
-        for part in tl.static_range(0, VALUES, BLOCK_V):
+        for part in tl.range(0, VALUES, BLOCK_V, disable_licm=True):
             if du is not None:
                 d_u = load_tile(du + head * du_h, rows, real, du_t, part, VALUES, BLOCK_V)
                 if dv is not None:
@@ -166,8 +182,7 @@ def _uw_back(
                 gram = tl.dot(keys, tl.trans(keys), gram, input_precision=DOT)
             coarse += nothing.to(tl.float32)
             if LAM:
-                both = as_operand(d_t, INNER, DOT)
-                both = tl.where(below, both, tl.trans(both))
+                both = _mirrored(as_operand(d_t, INNER, DOT), room, below, BLOCK)
                 lower = as_operand(_lower(gram, b, coarse, fine, DECAYED, BLOCK, SPLIT), INNER, DOT)
                 d_lower = tl.where(below, tl.dot(both, lower, -d_t, input_precision=DOT), 0.0)
             else:
@@ -183,20 +198,18 @@ def _uw_back(
                 log += tl.sum(h, 1) - tl.sum(h, 0)
                 tl.store(dg + (token + rows) * HEADS + head, tl.cumsum(log, 0, reverse=True).to(dg.dtype.element_ty), mask=real)
             if dk is not None:
-                pairs = as_operand(d_gram, INNER, DOT)
-                pairs = tl.where(below, pairs, tl.trans(pairs))
+                pairs = _mirrored(as_operand(d_gram, INNER, DOT), room, below, BLOCK)
                 for part in tl.static_range(0, KEYS, BLOCK_K):
                     d_key = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-                    if GROUP > 1:
-                        d_key = load_tile(wide, rows, real & (member > 0), key_t, part, KEYS, BLOCK_K)
                     if dw is not None:
                         if not KEPT:
                             d_w = load_tile(dw + head * dw_h, rows, real, dw_t, part, KEYS, BLOCK_K)
-                        d_key += tl.dot(right, d_w, input_precision=DOT) * reach[:, None]
+                        d_key = tl.dot(right, d_w, input_precision=DOT) * reach[:, None]
                     if not KEPT:
                         keys = load_tile(k, rows, real, k_t, part, KEYS, BLOCK_K)
                     d_key = tl.dot(pairs, keys.to(INNER), d_key, input_precision=DOT)
                     if GROUP > 1:
+                        d_key += load_tile(wide, rows, real & (member > 0), key_t, part, KEYS, BLOCK_K)
                         store_tile(wide, rows, real & (member < GROUP - 1), key_t, part, d_key, KEYS, BLOCK_K)
                     store_tile(dk, rows, real & (member == GROUP - 1), key_t, part, d_key, KEYS, BLOCK_K)
         if GROUP > 1 and dk is not None:
@@ -293,17 +306,17 @@ UW_BACK_SCALED = Kernel(_uw_back_scaled)
 
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Tiles that fit the card, the first is the default; none for chunks of more than 64 tokens with a transform."""
+    """Tiles that fit the card, the first is the default; none with a transform for chunks of more than 128 tokens (float32: 64)."""
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
     if not signature.batch_invariant:
         chunk = min(chunk, max(signature.dim("T"), 1))
     if signature.option("transform") == "none":
         return [_candidate("scaled", block=block, warps=4, stages=1) for block in (64, 32, 16) if block < 2 * max(chunk, 16)]
-    if chunk > _WIDEST_BLOCK:
+    if chunk > (_WIDEST_BLOCK if signature.dtype.itemsize == 2 else 64):
         return []
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
-    return [way for way in _blocks(signature, tile_width(chunk)) if shared_bytes(signature, way) <= room]
+    return [way for way in _blocks(signature, tile_width(chunk)) if shared_bytes(signature, way, machine) <= room]
 
 
 def _candidate(variant: str, **params: int | str) -> Candidate:
@@ -311,16 +324,34 @@ def _candidate(variant: str, **params: int | str) -> Candidate:
 
 
 def _blocks(signature: Signature, block: int) -> list[Candidate]:
-    found: list[Candidate] = []
+    """Tiles of keys and of values, warps, registers, where a block is transposed. No product of 64 rows is narrower than 64 columns in 16 bits."""
+    narrow = signature.dtype.itemsize == 2
+    keys, values = (tile_width(signature.dim(letter)) for letter in "KV")
+    grouped = signature.dim("H") > signature.dim("G")
+    if not narrow:
+        ways = [(32, 32, 4, 0, "chip"), (64, 64, 4, 0, "chip")]
+    elif block == 128:
+        ways = [(128, 64, 8, 0, "chip"), (64, 64, 8, 0, "chip"), (128, 64, 8, 0, "memory")]
+    elif block == 64:
+        least = 64 if grouped and keys > 128 else 128
+        ways = [(least, 64, 4, 0, "chip"), (least, 128, 4, 0, "chip"), (64, 64, 4, 0, "chip"), (least, 64, 4, 168, "chip"), (least, 64, 4, 0, "memory")]
+        if max(keys, values) <= 128:
+            ways.append((64, 64, 2, 0, "chip"))
+    else:
+        usual = 4 if block == 32 and max(keys, values) > 32 else 2
+        ways = [(128, 64, usual, 0, "chip"), (64, 64, usual, 0, "chip"), (128, 128, usual, 0, "chip"), (128, 64, usual // 2, 0, "chip")]
+    found: dict[Candidate, None] = {}
     for dot in dots(signature):
-        for columns, warps, registers in ((64, 4 if block < 128 else 8, 0), (128, 4, 0), (64, 8, 0), (64, 2, 0)):
-            way = _candidate("block", block=block, keys=128, columns=columns, warps=warps, stages=1, dot=dot, registers=registers)
-            if way not in found:
-                found.append(way)
-    return found
+        for key_tile, value_tile, warps, registers, turn in ways:
+            floor = 64 if narrow and block >= 64 and warps >= 4 else 16
+            tiles = {"keys": max(min(key_tile, keys), floor), "columns": max(min(value_tile, values), floor)}
+            if not (dot == "ieee" and block == 64):  # its products take minutes to compile and thousands of registers
+                found[_candidate("block", block=block, **tiles, warps=warps, stages=1, dot=dot, registers=registers, turn=turn)] = None
+    return list(found)
 
 
-def shared_bytes(signature: Signature, candidate: Candidate) -> int:
+def shared_bytes(signature: Signature, candidate: Candidate, machine: Machine) -> int:
+    """An upper bound of a program's shared memory."""
     return 0
 
 
@@ -341,22 +372,25 @@ def transformed_gradients(
     made = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in given.items() if name in needs and x is not None}
     (batch, tokens, heads, values), groups, keys = v.shape, k.shape[2], k.shape[3]
     cu_seqlens = on_device(call.cu_seqlens, v)
-    slots = slot_count(batch, tokens, call.chunk_size, cu_seqlens, chunk_offset)
-    out = tuple(made.get(name) for name in given)
+    blocks = slot_count(batch, tokens, call.chunk_size, cu_seqlens, chunk_offset) * groups
+    if not blocks or not made:
+        return tuple(made.get(name) for name in given)
+    p = dict(candidate.params)
+    block, warps, stages = int(p["block"]), int(p["warps"]), int(p["stages"])
+    summed, wide = "k" in made and heads != groups, None
+    if summed:
+        wide = made["k"] if k.dtype == torch.float32 else torch.empty(k.shape, dtype=torch.float32, device=k.device)
+    outputs = (*(made.get(name) for name in given), wide)
     sizes = (cu_seqlens, tokens, 0 if cu_seqlens is None else cu_seqlens.numel() - 1, chunk_offset)
     steps = tuple(step for x in (k, v, beta, g, du, dw) for step in strides(x))
-    block, chunk, warps, stages = candidate.param("block"), min(call.chunk_size, _LONGEST), int(candidate.param("warps")), int(candidate.param("stages"))
-    shape = (heads, heads // max(groups, 1), keys, values, chunk, block)
-    summed = "k" in made and heads != groups
-    wide = made["k"] if summed and k.dtype == torch.float32 else torch.empty(k.shape, dtype=torch.float32, device=k.device) if summed else None
-    args = (k, v, beta, g, du, dw, *out, wide, *sizes, *steps)
+    shape = (heads, heads // groups, keys, values, min(call.chunk_size, _LONGEST), block)
     if candidate.variant == "scaled":
         tiles = (min(tile_width(keys), 128), min(tile_width(values), 128))
-        UW_BACK_SCALED(slots * groups, args, (*shape, *tiles), warps, stages)
-        return out
-    columns, least = int(candidate.param("columns")), 16
-    if v.dtype.itemsize == 2 and int(block) > 32 and warps >= 4:
-        least = 64
-    constants = (*shape, max(min(tile_width(keys), int(candidate.param("keys"))), least), max(min(tile_width(values), columns), least), call.transform == "lam", candidate.param("dot"))
-    UW_BACK(slots * groups, args, constants, warps, stages, int(candidate.param("registers")))
-    return out
+        UW_BACK_SCALED(blocks, (k, v, beta, g, du, dw, *outputs, *sizes, *steps), (*shape, *tiles), warps, stages)
+    else:
+        room = None
+        if p["turn"] == "memory":
+            room = torch.empty(blocks * block * block, dtype=torch.float32 if k.dtype == torch.float16 else k.dtype, device=k.device)
+        constants = (*shape, int(p["keys"]), int(p["columns"]), call.transform == "lam", p["dot"])
+        UW_BACK(blocks, (k, v, beta, g, du, dw, *outputs, room, *sizes, *steps), constants, warps, stages, int(p["registers"]))
+    return tuple(made.get(name) for name in given)

@@ -12,10 +12,10 @@ With P = Q K^T, D = dO V^T and F_tj = scale gate_t Gamma_tj on and below the dia
 dO enters the products as it came: gate, scale and decay are applied to float32 scores. The diagonal of P B, which would cancel in dg, is left out. B is
 summed over the v heads before the products with K and Q. No result of a product is turned for the next: A^T comes from K Q^T, and dk^T = Q^T B.
 
-A row moves 2 K / group + 2 V elements in and 2 K / group + V out a v head, with W and without the two numbers. For a chunk of two blocks whole takes 16
-products of a pair of blocks a v head and 6 more a q/k head (2 BLOCK^2 K FLOP each; without gate and g 10 and 6), for one block 5 and 2, blocks 10 a pair.
-Its programs read a tile two to four times, from L2: a chunk's programs run together. At C = 128, K = 128 device memory, L2 and tensor cores take about
-as long as each other; narrow heads are bound by the exponentials and sums. A carried and a final W add what `fast_edges` has prepared.
+A row moves 2 K / group + 2 V elements in and 2 K / group + V out a v head. For a chunk of two blocks whole takes 16 products of a pair of blocks a v head
+and 6 more a q/k head (2 BLOCK^2 K FLOP each; 10 and 6 without gate and g), for one block 5 and 2; blocks takes 10 a pair. Its programs read a tile about
+three times, from L2, since those of a chunk run together. By estimate device memory, L2 and tensor cores are about even at C = 128, K = 128; narrow heads
+are bound by exponentials and sums. What a carried and a final W add is prepared by `fast_edges`.
 """
 
 from __future__ import annotations

@@ -82,6 +82,7 @@ def _uw_back(
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, du_b, du_t, du_h, dw_b, dw_t, dw_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, LAM: tl.constexpr, DOT: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one chunk of one q/k head and its v heads. Blocks: slots * HEADS // GROUP. BLOCK_K < KEYS: float32 only."""
     OPERAND: tl.constexpr = k.dtype.element_ty
@@ -100,7 +101,9 @@ def _uw_back(
     row = tl.cast(row, tl.int64)
     first = tl.cast(first, tl.int64)
     line = tl.arange(0, BLOCK)
-    ok = (line < height) & (line >= absent)
+    ok = line < height
+    if SHIFTED:
+        ok = ok & (line >= absent)
     token = row * tokens + first
     key_t = HEADS // GROUP * KEYS
     nothing = tl.program_id(1)  # 0, but the compiler does not know: what is computed with it is computed again and not kept in registers
@@ -124,7 +127,9 @@ def _uw_back(
         head = key_head * GROUP + member
         rows = line + (nothing & member)
         below = rows[:, None] > rows[None, :]
-        real = (rows < height) & (rows >= absent)
+        real = rows < height
+        if SHIFTED:
+            real = real & (rows >= absent)
         b = load_vector(beta + head * beta_h, rows, real, beta_t)
         coarse = b
         fine = b
@@ -136,7 +141,7 @@ def _uw_back(
                 keys = load_tile(k, rows, real, k_t, part, KEYS, BLOCK_K)
             gram = tl.dot(keys, tl.trans(keys), gram, input_precision=DOT)
         turned = gram
-        if nothing == 0 or LAM:
+        if nothing == 0:
             turned = _turned_triangle(gram, b, coarse, fine, DECAYED, OPERAND, BLOCK, LAM, DOT)
         right = as_operand(turned, OPERAND, DOT)
         into = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -391,6 +396,6 @@ def transformed_gradients(
         room = None
         if p["turn"] == "memory":
             room = torch.empty(blocks * block * block, dtype=torch.float32 if k.dtype == torch.float16 else k.dtype, device=k.device)
-        constants = (*shape, int(p["keys"]), int(p["columns"]), call.transform == "lam", p["dot"])
+        constants = (*shape, int(p["keys"]), int(p["columns"]), call.transform == "lam", p["dot"], chunk_offset > 0)
         UW_BACK(blocks, (k, v, beta, g, du, dw, *outputs, room, *sizes, *steps), constants, warps, stages, int(p["registers"]))
     return tuple(made.get(name) for name in given)

@@ -348,7 +348,9 @@ def test_batch_invariance_is_kept_in_a_capture(monkeypatch: pytest.MonkeyPatch) 
     with tb.policy(batch_invariant=True):
         first = op.explain(*x).kernel
     with monkeypatch.context() as patched:
-        patched.setattr(planner, "_warmed", {key: {pair for pair in pairs if pair.label != first} for key, pairs in planner._warmed.items()}, raising=False)
+        patched.setattr(
+            planner, "_warmed", {key: {pair for pair in pairs if pair.label != first} for key, pairs in planner._warmed.items()}, raising=False
+        )
         patched.setattr(planner, "_capturing", lambda call: True, raising=False)
         plans.invalidate()
         with tb.policy(batch_invariant=True), pytest.raises(tb.BackendRefusedError, match="under the same policy"):

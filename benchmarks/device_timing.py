@@ -237,9 +237,10 @@ def bound(op: str, call: Call) -> Callable[[], tuple[Tensor | None, ...]]:
 
 
 def default(op: str, call: Call) -> Candidate:
-    """What a plain call gets: the tuned row's candidate, or the backend's first."""
+    """What a captured graph gets: the tuned row's candidate, or the backend's first."""
     arguments = {name: getattr(call, name) for name in CONTRACTS[op].parameters}
-    return tb.get_op(op).bind(**arguments, backend="triton").choice.pair.forward
+    with tb.policy(launch="graph"):
+        return tb.get_op(op).bind(**arguments, backend="triton").choice.pair.forward
 
 
 @contextlib.contextmanager

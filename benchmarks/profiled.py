@@ -96,7 +96,8 @@ def counted(only: str, metrics: dict[str, str], folder: Path) -> tuple[list[dict
     told, log = folder / "told.json", folder / "ncu.csv"
     command = ["ncu", "--csv", "--log-file", str(log), "--print-units", "base", "--profile-from-start", "off", "--cache-control", "none"]
     command += ["--metrics", ",".join(metrics.values()), sys.executable, __file__, "--worker", str(told), "--only", only]
-    subprocess.run(command, check=True)
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"ncu failed; its log says: {log.read_text(encoding='utf-8')[-500:] if log.exists() else 'nothing'}")
     lines = log.read_text(encoding="utf-8").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith('"ID"'))
     names = {metric: name for name, metric in metrics.items()}
@@ -137,6 +138,9 @@ def main() -> int:
         with torch.no_grad():
             worker(asked.only, asked.worker)
         return 0
+    if not torch.cuda.is_available():
+        print("error: no CUDA device; this is for one", file=sys.stderr)
+        return 2
     if shutil.which("ncu") is None:
         print("error: ncu (Nsight Compute) is not on the PATH; it comes with the CUDA toolkit", file=sys.stderr)
         return 2

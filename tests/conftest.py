@@ -1,13 +1,21 @@
-"""Fixtures that put a loopback backend in front of the others for one test."""
+"""Fixtures that put a loopback backend in front of the others for one test; and Ctrl-C for the tests that send it."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
 
 import titans_backends as tb
 from tests.loopback import by_length, install
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """A shell starts what it puts in the background with SIGINT ignored, and children inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

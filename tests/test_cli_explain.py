@@ -87,3 +87,9 @@ def test_it_fits_80_columns_and_keeps_every_candidate() -> None:
     text = " ".join(result.stdout.split())
     assert all(label in text for backend in said["backends"] for label in (*backend["forward"], *backend["backward"]))
     assert max(len(line) for line in result.stdout.splitlines() if "titans-backends tune" not in line) <= 80
+
+
+def test_a_graph_is_asked_about_where_one_can_be_captured() -> None:
+    result = run(app, ["explain", "fast_core", "--launch", "graph", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "--launch graph is for CUDA, and cpu captures nothing" in " ".join(result.output.split())

@@ -281,15 +281,23 @@ def test_capture_uses_only_what_a_warm_up_loaded(monkeypatch: pytest.MonkeyPatch
     plans.invalidate()
     monkeypatch.setattr(planner, "_capturing", lambda call: True, raising=False)
     assert op(q, k, v)[0].shape == v.shape
-    assert op(q[:, :20], k[:, :20], v[:, :20])[0].shape == v[:, :20].shape, "another length runs the same kernels"
+    longer = inputs(length=40)
+    assert op(*longer[:3], scale=0.5)[0].shape == longer[2].shape, "another length or scale runs the same kernels"
+    with pytest.raises(tb.BackendRefusedError, match="no kernel for this signature has run"):
+        op(q[:, :5], k[:, :5], v[:, :5])  # tiles follow a sequence within one chunk
     with pytest.raises(tb.BackendRefusedError, match="no kernel for this signature has run"):
         op(q.double(), k.double(), v.double())
 
 
-def test_a_policy_asks_for_what_a_captured_graph_would_get() -> None:
+def test_a_policy_asks_for_what_a_captured_graph_would_get(monkeypatch: pytest.MonkeyPatch) -> None:
     plans.invalidate()
-    op = tb.get_op("fast_core")
+    op, planner = tb.get_op("fast_core"), library.planner("fast_core")
     q, k, v, _, _ = inputs(length=33)
+    with tb.policy(launch="graph"):
+        assert op.bind(q, k, v).choice.signature.launch == "eager", "a CPU captures nothing"
+    plans.invalidate()
+    monkeypatch.setattr(planner, "_device", lambda call: torch.device("cuda"), raising=False)
+    monkeypatch.setattr(planner, "_capturing", lambda call: False, raising=False)
     with tb.policy(launch="graph"):
         assert op.bind(q, k, v).choice.signature.launch == "graph"
         with tb.policy(batch_invariant=True):
@@ -298,8 +306,56 @@ def test_a_policy_asks_for_what_a_captured_graph_would_get() -> None:
             assert inner.batch_invariant
         assert not op.bind(q, k, v).choice.signature.batch_invariant
     assert op.bind(q, k, v).choice.signature.launch == "eager"
+    with tb.policy(launch="graph"):
+        op(q.clone().requires_grad_(), k, v)
+    assert {plan.choice.signature.launch for plan in planner._memo.values() if plan.ran and plan.choice.signature.regime == "training"} == {"graph"}
     with pytest.raises(ValueError, match="launch must be one of eager, graph, got 'cuda'"):
         tb.policy(launch="cuda")  # type: ignore[arg-type]
+    monkeypatch.undo()
+    plans.invalidate()
+
+
+def test_a_context_changes_what_is_current_where_it_is_entered() -> None:
+    made = tb.policy(batch_invariant=True)
+    with tb.use_backend("eager"), made:
+        assert scope.current() == scope.Policy(forced="eager", batch_invariant=True)
+
+
+def test_a_bound_op_does_not_run_first_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans.invalidate()
+    op, planner = tb.get_op("fast_core"), library.planner("fast_core")
+    planner._warmed.clear()
+    q, k, v, _, _ = inputs(length=33)
+    bound = op.bind(q, k, v)
+    with monkeypatch.context() as patched:
+        patched.setattr(planner, "_capturing", lambda call: True, raising=False)
+        with pytest.raises(tb.BackendRefusedError, match="this bound op has not run yet"):
+            bound(q, k, v)
+    bound(q, k, v)
+    plans.invalidate()
+    with monkeypatch.context() as patched:
+        patched.setattr(planner, "_capturing", lambda call: True, raising=False)
+        assert op(q, k, v)[0].shape == v.shape, "a bound call warms the op up"
+    plans.invalidate()
+
+
+def test_batch_invariance_is_kept_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans.invalidate()
+    op, planner = tb.get_op("gated_delta_rule"), library.planner("gated_delta_rule")
+    planner._warmed.clear()
+    x = inputs(length=33)
+    op(*x)
+    with tb.policy(batch_invariant=True):
+        first = op.explain(*x).kernel
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            planner, "_warmed", {key: {pair for pair in pairs if pair.label != first} for key, pairs in planner._warmed.items()}, raising=False
+        )
+        patched.setattr(planner, "_capturing", lambda call: True, raising=False)
+        plans.invalidate()
+        with tb.policy(batch_invariant=True), pytest.raises(tb.BackendRefusedError, match="under the same policy"):
+            op(*x)
+    plans.invalidate()
 
 
 def test_meta_and_cpu_tensors_do_not_share_a_plan() -> None:

@@ -74,6 +74,14 @@ def test_under_batch_invariance_nothing_depends_on_batch_length_or_card(op: str)
     assert any(candidate.batch_invariant for candidate in found[0])
 
 
+@pytest.mark.parametrize("op", ["slow_core", "gated_delta_rule", "dual_core", "uw_transform", "fused_uw", "gated_delta_step"])
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_the_number_of_streams_decides_the_order_and_never_the_set(op: str, head_dim: int) -> None:
+    case = replace(LONG, K=head_dim, V=head_dim, T=1 if op == "gated_delta_step" else LONG.T)
+    found = [set(offered(op, facts(op, replace(case, B=batch)))) for batch in (1, 2, 16)]
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_what_it_cannot_do_is_refused_by_name(op: str) -> None:
     module, given = module_of(op), facts(op, LONG)

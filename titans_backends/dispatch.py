@@ -136,11 +136,12 @@ def choose(
     if not available:
         raise _refuse(signature, machine, forced, given)
     if warmed is not None:
-        available = [pair for pair in available if pair in warmed]
+        # under batch invariance the one candidate must have run itself: nothing else has its bits
+        available = [pair for pair in (available[:1] if signature.batch_invariant else available) if pair in warmed]
         if not available:
             raise BackendRefusedError(
                 f"{signature.op}: a graph is being captured, and no kernel for this signature has run on {signature.device} yet; "
-                "call the op once with these shapes before the capture"
+                "call the op once with these shapes, dtypes and options before the capture, under the same policy"
             )
     bucket = bucket_of(signature)
     consulted: list[Consulted] = []

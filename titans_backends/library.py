@@ -108,7 +108,9 @@ def _asked(backend: object, batch_invariant: object, *, training: bool, may_save
     """The request of a registered op: what its arguments say, and below that the scope at run time."""
     scoped = request(backend if isinstance(backend, str) else None, training=training, may_save=may_save)
     invariant = scoped.batch_invariant or bool(batch_invariant)
-    return Request(scoped.backend, scoped.by, invariant, training, may_save, must_save, scoped.tune_budget_s) if training or invariant else scoped
+    if not (training or invariant):
+        return scoped
+    return Request(scoped.backend, scoped.by, invariant, training, may_save, must_save, scoped.tune_budget_s, scoped.launch)
 
 
 def _forward(op: Contract) -> Callable[..., Outputs]:

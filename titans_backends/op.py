@@ -162,7 +162,7 @@ class BoundOp:
             pair = self.choice.pair
             forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
             return library.call(self.op.contract, self._planner.values(call), forced, self.choice.signature.batch_invariant, True, True)
-        return self._plan.run(call)[: len(self.op.contract.outputs)]
+        return self._planner.execute(self._plan, call)[: len(self.op.contract.outputs)]
 
     def _mismatch(self, values: tuple[object, ...]) -> BoundCallMismatchError:
         told = dict(self.choice.signature.tensors)

@@ -30,7 +30,8 @@ __all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "invalidate", "requ
 
 Outputs = tuple[Tensor | None, ...]
 _MEMO_LIMIT = 4096
-_LENGTHS = frozenset("BTNMEP")
+_LENGTHS = frozenset("BTNMEP*")
+_LONGEST_CHUNK = 512
 _PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
 
 
@@ -149,7 +150,11 @@ class Planner:
         return plan
 
     def execute(self, plan: Plan, call: Call) -> Outputs:
-        """Runs a plan's forward, and remembers that its kernels are loaded."""
+        """Runs a plan's forward, and remembers that its kernels are loaded; what was bound eagerly must not run first inside a capture."""
+        if not plan.ran and plan.choice.signature.launch == "eager" and self._capturing(call):
+            raise BackendRefusedError(
+                f"{self.contract.name}: a graph is being captured, and this bound op has not run yet; call it once before the capture"
+            )
         outputs = plan.run(call)
         if not plan.ran:
             self._warmed.setdefault(_compiled_for(plan.choice.signature), set()).add(plan.choice.pair)
@@ -163,7 +168,7 @@ class Planner:
             call,
             dims,
             regime="training" if asked.training else "inference",
-            launch="graph" if self._capturing(call) else asked.launch or "eager",
+            launch="graph" if self._capturing(call) or (asked.launch == "graph" and self._device(call).type == "cuda") else "eager",
             batch_invariant=asked.batch_invariant,
             may_save=asked.may_save,
         )
@@ -199,9 +204,12 @@ class Planner:
         key += (options, tuple(map(type, options)))
         return key
 
-    def _capturing(self, call: Call) -> bool:
+    def _device(self, call: Call) -> torch.device:
         device: torch.device = getattr(call, self.contract.operands[0]).device
-        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return device
+
+    def _capturing(self, call: Call) -> bool:
+        return self._device(call).type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _decide(self, call: Call, asked: Request) -> Plan:
         dims = validate(self.contract, call)
@@ -224,10 +232,16 @@ class Planner:
 
 
 def _compiled_for(signature: Signature) -> object:
-    """What a kernel may be compiled for: all but the length and how many sequences there are."""
-    dims = tuple(pair for pair in signature.dims if pair[0] not in _LENGTHS)
+    """What a kernel may be compiled for: all but how many sequences there are, how far they go beyond a chunk, and numbers that it takes as it runs."""
+    dims = dict(signature.dims)
+    options = dict(signature.options)
+    chunk = options.get("chunk_size")
+    reach = min(dims.get("T", 1), chunk if isinstance(chunk, int) else _LONGEST_CHUNK)
+    sizes = tuple(pair for pair in signature.dims if pair[0] not in _LENGTHS)
+    chosen = tuple((name, value) for name, value in signature.options if name not in ("scale", "chunk_offset"))
     given = tuple((name, facts.aligned, tuple(step % 16 == 0 for step in facts.stride)) for name, facts in signature.tensors)
-    return signature.device, signature.dtype, dims, signature.options, given, signature.float32
+    shifted = bool(options.get("chunk_offset"))
+    return signature.device, signature.dtype, sizes, chosen, given, signature.float32, signature.regime, shifted, reach.bit_length()
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Call], tuple[object, ...]]:

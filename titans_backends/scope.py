@@ -36,7 +36,9 @@ current = _CURRENT.get
 
 
 @contextlib.contextmanager
-def _scoped(changed: Policy) -> Iterator[Policy]:
+def _scoped(**changes: object) -> Iterator[Policy]:
+    """Changes what is current where the context is entered, not where it was made."""
+    changed = replace(current(), **changes)  # type: ignore[arg-type]
     token = _CURRENT.set(changed)
     try:
         yield changed
@@ -49,7 +51,7 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[Policy]:
     from titans_backends import registry
 
     registry.get(name)
-    return _scoped(replace(current(), forced=name))
+    return _scoped(forced=name)
 
 
 def policy(*, batch_invariant: bool | None = None, launch: Launch | None = None) -> contextlib.AbstractContextManager[Policy]:
@@ -58,17 +60,16 @@ def policy(*, batch_invariant: bool | None = None, launch: Launch | None = None)
     `batch_invariant`: a row's bits do not depend on what shares its batch, nor on the length of what follows it.
     `launch="graph"`: the kernel that a captured graph would get. A capture takes only what has run before, so warm up inside of it.
     """
-    scoped = current()
     if batch_invariant is not None and not isinstance(batch_invariant, bool):
         raise TypeError(f"policy: batch_invariant must be True or False, got {batch_invariant!r}")
     if launch is not None and launch not in get_args(Launch):
         raise ValueError(f"policy: launch must be one of {', '.join(get_args(Launch))}, got {launch!r}")
-    invariant = scoped.batch_invariant if batch_invariant is None else batch_invariant
-    return _scoped(replace(scoped, batch_invariant=invariant, launch=scoped.launch if launch is None else launch))
+    asked = {"batch_invariant": batch_invariant, "launch": launch}
+    return _scoped(**{name: value for name, value in asked.items() if value is not None})
 
 
 def autotune(*, budget_s: float = 20.0) -> contextlib.AbstractContextManager[Policy]:
     """A context in which a call at an untuned bucket measures it first, in a child process, and writes the user's cache."""
     if isinstance(budget_s, bool) or not isinstance(budget_s, (int, float)) or not budget_s > 0:
         raise ValueError(f"autotune: budget_s must be a positive number of seconds, got {budget_s!r}")
-    return _scoped(replace(current(), tune_budget_s=float(budget_s)))
+    return _scoped(tune_budget_s=float(budget_s))

@@ -64,10 +64,9 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     assert isinstance(chunk, int)
     keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
     block, preferred = min(64, tile_width(chunk)), min(_value_tile(signature, machine), values)
-    tiles = [tile for tile in (16, 32, 64) if tile <= values and (tile < 64 or keys <= 128)]
+    tiles = [tile for tile in (32, 16, 64) if tile <= values and (tile < 64 or keys <= 128)]
     ways = [(block, tile, 4, stages) for stages in (3, 2) for tile in tiles]
     ways += [(block, min(32, values), 8, 3), (block, min(64, values), 8, 2), (32, min(32, values), 4, 3), (32, 16, 4, 2), (16, 16, 4, 2)]
-    ways.sort(key=lambda way: way[:3] != (block, preferred, 4))  # streams and processors decide the order, never the set
     if signature.option("normalize_read"):
         warps = 8 if keys * values > 64 * 128 else 4
         ways = [(block, values, warps, 3), (block, values, warps, 2), (32, values, warps, 2), (16, values, 4, 2)]
@@ -80,12 +79,15 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
             fitting = [
                 way for way in ways if _serves(way, block, values) and shared_bytes(Tiling(*way, dot), keys, chunk, signature.dtype.itemsize) <= room
             ]
-            kept = fitting if not found else fitting[:1]
+            kept = fitting if not found else fitting[: 2 if dot == dots(signature)[0] else 1]
             for rows, columns, warps, stages in kept:
                 params = (("block", rows), ("block_v", columns), ("warps", warps), ("stages", stages), ("dot", dot))
                 way = Candidate("triton", variant, params, sources=_SOURCES)
                 if way not in found:
                     found.append(way)
+    if found:  # streams and processors decide the order, never the set
+        lead = {**dict(found[0].params), "block_v": found[0].param("block_v") if signature.option("normalize_read") else preferred}
+        found.sort(key=lambda one, variant=found[0].variant: one.variant != variant or dict(one.params) != lead)  # type: ignore[misc]
     return _segmented(signature, machine, room, found)
 
 
@@ -110,15 +112,21 @@ def _segmented(signature: Signature, machine: Machine, room: int, others: list[C
         for segment in (4, 8, 16) if keys <= 64 else (16, 32):
             cut = {"segment": segment, "map_tile": 64, "map_warps": 4, "chain_tile": 16, "chain_warps": 4 if keys > 64 else 1, "chain_stages": 3}
             plans.append(("split", {"block": block, "prepare_warps": 4, "value_tile": tile, "warps": 4, "stages": 3 if keys > 64 else 2, **cut}))
-    fitting = [plan for plan in plans if delta_bytes(*plan, keys, values, size) + int(plan[1]["stages"]) * block * keys * size <= room]  # w too
+    fitting = [plan for plan in plans if _bytes(*plan, keys, values, size) <= room]
     dot = dots(signature)[0]
     made = [Candidate("triton", variant, (*params.items(), ("dot", dot)), sources=_SOURCES) for variant, params in fitting]
     first = _first(signature, machine, keys, values)
-    preferred = max(_value_tile(signature, machine), 32)
-    ordered = sorted(
-        [*others, *made], key=lambda one: (one.variant != first, first == one.variant == "scored" and one.param("value_tile") != preferred)
-    )
-    return saving(ordered, signature, block, tuple(SCHEDULES))
+    if first == "split" and not any(one.variant == first for one in made):
+        first = "scored"
+    wide = max(_value_tile(signature, machine), 32) if first == "scored" else 32
+    order = sorted(made, key=lambda one: (-int(one.param("stages")), one.param("value_tile") != wide))  # a third stage is worth more than the tile
+    return saving(sorted([*others, *order], key=lambda one: one.variant != first), signature, block, tuple(SCHEDULES))
+
+
+def _bytes(variant: str, params: dict[str, Param], keys: int, values: int, size: int) -> int:
+    """As `delta_bytes`, where the scan reads w besides."""
+    more = int(params["stages"]) * int(params["block"]) * keys * size
+    return max(delta_bytes(variant, params, keys, values, size), delta_bytes("scan", params, keys, values, size) + more)
 
 
 def _first(signature: Signature, machine: Machine, keys: int, values: int) -> str:

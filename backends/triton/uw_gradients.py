@@ -339,7 +339,13 @@ def _blocks(signature: Signature, block: int) -> list[Candidate]:
         ways = [(128, 64, 8, 0, "chip"), (64, 64, 8, 0, "chip"), (128, 64, 8, 0, "memory")]
     elif block == 64:
         least = 64 if grouped and keys > 128 else 128
-        ways = [(least, 64, 4, 0, "chip"), (least, 128, 4, 0, "chip"), (64, 64, 4, 0, "chip"), (least, 64, 4, 168, "chip"), (least, 64, 4, 0, "memory")]
+        ways = [
+            (least, 64, 4, 0, "chip"),
+            (least, 128, 4, 0, "chip"),
+            (64, 64, 4, 0, "chip"),
+            (least, 64, 4, 168, "chip"),
+            (least, 64, 4, 0, "memory"),
+        ]
         if max(keys, values) <= 128:
             ways.append((64, 64, 2, 0, "chip"))
     else:

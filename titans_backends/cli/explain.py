@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, cast
 
+import torch
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -13,6 +16,7 @@ from titans_backends.cache.paths import timings_path
 from titans_backends.cache.timings import Measurement
 from titans_backends.cli import exit_codes, units, words
 from titans_backends.cli.asked_call import AskedCall, optional_tensors, sized
+from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import key_text
 from titans_backends.cli.show import Column, Group, command, console, facts, heading, print_json, say, table
 from titans_backends.contracts import contract
@@ -21,6 +25,7 @@ from titans_backends.explain import Explanation, explain_signature
 from titans_backends.machine import detect
 from titans_backends.offers import Offer, pairs
 from titans_backends.plans import request
+from titans_backends.signature import Launch
 
 __all__ = ["explain"]
 
@@ -33,6 +38,7 @@ def explain(
     head_dim: Annotated[str, typer.Option(metavar="K[xV]", help="128, or 128x64 for K = 128 and V = 64.")] = "128",
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, float64, bfloat16, float16.")] = "float32",
     regime: Annotated[str, typer.Option(metavar="REGIME", help="inference or training.")] = "inference",
+    launch: Annotated[str, typer.Option(metavar="LAUNCH", help="eager, or graph: as captured (CUDA only).")] = "eager",
     option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the op: chunk_size=64.", show_default=False)] = None,
     with_: Annotated[
         list[str] | None, typer.Option("--with", metavar="TENSOR", help="Optional tensors that are given; none for none.", show_default="as tuned")
@@ -53,8 +59,11 @@ def explain(
         made, seq_len=seq_len, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, regime=regime, device=words.device_named(device),
         options=words.options_of(made, option), given=optional_tensors(made, with_), packed=packed,
     )  # fmt: skip
+    launches = cast("Sequence[Launch]", words.one_of("--launch", [launch], ("eager", "graph")))
+    if launches[0] == "graph" and torch.device(asked.device).type != "cuda":
+        raise MisuseError(f"--launch graph is for CUDA, and {asked.device} captures nothing; add --device cuda")
     wanted = request(backend, training=asked.training)
-    found = explain_signature(asked.signature(), detect(asked.device), wanted.forced, asked.work())
+    found = explain_signature(replace(asked.signature(), launch=launches[0]), detect(asked.device), wanted.forced, asked.work())
     if as_json:
         print_json(found.as_dict())
     else:
@@ -107,7 +116,8 @@ def _tune_words(asked: AskedCall, found: Explanation) -> str:
     heads = f"{case.G}/{case.H}" if case.G != case.H else str(case.H)
     head_dim = f"{case.K}x{case.V}" if case.K != case.V else str(case.K)
     told = f"--op {asked.op.name} --seq-lens {case.T} --heads {heads} --head-dim {head_dim} --dtype {str(case.dtype).removeprefix('torch.')}"
-    return told + f" --regime {found.signature.regime}" + (f" --batch {case.B}" if case.B > 1 else "")
+    launch = " --launch graph" if found.signature.launch == "graph" else ""
+    return told + f" --regime {found.signature.regime}{launch}" + (f" --batch {case.B}" if case.B > 1 else "")
 
 
 def _answer(offer: Offer, found: Explanation) -> Text:

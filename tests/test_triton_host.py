@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from titans_backends.backends.triton import fused_uw, gated_delta_rule, uw_transform
+from titans_backends.backends.triton import gated_delta_rule, matrices, uw_transform
 from titans_backends.backends.triton.ahead import collected
 
 from titans_backends.backend import Candidate
@@ -32,7 +32,7 @@ def sizes(*shape: int) -> Tensor:
 def test_one_stride_reaches_every_matrix_of_expanded_leading_dimensions(expanded: tuple[int, ...]) -> None:
     leading = (2, 3, 4)
     x = torch.zeros([1 if axis in expanded else size for axis, size in enumerate(leading)] + [5, 5]).expand(*leading, 5, 5)
-    flat, stride = fused_uw._flat(x)
+    flat, stride = matrices.flat(x)
     places = [sum(i * step for i, step in zip(index, flat.stride(), strict=False)) for index in itertools.product(*map(range, leading))]
     assert places == [matrix * stride for matrix in range(len(places))]
 

@@ -97,6 +97,7 @@ def few(made: Contract) -> Iterator[Case]:
     if made.name == "fused_uw":
         yield replace(base, name="odd", K=20, V=36, options={"_chunk": 50})
         yield replace(base, name="wide", K=64, V=160)
+        yield replace(base, name="small", options={"_chunk": 20})
         return
     for variant in made.variants:
         yield replace(base, name=variant.name, options=variant.options, given=variant.given)

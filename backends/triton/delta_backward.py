@@ -1,8 +1,8 @@
 """How the backward of the delta rule is put together: the factors of every block, the state at every block's start, the gradient of the state
 from the last block to the first, then the gradients of all inputs in parallel (SPEC.md 10).
 
-The states are computed again by one scan forward, or, where the forward saved them, only the updates are, in parallel. Few heads on long sequences are
-cut into segments that run side by side in both directions, exactly.
+The states are computed again by one scan forward, or were saved by the forward. Few heads on long sequences are cut into segments that run side by side
+in both directions, exactly.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .delta_gradients import KEYS, QUERIES
-from .delta_pairs import PAIRS
+from .delta_gradients import ERASED, QUERIES, WRITTEN
 from .delta_reverse import ENDS, REVERSE
 from .delta_schedules import Factors, Operands, Params, divide, prepare, run_scan
 from .delta_updates import UPDATES
 from .grid import strides, unit_stride
-from .launch import Kernel
 from .serving import tile_width
 
 __all__ = ["gradients"]
@@ -45,39 +43,37 @@ def gradients(
 
 def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Tensor | None, into: Mapping[str, Tensor]) -> None:
     """Runs the kernels."""
-    block, device = int(p["block"]), x.v.device
+    block, device, wanted = int(p["block"]), x.v.device, set(into)
+    inputs = bool(wanted - {"initial_state", "u"} - ({"v"} if x.w is None else set()))  # more than the reverse scan alone gives
+    again = saved is None and inputs
     made = prepare(x, p, backward=True)
-    room = torch.empty(2 if saved is None else 1, x.slots(block) * x.heads * x.keys * x.values, dtype=x.k.dtype, device=device)
-    leaving, states = room[0], room[1] if saved is None else saved
+    room = torch.empty(1 + again, x.slots(block) * x.heads * x.keys * x.values, dtype=x.k.dtype, device=device)
+    leaving, states = room[0], room[-1] if saved is None else saved
     kept = torch.empty(2 - ("u" in into), x.v.numel(), dtype=x.v.dtype, device=device)
-    errors, updates = into["u"] if "u" in into else kept[1], kept[0]
-    alone = not set(into) - {"initial_state", "u"}
+    errors, updates = into["u"] if "u" in into else kept[-1], kept[0]
+    parts = -(-x.values // int(p["value_tile"]))
+    carried = torch.empty(x.slots(block) * x.heads * parts, dtype=torch.float32, device=device) if "g" in into else None
     d_initial = into.get("initial_state")
     if "segment" in p:
-        starts, added, maps = divide(x, made, p)
-        if not alone:
+        starts, added, maps = divide(x, made, p, chain=again)
+        if again:
             run_scan(x, made, p, starts, segment=int(p["segment"]), states=states, updates=updates)
         _run_reverse(x, made, p, d_o, d_final=d_final, before=added)
         _run_ends(x, p, added, maps, d_final, starts, d_initial)
-        _run_reverse(x, made, p, d_o, behind=starts, d_initial=d_initial, leaving=leaving, errors=errors)
+        behind: Tensor | None = starts
     else:
-        if not alone and saved is None:
+        if again:
             run_scan(x, made, p, x.initial, states=states, updates=updates)
-        elif not alone:
-            _run_updates(x, made, p, states, updates)
-        _run_reverse(x, made, p, d_o, behind=d_final, d_initial=d_initial, leaving=leaving, errors=errors)
-    if not alone:
-        _run_pairs(x, made, p, d_o, states, leaving, updates, errors, into)
-        size = x.slots(block) * (x.heads // x.group) * block * tile_width(x.keys)
-        sums = None if x.group == 1 else torch.empty(size, dtype=torch.float32, device=device)
-        if into.keys() & {"q", "g", "gate"}:
-            _run_queries(x, made, p, d_o, states, sums, into)
-        if into.keys() & {"k", "beta", "g", "w"}:
-            _run_keys(x, made, p, states, leaving, updates, errors, sums, into)
+        behind = d_final
+    _run_reverse(x, made, p, d_o, behind=behind, d_initial=d_initial, leaving=leaving, errors=errors, states=states, carried=carried)
+    if inputs and saved is not None:
+        _run_updates(x, made, p, states, updates)
+    if inputs or "v" in into:
+        _run_gradients(x, made, p, d_o, states, leaving, updates, errors, carried, into)
 
 
 def _run_updates(x: Operands, made: Factors, p: Params, states: Tensor, updates: Tensor) -> None:
-    block, width = int(p["block"]), int(p["gradient_tile"])
+    block, width = int(p["block"]), min(64, tile_width(x.values))
     tiles = -(-x.values // width)
     args = (
         x.k,
@@ -96,7 +92,7 @@ def _run_updates(x: Operands, made: Factors, p: Params, states: Tensor, updates:
         tiles,
     )
     args += (*strides(x.k), *strides(x.w), *strides(x.v))
-    UPDATES(x.slots(block) * x.heads * tiles, args, (x.keys, x.values, tile_width(x.keys), block, width, p["dot"]), int(p["gradient_warps"]), 1)
+    UPDATES(x.slots(block) * x.heads * tiles, args, (x.keys, x.values, tile_width(x.keys), block, width, p["dot"]), int(p["update_warps"]), 1)
 
 
 def _run_reverse(
@@ -111,6 +107,8 @@ def _run_reverse(
     d_initial: Tensor | None = None,
     leaving: Tensor | None = None,
     errors: Tensor | None = None,
+    states: Tensor | None = None,
+    carried: Tensor | None = None,
 ) -> None:
     block, width, segment = int(p["block"]), int(p["value_tile"]), int(p.get("segment", 0))
     tiles = -(-x.values // width)
@@ -122,6 +120,8 @@ def _run_reverse(
         d_o,
         leaving,
         errors,
+        None if carried is None else states,
+        carried,
         made.inverses,
         made.weight,
         made.scores,
@@ -145,55 +145,71 @@ def _run_ends(x: Operands, p: Params, added: Tensor, maps: Tensor, d_final: Tens
     ENDS(x.sequences * x.heads * tiles, args, constants, int(p["chain_warps"]), int(p["chain_stages"]))
 
 
-def _run_pairs(
-    x: Operands, made: Factors, p: Params, d_o: Tensor, states: Tensor, leaving: Tensor, updates: Tensor, errors: Tensor, into: Mapping[str, Tensor]
-) -> None:
-    """Writes over the factors: nothing after this reads them."""
-    block, keys, rule = int(p["block"]), tile_width(x.keys), x.w is None
-    args = (x.q, x.k, x.v if rule else None, x.beta, x.g, x.gate, d_o, states, leaving, updates, errors, made.scores, made.inverses)
-    slope, erase, _, total = made.lines
-    args += (slope, made.weight, made.spare if erase is None else erase, total, into.get("v") if rule else None, x.cu_seqlens)
-    args += (x.v.shape[1], x.sequences, x.heads, x.group, x.scale)
-    for tensor in (x.q, x.k, x.v, x.beta, x.g, x.gate, d_o):
-        args += strides(tensor)
-    width, stages = int(p["pair_tile"]), int(p["pair_stages"])
-    constants = (x.keys, x.values, keys, block, width, 16, x.l2norm, p["dot"], stages)
-    PAIRS(x.slots(block) * x.heads, args, constants, int(p["pair_warps"]), stages)
-
-
-def _run_queries(x: Operands, made: Factors, p: Params, d_o: Tensor, states: Tensor, sums: Tensor | None, into: Mapping[str, Tensor]) -> None:
-    slope, erase, _, _ = made.lines
-    args = (x.q, x.k, x.g, x.gate, d_o, states, made.scores, slope, made.spare if erase is None else erase, sums, into.get("q"), into.get("gate"))
-    args += (x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group, x.scale)
-    for tensor in (x.q, x.k, x.g, x.gate, d_o):
-        args += strides(tensor)
-    _launch(QUERIES, x, p, args)
-
-
-def _run_keys(
+def _run_gradients(
     x: Operands,
     made: Factors,
     p: Params,
+    d_o: Tensor,
     states: Tensor,
     leaving: Tensor,
     updates: Tensor,
     errors: Tensor,
-    sums: Tensor | None,
+    carried: Tensor | None,
     into: Mapping[str, Tensor],
 ) -> None:
-    d_w = None if x.w is None else into.get("w")
-    if x.w is not None and d_w is None:
-        d_w = torch.empty(x.w.shape, dtype=x.w.dtype, device=x.w.device)
-    slope, _, _, total = made.lines
-    args = (x.q, x.k, x.beta, x.g, states, leaving, updates, errors, made.scores, made.inverses, slope, made.weight, total, sums)
-    args += (into.get("k"), d_w, into.get("beta"), into.get("g"), x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group)
-    for tensor in (x.q, x.k, x.beta, x.g):
-        args += strides(tensor)
-    _launch(KEYS, x, p, args)
-
-
-def _launch(kernel: Kernel, x: Operands, p: Params, args: tuple[object, ...]) -> None:
-    """A program for each block and q/k head."""
-    block, width, stages = int(p["block"]), int(p["gradient_tile"]), int(p["gradient_stages"])
-    constants = (x.keys, x.values, tile_width(x.keys), block, width, x.l2norm, p["dot"], stages)
-    kernel(x.slots(block) * (x.heads // x.group), args, constants, int(p["gradient_warps"]), stages)  # type: ignore[arg-type]
+    """A program for each block and q/k head, three times. Writes over the factors, which nothing reads any more."""
+    block, width, stages, keys, rule = int(p["block"]), int(p["gradient_tile"]), int(p["gradient_stages"]), tile_width(x.keys), x.w is None
+    d_q, d_k, d_g, d_gate, d_beta = (into.get(name) for name in ("q", "k", "g", "gate", "beta"))
+    d_v, d_w = into.get("v") if rule else None, into.get("w")
+    writes = d_k is not None or d_g is not None
+    pairs, links = (made.scores, made.inverses) if writes else (None, None)
+    slope = made.lines[0] if d_g is not None else None
+    blocks = x.slots(block) * (x.heads // x.group)
+    grouped = x.group > 1
+    sums = (
+        torch.empty(blocks * block * keys, dtype=torch.float32, device=x.v.device)
+        if d_q is not None and grouped or d_k is not None and (rule or grouped)
+        else None
+    )
+    constants = (x.keys, x.values, keys, block, width, x.l2norm, p["dot"], stages)
+    warps, sizes = int(p["gradient_warps"]), (x.v.shape[1], x.sequences, x.heads, x.group)
+    q, k, v, beta, g, gate = (strides(tensor) for tensor in (x.q, x.k, x.v, x.beta, x.g, x.gate))
+    if writes or d_q is not None or d_gate is not None:
+        args = (x.q, x.k, x.g, x.gate, d_o, states, updates, pairs, slope, sums if grouped else None, d_q, d_gate, x.cu_seqlens, *sizes, x.scale)
+        QUERIES(blocks, (*args, *q, *k, *g, *gate, *strides(d_o)), constants, warps, stages)
+    if d_v is not None or d_w is not None or d_beta is not None or (rule and writes):
+        args = (
+            x.k,
+            x.v,
+            x.beta,
+            x.g,
+            states,
+            updates,
+            errors,
+            links,
+            slope if rule else None,
+            sums if rule and d_k is not None else None,
+            d_v,
+            d_w,
+            d_beta,
+        )
+        ERASED(blocks, (*args, x.cu_seqlens, *sizes, *k, *v, *beta, *g), constants, warps, stages)
+    if writes:
+        if not rule and grouped and sums is not None:
+            sums.zero_()
+        args = (
+            x.q,
+            x.k,
+            x.g,
+            x.gate,
+            leaving,
+            updates,
+            pairs,
+            links,
+            slope,
+            carried,
+            sums if d_k is not None and (rule or grouped) else None,
+            d_k,
+            d_g,
+        )
+        WRITTEN(blocks, (*args, x.cu_seqlens, *sizes, -(-x.values // int(p["value_tile"])), *q, *k, *g, *gate), constants, warps, stages)

@@ -13,7 +13,7 @@ from titans_backends.backend import Candidate, Param
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from .serving import CONSUMER_SHARED_BYTES, dots, tile_width
+from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, narrow_warps, tile_width
 
 __all__ = ["backward_plans", "delta_plans", "saving", "shared_bytes"]
 
@@ -61,30 +61,58 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
     ways: list[tuple[int, int, int, int, int, int, int]] = []  # block; value tile, warps, stages of the scans; tile, warps and stages of the rest
     if wide <= 32:
         ways = [(32, min(values, 16 if float32 else 32), 2, 3, 32, 4 if float32 else 2, 2)]
+        if not float32:
+            ways += [(64, min(values, 32), 4, 3, 32, 4, 1), (32, 32, 2, 3, 32, 4, 1)]
     elif wide <= 64:
         ways = [(32, 32, 4, 3, 32, 4, 1)] if float32 else [(64, 32, 4, 3, 64, 4, 2)]
     elif wide <= 128:
-        ways = [(32, 32, 4, 2, 32, 8, 1)] if float32 else [(64, 32, 4, 3, 64, 8, 2), (64, 32, 4, 3, 32, 8, 3), (64, 64, 4, 3, 64, 8, 2)]
+        ways = (
+            [(32, 32, 4, 2, 32, 8, 1)]
+            if float32
+            else [
+                (64, 32, 4, 3, 64, 4, 2),
+                (64, 32, 4, 3, 64, 4, 1),
+                (64, 32, 4, 3, 32, 4, 3),
+                (64, 32, 4, 3, 32, 4, 2),
+                (64, 32, 4, 3, 64, 8, 2),
+                (64, 32, 4, 3, 32, 8, 2),
+            ]
+        )
     ways += [(32, 32, 4, 2, 32, 8, 1), (16, 16, 4, 2, 16, 8, 1)]
     if fixed:
         ways = [way for way in ways if way[0] == grid] or [(grid, *ways[0][1:])]
+    least = 16
+    if not float32 and not copies_rows(signature):
+        least = 64  # columns of products that are right without copies; 32 rows first, since the addresses take registers
+        wider = {way if way[2] <= 2 else (way[0], least, 8 if way[0] < 64 and keys > 64 else 4, 2, *way[4:]) for way in ways}
+        ways = sorted(wider, key=lambda way: (way[0] != 32, way))
     found: list[Candidate] = []
-    cuts: dict[int, dict[str, Param]] = {}
-    for segment in (8, 16) if wide <= 64 else (16, 32):
-        chain: dict[str, Param] = {"chain_tile": 16, "chain_warps": 1 if wide <= 32 else 4, "chain_stages": 3}
-        cuts[segment] = {"segment": segment, "map_tile": 64 if size == 2 else 32, "map_warps": 2 if wide <= 32 else 4, **chain}
     for rows, tile, warps, stages, rest_tile, rest_warps, rest_stages in ways:
-        plan: dict[str, Param] = {"block": rows, "prepare_warps": 4, "value_tile": min(tile, values), "warps": warps, "stages": stages}
-        rest: dict[str, Param] = {}
-        for name, warps_of in (("pair", min(rest_warps, 4)), ("gradient", rest_warps)):
-            rest |= {f"{name}_tile": rest_tile, f"{name}_warps": warps_of, f"{name}_stages": rest_stages}
-        last = (rest_stages * (keys + rows) * rest_tile + 2 * rows * keys + 2 * rows * rows) * size
-        for variant, cut in [("again", {}), *(("split", cut) for cut in cuts.values() if rows == ways[0][0])]:
+        prepare_warps = 1 if wide <= 32 and rows == 32 and size == 2 else 4
+        plan: dict[str, Param] = {
+            "block": rows,
+            "prepare_warps": prepare_warps,
+            "value_tile": min(tile, max(values, least)),
+            "warps": warps,
+            "stages": stages,
+        }
+        rest: dict[str, Param] = {
+            "update_warps": narrow_warps(signature.dtype, rows, min(values, 64), min(rest_warps, 4)),
+            "gradient_tile": rest_tile,
+            "gradient_warps": narrow_warps(signature.dtype, rows, keys, rest_warps),
+            "gradient_stages": rest_stages,
+        }
+        last = (rest_stages * (2 * keys + 2 * rows) * rest_tile + 2 * rows * keys + 3 * rows * rows) * size
+        chain: dict[str, Param] = {"chain_tile": 16, "chain_warps": 1 if wide <= 32 else 4, "chain_stages": 3}
+        maps: dict[str, Param] = {"map_tile": 64 if size == 2 else 32, "map_warps": min(warps, 2) if wide <= 32 and rows < 64 else 4, **chain}
+        tokens = (256, 512) if wide <= 64 else (1024, 2048)
+        cuts: list[tuple[str, dict[str, Param]]] = [("split", {"segment": length // rows, **maps}) for length in tokens]
+        for variant, cut in [("again", {}), *(cuts if rows >= ways[0][0] else ())]:
             if max(shared_bytes("split" if cut else "scan", {**plan, **cut}, keys, values, size), last) <= room:
                 params = {**plan, **cut, **rest, "dot": dots(signature)[0]}
                 found.append(Candidate("triton", variant, tuple(params.items()), direction="backward"))
-    dense = [one for one in found if one.variant == "again" and one.param("block") == grid] if signature.may_save and not signature.packed else []
-    found += [replace(one, variant="saved", saves_states=True) for one in dense[:2]]
+    dense = [one for one in found if one.param("block") == grid] if signature.may_save and not signature.packed else []
+    found += [replace(one, variant="saved", saves_states=True) for one in dense]
     few = _is_few(signature, machine, values)
     return sorted(found, key=lambda one: (one.variant == "split") != few)
 

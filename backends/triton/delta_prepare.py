@@ -9,7 +9,8 @@ each block and v head: the gated inverse A' = Gamma * (I + stril(beta K K^T))^-1
 and the inverse's ten small products, reads 2 BLOCK K elements and writes 2 BLOCK^2: bound by the latency of those products, hidden by the
 programs beside it.
 
-With `weight`, for a backward, A' is left without beta, which is written there: the gradient wants both sides of beta.
+With `weight`, for a backward, A' is left without beta, which is written there: the gradient wants both sides of beta. It is rounded `evenly`: on similar
+tokens the gradients are small differences of sums over A'.
 Without `inverses` the block is prepared for a scan from given u and w, which needs no A' and no erase.
 
 With `fast_scores`, what the fast core needs beside it (SPEC.md 2, 5): alpha fast_gate scale tril(Q K^T) beta^T, and its own read and write
@@ -25,6 +26,7 @@ from .decay import between, running_log
 from .grid import locate
 from .inverse import unit_lower_inverse
 from .launch import Kernel
+from .rounding import evenly
 
 __all__ = ["PREPARE", "row_norm"]
 
@@ -128,8 +130,9 @@ def _prepare(
             inverse *= b[None, :]
         if g is not None:
             inverse *= decay
-        inverse = inverse.to(DTYPE)
-        tl.store(inverses + square, inverse)
+        if weight is not None:
+            inverse = evenly(inverse, DTYPE, BLOCK)
+        tl.store(inverses + square, inverse.to(DTYPE))
         tl.store(erase + line, back)
     tl.store(write + line, on)
     tl.store(total + place, fade)

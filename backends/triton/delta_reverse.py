@@ -5,7 +5,8 @@ five products, of which three wait for each other, as in the forward's scan:
 
     dU = P^T dO + write (K dS)      dX = A'^T dU      dS <- total dS + Q^T (read dO) - K^T (erase weight dX)
 
-`leaving` keeps dS before each block, rounded, and `errors` dX, for the gradients of the inputs (`delta_gradients`). With `w`, for slow_core,
+`leaving` keeps the dS that leaves each block, rounded, `errors` dX, and `carried` the tile's part of <S, dS> with the forward's `states`, for the gradients
+of the inputs (`delta_gradients`). With `w`, for slow_core,
 U was u - w S: `errors` keeps dU, which is the gradient of u, and dS <- total dS + Q^T (read dO) - w^T dU.
 
 Few heads are cut into segments: `_reverse` once over all of them from zero, which gives what each adds (`before`); `_ends` goes from one to the next with the
@@ -27,7 +28,7 @@ __all__ = ["ENDS", "REVERSE"]
 
 @triton.jit
 def _reverse_block(
-    state, q, k, w, do, leaving, errors, inverses, weight, scores, read, erase, write, total, first, place, column, begin, end, heads, q_t, k_t, w_t, do_t,
+    state, q, k, w, do, leaving, errors, states, carried, inverses, weight, scores, read, erase, write, total, first, place, column, begin, end, heads, tiles, q_t, k_t, w_t, do_t,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dS before the block, from dS behind it: pointers stand at the program's batch row and head."""
@@ -60,6 +61,10 @@ def _reverse_block(
     spot = place * (K * V) + key[:, None] * V + value[None, :]
     if leaving is not None:
         tl.store(leaving + spot, old, mask=(key[:, None] < K) & (value[None, :] < V))
+    if carried is not None:
+        inside = (key[:, None] < K) & (value[None, :] < V)
+        held = tl.load(states + spot, mask=inside, other=0.0) if MASKED else tl.load(states + spot)
+        tl.store(carried + place * tiles + column // BLOCK_V, tl.sum(tl.sum(held.to(tl.float32) * state, 1), 0))
     change = tl.dot(k_tile, old, input_precision=DOT) * written[:, None]
     change = tl.dot(tl.trans(p_tile), do_tile, acc=change, input_precision=DOT)
     if w is None:
@@ -86,7 +91,7 @@ def _reverse_block(
 
 @triton.jit
 def _reverse(
-    q, k, w, do, leaving, errors, inverses, weight, scores, read, erase, write, total, behind, d_final, before, d_initial, cu_seqlens,
+    q, k, w, do, leaving, errors, states, carried, inverses, weight, scores, read, erase, write, total, behind, d_final, before, d_initial, cu_seqlens,
     tokens, sequences, heads, group, tiles,
     q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, SEGMENT: tl.constexpr, DOT: tl.constexpr,
@@ -142,15 +147,15 @@ def _reverse(
     for i in tl.range(full, count, num_stages=STAGES):  # the ragged block comes first, and at most once
         place = (slot + i).to(tl.int64) * heads + head
         state = _reverse_block(
-            state, q_row, k_row, w_row, do_row, leaving, e_row, inverses, weight, scores, read, erase, write, total,
-            start + i * BLOCK, place, column, begin, stop, heads, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, True, DOT,
+            state, q_row, k_row, w_row, do_row, leaving, e_row, states, carried, inverses, weight, scores, read, erase, write, total,
+            start + i * BLOCK, place, column, begin, stop, heads, tiles, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, True, DOT,
         )  # fmt: skip
     for step in tl.range(0, full, num_stages=STAGES):
         i = full - 1 - step
         place = (slot + i).to(tl.int64) * heads + head
         state = _reverse_block(
-            state, q_row, k_row, w_row, do_row, leaving, e_row, inverses, weight, scores, read, erase, write, total,
-            start + i * BLOCK, place, column, begin, stop, heads, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, not EXACT, DOT,
+            state, q_row, k_row, w_row, do_row, leaving, e_row, states, carried, inverses, weight, scores, read, erase, write, total,
+            start + i * BLOCK, place, column, begin, stop, heads, tiles, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, not EXACT, DOT,
         )  # fmt: skip
     if before is not None:
         tl.store(before + of_unit + at_state, state, mask=in_state)

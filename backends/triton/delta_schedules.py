@@ -106,7 +106,6 @@ class Factors:
     lines: tuple[Tensor | None, ...]
     fast: tuple[Tensor | None, ...]
     weight: Tensor | None = None
-    spare: Tensor | None = None
 
 
 def prepare(x: Operands, p: Params, *, backward: bool = False) -> Factors:
@@ -125,7 +124,6 @@ def prepare(x: Operands, p: Params, *, backward: bool = False) -> Factors:
         (lines[0], None if given else lines[1], lines[2], total),
         (None, None, None) if fast is None else (squares[2], lines[3], lines[4]),
         lines[3] if weigh else None,
-        lines[1] if given else None,
     )
     alpha = fast.alpha if fast is not None else 0.0
     weight = alpha if isinstance(alpha, Tensor) else None
@@ -225,8 +223,11 @@ def _segments(x: Operands, p: Params) -> tuple[int, Tensor, Tensor, Tensor]:
     return units, room[: size * x.values], room[size * x.values : 2 * size * x.values], room[2 * size * x.values :]
 
 
-def divide(x: Operands, made: Factors, p: Params) -> tuple[Tensor, Tensor, Tensor]:
-    """The state at every segment's start, and N and M of the segments between: S_out = M S_in + N. N and M may be written over."""
+def divide(x: Operands, made: Factors, p: Params, *, chain: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The state at every segment's start (with `chain`, else room for it), and N and M of the segments between: S_out = M S_in + N.
+
+    N and M may be written over.
+    """
     units, starts, offsets, maps = _segments(x, p)
     width, segment = int(p["map_tile"]), int(p["segment"])
     tiles = -(-(x.values + x.keys) // width)
@@ -235,7 +236,8 @@ def divide(x: Operands, made: Factors, p: Params) -> tuple[Tensor, Tensor, Tenso
     args += (x.v.shape[1], x.sequences, x.offset, x.heads, x.group, tiles, *strides(x.k), *strides(x.w), *strides(x.v))
     constants = (x.keys, x.values, tile_width(x.keys), p["block"], width, segment, p["dot"], p["stages"])
     TRANSITIONS(units * x.heads * tiles, args, constants, int(p["map_warps"]), int(p["stages"]))
-    _chain(x, p, offsets, maps, starts)
+    if chain:
+        _chain(x, p, offsets, maps, starts)
     return starts, offsets, maps
 
 

@@ -1,4 +1,4 @@
-"""fused_uw: u and w from a given attn_const in one launch, which reads attn_const once for both (SPEC.md 3's last line).
+"""fused_uw: u and w from a given attn_const in one launch, which reads attn_const once for both (SPEC.md 3's last line); the backward is uw_product_gradients.py.
 
 Leading dimensions are flattened: a view where one stride describes them, a copy where not.
 """
@@ -17,12 +17,13 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
-from .grid import unit_stride
+from .matrices import flat
 from .program import remembering
 from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
 from .uw_product import PRODUCT, SERIES
+from .uw_product_gradients import backward_candidates, run_backward
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
 
 _PLANS = (
     ("product", 64, 64, 128, 0, 4, 3),
@@ -79,25 +80,9 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return [*offered, *(replace(least, params=(*least.params[:-1], ("dot", dot))) for dot in dots(signature)[1:])]
 
 
-def _flat(x: Tensor) -> tuple[Tensor, int]:
-    """A tensor whose rows are contiguous and whose leading dimensions have one stride, with that stride."""
-    x = unit_stride(x)
-    stride, reach = 0, None
-    for size, step in zip(reversed(x.shape[:-2]), reversed(x.stride()[:-2]), strict=True):
-        if size == 1:
-            continue
-        if reach is None:
-            stride = step  # 0 where it is expanded
-        elif step != reach:
-            x = x.contiguous()
-            return x, x.shape[-2] * x.shape[-1]
-        reach = step * size
-    return x, stride
-
-
 def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """u and w, contiguous."""
-    (attn, attn_b), (v, v_b), (k, k_b) = _flat(call.attn_const), _flat(call.v_beta), _flat(call.k_beta)
+    (attn, attn_b), (v, v_b), (k, k_b) = flat(call.attn_const), flat(call.v_beta), flat(call.k_beta)
     u, w = torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty(k.shape, dtype=v.dtype, device=v.device)
     size, values, keys = attn.shape[-1], v.shape[-1], k.shape[-1]
     if not size:
@@ -117,5 +102,5 @@ def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return u, w
 
 
-compile_ahead = ahead_of(run)
+compile_ahead = ahead_of(run, "fused_uw", run_backward)
 remember = remembering(run)

@@ -12,7 +12,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["CONSUMER_SHARED_BYTES", "Params", "dots", "narrow_warps", "serves", "tile_width"]
+__all__ = ["CONSUMER_SHARED_BYTES", "Params", "copies_rows", "dots", "narrow_warps", "serves", "tile_width"]
 
 Params = tuple[tuple[str, Param], ...]
 
@@ -58,6 +58,14 @@ def narrow_warps(dtype: torch.dtype, rows: int, columns: int, warps: int) -> int
     and 8 warps, and right values with 2 (mma.sync), with 32 rows or fewer, with 64 columns or more, in float32, and in pipelined loops (delta_scan).
     """
     return min(warps, 2) if dtype.itemsize == 2 and rows >= 64 and columns < 64 else warps
+
+
+def copies_rows(signature: Signature) -> bool:
+    """Whether asynchronous copies take the rows of q, k and v: 16 divides the head_dims, and with them what a head's rows start at, and all are aligned.
+
+    Where they do not, a loop's products are compiled as those outside of one (`narrow_warps`).
+    """
+    return (signature.dim("K") | signature.dim("V")) % 16 == 0 and signature.aligned
 
 
 def tile_width(size: int) -> int:

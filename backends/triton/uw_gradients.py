@@ -3,6 +3,7 @@
 `uw_back`: a chunk of at most BLOCK tokens, a program per q/k head that loops over its v heads. Only R = T^T is needed, the inverse of I + L^T, and
 L^T comes from the symmetric K K^T: nothing is transposed for a product. With P = du V^T and Q = dw K^T, D = stril(P diag(b) + Q diag(b e^G)) is the
 gradient of T; exact: dA = stril(R D R), so that u and w are not computed again; rowsum(dX V) and rowsum(dZ K) are the column sums of T P and T Q.
+R is rounded `evenly`: where tokens are alike, D R is what is left of sums over R that nearly cancel.
 Per program and v head it moves BLOCK (3 V + K) elements, and 2 BLOCK K a q/k head, and computes BLOCK^2 (2 V + 3 K) + (2/3 + 2) BLOCK^3 multiply-adds.
 `uw_back_scaled`: transform="none", a chunk of any length in blocks, the last one first. Sums over v heads are made in the output where it is float32
 and in a float32 scratch where not.
@@ -24,6 +25,7 @@ from .decay import between, running_log
 from .grid import on_device, slot_count, strides, unit_stride
 from .inverse import unit_lower_inverse
 from .launch import Kernel
+from .rounding import evenly
 from .rounding import operand as as_operand
 from .serving import CONSUMER_SHARED_BYTES, dots, tile_width
 from .uw_blocks import _lower, _upper, chunk_of, load_tile, load_vector, store_tile
@@ -143,7 +145,7 @@ def _uw_back(
         turned = gram
         if nothing == 0:
             turned = _turned_triangle(gram, b, coarse, fine, DECAYED, OPERAND, BLOCK, LAM, DOT)
-        right = as_operand(turned, OPERAND, DOT)
+        right = as_operand(turned, OPERAND, DOT) if SPLIT else evenly(turned, OPERAND, BLOCK)
         into = tl.zeros([BLOCK, BLOCK], tl.float32)
         if THROUGH:
             reach = b
@@ -346,7 +348,7 @@ def _blocks(signature: Signature, block: int) -> list[Candidate]:
             (least, 64, 4, 168, "chip"),
             (least, 64, 4, 0, "memory"),
         ]
-        if max(keys, values) <= 128:
+        if max(keys, values) <= 32 and not grouped:  # wider ones spill hundreds of bytes, grouped ones thousands
             ways.append((64, 64, 2, 0, "chip"))
     else:
         usual = 4 if block == 32 and max(keys, values) > 32 else 2

@@ -21,27 +21,33 @@ import torch
 from torch import Tensor
 
 import titans_backends as tb
-from titans_backends.backend import Candidate, OpModule
+from titans_backends.backend import Candidate, OpModule, TrainableOpModule
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Work
 from titans_backends.contracts.validate import validate
 from titans_backends.contracts.work import work_of
 from titans_backends.facts import signature_of
+from titans_backends.offers import Offer, Pair, offer
 from titans_backends.plans import invalidate
+from titans_backends.registry import get
 
 __all__ = [
     "Ceilings",
     "Eager",
     "Race",
     "ahead",
+    "arriving",
     "bound",
     "ceilings",
     "default",
+    "default_pair",
     "eager",
     "forced",
+    "leaves_of",
     "memory",
     "module_of",
     "offered",
+    "offered_in_training",
     "precision_of",
     "shortened",
     "work",
@@ -136,16 +142,21 @@ def eager(run: Run, budget_s: float = 0.15) -> Eager:
 
 
 class Race:
-    """Runners captured as graphs and replayed in turns, the cache written over before each replay, outside of the timed events."""
+    """Runners captured as graphs and replayed in turns, the cache written over before each replay, outside of the timed events.
 
-    def __init__(self) -> None:
+    `shared`: the graphs take their memory from one pool and write over each other's results, so that many large ones fit; nobody reads these.
+    """
+
+    def __init__(self, *, shared: bool = False) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._kept: list[object] = []
+        self._pool = torch.cuda.graph_pool_handle() if shared else None
+        self._side = torch.cuda.Stream()
 
     def add(self, name: str, run: Run) -> None:
         """Warms a runner up on a side stream and captures it."""
-        side = torch.cuda.Stream()
+        side = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()
@@ -153,8 +164,11 @@ class Race:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._kept.append(run())
+        with torch.cuda.graph(graph, pool=self._pool):
+            results = run()
+            if self._pool is None:
+                self._kept.append(results)
+            del results
         graph.replay()
         torch.cuda.synchronize()
         self._graphs[name] = graph
@@ -243,22 +257,63 @@ def default(op: str, call: Call) -> Candidate:
         return tb.get_op(op).bind(**arguments, backend="triton").choice.pair.forward
 
 
+def leaves_of(op: str, call: Call) -> dict[str, Tensor]:
+    """The call's tensors that take a gradient, wanting one; no copies."""
+    given = CONTRACTS[op].tensors(call)
+    return {name: given[name].detach().requires_grad_() for name in CONTRACTS[op].differentiable if name in given}
+
+
+def default_pair(op: str, call: Call) -> Pair:
+    """What a captured training step gets: the tuned row's pair, or the backend's first."""
+    arguments: dict[str, object] = {name: getattr(call, name) for name in CONTRACTS[op].parameters}
+    with torch.enable_grad(), tb.policy(launch="graph"):
+        return tb.get_op(op).bind(**arguments | leaves_of(op, call), backend="triton").choice.pair
+
+
+def offered_in_training(op: str, call: Call) -> Offer:
+    """The Triton backend's candidates of both directions for a captured training step of the call, or its refusal."""
+    signature = signature_of(CONTRACTS[op], call, validate(CONTRACTS[op], call), regime="training", launch="graph")
+    return offer(get("triton"), signature, tb.detect("cuda"))
+
+
 @contextlib.contextmanager
-def forced(op: str, candidate: Candidate) -> Iterator[None]:
-    """The op's module offers this candidate and no other, for a while; what is bound meanwhile keeps it."""
+def forced(op: str, candidate: Candidate, backward: Candidate | None = None) -> Iterator[None]:
+    """The op's module offers this candidate and no other, and this backward where one is given, for a while; what is bound meanwhile keeps it."""
     module = module_of(op)
-    before = module.candidates
-    module.candidates = lambda signature, machine: [candidate]  # type: ignore[method-assign]
+    only = {"candidates": candidate, **({} if backward is None else {"backward_candidates": backward})}
+    before = {name: getattr(module, name) for name in only}
+    for name, one in only.items():
+        setattr(module, name, lambda signature, machine, one=one: [one])
     invalidate()
     try:
         yield
     finally:
-        module.candidates = before  # type: ignore[method-assign]
+        for name, function in before.items():
+            setattr(module, name, function)
         invalidate()
 
 
+def arriving(op: str, call: Call, candidate: Candidate | None = None) -> tuple[tuple[Tensor | None, ...], Tensor | None, frozenset[str]]:
+    """What a layer's backward is handed, of the right sizes and not filled: a gradient of every output but the states, the saved states, every need."""
+    from titans_backends.backends.triton.ahead import _arriving
+
+    grads, states, needs = _arriving(op, call, candidate or Candidate("triton", "", direction="backward"))
+    return tuple(None if spec.like is None else grad for spec, grad in zip(CONTRACTS[op].outputs, grads, strict=True)), states, needs
+
+
+def _launching(op: str, candidate: Candidate) -> Callable[[Call, Candidate], object]:
+    """What runs a candidate of either direction."""
+    module = cast(TrainableOpModule, module_of(op))
+    if candidate.direction == "forward":
+        return module.run
+    return lambda call, candidate: module.run_backward(call, *arriving(op, call, candidate), candidate)
+
+
 def ahead(wanted: Iterable[tuple[str, Call, Sequence[Candidate]]], workers: int | None = None) -> float:
-    """Compiles what these candidates would launch, side by side, into Triton's own cache; returns the seconds. Failures are left to the run."""
+    """Compiles what these candidates would launch, side by side, into Triton's own cache; returns the seconds. Failures are left to the run.
+
+    Candidates of both directions; a backward as a layer's training step runs it, see `arriving`.
+    """
     from titans_backends.backends.triton.ahead import collected
     from titans_backends.backends.triton.launch import Form
 
@@ -267,7 +322,7 @@ def ahead(wanted: Iterable[tuple[str, Call, Sequence[Candidate]]], workers: int 
     for op, call, candidates in wanted:
         for candidate in candidates:
             with contextlib.suppress(Exception):
-                for kernel, form in collected(module_of(op).run, _sizes(call), candidate):
+                for kernel, form in collected(_launching(op, candidate), _sizes(call), candidate):
                     jobs[kernel.function.__module__, kernel.name, form] = None  # type: ignore[attr-defined]
     major, minor = torch.cuda.get_device_capability()
     count = workers or max(1, min(14, (os.cpu_count() or 2) - 1))
@@ -295,15 +350,11 @@ def _names(call: Call) -> list[str]:
 
 
 def _compile(job: tuple[str, str, object], sm: int) -> str:
-    import triton
-    from titans_backends.backends.triton.launch import Form, Kernel, options_of, source_of
-    from triton.backends.compiler import GPUTarget
+    from titans_backends.backends.triton.ahead import _compiled
+    from titans_backends.backends.triton.launch import Form, Kernel
 
     module, name, form = job
     assert isinstance(form, Form)
     kernel = next(value for value in vars(import_module(module)).values() if isinstance(value, Kernel) and value.name == name)
-    try:
-        triton.compile(source_of(kernel, form), target=GPUTarget("cuda", sm, 32), options=options_of(form))
-    except Exception as error:
-        return f"{name} {form.constants} warps={form.warps} stages={form.stages}: {type(error).__name__}: {str(error)[:200]}"
-    return ""
+    reason = _compiled(kernel, form, sm)
+    return f"{name} {form.constants} warps={form.warps} stages={form.stages}: {reason[:200]}" if reason else ""

@@ -1,4 +1,5 @@
-"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, in a process for each op, as many at once as there are cores."""
+"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, a process for each op's forward, one for all gradients, as many at once
+as there are cores."""
 
 from __future__ import annotations
 
@@ -20,8 +21,12 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = tuple(reversed(import_module("titans_backends.backends.triton").BACKEND.ops))
-"""The largest first, so that the processes end together."""
-FILES = {"parts": "tests/triton_interpreted_parts.py", **dict.fromkeys(OPS, "tests/triton_interpreted.py")}
+FILES = {
+    "gradients": "tests/triton_interpreted_gradients.py",
+    **dict.fromkeys(OPS, "tests/triton_interpreted.py"),
+    "parts": "tests/triton_interpreted_parts.py",
+}
+"""The longest first, so that the processes end together."""
 _LEFT_OUT = {"PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST"}
 
 

@@ -1,9 +1,9 @@
-"""The Triton backend's kernels in Triton's interpreter, on CPU tensors in float32: right, complete, and nothing else touched.
+"""The Triton backend's forward kernels in Triton's interpreter, on CPU tensors in float32: right, complete, and nothing else touched.
 
 Triton decides at import whether it interprets, so this file runs in a process of its own: `TRITON_INTERPRET=1 pytest tests/triton_interpreted.py`,
 for one op with `-k fused_uw`. `test_triton_interpreter.py` starts it; plain `pytest` does not collect it. The registry serves GPUs only, so
 the op modules are called directly. An op's default candidate runs every conformance case and the sizes that tiles care about; every other
-candidate that differs in more than warps, stages and rounding runs a few.
+candidate that differs in more than warps, stages, registers and rounding runs a few. The backward: `triton_interpreted_gradients.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from tests.triton_machines import H100
-from titans_backends.backend import Candidate, OpModule, TrainableOpModule
+from titans_backends.backend import Candidate, OpModule
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build, cases
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
-from titans_backends.tuning.gate import Ledger, check_backward, check_forward, failure
+from titans_backends.tuning.gate import Ledger, check_forward, failure
 from titans_backends.tuning.suite import exam_of
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -35,7 +35,7 @@ pytest.importorskip("triton")
 
 OPS = tuple(import_module("titans_backends.backends.triton").BACKEND.ops)
 LIMIT = tolerance(torch.float32)
-NOT_INTERPRETED = ("warps", "stages", "dot")
+NOT_INTERPRETED = ("warps", "stages", "registers", "dot")
 """What a parameter's name ends in when the interpreter does not see it: how a kernel is scheduled, how float32 products are rounded."""
 
 
@@ -146,36 +146,6 @@ def problems(made: Contract, case: Case, choose: Callable[[Call], list[Candidate
     return found
 
 
-def reverted(made: Contract, call: Call) -> list[Candidate]:
-    """What the op offers an H100 for the backward of a call; none where it leaves it to another backend."""
-    module, signature = module_of(made.name), signature_of(made, call, validate(made, call), regime="training")
-    if not hasattr(module, "backward_candidates") or not module.supports(signature, H100):
-        return []
-    return list(cast(TrainableOpModule, module).backward_candidates(signature, H100))
-
-
-def wrong_gradients(made: Contract, case: Case, choose: Callable[[Call], list[Candidate]]) -> list[str]:
-    """What is wrong with the chosen backward candidates on a case, a line each."""
-    call = build(made, case)
-    chosen = choose(call)
-    if not chosen:
-        pytest.skip("the backward is left to another backend")
-    exam = exam_of(made, case, call, training=True)
-    found = []
-    for candidate in chosen:
-        once = replace(candidate, deterministic=False)
-        try:
-            check_backward(made, once, module_of(made.name), exam, LIMIT, Ledger(), candidate.label)
-        except Exception as error:
-            found.append(failure(error, candidate.label) if type(error).__name__ != "Rejected" else str(error))
-    return found
-
-
-def shortened(candidate: Candidate) -> Candidate:
-    """With segments of one block, so that short calls have many."""
-    return replace(candidate, params=tuple((name, 1 if name.endswith("segment") else value) for name, value in candidate.params))
-
-
 def expect_none(found: list[str]) -> None:
     """Fails with the lines alone."""
     if found:
@@ -212,21 +182,3 @@ def test_every_other_candidate_keeps_the_contract(op: str, case: Case) -> None:
         return distinct(known)[1:]
 
     expect_none(problems(made, case, others))
-
-
-@pytest.mark.parametrize(("op", "case"), listed(lambda made: cases(made, torch.float32)))
-def test_the_default_backward_keeps_the_contract(op: str, case: Case) -> None:
-    made = CONTRACTS[op]
-    expect_none(wrong_gradients(made, case, lambda call: reverted(made, call)[:1]))
-
-
-@pytest.mark.parametrize(("op", "case"), listed(sizes))
-def test_the_default_backward_tiles_any_size(op: str, case: Case) -> None:
-    made = CONTRACTS[op]
-    expect_none(wrong_gradients(made, case, lambda call: reverted(made, call)[:1]))
-
-
-@pytest.mark.parametrize(("op", "case"), listed(few))
-def test_every_other_backward_keeps_the_contract(op: str, case: Case) -> None:
-    made = CONTRACTS[op]
-    expect_none(wrong_gradients(made, case, lambda call: distinct([shortened(one) for one in reverted(made, call)])[1:]))

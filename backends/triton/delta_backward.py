@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .delta_gradients import ERASED, QUERIES, WRITTEN
+from .delta_gradients import ERASED, QUERIES, VECTORS, WRITTEN
 from .delta_reverse import ENDS, REVERSE
 from .delta_schedules import Factors, Operands, Params, divide, prepare, run_scan
 from .delta_updates import UPDATES
@@ -157,59 +157,44 @@ def _run_gradients(
     carried: Tensor | None,
     into: Mapping[str, Tensor],
 ) -> None:
-    """A program for each block and q/k head, three times. Writes over the factors, which nothing reads any more."""
-    block, width, stages, keys, rule = int(p["block"]), int(p["gradient_tile"]), int(p["gradient_stages"]), tile_width(x.keys), x.w is None
+    """The parallel kernels. Writes over the factors, which nothing reads any more."""
+    block, width, stages, rule = int(p["block"]), int(p["gradient_tile"]), int(p["gradient_stages"]), x.w is None
+    columns = tile_width(x.keys) if x.l2norm else min(tile_width(x.keys), int(p["gradient_keys"]))
+    tiles, places, device = -(-x.keys // columns), x.slots(block) * x.heads, x.v.device
     d_q, d_k, d_g, d_gate, d_beta = (into.get(name) for name in ("q", "k", "g", "gate", "beta"))
     d_v, d_w = into.get("v") if rule else None, into.get("w")
-    writes = d_k is not None or d_g is not None
+    writes, grouped = d_k is not None or d_g is not None, x.group > 1
     pairs, links = (made.scores, made.inverses) if writes else (None, None)
-    slope = made.lines[0] if d_g is not None else None
-    blocks = x.slots(block) * (x.heads // x.group)
-    grouped = x.group > 1
-    sums = (
-        torch.empty(blocks * block * keys, dtype=torch.float32, device=x.v.device)
-        if d_q is not None and grouped or d_k is not None and (rule or grouped)
-        else None
-    )
-    constants = (x.keys, x.values, keys, block, width, x.l2norm, p["dot"], stages)
-    warps, sizes = int(p["gradient_warps"]), (x.v.shape[1], x.sequences, x.heads, x.group)
+    told, seen, direct, taken, gone = _lines(places, block, tiles, device, d_g is not None, d_gate is not None, d_beta is not None, rule)
+    sums = None
+    if d_q is not None and grouped or d_k is not None and (rule or grouped):
+        sums = torch.empty(places // x.group * block * columns * tiles, dtype=torch.float32, device=device)
+    constants = (x.keys, x.values, columns, block, width, x.l2norm, p["dot"], stages)
+    warps, sizes, programs = int(p["gradient_warps"]), (x.v.shape[1], x.sequences, x.heads, x.group, places), places // x.group * tiles
     q, k, v, beta, g, gate = (strides(tensor) for tensor in (x.q, x.k, x.v, x.beta, x.g, x.gate))
     if writes or d_q is not None or d_gate is not None:
-        args = (x.q, x.k, x.g, x.gate, d_o, states, updates, pairs, slope, sums if grouped else None, d_q, d_gate, x.cu_seqlens, *sizes, x.scale)
-        QUERIES(blocks, (*args, *q, *k, *g, *gate, *strides(d_o)), constants, warps, stages)
+        args = (x.q, x.k, x.g, x.gate, d_o, states, updates, pairs, told, sums if grouped else None, d_q, x.cu_seqlens, *sizes, x.scale)
+        QUERIES(programs, (*args, *q, *k, *g, *gate, *strides(d_o)), constants, warps, stages)
     if d_v is not None or d_w is not None or d_beta is not None or (rule and writes):
-        args = (
-            x.k,
-            x.v,
-            x.beta,
-            x.g,
-            states,
-            updates,
-            errors,
-            links,
-            slope if rule else None,
-            sums if rule and d_k is not None else None,
-            d_v,
-            d_w,
-            d_beta,
-        )
-        ERASED(blocks, (*args, x.cu_seqlens, *sizes, *k, *v, *beta, *g), constants, warps, stages)
+        left = sums if rule and d_k is not None else None
+        args = (x.k, x.v, x.beta, x.g, states, updates, errors, links, direct, seen, left, d_v, d_w, x.cu_seqlens, *sizes)
+        ERASED(programs, (*args, *k, *v, *beta, *g), constants, warps, stages)
     if writes:
         if not rule and grouped and sums is not None:
             sums.zero_()
-        args = (
-            x.q,
-            x.k,
-            x.g,
-            x.gate,
-            leaving,
-            updates,
-            pairs,
-            links,
-            slope,
-            carried,
-            sums if d_k is not None and (rule or grouped) else None,
-            d_k,
-            d_g,
-        )
-        WRITTEN(blocks, (*args, x.cu_seqlens, *sizes, -(-x.values // int(p["value_tile"])), *q, *k, *g, *gate), constants, warps, stages)
+        args = (x.q, x.k, x.g, x.gate, leaving, updates, pairs, links, taken, gone, sums if d_k is not None and (rule or grouped) else None, d_k)
+        WRITTEN(programs, (*args, x.cu_seqlens, *sizes, *q, *k, *g, *gate), constants, warps, stages)
+    if d_g is not None or d_gate is not None or d_beta is not None:
+        parts = -(-x.values // int(p["value_tile"]))
+        args = (x.beta, x.g, x.gate, told, direct, seen, taken, gone, carried, d_beta, d_g, d_gate, x.cu_seqlens, x.v.shape[1], x.sequences, x.heads)
+        VECTORS(places, (*args, places, parts, tiles, *beta, *g, *gate), (block, x.k.dtype == torch.float32), 1 if block <= 32 else 2, 1)
+
+
+def _lines(places: int, block: int, tiles: int, device: torch.device, decay: bool, gate: bool, beta: bool, rule: bool) -> tuple[Tensor | None, ...]:
+    """Room for what `vectors` reads: told, seen, direct, taken, gone, each where something asks for it."""
+    line = places * block
+    sizes = (
+        tiles * line * (decay or gate), tiles * line * (rule and (decay or beta)), line * beta, tiles * line * decay, tiles * places * decay
+    )  # fmt: skip
+    room = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    return tuple(part if part.numel() else None for part in room.split(sizes))

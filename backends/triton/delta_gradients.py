@@ -1,18 +1,19 @@
 """The delta rule's gradients of every input but the initial state, in parallel over blocks, from what the scans left (SPEC.md 10).
 
 With S the state at a block's start, E the gradient of the state that leaves it, U the updates, X the gradient of beta W,
-P = tril(dO U^T) * Gamma * scale and L = -stril(X U^T) * Gamma, three kernels in this order, each with one such product and one [BLOCK, K] sum on chip:
+P = tril(dO U^T) * Gamma * scale and L = -stril(X U^T) * Gamma, three kernels in this order, each with one such product and one [BLOCK, BLOCK_K] sum on chip:
 
     queries   dQ = gate (scale e^G dO S^T + P K)                                       on S, dO, U; writes P
-    erased    left = L K - e^G X S^T      dV = beta X      d_beta = rowsum(V * X) + rowsum(K * left)      on S, X, U, V; writes L
+    erased    left = L K - e^G X S^T      dV = beta X                                  on S, X, U, V; writes L
     written   right = e^(G_C - G) U E^T + (gate P)^T Q + (beta L)^T K      dK = beta left + right         on E, U, P, L
 
-Wherever a vector scales a row, its gradient is a sum over that row: of the gate rowsum(Q * dQ / gate), of G rowsum(Q * dQ) + beta rowsum(K * left) -
-rowsum(K * right), summed from the block's end, with e^(G_C) <S, E> (`delta_reverse` wrote the product) and <K, e^(G_C - G) U E^T>.
+Wherever a vector scales a row, its gradient is a sum over that row, written by tiles of columns and put together by `vectors`: of the gate `told` =
+rowsum(Q * dQ / gate), of beta `direct` + `seen` = rowsum(V * X) + rowsum(K * left), of G gate told + beta seen - `taken`, `taken` = rowsum(K * right), summed
+from the block's end on, with <S', E> of the state that leaves the block (`delta_reverse` wrote it; of a sequence's last block e^(G_C) <S, E> + <K, e^(G_C - G) U E^T>).
 
-A program owns a block and a q/k head, and goes through its v heads one after the other; what they share is summed in float32 through scratch, in order.
-Each computes 2 BLOCK (K V + BLOCK V + BLOCK K) FLOP a v head on 2 (K V + 2 BLOCK V + BLOCK^2) bytes at 16 bits, `erased` 2 BLOCK V more: bytes limit them.
-One kernel for all three keeps too many addresses, and is half as fast. With `dw`, for slow_core, v is u and X its gradient: dw = -X S^T, and there is no L.
+A program owns a block, a q/k head and a tile of key columns, and goes through its v heads one after the other; what they share is summed in float32 through
+scratch, in order. Each computes 2 BLOCK (BLOCK_K V + BLOCK V + BLOCK BLOCK_K) FLOP a v head on 2 (BLOCK_K V + 2 BLOCK V + BLOCK^2) bytes at 16 bits: bytes limit
+them. With `dw`, for slow_core, v is u and X its gradient: dw = -X S^T, and there is no L.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .delta_prepare import row_norm
 from .grid import locate
 from .launch import Kernel
 
-__all__ = ["ERASED", "QUERIES", "WRITTEN"]
+__all__ = ["ERASED", "QUERIES", "VECTORS", "WRITTEN"]
 
 
 @triton.jit
@@ -74,32 +75,34 @@ def _add(found, sums, at_sums, member):
 
 @triton.jit
 def _queries(
-    q, k, g, gate, do, states, updates, pairs, slope, sums, dq, dgate, cu_seqlens, tokens, sequences, heads, group, scale,
+    q, k, g, gate, do, states, updates, pairs, told, sums, dq, cu_seqlens, tokens, sequences, heads, group, places, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, gate_b, gate_t, gate_h, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq and the output gate's gradient; `pairs` and `slope` are for `written`, which is asked for where `pairs` is given."""
-    READ: tl.constexpr = dq is not None or dgate is not None or slope is not None
-    WHOLE_K: tl.constexpr = K == BLOCK_K
+    """dq; `pairs` is for `written`, `told [TILES, places, BLOCK]` for `vectors`."""
+    READ: tl.constexpr = dq is not None or told is not None
+    WHOLE_K: tl.constexpr = K % BLOCK_K == 0
     WHOLE_V: tl.constexpr = V % BLOCK_V == 0
     DTYPE: tl.constexpr = k.dtype.element_ty
     SPLIT: tl.constexpr = DTYPE == tl.float32
+    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     groups = heads // group
-    shared = tl.program_id(0) % groups
-    slot = tl.program_id(0) // groups
+    tile = tl.program_id(0) % TILES
+    shared = tl.program_id(0) // TILES % groups
+    slot = tl.program_id(0) // TILES // groups
     batch, _, _, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
     if start >= end:
         return
     row = tl.arange(0, BLOCK)
-    key = tl.arange(0, BLOCK_K)
+    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     here = start + row < end
     at = batch.to(tl.int64)
     first = start.to(tl.int64)
     rows = at * tokens + first
     at_q = q + at * q_b + first * q_t + shared * q_h
     at_k = k + at * k_b + first * k_t + shared * k_h
-    at_sums = (slot.to(tl.int64) * groups + shared) * (BLOCK * BLOCK_K) + row[:, None] * BLOCK_K + key[None, :]
+    at_sums = (slot.to(tl.int64) * groups + shared) * (BLOCK * BLOCK_K * TILES) + row[:, None] * (BLOCK_K * TILES) + key[None, :]
     causal = row[:, None] >= row[None, :]
     stop = V + tl.program_id(1)  # V, but the compiler does not know, and leaves the loop a loop
     for member in tl.range(0, group, num_stages=1):
@@ -107,6 +110,11 @@ def _queries(
         place = slot.to(tl.int64) * heads + head
         at_do = do + at * do_b + first * do_t + head * do_h
         at_u = updates + (rows * heads + head) * V
+        if g is not None:
+            step = _load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
+        if READ:
+            k_tile = _load_rows(at_k, k_t, row, key, here, K, WHOLE_K)
+            q_tile = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K)
         scored = tl.zeros([BLOCK, BLOCK], tl.float32)
         read = tl.zeros([BLOCK, BLOCK_K], tl.float32)
         for column in tl.range(0, stop, BLOCK_V, num_stages=STAGES):
@@ -119,35 +127,29 @@ def _queries(
                 read = tl.dot(do_tile, tl.trans(s_tile), acc=read, input_precision=DOT)
         scored = tl.where(causal, scored, 0.0) * scale
         if g is not None:
-            coarse, fine, _last, _rest = running_log(_load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
+            coarse, fine, _last, _rest = running_log(step, SPLIT)
             scored *= between(coarse, fine, causal, SPLIT)
             read *= tl.exp(coarse + fine)[:, None]
         p_tile = scored.to(DTYPE)
-        if pairs is not None:
+        if pairs is not None and tile == 0:
             tl.store(pairs + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :], p_tile)
         if READ:
-            k_tile = _load_rows(at_k, k_t, row, key, here, K, WHOLE_K)
             if L2NORM:
                 k_tile = _normed(k_tile, row_norm(k_tile), True)
             read = tl.dot(p_tile, k_tile, acc=read * scale, input_precision=DOT)
-            wide = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K).to(tl.float32)
-            told = tl.sum(wide * read, 1)
-            if L2NORM:
-                told *= row_norm(wide)
-            if dgate is not None:
-                tl.store(dgate + (rows + row) * heads + head, told.to(dgate.dtype.element_ty), mask=here)
+            wide = q_tile.to(tl.float32)
+            if told is not None:
+                line = tl.sum(wide * read, 1)
+                if L2NORM:
+                    line *= row_norm(wide)
+                tl.store(told + (tile * places + place) * BLOCK + row, line)
             if gate is not None:
-                through = _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
-                told *= through
-                read *= through[:, None]
-            if slope is not None:
-                tl.store(slope + place * BLOCK + row, told)
+                read *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)[:, None]
             if dq is not None:
                 if sums is not None:
                     read = _add(read, sums, at_sums, member)
                 if member == group - 1:
                     if L2NORM:
-                        wide = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K).to(tl.float32)
                         read = _unnormed(read, wide, row_norm(wide))
                     at_dq = dq + (rows * groups + shared) * K + row[:, None] * (groups * K) + key[None, :]
                     tl.store(at_dq, read.to(dq.dtype.element_ty), mask=here[:, None] & (key[None, :] < K))
@@ -158,31 +160,33 @@ QUERIES = Kernel(_queries)
 
 @triton.jit
 def _erased(
-    k, v, beta, g, states, updates, errors, links, slope, sums, dv, dw, dbeta, cu_seqlens, tokens, sequences, heads, group,
+    k, v, beta, g, states, updates, errors, links, direct, seen, sums, dv, dw, cu_seqlens, tokens, sequences, heads, group, places,
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dv and d_beta, or dw; `links`, `slope` and `sums`, which gets beta left, are for `written`."""
-    LEFT: tl.constexpr = sums is not None or slope is not None or dbeta is not None
+    """dv, or dw; `links` and `sums`, which gets beta left, are for `written`, `direct [places, BLOCK]` and `seen [TILES, places, BLOCK]` for `vectors`."""
+    LEFT: tl.constexpr = sums is not None or seen is not None
     BOUND: tl.constexpr = LEFT or links is not None
-    WHOLE_K: tl.constexpr = K == BLOCK_K
+    WHOLE_K: tl.constexpr = K % BLOCK_K == 0
     WHOLE_V: tl.constexpr = V % BLOCK_V == 0
     DTYPE: tl.constexpr = k.dtype.element_ty
     SPLIT: tl.constexpr = DTYPE == tl.float32
+    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     groups = heads // group
-    shared = tl.program_id(0) % groups
-    slot = tl.program_id(0) // groups
+    tile = tl.program_id(0) % TILES
+    shared = tl.program_id(0) // TILES % groups
+    slot = tl.program_id(0) // TILES // groups
     batch, _, _, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
     if start >= end:
         return
     row = tl.arange(0, BLOCK)
-    key = tl.arange(0, BLOCK_K)
+    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     here = start + row < end
     at = batch.to(tl.int64)
     first = start.to(tl.int64)
     rows = at * tokens + first
-    at_sums = (slot.to(tl.int64) * groups + shared) * (BLOCK * BLOCK_K) + row[:, None] * BLOCK_K + key[None, :]
+    at_sums = (slot.to(tl.int64) * groups + shared) * (BLOCK * BLOCK_K * TILES) + row[:, None] * (BLOCK_K * TILES) + key[None, :]
     stop = V + tl.program_id(1)  # V, but the compiler does not know, and leaves the loop a loop
     for member in tl.range(0, group, num_stages=1):
         head = shared * group + member
@@ -193,9 +197,12 @@ def _erased(
         b = tl.full([BLOCK], 1.0, tl.float32)
         if beta is not None:
             b = _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
+        if g is not None:
+            step = _load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
+        if LEFT:
+            k_tile = _load_rows(k + at * k_b + first * k_t + shared * k_h, k_t, row, key, here, K, WHOLE_K)
         bound = tl.zeros([BLOCK, BLOCK], tl.float32)
         lost = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-        direct = tl.zeros([BLOCK], tl.float32)
         for column in tl.range(0, stop, BLOCK_V, num_stages=STAGES):
             value = column + tl.arange(0, BLOCK_V)
             x_tile = _load_rows(at_x, heads * V, row, value, here, V, WHOLE_V)
@@ -205,11 +212,6 @@ def _erased(
             if LEFT or dw is not None:
                 s_tile = _load_state(states + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
                 lost = tl.dot(x_tile, tl.trans(s_tile), acc=lost, input_precision=DOT)
-            if dbeta is not None:
-                direct += tl.sum(x_tile.to(tl.float32) * _load_rows(at_v, v_t, row, value, here, V, WHOLE_V).to(tl.float32), 1)
-            if dv is not None:
-                at_dv = dv + (rows * heads + head) * V + row[:, None] * (heads * V) + value[None, :]
-                tl.store(at_dv, (x_tile.to(tl.float32) * b[:, None]).to(dv.dtype.element_ty), mask=here[:, None] & (value[None, :] < V))
         if dw is not None:
             at_dw = dw + (rows * heads + head) * K + row[:, None] * (heads * K) + key[None, :]
             tl.store(at_dw, (-lost).to(dw.dtype.element_ty), mask=here[:, None] & (key[None, :] < K))
@@ -217,25 +219,32 @@ def _erased(
             bound = tl.where(row[:, None] > row[None, :], -bound, 0.0)
             back = tl.full([BLOCK], 1.0, tl.float32)
             if g is not None:
-                coarse, fine, _last, _rest = running_log(_load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
+                coarse, fine, _last, _rest = running_log(step, SPLIT)
                 bound *= between(coarse, fine, row[:, None] >= row[None, :], SPLIT)
                 back = tl.exp(coarse + fine)
-            if links is not None:
+            if links is not None and tile == 0:
                 tl.store(links + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :], (bound * b[:, None]).to(DTYPE))
         if LEFT:
-            k_tile = _load_rows(k + at * k_b + first * k_t + shared * k_h, k_t, row, key, here, K, WHOLE_K)
             norm = tl.full([BLOCK], 1.0, tl.float32)
             if L2NORM:
                 norm = row_norm(k_tile)
             left = tl.dot(bound.to(DTYPE), _normed(k_tile, norm, L2NORM), acc=lost * -back[:, None], input_precision=DOT)
-            seen = norm * tl.sum(k_tile.to(tl.float32) * left, 1)
-            if dbeta is not None:
-                tl.store(dbeta + (rows + row) * heads + head, (direct + seen).to(dbeta.dtype.element_ty), mask=here)
-            if slope is not None:
-                line = slope + place * BLOCK + row
-                tl.store(line, tl.load(line) + b * seen)
+            if seen is not None:
+                tl.store(seen + (tile * places + place) * BLOCK + row, norm * tl.sum(k_tile.to(tl.float32) * left, 1))
             if sums is not None:
                 _add(left * b[:, None], sums, at_sums, member)
+        if (dv is not None or direct is not None) and tile == 0:
+            line = tl.zeros([BLOCK], tl.float32)
+            for column in tl.range(0, stop, BLOCK_V, num_stages=STAGES):
+                value = column + tl.arange(0, BLOCK_V)
+                wide = _load_rows(at_x, heads * V, row, value, here, V, WHOLE_V).to(tl.float32)
+                if direct is not None:
+                    line += tl.sum(wide * _load_rows(at_v, v_t, row, value, here, V, WHOLE_V).to(tl.float32), 1)
+                if dv is not None:
+                    at_dv = dv + (rows * heads + head) * V + row[:, None] * (heads * V) + value[None, :]
+                    tl.store(at_dv, (wide * b[:, None]).to(dv.dtype.element_ty), mask=here[:, None] & (value[None, :] < V))
+            if direct is not None:
+                tl.store(direct + place * BLOCK + row, line)
 
 
 ERASED = Kernel(_erased)
@@ -243,71 +252,69 @@ ERASED = Kernel(_erased)
 
 @triton.jit
 def _written(
-    q, k, g, gate, leaving, updates, pairs, links, slope, carried, sums, dk, dg, cu_seqlens, tokens, sequences, heads, group, parts,
+    q, k, g, gate, leaving, updates, pairs, links, taken, gone, sums, dk, cu_seqlens, tokens, sequences, heads, group, places,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, gate_b, gate_t, gate_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dg. `carried [places, parts]`: the parts of <S, E>; `sums` holds what `erased` left, where it ran, and what earlier v heads add."""
-    WHOLE_K: tl.constexpr = K == BLOCK_K
+    """dk; `taken [TILES, places, BLOCK]` and `gone [TILES, places]` are for `vectors`. `sums` holds what `erased` left, and what earlier v heads add."""
+    WHOLE_K: tl.constexpr = K % BLOCK_K == 0
     WHOLE_V: tl.constexpr = V % BLOCK_V == 0
     DTYPE: tl.constexpr = k.dtype.element_ty
     SPLIT: tl.constexpr = DTYPE == tl.float32
+    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     groups = heads // group
-    shared = tl.program_id(0) % groups
-    slot = tl.program_id(0) // groups
+    tile = tl.program_id(0) % TILES
+    shared = tl.program_id(0) // TILES % groups
+    slot = tl.program_id(0) // TILES // groups
     batch, _, _, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
     if start >= end:
         return
     row = tl.arange(0, BLOCK)
-    key = tl.arange(0, BLOCK_K)
+    key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     here = start + row < end
     at = batch.to(tl.int64)
     first = start.to(tl.int64)
     rows = at * tokens + first
     at_q = q + at * q_b + first * q_t + shared * q_h
     at_k = k + at * k_b + first * k_t + shared * k_h
-    at_sums = (slot.to(tl.int64) * groups + shared) * (BLOCK * BLOCK_K) + row[:, None] * BLOCK_K + key[None, :]
+    at_sums = (slot.to(tl.int64) * groups + shared) * (BLOCK * BLOCK_K * TILES) + row[:, None] * (BLOCK_K * TILES) + key[None, :]
     stop = V + tl.program_id(1)  # V, but the compiler does not know, and leaves the loop a loop
     for member in tl.range(0, group, num_stages=1):
         head = shared * group + member
         place = slot.to(tl.int64) * heads + head
         at_u = updates + (rows * heads + head) * V
         square = place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :]
+        if g is not None:
+            step = _load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
+        k_tile = _load_rows(at_k, k_t, row, key, here, K, WHOLE_K)
+        q_tile = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K)
+        p_tile = tl.load(pairs + square)
+        if links is not None:
+            l_tile = tl.load(links + square)
         right = tl.zeros([BLOCK, BLOCK_K], tl.float32)
         for column in tl.range(0, stop, BLOCK_V, num_stages=STAGES):
             value = column + tl.arange(0, BLOCK_V)
             u_tile = _load_rows(at_u, heads * V, row, value, here, V, WHOLE_V)
             e_tile = _load_state(leaving + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
             right = tl.dot(u_tile, tl.trans(e_tile), acc=right, input_precision=DOT)
-        k_tile = _load_rows(at_k, k_t, row, key, here, K, WHOLE_K)
         norm = tl.full([BLOCK], 1.0, tl.float32)
         if L2NORM:
             norm = row_norm(k_tile)
-        if g is not None:
-            coarse, fine, coarse_last, fine_last = running_log(_load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
-            right *= tl.exp((coarse_last - coarse) + (fine_last - fine))[:, None]
-        if dg is not None:
-            gone = tl.sum(norm * tl.sum(k_tile.to(tl.float32) * right, 1), 0)
-        q_tile = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K)
-        if L2NORM:
             q_tile = _normed(q_tile, row_norm(q_tile), True)
-        p_tile = tl.load(pairs + square)
+        if g is not None:
+            coarse, fine, coarse_last, fine_last = running_log(step, SPLIT)
+            right *= tl.exp((coarse_last - coarse) + (fine_last - fine))[:, None]
+        if gone is not None and start + BLOCK >= end:
+            tl.store(gone + tile * places + place, tl.sum(norm * tl.sum(k_tile.to(tl.float32) * right, 1), 0))
         if gate is not None:
             through = _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
             p_tile = (p_tile.to(tl.float32) * through[:, None]).to(DTYPE)
         right = tl.dot(tl.trans(p_tile), q_tile, acc=right, input_precision=DOT)
         if links is not None:
-            right = tl.dot(tl.trans(tl.load(links + square)), _normed(k_tile, norm, L2NORM), acc=right, input_precision=DOT)
-        if dg is not None:
-            steep = tl.load(slope + place * BLOCK + row) - norm * tl.sum(k_tile.to(tl.float32) * right, 1)
-            steep = tl.where(here, steep, 0.0)
-            held = 0.0
-            for part in range(parts):
-                held += tl.load(carried + place * parts + part)
-            whole = gone + tl.exp(coarse_last + fine_last) * held
-            found = tl.sum(steep, 0) - tl.cumsum(steep, 0) + steep + whole
-            tl.store(dg + (rows + row) * heads + head, found.to(dg.dtype.element_ty), mask=here)
+            right = tl.dot(tl.trans(l_tile), _normed(k_tile, norm, L2NORM), acc=right, input_precision=DOT)
+        if taken is not None:
+            tl.store(taken + (tile * places + place) * BLOCK + row, norm * tl.sum(k_tile.to(tl.float32) * right, 1))
         if dk is not None:
             if sums is not None:
                 right += tl.load(sums + at_sums)
@@ -323,3 +330,57 @@ def _written(
 
 
 WRITTEN = Kernel(_written)
+
+
+@triton.jit
+def _vectors(
+    beta, g, gate, told, direct, seen, taken, gone, carried, dbeta, dg, dgate, cu_seqlens, tokens, sequences, heads, places, parts, tiles,
+    beta_b, beta_t, beta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of beta, g and the output gate, from the row sums of the tiles and the `parts` of <S', E>. Programs: blocks x v heads."""
+    head = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    batch, _, _, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
+    if start >= end:
+        return
+    row = tl.arange(0, BLOCK)
+    here = start + row < end
+    at = batch.to(tl.int64)
+    first = start.to(tl.int64)
+    place = slot.to(tl.int64) * heads + head
+    out = (at * tokens + first + row) * heads + head
+    steep = tl.zeros([BLOCK], tl.float32)
+    asked = steep
+    erased = steep
+    held = 0.0
+    for tile in range(tiles):
+        line = (tile * places + place) * BLOCK + row
+        if told is not None:
+            asked += tl.load(told + line)
+        if seen is not None:
+            erased += tl.load(seen + line)
+        if taken is not None:
+            steep -= tl.load(taken + line)
+            if start + BLOCK >= end:
+                held += tl.load(gone + tile * places + place)
+    if dgate is not None:
+        tl.store(dgate + out, asked.to(dgate.dtype.element_ty), mask=here)
+    if dbeta is not None:
+        tl.store(dbeta + out, (erased + tl.load(direct + place * BLOCK + row)).to(dbeta.dtype.element_ty), mask=here)
+    if dg is not None:
+        if gate is not None:
+            asked *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
+        if seen is not None:
+            erased *= _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
+        total = 0.0
+        for part in range(parts):
+            total += tl.load(carried + place * parts + part)
+        if start + BLOCK >= end:
+            _coarse, _fine, coarse_last, fine_last = running_log(_load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
+            total *= tl.exp(coarse_last + fine_last)
+        steep = tl.where(here, steep + asked + erased, 0.0)
+        found = tl.sum(steep, 0) - tl.cumsum(steep, 0) + steep + held + total
+        tl.store(dg + out, found.to(dg.dtype.element_ty), mask=here)
+
+
+VECTORS = Kernel(_vectors)

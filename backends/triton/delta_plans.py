@@ -6,6 +6,7 @@ Pure: a card whose shared memory is too small for a plan does not see it. Every 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -52,69 +53,79 @@ def saving(found: list[Candidate], signature: Signature, grid: int, variants: tu
     return [*found, *saved.values()]
 
 
+class _Way(NamedTuple):
+    """Tiles of a backward: of the two scans, and of the kernels that run in parallel over blocks after them."""
+
+    block: int
+    value_tile: int
+    warps: int
+    stages: int
+    gradient_keys: int
+    gradient_tile: int
+    gradient_warps: int
+    gradient_stages: int
+
+
+_LAST_RESORTS = (_Way(32, 32, 4, 2, 64, 32, 4, 1), _Way(16, 16, 4, 2, 64, 16, 4, 1))
+"""For cards with little shared memory."""
+
+
 def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: bool = False) -> list[Candidate]:
     """The plans of the backward that fit, the default first. `grid`: the blocks on which states may be saved; `fixed`: no others will do."""
     keys, values = (tile_width(signature.dim(letter)) for letter in "KV")
     size, wide = signature.dtype.itemsize, max(keys, values)
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
-    float32 = signature.dtype == torch.float32
-    ways: list[tuple[int, int, int, int, int, int, int]] = []  # block; value tile, warps, stages of the scans; tile, warps and stages of the rest
-    if wide <= 32:
-        ways = [(32, min(values, 16 if float32 else 32), 2, 3, 32, 4 if float32 else 2, 2)]
-        if not float32:
-            ways += [(64, min(values, 32), 4, 3, 32, 4, 1), (32, 32, 2, 3, 32, 4, 1)]
-    elif wide <= 64:
-        ways = [(32, 32, 4, 3, 32, 4, 1)] if float32 else [(64, 32, 4, 3, 64, 4, 2)]
-    elif wide <= 128:
-        ways = (
-            [(32, 32, 4, 2, 32, 8, 1)]
-            if float32
-            else [
-                (64, 32, 4, 3, 64, 4, 2),
-                (64, 32, 4, 3, 64, 4, 1),
-                (64, 32, 4, 3, 32, 4, 3),
-                (64, 32, 4, 3, 32, 4, 2),
-                (64, 32, 4, 3, 64, 8, 2),
-                (64, 32, 4, 3, 32, 8, 2),
-            ]
-        )
-    ways += [(32, 32, 4, 2, 32, 8, 1), (16, 16, 4, 2, 16, 8, 1)]
+    ways = [*_ways(signature.dtype, wide, values), *_LAST_RESORTS]
     if fixed:
-        ways = [way for way in ways if way[0] == grid] or [(grid, *ways[0][1:])]
+        ways = [way for way in ways if way.block == grid] or [ways[0]._replace(block=grid)]
     least = 16
-    if not float32 and not copies_rows(signature):
+    if size == 2 and not copies_rows(signature):
         least = 64  # columns of products that are right without copies; 32 rows first, since the addresses take registers
-        wider = {way if way[2] <= 2 else (way[0], least, 8 if way[0] < 64 and keys > 64 else 4, 2, *way[4:]) for way in ways}
-        ways = sorted(wider, key=lambda way: (way[0] != 32, way))
+        wider = {way if way.warps <= 2 else way._replace(value_tile=least, warps=8 if way.block < 64 and keys > 64 else 4, stages=2) for way in ways}
+        ways = sorted(wider, key=lambda way: (way.block != 32, way))
     found: list[Candidate] = []
-    for rows, tile, warps, stages, rest_tile, rest_warps, rest_stages in ways:
-        prepare_warps = 1 if wide <= 32 and rows == 32 and size == 2 else 4
+    for way in ways:
+        rows, columns = way.block, min(keys, way.gradient_keys)
         plan: dict[str, Param] = {
             "block": rows,
-            "prepare_warps": prepare_warps,
-            "value_tile": min(tile, max(values, least)),
-            "warps": warps,
-            "stages": stages,
+            "prepare_warps": 1 if wide <= 32 and rows == 32 and size == 2 else 4,
+            "value_tile": min(way.value_tile, max(values, least)),
+            "warps": way.warps,
+            "stages": way.stages,
         }
         rest: dict[str, Param] = {
-            "update_warps": narrow_warps(signature.dtype, rows, min(values, 64), min(rest_warps, 4)),
-            "gradient_tile": rest_tile,
-            "gradient_warps": narrow_warps(signature.dtype, rows, keys, rest_warps),
-            "gradient_stages": rest_stages,
+            "update_warps": narrow_warps(signature.dtype, rows, min(values, 64), min(way.gradient_warps, 4)),
+            "gradient_keys": columns,
+            "gradient_tile": way.gradient_tile,
+            "gradient_warps": narrow_warps(signature.dtype, rows, columns, way.gradient_warps),
+            "gradient_stages": way.gradient_stages,
+            "dot": dots(signature)[0],
         }
-        last = (rest_stages * (2 * keys + 2 * rows) * rest_tile + 2 * rows * keys + 3 * rows * rows) * size
         chain: dict[str, Param] = {"chain_tile": 16, "chain_warps": 1 if wide <= 32 else 4, "chain_stages": 3}
-        maps: dict[str, Param] = {"map_tile": 64 if size == 2 else 32, "map_warps": min(warps, 2) if wide <= 32 and rows < 64 else 4, **chain}
-        tokens = (256, 512) if wide <= 64 else (1024, 2048)
-        cuts: list[tuple[str, dict[str, Param]]] = [("split", {"segment": length // rows, **maps}) for length in tokens]
-        for variant, cut in [("again", {}), *(cuts if rows >= ways[0][0] else ())]:
+        maps: dict[str, Param] = {"map_tile": 64 if size == 2 else 32, "map_warps": 2 if wide <= 32 and rows < 64 else 4}
+        cuts: list[dict[str, Param]] = [{"segment": tokens // rows, **maps, **chain} for tokens in ((256, 512) if wide <= 64 else (1024, 2048))]
+        last = (way.gradient_stages * (columns + 2 * rows) * way.gradient_tile + 2 * rows * columns + 3 * rows * rows) * size
+        for cut in ({}, *(cuts if rows >= ways[0].block else ())):
             if max(shared_bytes("split" if cut else "scan", {**plan, **cut}, keys, values, size), last) <= room:
-                params = {**plan, **cut, **rest, "dot": dots(signature)[0]}
-                found.append(Candidate("triton", variant, tuple(params.items()), direction="backward"))
-    dense = [one for one in found if one.param("block") == grid] if signature.may_save and not signature.packed else []
-    found += [replace(one, variant="saved", saves_states=True) for one in dense]
+                params = {**plan, **cut, **rest}
+                found.append(Candidate("triton", "split" if cut else "again", tuple(params.items()), direction="backward"))
+    if signature.may_save and not signature.packed:
+        found += [replace(one, variant="saved", saves_states=True) for one in found if one.param("block") == grid]
     few = _is_few(signature, machine, values)
     return sorted(found, key=lambda one: (one.variant == "split") != few)
+
+
+def _ways(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
+    """By the width of the heads; float32 takes smaller tiles, since its products are three."""
+    if dtype == torch.float32:
+        return [_Way(32, 16, 2, 3, 32, 32, 4, 2)] if wide <= 32 else [_Way(32, 16, 4, 3 if wide <= 64 else 2, 64, 32, 4, 1)]
+    if wide <= 32:
+        return [_Way(32, min(values, 32), 2, 3, 32, 32, 2, 1), _Way(64, min(values, 32), 4, 3, 32, 32, 2, 1)]
+    if wide <= 64:
+        return [_Way(64, 32, 4, 3, 64, 64, 4, 1), _Way(64, 32, 4, 3, 64, 32, 4, 2)]
+    if wide <= 128:
+        return [_Way(64, 32, 4, 3, 64, 32, 4, 3), _Way(64, 64, 4, 3, 64, 32, 4, 3), _Way(64, 32, 4, 3, 64, 64, 4, 2)]
+    return []
 
 
 def _is_few(signature: Signature, machine: Machine, values: int) -> bool:

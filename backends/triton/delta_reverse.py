@@ -5,8 +5,8 @@ five products, of which three wait for each other, as in the forward's scan:
 
     dU = P^T dO + write (K dS)      dX = A'^T dU      dS <- total dS + Q^T (read dO) - K^T (erase weight dX)
 
-`leaving` keeps the dS that leaves each block, rounded, `errors` dX, and `carried` the tile's part of <S, dS> with the forward's `states`, for the gradients
-of the inputs (`delta_gradients`). With `w`, for slow_core,
+`leaving` keeps the dS that leaves each block, rounded, `errors` dX, and `carried` the tile's part of <S, dS>, S from the forward's `states`: the
+state that leaves the block, or of the last block the one it starts from. All are for the gradients of the inputs (`delta_gradients`). With `w`, for slow_core,
 U was u - w S: `errors` keeps dU, which is the gradient of u, and dS <- total dS + Q^T (read dO) - w^T dU.
 
 Few heads are cut into segments: `_reverse` once over all of them from zero, which gives what each adds (`before`); `_ends` goes from one to the next with the
@@ -63,7 +63,8 @@ def _reverse_block(
         tl.store(leaving + spot, old, mask=(key[:, None] < K) & (value[None, :] < V))
     if carried is not None:
         inside = (key[:, None] < K) & (value[None, :] < V)
-        held = tl.load(states + spot, mask=inside, other=0.0) if MASKED else tl.load(states + spot)
+        next_one = spot + tl.where(first + BLOCK < end, heads, 0).to(tl.int64) * (K * V)
+        held = tl.load(states + next_one, mask=inside, other=0.0) if MASKED else tl.load(states + next_one)
         tl.store(carried + place * tiles + column // BLOCK_V, tl.sum(tl.sum(held.to(tl.float32) * state, 1), 0))
     change = tl.dot(k_tile, old, input_precision=DOT) * written[:, None]
     change = tl.dot(tl.trans(p_tile), do_tile, acc=change, input_precision=DOT)

@@ -62,7 +62,8 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(ops=("gated_delta_rule",), seq_lens=(512, 2048, 8192, 32768), heads=((2, 8), (16, 64)), dtypes=("bfloat16",), launches=("graph",)),
             Cells(seq_lens=(512, 2048, 8192), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16",)),
             Cells(ops=("dual_core",), seq_lens=(128, 1024, 8192, 65536), heads=((12, 12),), head_dims=((32, 32),)),
-            Cells(ops=_STREAMED, seq_lens=(2048,), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
+            Cells(ops=_STREAMED, seq_lens=(2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
+            Cells(ops=_STREAMED, seq_lens=(8192,), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16",), regimes=("training",)),
         ),
         ("cuda", False): (
             Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((16, 32), (2, 8), (16, 64)), dtypes=("bfloat16",), launches=("eager", "graph")),

@@ -129,7 +129,8 @@ def pairs_of(subject: Problem, truth: Truth, asked: str, budget_s: float) -> tup
         backward = list(dict.fromkeys((*backward, *offer.backward)))
     times, failed = alone(subject, truth, forward, backward, budget_s)
     named = {first: "default"}
-    for saves, name in ((False, AGAIN), (True, STORED)):
+    stores = any(one.saves_states for one in backward)
+    for saves, name in ((False, AGAIN if stores else "best"), (True, STORED)):
         ends = [min((c for c in some if c in times and c.saves_states == saves), key=times.__getitem__, default=None) for some in (forward, backward)]
         if asked == "best" and ends[0] is not None and ends[1] is not None:
             pair = Pair(ends[0], ends[1])

@@ -107,11 +107,11 @@ def peers_table(lines: Sequence[Line]) -> Iterator[str]:
                 ratios.setdefault(f"{name} / ours, {kind}", []).append(other.graph_us / mine)
             if first is not None:
                 ratios.setdefault(f"{name} / ours, default, eager wall", []).append(other.wall_us / first.wall_us)
-        yield f"{text}   {best.who}: {best.pair}"
+        yield f"{text}   {best.who}"
     for kind, values in ratios.items():
         known = [value for value in values if not math.isnan(value)]
         if known:
-            aim = f" (the aim is {AIM}, and 1 in every cell)" if kind.startswith("fla /") else ""
+            aim = f" (the aim is {AIM}, and 1 in every cell)" if kind == "fla / ours, best, graph" else ""
             yield f"{kind}: geometric mean {statistics.geometric_mean(known):.2f}, least {min(known):.2f}, of {len(known)} cells{aim}"
     yield f"\nerrors, relative L2 against float64 on the first and the last head; * over {NEAR} times the best peer's"
     for (_, what), found in cells.items():

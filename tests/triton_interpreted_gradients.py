@@ -79,7 +79,7 @@ def kinds(made: Contract) -> Iterator[Case]:
         small = replace(base, options={**base.options, "chunk_size": 16})
         yield replace(small, name="chunk 16", T=40)
         if made.name in ("fast_core", "gated_delta_rule", "dual_core"):
-            yield replace(small, name="chunk 256", T=100, options={**base.options, "chunk_size": 256})
+            yield replace(small, name="chunk 256", T=140, options={**base.options, "chunk_size": 256})
 
 
 def others(made: Contract) -> Iterator[Case]:

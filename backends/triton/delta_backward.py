@@ -18,6 +18,7 @@ from .delta_schedules import Factors, Operands, Params, divide, prepare, run_sca
 from .delta_updates import UPDATES
 from .grid import strides, unit_stride
 from .serving import tile_width
+from .slow_scan import denormalized
 
 __all__ = ["gradients"]
 
@@ -42,28 +43,32 @@ def gradients(
 
 
 def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Tensor | None, into: Mapping[str, Tensor]) -> None:
-    """Runs the kernels."""
+    """Runs the kernels. With `x.final` the call returned that divided by its norm."""
     block, device, wanted = int(p["block"]), x.v.device, set(into)
     inputs = bool(wanted - {"initial_state", "u"} - ({"v"} if x.w is None else set()))  # more than the reverse scan alone gives
-    again = saved is None and inputs
+    again = saved is None and (inputs or x.final is not None)
     made = prepare(x, p, backward=True)
     room = torch.empty(1 + again, x.slots(block) * x.heads * x.keys * x.values, dtype=x.k.dtype, device=device)
     leaving, states = room[0], room[-1] if saved is None else saved
     kept = torch.empty(2 - ("u" in into), x.v.numel(), dtype=x.v.dtype, device=device)
     errors, updates = into["u"] if "u" in into else kept[-1], kept[0]
     parts = -(-x.values // int(p["value_tile"]))
-    carried = torch.empty(x.slots(block) * x.heads * parts, dtype=torch.float32, device=device) if "g" in into else None
+    carried = torch.empty(x.slots(block) * x.heads * parts, dtype=torch.float32, device=device) if {"g", "chunk_decay"} & wanted else None
     d_initial = into.get("initial_state")
     if "segment" in p:
         starts, added, maps = divide(x, made, p, chain=again)
         if again:
             run_scan(x, made, p, starts, segment=int(p["segment"]), states=states, updates=updates)
+        if x.final is not None and d_final is not None:
+            d_final = denormalized(x.final, d_final)
         _run_reverse(x, made, p, d_o, d_final=d_final, before=added)
         _run_ends(x, p, added, maps, d_final, starts, d_initial)
         behind: Tensor | None = starts
     else:
         if again:
             run_scan(x, made, p, x.initial, states=states, updates=updates)
+        if x.final is not None and d_final is not None:
+            d_final = denormalized(x.final, d_final)
         behind = d_final
     _run_reverse(x, made, p, d_o, behind=behind, d_initial=d_initial, leaving=leaving, errors=errors, states=states, carried=carried)
     if inputs and saved is not None:
@@ -161,40 +166,49 @@ def _run_gradients(
     block, width, stages, rule = int(p["block"]), int(p["gradient_tile"]), int(p["gradient_stages"]), x.w is None
     columns = tile_width(x.keys) if x.l2norm else min(tile_width(x.keys), int(p["gradient_keys"]))
     tiles, places, device = -(-x.keys // columns), x.slots(block) * x.heads, x.v.device
-    d_q, d_k, d_g, d_gate, d_beta = (into.get(name) for name in ("q", "k", "g", "gate", "beta"))
+    d_q, d_k, d_g, d_gate, d_beta, d_decay = (into.get(name) for name in ("q", "k", "g", "gate", "beta", "chunk_decay"))
     d_v, d_w = into.get("v") if rule else None, into.get("w")
     writes, grouped = d_k is not None or d_g is not None, x.group > 1
     pairs, links = (made.scores, made.inverses) if writes else (None, None)
-    told, seen, direct, taken, gone = _lines(places, block, tiles, device, d_g is not None, d_gate is not None, d_beta is not None, rule)
+    told, seen, direct, taken, gone, asked, shed = _lines(places, block, tiles, x, into)
+    erase = made.lines[1] if x.chunk_decay is not None else None
     sums = None
-    if d_q is not None and grouped or d_k is not None and (rule or grouped):
+    if (d_q is not None and grouped) or (d_k is not None and (rule or grouped)):
         sums = torch.empty(places // x.group * block * columns * tiles, dtype=torch.float32, device=device)
     constants = (x.keys, x.values, columns, block, width, x.l2norm, p["dot"], stages)
     warps, sizes, programs = int(p["gradient_warps"]), (x.v.shape[1], x.sequences, x.heads, x.group, places), places // x.group * tiles
     q, k, v, beta, g, gate = (strides(tensor) for tensor in (x.q, x.k, x.v, x.beta, x.g, x.gate))
-    if writes or d_q is not None or d_gate is not None:
-        args = (x.q, x.k, x.g, x.gate, d_o, states, updates, pairs, told, sums if grouped else None, d_q, x.cu_seqlens, *sizes, x.scale)
+    if writes or d_q is not None or d_gate is not None or d_decay is not None:
+        args = (x.q, x.k, x.g, x.gate, d_o, states, updates, erase, pairs, told, asked, sums if grouped else None, d_q, x.cu_seqlens, *sizes, x.scale)
         QUERIES(programs, (*args, *q, *k, *g, *gate, *strides(d_o)), constants, warps, stages)
-    if d_v is not None or d_w is not None or d_beta is not None or (rule and writes):
+    if d_v is not None or d_w is not None or d_beta is not None or d_decay is not None or (rule and writes):
         left = sums if rule and d_k is not None else None
-        args = (x.k, x.v, x.beta, x.g, states, updates, errors, links, direct, seen, left, d_v, d_w, x.cu_seqlens, *sizes)
-        ERASED(programs, (*args, *k, *v, *beta, *g), constants, warps, stages)
+        args = (x.k, x.v, x.w, x.beta, x.g, states, updates, errors, erase, links, direct, seen, shed, left, d_v, d_w, x.cu_seqlens, *sizes)
+        ERASED(programs, (*args, *k, *v, *strides(x.w), *beta, *g), constants, warps, stages)
     if writes:
         if not rule and grouped and sums is not None:
             sums.zero_()
         args = (x.q, x.k, x.g, x.gate, leaving, updates, pairs, links, taken, gone, sums if d_k is not None and (rule or grouped) else None, d_k)
         WRITTEN(programs, (*args, x.cu_seqlens, *sizes, *q, *k, *g, *gate), constants, warps, stages)
-    if d_g is not None or d_gate is not None or d_beta is not None:
+    if d_g is not None or d_gate is not None or d_beta is not None or d_decay is not None:
         parts = -(-x.values // int(p["value_tile"]))
-        args = (x.beta, x.g, x.gate, told, direct, seen, taken, gone, carried, d_beta, d_g, d_gate, x.cu_seqlens, x.v.shape[1], x.sequences, x.heads)
-        VECTORS(places, (*args, places, parts, tiles, *beta, *g, *gate), (block, x.k.dtype == torch.float32), 1 if block <= 32 else 2, 1)
+        chunks = 0 if d_decay is None else d_decay.shape[1]
+        args = (x.beta, x.g, x.gate, told, direct, seen, taken, gone, asked, shed, carried, d_beta, d_g, d_gate, d_decay, x.cu_seqlens)
+        args += (x.v.shape[1], x.sequences, x.heads, places, parts, tiles, chunks, *beta, *g, *gate)
+        VECTORS(places, args, (block, x.k.dtype == torch.float32), 1 if block <= 32 else 2, 1)
 
 
-def _lines(places: int, block: int, tiles: int, device: torch.device, decay: bool, gate: bool, beta: bool, rule: bool) -> tuple[Tensor | None, ...]:
-    """Room for what `vectors` reads: told, seen, direct, taken, gone, each where something asks for it."""
-    line = places * block
+def _lines(places: int, block: int, tiles: int, x: Operands, into: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """Room for what `vectors` reads: told, seen, direct, taken, gone, asked and shed, each where something asks for it."""
+    line, rule, decay, factor = places * block, x.w is None, "g" in into, "chunk_decay" in into
     sizes = (
-        tiles * line * (decay or gate), tiles * line * (rule and (decay or beta)), line * beta, tiles * line * decay, tiles * places * decay
-    )  # fmt: skip
-    room = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+        tiles * line * (decay or "gate" in into),
+        tiles * line * (rule and (decay or "beta" in into)),
+        line * ("beta" in into),
+        tiles * line * decay,
+        tiles * places * decay,
+        tiles * places * factor,
+        tiles * places * factor,
+    )
+    room = torch.empty(sum(sizes), dtype=torch.float32, device=x.v.device)
     return tuple(part if part.numel() else None for part in room.split(sizes))

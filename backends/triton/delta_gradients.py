@@ -13,7 +13,8 @@ from the block's end on, with <S', E> of the state that leaves the block (`delta
 
 A program owns a block, a q/k head and a tile of key columns, and goes through its v heads one after the other; what they share is summed in float32 through
 scratch, in order. Each computes 2 BLOCK (BLOCK_K V + BLOCK V + BLOCK BLOCK_K) FLOP a v head on 2 (BLOCK_K V + 2 BLOCK V + BLOCK^2) bytes at 16 bits: bytes limit
-them. With `dw`, for slow_core, v is u and X its gradient: dw = -X S^T, and there is no L.
+them. With `dw`, for slow_core, v is u and X its gradient: dw = -X S^T, and there is no L; its chunk_decay d scales S wherever it is read, and gets
+<S, E> + `asked` - `shed` = <S, E> + sum(gate scale Q * dO S^T) - sum(w * X S^T).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import triton.language as tl
 
 from .decay import between, running_log
 from .delta_prepare import row_norm
-from .grid import locate
+from .grid import chunks_before, locate
 from .launch import Kernel
 
 __all__ = ["ERASED", "QUERIES", "VECTORS", "WRITTEN"]
@@ -75,13 +76,13 @@ def _add(found, sums, at_sums, member):
 
 @triton.jit
 def _queries(
-    q, k, g, gate, do, states, updates, pairs, told, sums, dq, cu_seqlens, tokens, sequences, heads, group, places, scale,
+    q, k, g, gate, do, states, updates, erase, pairs, told, asked, sums, dq, cu_seqlens, tokens, sequences, heads, group, places, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, gate_b, gate_t, gate_h, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq; `pairs` is for `written`, `told [TILES, places, BLOCK]` for `vectors`."""
-    READ: tl.constexpr = dq is not None or told is not None
+    """dq; `pairs` is for `written`, `told [TILES, places, BLOCK]` and `asked [TILES, places]` for `vectors`. `erase`: with a chunk_decay, that."""
+    READ: tl.constexpr = dq is not None or told is not None or asked is not None
     WHOLE_K: tl.constexpr = K % BLOCK_K == 0
     WHOLE_V: tl.constexpr = V % BLOCK_V == 0
     DTYPE: tl.constexpr = k.dtype.element_ty
@@ -134,6 +135,13 @@ def _queries(
         if pairs is not None and tile == 0:
             tl.store(pairs + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :], p_tile)
         if READ:
+            if asked is not None:
+                line = tl.sum(q_tile.to(tl.float32) * read, 1) * scale
+                if gate is not None:
+                    line *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
+                tl.store(asked + tile * places + place, tl.sum(line, 0))
+            if erase is not None:
+                read *= tl.load(erase + place * BLOCK + row)[:, None]
             if L2NORM:
                 k_tile = _normed(k_tile, row_norm(k_tile), True)
             read = tl.dot(p_tile, k_tile, acc=read * scale, input_precision=DOT)
@@ -160,12 +168,13 @@ QUERIES = Kernel(_queries)
 
 @triton.jit
 def _erased(
-    k, v, beta, g, states, updates, errors, links, direct, seen, sums, dv, dw, cu_seqlens, tokens, sequences, heads, group, places,
-    k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
+    k, v, w, beta, g, states, updates, errors, erase, links, direct, seen, shed, sums, dv, dw, cu_seqlens, tokens, sequences, heads, group, places,
+    k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dv, or dw; `links` and `sums`, which gets beta left, are for `written`, `direct [places, BLOCK]` and `seen [TILES, places, BLOCK]` for `vectors`."""
+    """dv, or dw; `links` and `sums`, which gets beta left, are for `written`, `direct [places, BLOCK]`, `seen [TILES, places, BLOCK]` and
+    `shed [TILES, places]` for `vectors`. `erase`: with a chunk_decay, that."""
     LEFT: tl.constexpr = sums is not None or seen is not None
     BOUND: tl.constexpr = LEFT or links is not None
     WHOLE_K: tl.constexpr = K % BLOCK_K == 0
@@ -209,9 +218,14 @@ def _erased(
             if BOUND:
                 u_tile = _load_rows(at_u, heads * V, row, value, here, V, WHOLE_V)
                 bound = tl.dot(x_tile, tl.trans(u_tile), acc=bound, input_precision=DOT)
-            if LEFT or dw is not None:
+            if LEFT or dw is not None or shed is not None:
                 s_tile = _load_state(states + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
                 lost = tl.dot(x_tile, tl.trans(s_tile), acc=lost, input_precision=DOT)
+        if shed is not None:
+            w_tile = _load_rows(w + at * w_b + first * w_t + head * w_h, w_t, row, key, here, K, WHOLE_K)
+            tl.store(shed + tile * places + place, tl.sum(tl.sum(w_tile.to(tl.float32) * lost, 1), 0))
+        if erase is not None:
+            lost *= tl.load(erase + place * BLOCK + row)[:, None]
         if dw is not None:
             at_dw = dw + (rows * heads + head) * K + row[:, None] * (heads * K) + key[None, :]
             tl.store(at_dw, (-lost).to(dw.dtype.element_ty), mask=here[:, None] & (key[None, :] < K))
@@ -334,13 +348,14 @@ WRITTEN = Kernel(_written)
 
 @triton.jit
 def _vectors(
-    beta, g, gate, told, direct, seen, taken, gone, carried, dbeta, dg, dgate, cu_seqlens, tokens, sequences, heads, places, parts, tiles,
+    beta, g, gate, told, direct, seen, taken, gone, asked_of, shed, carried, dbeta, dg, dgate, d_decay, cu_seqlens,
+    tokens, sequences, heads, places, parts, tiles, chunks,
     beta_b, beta_t, beta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of beta, g and the output gate, from the row sums of the tiles and the `parts` of <S', E>. Programs: blocks x v heads."""
+    """The gradients of beta, g, the output gate and chunk_decay, from the row sums of the tiles and the `parts` of <S', E>. Programs: blocks x v heads."""
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
-    batch, _, _, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
+    batch, sequence, index, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
     if start >= end:
         return
     row = tl.arange(0, BLOCK)
@@ -363,6 +378,18 @@ def _vectors(
             steep -= tl.load(taken + line)
             if start + BLOCK >= end:
                 held += tl.load(gone + tile * places + place)
+    total = 0.0
+    if carried is not None:
+        for part in range(parts):
+            total += tl.load(carried + place * parts + part)
+    if d_decay is not None:
+        for tile in range(tiles):
+            total += tl.load(asked_of + tile * places + place)
+            if shed is not None:
+                total -= tl.load(shed + tile * places + place)
+        if cu_seqlens is not None:
+            index += chunks_before(cu_seqlens, sequence, BLOCK)
+        tl.store(d_decay + (at * chunks + index) * heads + head, total.to(d_decay.dtype.element_ty))
     if dgate is not None:
         tl.store(dgate + out, asked.to(dgate.dtype.element_ty), mask=here)
     if dbeta is not None:
@@ -372,9 +399,6 @@ def _vectors(
             asked *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
         if seen is not None:
             erased *= _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
-        total = 0.0
-        for part in range(parts):
-            total += tl.load(carried + place * parts + part)
         if start + BLOCK >= end:
             _coarse, _fine, coarse_last, fine_last = running_log(_load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
             total *= tl.exp(coarse_last + fine_last)

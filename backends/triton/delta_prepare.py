@@ -11,7 +11,8 @@ programs beside it.
 
 With `weight`, for a backward, A' is left without beta, which is written there: the gradient wants both sides of beta. It is rounded `evenly`: on similar
 tokens the gradients are small differences of sums over A'.
-Without `inverses` the block is prepared for a scan from given u and w, which needs no A' and no erase.
+Without `inverses` the block is prepared for a scan from given u and w, which needs no A', and erase only with a `chunk_decay` d, which is a chunk's, and
+the block a chunk: then erase = d, read = scale gate d, total = d.
 
 With `fast_scores`, what the fast core needs beside it (SPEC.md 2, 5): alpha fast_gate scale tril(Q K^T) beta^T, and its own read and write
 vectors; the slow core's rows are then weighed by 1 - alpha.
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .decay import between, running_log
-from .grid import locate
+from .grid import chunks_before, locate
 from .inverse import unit_lower_inverse
 from .launch import Kernel
 from .rounding import evenly
@@ -40,16 +41,16 @@ def row_norm(x):
 
 @triton.jit
 def _prepare(
-    q, k, beta, g, gate, fast_gate, alpha, cu_seqlens, inverses, weight, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
+    q, k, beta, g, chunk_decay, gate, fast_gate, alpha, cu_seqlens, inverses, weight, scores, read, erase, write, total, fast_scores, fast_read, fast_write,
     tokens, sequences, offset, heads, group, scale, alpha_value,
-    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, decay_b, decay_m, decay_h, gate_b, gate_t, gate_h,
     fast_b, fast_t, fast_h, alpha_b, alpha_t, alpha_h,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = program % heads
     slot = program // heads
-    batch, _, _, start, begin, end = locate(cu_seqlens, slot, tokens, sequences, offset, BLOCK)
+    batch, sequence, index, start, begin, end = locate(cu_seqlens, slot, tokens, sequences, offset, BLOCK)
     if start >= end:
         return
     DTYPE: tl.constexpr = k.dtype.element_ty
@@ -81,6 +82,11 @@ def _prepare(
         back = tl.exp(coarse + fine)
         on = tl.exp((coarse_last - coarse) + (fine_last - fine))
         decay = between(coarse, fine, causal, SPLIT)
+    if chunk_decay is not None:
+        if cu_seqlens is not None:
+            index += chunks_before(cu_seqlens, sequence, BLOCK)
+        fade = tl.load(chunk_decay + at * decay_b + index.to(tl.int64) * decay_m + head * decay_h).to(tl.float32)
+        back *= fade
     ahead = back * scale
     if L2NORM:
         k_norm = row_norm(k_tile)
@@ -133,6 +139,7 @@ def _prepare(
         if weight is not None:
             inverse = evenly(inverse, DTYPE, BLOCK)
         tl.store(inverses + square, inverse.to(DTYPE))
+    if erase is not None:
         tl.store(erase + line, back)
     tl.store(write + line, on)
     tl.store(total + place, fade)

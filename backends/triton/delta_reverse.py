@@ -5,9 +5,9 @@ five products, of which three wait for each other, as in the forward's scan:
 
     dU = P^T dO + write (K dS)      dX = A'^T dU      dS <- total dS + Q^T (read dO) - K^T (erase weight dX)
 
-`leaving` keeps the dS that leaves each block, rounded, `errors` dX, and `carried` the tile's part of <S, dS>, S from the forward's `states`: the
-state that leaves the block, or of the last block the one it starts from. All are for the gradients of the inputs (`delta_gradients`). With `w`, for slow_core,
-U was u - w S: `errors` keeps dU, which is the gradient of u, and dS <- total dS + Q^T (read dO) - w^T dU.
+`leaving` keeps the dS that leaves each block, rounded, `errors` dX, and `carried` the tile's part of <S, dS>, S from the forward's `states`: the state that
+leaves the block, or of the last block and with a chunk_decay the one it starts from; all for the gradients of the inputs (`delta_gradients`). With `w`, for
+slow_core, U was u - w S: `errors` keeps dU, which is the gradient of u, and dS <- total dS + Q^T (read dO) - w^T dU.
 
 Few heads are cut into segments: `_reverse` once over all of them from zero, which gives what each adds (`before`); `_ends` goes from one to the next with the
 forward's maps transposed, dS_in = M^T dS_out + N; then `_reverse` again over all of them from what is behind each.
@@ -28,7 +28,8 @@ __all__ = ["ENDS", "REVERSE"]
 
 @triton.jit
 def _reverse_block(
-    state, q, k, w, do, leaving, errors, states, carried, inverses, weight, scores, read, erase, write, total, first, place, column, begin, end, heads, tiles, q_t, k_t, w_t, do_t,
+    state, q, k, w, do, leaving, errors, states, carried, inverses, weight, scores, read, erase, write, total,
+    first, place, column, begin, end, heads, tiles, q_t, k_t, w_t, do_t,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dS before the block, from dS behind it: pointers stand at the program's batch row and head."""
@@ -63,7 +64,9 @@ def _reverse_block(
         tl.store(leaving + spot, old, mask=(key[:, None] < K) & (value[None, :] < V))
     if carried is not None:
         inside = (key[:, None] < K) & (value[None, :] < V)
-        next_one = spot + tl.where(first + BLOCK < end, heads, 0).to(tl.int64) * (K * V)
+        next_one = spot
+        if w is None or erase is None:
+            next_one += tl.where(first + BLOCK < end, heads, 0).to(tl.int64) * (K * V)
         held = tl.load(states + next_one, mask=inside, other=0.0) if MASKED else tl.load(states + next_one)
         tl.store(carried + place * tiles + column // BLOCK_V, tl.sum(tl.sum(held.to(tl.float32) * state, 1), 0))
     change = tl.dot(k_tile, old, input_precision=DOT) * written[:, None]
@@ -77,7 +80,7 @@ def _reverse_block(
     else:
         at_w = w + wide * w_t + row[:, None] * w_t + key[None, :]
         error = change
-        back = (-change).to(DTYPE)
+        back = (-change).to(DTYPE) if erase is None else (change * -tl.load(erase + line)[:, None]).to(DTYPE)
         away = tl.load(at_w, mask=keys, other=0.0) if MASKED else tl.load(at_w)
     if errors is not None:
         at_e = errors + (wide + row[:, None]) * (heads * V) + value[None, :]

@@ -27,10 +27,13 @@ __all__ = ["CHAIN", "SCAN", "TRANSITIONS"]
 
 @triton.jit
 def advance(state, k_tile, w_tile, v_tile, a_tile, weight, erase, write, total, DTYPE: tl.constexpr, DOT: tl.constexpr):
-    """The state after a block, and the state before it and U as operands; with `w_tile` the values are u, and U = u - w S."""
+    """The state after a block, and the state before it and U as operands; with `w_tile` the values are u, and U = u - erase w S (erase: 1 where it is absent)."""
     old = state.to(DTYPE)
     if w_tile is not None:
-        update = v_tile.to(tl.float32) - tl.dot(w_tile, old, input_precision=DOT)
+        seen = tl.dot(w_tile, old, input_precision=DOT)
+        if erase is not None:
+            seen *= erase[:, None]
+        update = v_tile.to(tl.float32) - seen
     else:
         seen = tl.dot(k_tile, old, input_precision=DOT)
         error = v_tile.to(tl.float32) - seen * erase[:, None]
@@ -81,9 +84,10 @@ def _scan_block(
         w_tile = tl.load(at_w, mask=here[:, None] & keys, other=0.0) if MASKED else tl.load(at_w)
     else:
         a_tile = tl.load(inverses + square)
-        erased = tl.load(erase + line)
         if weight is not None:
             weighed = tl.load(weight + line)
+    if erase is not None:
+        erased = tl.load(erase + line)
     written = tl.load(write + line)
     kept = tl.load(total + place)
     if states is not None:

@@ -40,7 +40,8 @@ class Fast:
 class Operands:
     """A call as the kernels want it: rows of q, k and v contiguous, states contiguous, cu_seqlens on the device, `o` and `final` to be written.
 
-    With `w` the values `v` are u, and beta is not needed. `kept`, for a backward: where `scan` and `split` write the state at each block's start.
+    With `w` the values `v` are u, and beta is not needed; `chunk_decay` `[B, M, H]` is for a backward with `w`, on blocks that are chunks. `kept`, for a
+    backward: where `scan` and `split` write the state at each block's start.
     `offset`: every sequence begins that many absent tokens earlier, so that the block grid agrees with the fast core's chunks.
     """
 
@@ -59,6 +60,7 @@ class Operands:
     offset: int = 0
     fast: Fast | None = None
     w: Tensor | None = None
+    chunk_decay: Tensor | None = None
     kept: Tensor | None = None
 
     @property
@@ -121,16 +123,31 @@ def prepare(x: Operands, p: Params, *, backward: bool = False) -> Factors:
     made = Factors(
         None if given else squares[1],
         squares[0],
-        (lines[0], None if given else lines[1], lines[2], total),
+        (lines[0], lines[1] if not given or x.chunk_decay is not None else None, lines[2], total),
         (None, None, None) if fast is None else (squares[2], lines[3], lines[4]),
         lines[3] if weigh else None,
     )
     alpha = fast.alpha if fast is not None else 0.0
     weight = alpha if isinstance(alpha, Tensor) else None
     fast_gate = None if fast is None else fast.gate
-    args = (x.q, x.k, x.beta, x.g, x.gate, fast_gate, weight, x.cu_seqlens, made.inverses, made.weight, made.scores, *made.lines, *made.fast)
+    args = (
+        x.q,
+        x.k,
+        x.beta,
+        x.g,
+        x.chunk_decay,
+        x.gate,
+        fast_gate,
+        weight,
+        x.cu_seqlens,
+        made.inverses,
+        made.weight,
+        made.scores,
+        *made.lines,
+        *made.fast,
+    )
     args += (x.v.shape[1], x.sequences, x.offset, heads, x.group, x.scale, 0.0 if isinstance(alpha, Tensor) else float(alpha))
-    for tensor in (x.q, x.k, x.beta, x.g, x.gate, fast_gate, weight):
+    for tensor in (x.q, x.k, x.beta, x.g, x.chunk_decay, x.gate, fast_gate, weight):
         args += strides(tensor)
     PREPARE(places, args, (x.keys, tile_width(x.keys), block, x.l2norm, p["dot"]), int(p["prepare_warps"]), 1, int(p.get("prepare_registers", 0)))
     return made

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["find_sequence", "first_slot", "locate", "on_device", "slot_count", "strides", "unit_stride"]
+__all__ = ["chunks_before", "find_sequence", "first_slot", "locate", "on_device", "slot_count", "strides", "unit_stride"]
 
 
 def slot_count(batch: int, tokens: int, unit: int, cu_seqlens: Tensor | None, offset: int = 0) -> int:
@@ -83,3 +83,15 @@ def locate(cu_seqlens, slot, tokens, sequences, offset, UNIT: tl.constexpr):
         end = tl.load(cu_seqlens + sequence + 1).to(tl.int32)
         index = slot - first_slot(begin, sequence, offset, UNIT)
         return slot * 0, sequence, index, begin - offset + index * UNIT, begin, end
+
+
+@triton.jit
+def chunks_before(cu_seqlens, sequence, CHUNK: tl.constexpr):
+    """How many chunks the earlier packed sequences have."""
+    count = sequence * 0
+    for start in range(0, sequence, 128):
+        n = start + tl.arange(0, 128)
+        begin = tl.load(cu_seqlens + n, mask=n < sequence, other=0).to(tl.int32)
+        end = tl.load(cu_seqlens + n + 1, mask=n < sequence, other=0).to(tl.int32)
+        count += tl.sum((end - begin) // CHUNK + ((end - begin) % CHUNK > 0).to(tl.int32), 0)
+    return count

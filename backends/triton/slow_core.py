@@ -91,9 +91,9 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return _segmented(signature, machine, room, found)
 
 
-def _is_plain(signature: Signature, *, delta: bool = True) -> bool:
-    """Whether a chunk is one block of the delta rule's scan, and no option asks for more; `delta=False` lets a call without the correction pass."""
-    extra = signature.has("chunk_decay") or signature.option("normalize_read") or (delta and not signature.option("delta"))
+def _is_plain(signature: Signature) -> bool:
+    """Whether a chunk is one block of the delta rule's scan, and no option asks for more."""
+    extra = signature.has("chunk_decay") or signature.option("normalize_read") or not signature.option("delta")
     return signature.option("chunk_size") in _BLOCKS and not extra
 
 
@@ -175,22 +175,28 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
 
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """The delta rule's on given u and w, where a chunk is one of its blocks; none for the options that only the serial kernels have."""
-    if not _is_plain(signature, delta=False) or signature.option("normalize_final"):
+    """The delta rule's on given u and w, where a chunk is one of its blocks; none for other chunks and for normalize_read."""
+    chunk = signature.option("chunk_size")
+    if chunk not in _BLOCKS or signature.option("normalize_read"):
         return []
-    block = int(str(signature.option("chunk_size")))
-    return backward_plans(signature, machine, block, fixed=True)
+    if signature.has("chunk_decay") or signature.option("normalize_final"):
+        signature = replace(signature, may_save=False)  # the state is needed as it was before
+    found = backward_plans(signature, machine, int(str(chunk)), fixed=True)
+    return [one for one in found if one.variant != "split"] if signature.has("chunk_decay") else found
 
 
 def run_backward(
     call: SlowCore, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, u, w, g, chunk_decay (None), gate and the initial state, in that order."""
+    """Gradients of q, k, u, w, g, chunk_decay, gate and the initial state, in that order."""
     params = dict(candidate.params)
+    x = _operands(call, None)
+    if call.normalize_final and grads[1] is not None:
+        x.final = torch.empty(grads[1].shape, dtype=torch.float32, device=call.u.device)
     if call.delta:
-        return gradients(_operands(call, None), params, call, grads, states, needs, _INPUTS)
-    none = replace(call, w=call.w.new_zeros(call.w.shape[3]).expand(call.w.shape))  # no correction: w is as good as zero, and so is its gradient
-    found = list(gradients(_operands(none, None), params, none, grads, states, needs - {"w"}, _INPUTS))
+        return gradients(x, params, call, grads, states, needs, _INPUTS)
+    x.w = call.w.new_zeros(call.w.shape[3]).expand(call.w.shape)  # no correction: w is as good as zero, and so is its gradient
+    found = list(gradients(x, params, call, grads, states, needs - {"w"}, _INPUTS))
     if "w" in needs:
         found[_INPUTS.index("w")] = torch.zeros_like(call.w, memory_format=torch.contiguous_format)
     return tuple(found)
@@ -201,8 +207,9 @@ def _operands(call: SlowCore, o: Tensor | None) -> Operands:
     cu_seqlens = on_device(call.cu_seqlens, u)
     scale = float(call.scale)
     return Operands(
-        unit_stride(call.q), unit_stride(call.k), u, None, call.g, call.gate, initial, None, o, cu_seqlens, scale, False, w=unit_stride(call.w)
-    )
+        unit_stride(call.q), unit_stride(call.k), u, None, call.g, call.gate, initial, None, o, cu_seqlens, scale, False,
+        w=unit_stride(call.w), chunk_decay=call.chunk_decay,
+    )  # fmt: skip
 
 
 def _scheduled(call: SlowCore, candidate: Candidate, params: Params) -> tuple[Tensor | None, ...]:

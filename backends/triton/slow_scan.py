@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import between, running_log
-from .grid import locate, on_device, slot_count, unit_stride
+from .grid import chunks_before, locate, on_device, slot_count, unit_stride
 from .launch import Kernel
 from .serving import tile_width
 
-__all__ = ["Tiling", "normalized", "shared_bytes", "slow_scan"]
+__all__ = ["Tiling", "denormalized", "normalized", "shared_bytes", "slow_scan"]
 
 _ONE_CHUNK = 2**30
 
@@ -192,18 +192,6 @@ def _block(
 
 
 @triton.jit
-def _chunks_before(cu_seqlens, sequence, CHUNK: tl.constexpr):
-    """How many chunks the earlier packed sequences have."""
-    count = sequence * 0
-    for start in range(0, sequence, 128):
-        n = start + tl.arange(0, 128)
-        begin = tl.load(cu_seqlens + n, mask=n < sequence, other=0).to(tl.int32)
-        end = tl.load(cu_seqlens + n + 1, mask=n < sequence, other=0).to(tl.int32)
-        count += tl.sum((end - begin) // CHUNK + ((end - begin) % CHUNK > 0).to(tl.int32), 0)
-    return count
-
-
-@triton.jit
 def _slow_scan(
     q, k, u, w, g, logs, rests, chunk_decay, gate, initial, v, beta, fast_gate, initial_fast, o, final, final_fast, cu_seqlens, tokens, offset, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, u_b, u_t, u_h, w_b, w_t, w_h, g_b, g_t, g_h, decay_b, decay_t, decay_h, gate_b, gate_t, gate_h,
@@ -229,7 +217,7 @@ def _slow_scan(
         length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - begin + offset
         chunks = begin
         if chunk_decay is not None:
-            chunks = _chunks_before(cu_seqlens, sequence, CHUNK)
+            chunks = chunks_before(cu_seqlens, sequence, CHUNK)
     start = (begin - offset).to(tl.int64)
     o_t = HEADS * VALUES
     q += row * q_b + start * q_t + (head // GROUP) * q_h
@@ -357,9 +345,31 @@ def _normalize(state, SIZE: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(state + start + cell, x * factor, mask=cell < SIZE - start)
 
 
+@triton.jit
+def _denormalize(state, grad, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes over one matrix its gradient, from that of the same matrix divided by its Frobenius norm + 1e-8; 0 where the matrix is 0."""
+    state += tl.program_id(0).to(tl.int64) * SIZE
+    grad += tl.program_id(0).to(tl.int64) * SIZE
+    cell = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    inner = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        x = tl.load(state + start + cell, mask=cell < SIZE - start, other=0.0)
+        squares += x * x
+        inner += x * tl.load(grad + start + cell, mask=cell < SIZE - start, other=0.0)
+    norm = tl.sqrt(tl.sum(squares, 0))
+    factor = tl.where(norm > 0, 1.0 / (norm + 1e-8), 0.0)
+    along = tl.where(norm > 0, tl.sum(inner, 0) / tl.where(norm > 0, norm, 1.0) * factor * factor, 0.0)
+    for start in range(0, SIZE, BLOCK):
+        x = tl.load(state + start + cell, mask=cell < SIZE - start, other=0.0)
+        dx = tl.load(grad + start + cell, mask=cell < SIZE - start, other=0.0)
+        tl.store(state + start + cell, dx * factor - x * along, mask=cell < SIZE - start)
+
+
 SLOW_SCAN = Kernel(_slow_scan)
 RUNNING_LOGS = Kernel(_running_logs)
 NORMALIZE = Kernel(_normalize)
+DENORMALIZE = Kernel(_denormalize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,6 +477,12 @@ def slow_scan(
 def normalized(final: Tensor) -> None:
     """Divides each state `[..., K, V]` by its Frobenius norm + 1e-8, in place."""
     NORMALIZE(final.shape[0] * final.shape[1], (final,), (final.shape[2] * final.shape[3], 1024), 4, 2)
+
+
+def denormalized(final: Tensor, grad: Tensor) -> Tensor:
+    """The gradient at `final` `[..., K, V]`, written over it, from that of `normalized`; both contiguous, float32."""
+    DENORMALIZE(final.shape[0] * final.shape[1], (final, grad), (final.shape[2] * final.shape[3], 1024), 4, 2)
+    return final
 
 
 def _sums_of(g: Tensor, split: bool, cu_seqlens: Tensor | None, chunk: int, block: int, offset: int) -> tuple[Tensor, Tensor | None]:

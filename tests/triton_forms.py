@@ -1,7 +1,8 @@
 """Which compiled forms a candidate of the Triton backend launches, and what each takes of a card, found without a GPU.
 
 A call on sizes alone (device "meta") runs with every launch written down; each form is then compiled ahead of time for an architecture, and
-`cuobjdump` reads registers and spills from the cubin. As a command it prints them: `python tests/triton_forms.py slow_core --sm 90 --all`.
+`cuobjdump` reads registers and spills from the cubin. As a command it prints them: `python tests/triton_forms.py slow_core --sm 90 --all`, of the
+backward with `--backward`.
 """
 
 from __future__ import annotations
@@ -26,19 +27,32 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.triton_machines import CARDS
-from titans_backends.backend import Candidate, OpModule
+from titans_backends.backend import Candidate, OpModule, TrainableOpModule
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.machine import Machine
-from titans_backends.signature import Signature
+from titans_backends.signature import Regime, Signature
 
 if TYPE_CHECKING:
     from titans_backends.backends.triton.launch import Form
 
-__all__ = ["PRODUCTION", "Compilation", "Usage", "compilations", "compiled", "compiler_pool", "module_of", "production", "signature"]
+__all__ = [
+    "PRODUCTION",
+    "TRAINED",
+    "TRAINING",
+    "Compilation",
+    "Usage",
+    "compilations",
+    "compiled",
+    "compiler_pool",
+    "module_of",
+    "offered",
+    "production",
+    "signature",
+]
 
 PACKAGE = "titans_backends.backends.triton"
 _CUOBJDUMP = "backends/nvidia/bin/cuobjdump"
@@ -70,6 +84,10 @@ _LONG = Case("long", B=1, T=8192, G=16, H=32, K=128, V=128, dtype=torch.bfloat16
 _SMALL_HEADS = replace(_LONG, name="small heads", G=12, H=12, K=32, V=32)
 PRODUCTION: tuple[Case, ...] = (_LONG, _SMALL_HEADS, replace(_LONG, name="short", T=512), replace(_SMALL_HEADS, name="float32", dtype=torch.float32))
 """The calls whose defaults are compiled; `production` fits them to an op."""
+TRAINING: tuple[Case, ...] = (_LONG, replace(_LONG, name="medium heads", G=16, H=16, K=64, V=64), _SMALL_HEADS)
+"""The same of the backward."""
+TRAINED = ("fused_uw", "fast_core", "uw_transform", "slow_core", "gated_delta_rule", "dual_core")
+"""The ops that have one."""
 
 
 def production(op: str, case: Case) -> Case:
@@ -91,20 +109,35 @@ def module_of(op: str) -> OpModule:
     return cast(OpModule, import_module(f"{PACKAGE}.{op}"))
 
 
-def signature(op: str, case: Case, float32: str = "highest") -> tuple[Call, Signature]:
+def signature(op: str, case: Case, float32: str = "highest", regime: Regime = "inference") -> tuple[Call, Signature]:
     """A case's call on sizes alone, and its signature on a GPU."""
     made = CONTRACTS[op]
     call = build(made, case, "meta")
-    return call, replace(signature_of(made, call, validate(made, call)), device="cuda", float32=float32)
+    return call, replace(signature_of(made, call, validate(made, call), regime=regime), device="cuda", float32=float32)
+
+
+def offered(op: str, facts: Signature, machine: Machine) -> list[Candidate]:
+    """The candidates of the signature's regime: in training those of the backward."""
+    module = module_of(op)
+    if facts.regime == "training":
+        return list(cast(TrainableOpModule, module).backward_candidates(facts, machine))
+    return list(module.candidates(facts, machine))
 
 
 def compilations(op: str, call: Call, candidate: Candidate, sm: int) -> list[Compilation]:
-    """What a candidate launches for a call, each form once, in the order of the launches."""
-    from titans_backends.backends.triton.ahead import collected
+    """What a candidate launches for a call, each form once, in the order of the launches; of a backward where every input wants its gradient."""
+    from titans_backends.backends.triton.ahead import _arriving, collected
+
+    module = module_of(op)
+
+    def either(call: object, candidate: Candidate) -> object:
+        if candidate.direction == "forward":
+            return module.run(call, candidate)
+        return cast(TrainableOpModule, module).run_backward(call, *_arriving(op, call, candidate), candidate)
 
     return [
         Compilation(kernel.function.__module__, kernel.name, form, sm)  # type: ignore[attr-defined]
-        for kernel, form in collected(module_of(op).run, call, candidate)
+        for kernel, form in collected(either, call, candidate)
     ]
 
 
@@ -137,35 +170,39 @@ def compiler_pool(cache: Path, workers: int | None = None) -> ProcessPoolExecuto
     return ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn"), _start, (str(cache),))
 
 
-def _asked(ops: Iterable[str], machine: Machine, everything: bool, cases: Iterable[Case]) -> Iterator[tuple[str, str, Candidate, list[Compilation]]]:
+def _asked(
+    ops: Iterable[str], machine: Machine, everything: bool, cases: Iterable[Case], regime: Regime
+) -> Iterator[tuple[str, str, Candidate, list[Compilation]]]:
     for op in ops:
         for case in cases:
             precisions = ("highest", "high") if case.dtype == torch.float32 else ("highest",)
             for float32 in precisions:
-                call, facts = signature(op, production(op, case), float32)
+                call, facts = signature(op, production(op, case), float32, regime)
                 verdict = module_of(op).supports(facts, machine)
                 if not verdict:
                     print(f"{op} {case.name}: refused: {verdict}")
                     continue
-                offered = module_of(op).candidates(facts, machine)
-                for candidate in offered if everything else offered[:1]:
+                found = offered(op, facts, machine)
+                for candidate in found if everything else found[:1]:
                     yield op, f"{case.name} {float32}", candidate, compilations(op, call, candidate, machine.sm or 0)
 
 
 def main() -> int:
     """Prints what the candidates of ops take; 1 where one does not compile or does not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", nargs="*", default=list(CONTRACTS), help="ops (default: all)")
+    parser.add_argument("op", nargs="*", help="ops (default: all)")
     parser.add_argument("--sm", type=int, action="append", choices=sorted(CARDS), help="architectures (default 90); may be repeated")
     parser.add_argument("--all", action="store_true", help="every candidate, not the default alone")
-    parser.add_argument("--case", action="append", choices=[case.name for case in PRODUCTION], help="(default: all); may be repeated")
+    parser.add_argument("--backward", action="store_true", help="the kernels of the backward, not of the forward")
+    parser.add_argument("--case", action="append", choices=[*dict.fromkeys(case.name for case in (*PRODUCTION, *TRAINING))], help="(default: all)")
     given = parser.parse_args()
-    cases = [case for case in PRODUCTION if not given.case or case.name in given.case]
+    cases = [case for case in (TRAINING if given.backward else PRODUCTION) if not given.case or case.name in given.case]
+    ops, regime = given.op or (TRAINED if given.backward else tuple(CONTRACTS)), "training" if given.backward else "inference"
     failed = False
     with tempfile.TemporaryDirectory() as cache, compiler_pool(Path(cache)) as pool:
         running: dict[Compilation, Future[Usage]] = {}
         for sm in given.sm or [90]:
-            rows = list(_asked(given.op, CARDS[sm], given.all, cases))
+            rows = list(_asked(ops, CARDS[sm], given.all, cases, regime))
             for *_, jobs in rows:
                 running.update({job: pool.submit(compiled, job) for job in jobs if job not in running})
             for op, name, candidate, jobs in rows:

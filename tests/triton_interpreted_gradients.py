@@ -14,7 +14,8 @@ from typing import cast
 import pytest
 import torch
 
-from tests.triton_interpreted import LIMIT, NOT_INTERPRETED, OPS, expect_none, module_of, poisoned_memory
+from tests.triton_forms import TRAINED
+from tests.triton_interpreted import LIMIT, NOT_INTERPRETED, expect_none, module_of, poisoned_memory
 from tests.triton_machines import H100
 from titans_backends.backend import Candidate, TrainableOpModule
 from titans_backends.contracts import CONTRACTS
@@ -27,7 +28,6 @@ from titans_backends.tuning.suite import Exam, exam_of, wanted_gradients
 
 __all__ = ["poisoned_memory"]  # a fixture for every test of this file
 
-TRAINED = tuple(op for op in OPS if hasattr(module_of(op), "backward_candidates"))
 LEFT: Mapping[str, tuple[str, ...]] = {
     "slow_core": ("chunk decay", "normalized read"),
     "dual_core": ("lam with chunk decay", "normalized read"),

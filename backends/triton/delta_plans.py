@@ -66,6 +66,7 @@ class _Way(NamedTuple):
     gradient_stages: int
 
 
+_MOST_SAVED = 5
 _LAST_RESORTS = (_Way(32, 32, 4, 2, 64, 32, 4, 1), _Way(16, 16, 4, 2, 64, 16, 4, 1))
 """For cards with little shared memory."""
 
@@ -84,7 +85,7 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
         wider = {way if way.warps <= 2 else way._replace(value_tile=least, warps=8 if way.block < 64 and keys > 64 else 4, stages=2) for way in ways}
         ways = sorted(wider, key=lambda way: (way.block != 32, way))
     found: list[Candidate] = []
-    for way in ways:
+    for index, way in enumerate(ways):
         rows, columns = way.block, min(keys, way.gradient_keys)
         plan: dict[str, Param] = {
             "block": rows,
@@ -105,12 +106,13 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
         maps: dict[str, Param] = {"map_tile": 64 if size == 2 else 32, "map_warps": 2 if wide <= 32 and rows < 64 else 4}
         cuts: list[dict[str, Param]] = [{"segment": tokens // rows, **maps, **chain} for tokens in ((256, 512) if wide <= 64 else (1024, 2048))]
         last = (way.gradient_stages * (columns + 2 * rows) * way.gradient_tile + 2 * rows * columns + 3 * rows * rows) * size
-        for cut in ({}, *(cuts if rows >= ways[0].block else ())):
+        for cut in ({}, *(cuts if index == 0 else cuts[1:] if index == 1 and rows >= ways[0].block else ())):
             if max(shared_bytes("split" if cut else "scan", {**plan, **cut}, keys, values, size), last) <= room:
                 params = {**plan, **cut, **rest}
                 found.append(Candidate("triton", "split" if cut else "again", tuple(params.items()), direction="backward"))
     if signature.may_save and not signature.packed:
-        found += [replace(one, variant="saved", saves_states=True) for one in found if one.param("block") == grid]
+        dense = [one for one in found if one.param("block") == grid]
+        found += [replace(one, variant="saved", saves_states=True) for one in dense[:_MOST_SAVED]]
     few = _is_few(signature, machine, values)
     return sorted(found, key=lambda one: (one.variant == "split") != few)
 

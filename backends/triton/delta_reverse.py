@@ -29,16 +29,16 @@ __all__ = ["ENDS", "REVERSE"]
 @triton.jit
 def _reverse_block(
     state, q, k, w, do, leaving, errors, states, carried, inverses, weight, scores, read, erase, write, total,
-    first, place, column, begin, end, heads, tiles, q_t, k_t, w_t, do_t,
+    first, place, column, begin, stop, end, heads, tiles, q_t, k_t, w_t, do_t,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dS before the block, from dS behind it: pointers stand at the program's batch row and head."""
+    """dS before the block, from dS behind it: pointers stand at the program's batch row and head; the sequence ends at `end`, the segment at `stop`."""
     DTYPE: tl.constexpr = k.dtype.element_ty
     row = tl.arange(0, BLOCK)
     key = tl.arange(0, BLOCK_K)
     value = column + tl.arange(0, BLOCK_V)
     wide = first.to(tl.int64)
-    here = (first + row >= begin) & (first + row < end)
+    here = (first + row >= begin) & (first + row < stop)
     keys = here[:, None] & (key[None, :] < K)
     in_v = here[:, None] & (value[None, :] < V)
     at_q = q + wide * q_t + row[:, None] * q_t + key[None, :]
@@ -152,14 +152,14 @@ def _reverse(
         place = (slot + i).to(tl.int64) * heads + head
         state = _reverse_block(
             state, q_row, k_row, w_row, do_row, leaving, e_row, states, carried, inverses, weight, scores, read, erase, write, total,
-            start + i * BLOCK, place, column, begin, stop, heads, tiles, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, True, DOT,
+            start + i * BLOCK, place, column, begin, stop, end, heads, tiles, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, True, DOT,
         )  # fmt: skip
     for step in tl.range(0, full, num_stages=STAGES):
         i = full - 1 - step
         place = (slot + i).to(tl.int64) * heads + head
         state = _reverse_block(
             state, q_row, k_row, w_row, do_row, leaving, e_row, states, carried, inverses, weight, scores, read, erase, write, total,
-            start + i * BLOCK, place, column, begin, stop, heads, tiles, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, not EXACT, DOT,
+            start + i * BLOCK, place, column, begin, stop, end, heads, tiles, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, not EXACT, DOT,
         )  # fmt: skip
     if before is not None:
         tl.store(before + of_unit + at_state, state, mask=in_state)

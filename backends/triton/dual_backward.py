@@ -45,13 +45,13 @@ Found = dict[str, Tensor]
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """The slow part's plans with the default of every other part; none where a part refuses."""
-    if signature.option("normalize_final"):
-        return []
     plain = replace(signature, may_save=False)
     fast = fast_core.backward_candidates(plain, machine)
     if not fast:
         return []
     if is_exact(signature):
+        if signature.option("normalize_final"):
+            return []
         return _joined("exact", {"slow": backward_plans(plain, machine, GRID)[:_MOST], "fast": fast[:1]})
     if signature.option("chunk_offset"):
         return []
@@ -136,7 +136,7 @@ def _slow_part(call: DualCore, weight: Tensor, grads: tuple[Tensor | None, ...],
     if flat:
         grads = (grads[0], None)
     else:
-        asked |= needs & {"initial_state"}
+        asked |= needs & {"initial_state", "chunk_decay"}
     if not _arrives(grads, asked):
         return {}, {}
     transform = UWTransform(call.k, call.v, call.beta, call.g, chunk_size=call.chunk_size, transform=call.transform, cu_seqlens=call.cu_seqlens)
@@ -149,7 +149,8 @@ def _slow_part(call: DualCore, weight: Tensor, grads: tuple[Tensor | None, ...],
     else:
         scan = SlowCore(
             call.q, call.k, u, w, g=call.g, gate=weight, chunk_size=call.chunk_size, scale=call.scale, initial_state=call.initial_state,
-            output_final_state=call.output_final_state, cu_seqlens=call.cu_seqlens, delta=call.delta,
+            chunk_decay=call.chunk_decay, output_final_state=call.output_final_state, cu_seqlens=call.cu_seqlens, delta=call.delta,
+            normalize_final=call.normalize_final,
         )  # fmt: skip
         slow = _of(slow_core, scan, grads, asked, _part(candidate, "slow"))
     arrived = (slow.pop("v" if flat else "u", None), slow.pop("w", None))
@@ -179,9 +180,13 @@ def _collected(call: DualCore, fast: Found, slow: Found, below: Found, needs: fr
     """The parts' gradients as those of the call's arguments; `below`: of v and beta, and behind a transform of k and g too."""
     exact = below is slow
     into: Found = {}
-    for name, part, of in (("initial_state", slow, call.initial_state), ("initial_fast_state", fast, call.initial_fast_state)):
-        if name in needs and of is not None:
-            into[name] = part["initial_state"] if "initial_state" in part else torch.zeros_like(of, memory_format=torch.contiguous_format)
+    whole = (
+        ("initial_state", slow.get("initial_state"), call.initial_state), ("chunk_decay", slow.get("chunk_decay"), call.chunk_decay),
+        ("initial_fast_state", fast.get("initial_state"), call.initial_fast_state),
+    )  # fmt: skip
+    for name, found, like in whole:
+        if name in needs and like is not None:
+            into[name] = torch.zeros_like(like, memory_format=torch.contiguous_format) if found is None else found
     if "g" in needs and exact and "g" in slow:  # one part's, as it is
         into["g"] = slow["g"]
     into |= joined_operands(call, fast, slow, {} if exact else below, needs)

@@ -35,12 +35,13 @@ _LINES = 1024
 @triton.jit
 def _places(program, tokens, heads, ROWS: tl.constexpr):
     """(number, batch row, token, head) of a program's rows of `[B, T, heads, D]`, divided in 64 bits only once."""
-    first = program.to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
-    line = first // heads
-    local = (first % heads).to(tl.int32) + row
+    local = program % heads * ROWS
+    line = (program // heads).to(tl.int64) * ROWS + local // heads
+    local = local % heads + row
     token = (line % tokens).to(tl.int32) + local // heads
-    return first + row, line // tokens + token // tokens, (token % tokens).to(tl.int64), (local % heads).to(tl.int64)
+    batch = line // tokens + token // tokens
+    return program.to(tl.int64) * ROWS + row, batch, (token % tokens).to(tl.int64), (local % heads).to(tl.int64)
 
 
 @triton.jit
@@ -187,18 +188,17 @@ def joined_operands(
     call: DualCore, fast: Mapping[str, Tensor], slow: Mapping[str, Tensor], below: Mapping[str, Tensor], names: frozenset[str]
 ) -> dict[str, Tensor]:
     """Those of dq and dk `[B, T, G, K]` that `names` has, from the parts' contiguous ones; a part without any found nothing but zeros."""
-    q, k = call.q, call.k
-    into = {name: torch.empty(k.shape, dtype=k.dtype, device=k.device) for name in ("q", "k") if name in names}
+    k = call.k
+    into: dict[str, Tensor] = {name: torch.empty(k.shape, dtype=k.dtype, device=k.device) for name in ("q", "k") if name in names}
     if into:
         batch, tokens, groups, keys = k.shape
         width, rows = tile_width(keys), batch * tokens * groups
         lines = max(1, _ELEMENTS // width)
         blocks = -(-rows // lines)
-        half = blocks if "q" in into else 0
-        parts = (fast.get("q"), slow.get("q"), fast.get("k"), slow.get("k"), below.get("k"))
-        read = (*parts[:2], *(None,) * 3) if "k" not in into else parts if "q" in into else (None, None, *parts[2:])
-        sources = (q, k) if call.qk_l2norm else (None, None)
-        args = (*sources, *read, into.get("q"), into.get("k"), tokens, groups, rows, half, *strides(sources[0]), *strides(sources[1]))
+        args = (
+            call.q, k, fast.get("q"), slow.get("q"), fast.get("k"), slow.get("k"), below.get("k"), into.get("q"), into.get("k"),
+            tokens, groups, rows, blocks if "q" in into else 0, *strides(call.q), *strides(k),
+        )  # fmt: skip
         OPERANDS(blocks * len(into), args, (keys, width, lines, call.qk_l2norm), 4, 1)
     return into
 
@@ -210,26 +210,21 @@ def joined_values(
     shape, device, alpha = call.v.shape[:3], call.v.device, call.alpha
     number, whole = (0.0, alpha.expand(shape)) if isinstance(alpha, Tensor) else (float(alpha), None)
     given = {"v": call.v, "beta": call.beta, "g": call.g, "alpha": whole, "fast_gate": call.fast_gate, "slow_gate": call.slow_gate}
-    into = {name: torch.empty(x.shape, dtype=x.dtype, device=device) for name, x in given.items() if name in names and x is not None}
+    summed = isinstance(alpha, Tensor) and alpha.dim() < 3
+    dtypes = {"alpha": torch.float32} if summed else {}
+    into = {
+        name: torch.empty(x.shape, dtype=dtypes.get(name, x.dtype), device=device) for name, x in given.items() if name in names and x is not None
+    }
     if not into:
         return into
-    summed = isinstance(alpha, Tensor) and alpha.dim() < 3 and "alpha" in into
-    if summed:
-        into["alpha"] = torch.empty(shape, dtype=torch.float32, device=device)
-    wide, sums = "v" in into or "beta" in into, "alpha" in into
-    v, beta = call.v if "beta" in into else None, call.beta if "v" in into else None
-    share = whole if into.keys() & {"fast_gate", "slow_gate"} else None
-    gates = (call.fast_gate, call.slow_gate) if sums else (None, None)
     args = (
-        v, beta, fast.get("v") if wide else None, below.get("v") if "v" in into else None, below.get("beta") if "beta" in into else None,
-        slow.get("g") if "g" in into else None, below.get("g") if "g" in into else None,
-        fast.get("gate") if sums or "fast_gate" in into else None, slow.get("gate") if sums or "slow_gate" in into else None, share, *gates,
-        *(into.get(name) for name in given), number, call.v.shape[1], shape[2], shape.numel(),
-        *strides(v), *strides(beta), *strides(share), *strides(gates[0]), *strides(gates[1]),
+        call.v, call.beta, fast.get("v"), below.get("v"), below.get("beta"), slow.get("g"), below.get("g"), fast.get("gate"), slow.get("gate"),
+        whole, call.fast_gate, call.slow_gate, *(into.get(name) for name in given), number, call.v.shape[1], shape[2], shape.numel(),
+        *strides(call.v), *strides(call.beta), *strides(whole), *strides(call.fast_gate), *strides(call.slow_gate),
     )  # fmt: skip
     width = tile_width(call.v.shape[3])
-    lines = max(1, _ELEMENTS // width) if wide else _LINES
+    lines = max(1, _ELEMENTS // width) if into.keys() & {"v", "beta"} else _LINES
     VALUES(-(-shape.numel() // lines), args, (call.v.shape[3], width, lines), 4, 1)
-    if summed and isinstance(alpha, Tensor):
+    if "alpha" in into and isinstance(alpha, Tensor) and summed:
         into["alpha"] = into["alpha"].sum_to_size(alpha.shape).to(alpha.dtype)
     return into

@@ -92,7 +92,7 @@ def _uw_back(
     DECAYED: tl.constexpr = g is not None
     SPLIT: tl.constexpr = k.dtype.element_ty == tl.float32
     THROUGH: tl.constexpr = dk is not None or dbeta is not None or dg is not None
-    KEPT: tl.constexpr = BLOCK_K >= KEYS
+    KEPT: tl.constexpr = BLOCK_K >= KEYS and (GROUP == 1 or not SPLIT)  # float32: six tiles in shared memory
     slot = tl.program_id(0) // (HEADS // GROUP)
     key_head = tl.program_id(0) % (HEADS // GROUP)
     row, first, low, stop = chunk_of(cu_seqlens, slot, tokens, sequences, offset, CHUNK)
@@ -356,7 +356,7 @@ def _blocks(signature: Signature, block: int) -> list[Candidate]:
     found: dict[Candidate, None] = {}
     for dot in dots(signature):
         for key_tile, value_tile, warps, registers, turn in ways:
-            floor = 64 if narrow and block >= 64 and warps >= 4 else 16
+            floor = 16 if block < 64 or warps < 4 else 64 if narrow else 32  # float32: with 16 Triton 3.6.0's LLVM mixed up two lanes' places
             tiles = {"keys": max(min(key_tile, keys), floor), "columns": max(min(value_tile, values), floor)}
             if not (dot == "ieee" and block == 64):  # its products take minutes to compile and thousands of registers
                 found[_candidate("block", block=block, **tiles, warps=warps, stages=1, dot=dot, registers=registers, turn=turn)] = None

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import titans_backends as tb
 from titans_backends import library, plans
@@ -141,6 +142,89 @@ def test_autocast_leaves_float64_alone() -> None:
     _, kw = small("fast_core", dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert tb.get_op("fast_core")(**kw)[0].dtype == torch.float64
+
+
+def gradients(loss: torch.Tensor, kw: dict[str, object]) -> list[torch.Tensor]:
+    """Those of every input that wants one, which a call of all variants' inputs reaches."""
+    return list(torch.autograd.grad(loss, [t for t in kw.values() if isinstance(t, torch.Tensor) and t.requires_grad]))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["gated_delta_rule", "dual_core"])
+def test_activation_checkpointing_changes_no_bit_of_a_gradient(name: str, use_reentrant: bool) -> None:
+    _, kw = small(name, requires_grad=True)
+    names = [n for n, t in kw.items() if isinstance(t, torch.Tensor)]
+
+    def block(*tensors: torch.Tensor) -> torch.Tensor:
+        o, state, *_ = tb.get_op(name)(**{**kw, **dict(zip(names, tensors, strict=True))})
+        return o.square().sum() + state.sum()
+
+    def backward(loss: torch.Tensor) -> list[torch.Tensor]:
+        loss.backward()  # autograd.grad is what reentrant checkpointing refuses
+        found = [kw[n].grad.clone() for n in names]
+        for n in names:
+            kw[n].grad = None
+        return found
+
+    given = [kw[n] for n in names]
+    want = backward(block(*given))
+    got = backward(torch.utils.checkpoint.checkpoint(block, *given, use_reentrant=use_reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_gradients_of_two_backward_calls_accumulate() -> None:
+    _, kw = small("gated_delta_rule", requires_grad=True)
+    op = tb.get_op("gated_delta_rule")
+    losses = (lambda: op(**kw)[0].square().sum(), lambda: op(**kw)[1].square().sum())
+    apart = [gradients(loss(), kw) for loss in losses]
+    for loss in losses:
+        loss().backward()
+    leaves = [t for t in kw.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    for leaf, first, second in zip(leaves, *apart, strict=True):
+        assert compare("grad", leaf.grad, first + second).maximum < 1e-6
+
+
+def test_gradients_under_autocast_are_those_of_narrow_operands_in_the_leaves_dtype() -> None:
+    _, kw = small("gated_delta_rule", requires_grad=True)
+    op = tb.get_op("gated_delta_rule")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = op(**kw)[0].float().square().sum()
+    got = gradients(loss, kw)
+    narrow = {n: t.detach().bfloat16().requires_grad_() if n in "qkv" else t for n, t in kw.items()}
+    want = gradients(op(**narrow)[0].float().square().sum(), narrow)
+    assert {grad.dtype for grad in got} == {torch.float32}
+    assert all(torch.equal(a, b.float()) for a, b in zip(got, want, strict=True))
+
+
+def test_a_compiled_training_step_equals_the_plain_one() -> None:
+    op = tb.get_op("gated_delta_rule")
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inward, self.outward = torch.nn.Linear(16, 50), torch.nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v, beta, g = self.inward(x).split((16, 16, 16, 1, 1), -1)
+            q, k = (torch.nn.functional.normalize(t, dim=-1) for t in (q, k))
+            heads = [t.unflatten(-1, (2, 8)) for t in (q, k, v)]
+            beta, g = beta.sigmoid().expand(-1, -1, 2), torch.nn.functional.logsigmoid(g).expand(-1, -1, 2)
+            return x + self.outward(op(*heads, beta, g)[0].flatten(-2))
+
+    def steps(compiled: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        layer = Layer()
+        run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            run(torch.randn(2, 37, 16)).square().mean().backward()
+            optimizer.step()
+        return layer.state_dict()
+
+    plain = steps(compiled=False)
+    for name, got in steps(compiled=True).items():
+        assert compare(name, got, plain[name]).maximum < 1e-4
 
 
 def test_functorch_grad_equals_autograd() -> None:

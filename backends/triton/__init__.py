@@ -1,4 +1,4 @@
-"""The Triton backend's manifest: every op forward, for any GPU that Triton serves; measured on Hopper."""
+"""The Triton backend's manifest: every op forward, all but decode backward, for any GPU that Triton serves; measured on Hopper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _OPS = ("fast_core", "fused_uw", "uw_transform", "slow_core", "gated_delta_rule"
 
 BACKEND = Backend(
     name="triton",
-    summary="Triton kernels: the state stays on chip, several schedules of the recurrence; forward only",
+    summary="Triton kernels: the state stays on chip, several schedules of the recurrence; all but decode train too",
     contract_version=1,
     ops={op: f"titans_backends.backends.triton.{op}" for op in _OPS},
     simplicity=2,

@@ -34,6 +34,8 @@ __all__ = ["backward_candidates", "run_backward", "transformed_gradients"]
 
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("uw_gradients", "uw_blocks", "decay", "inverse", "grid", "launch"))
 _WIDEST_BLOCK = 128
+_SCALED_BYTES = 8192
+"""Shared memory of a program without a transform, at most: sums of rows and running sums."""
 _LONGEST = 2**30
 """As the forward's: the kernels count tokens in 32 bits, and add a chunk to them."""
 
@@ -217,6 +219,7 @@ def _uw_back(
                     d_key = tl.dot(pairs, keys.to(INNER), d_key, input_precision=DOT)
                     if GROUP > 1:
                         d_key += load_tile(wide, rows, real & (member > 0), key_t, part, KEYS, BLOCK_K)
+                        tl.debug_barrier()
                         store_tile(wide, rows, real & (member < GROUP - 1), key_t, part, d_key, KEYS, BLOCK_K)
                     store_tile(dk, rows, real & (member == GROUP - 1), key_t, part, d_key, KEYS, BLOCK_K)
         if GROUP > 1 and dk is not None:
@@ -356,7 +359,7 @@ def _blocks(signature: Signature, block: int) -> list[Candidate]:
     found: dict[Candidate, None] = {}
     for dot in dots(signature):
         for key_tile, value_tile, warps, registers, turn in ways:
-            floor = 16 if block < 64 or warps < 4 else 64 if narrow else 32  # float32: with 16 Triton 3.6.0's LLVM mixed up two lanes' places
+            floor = 32 if not narrow else 64 if block >= 64 and warps >= 4 else 16  # float32: with 16 Triton 3.6.0's LLVM mixes up two lanes' places
             tiles = {"keys": max(min(key_tile, keys), floor), "columns": max(min(value_tile, values), floor)}
             if not (dot == "ieee" and block == 64):  # its products take minutes to compile and thousands of registers
                 found[_candidate("block", block=block, **tiles, warps=warps, stages=1, dot=dot, registers=registers, turn=turn)] = None
@@ -364,8 +367,33 @@ def _blocks(signature: Signature, block: int) -> list[Candidate]:
 
 
 def shared_bytes(signature: Signature, candidate: Candidate, machine: Machine) -> int:
-    """An upper bound of a program's shared memory."""
-    return 0
+    """An upper bound of a program's shared memory, fitted to what Triton 3.6.0 and 3.7.1 take: tiles and squares, here in rows of a block's height.
+
+    Products of Hopper and after read operands from shared memory: tiles of all keys where they do not fit one. Elsewhere operands only pass through.
+    """
+    p = dict(candidate.params)
+    if candidate.variant == "scaled":
+        return _SCALED_BYTES
+    block, key_tile, columns = int(p["block"]), int(p["keys"]), int(p["columns"])
+    whole, keys = key_tile >= signature.dim("K"), max(key_tile, tile_width(signature.dim("K")))
+    exact, grouped, split = signature.option("transform") != "lam", signature.dim("H") > signature.dim("G"), p["dot"] == "tf32x3"
+    sm, narrow = machine.sm or 0, signature.dtype.itemsize == 2
+    hopper = sm // 10 in (9, 10, 11) and block >= 64 and int(p["warps"]) >= 4
+    if hopper and narrow:
+        row = exact * block + (2 * key_tile if whole else keys) + 2 * columns
+    elif hopper and split:
+        row = (4 if exact else 2) * block + 2 * keys
+    elif hopper:
+        row = (4 if exact else 3) * block // 2 + keys + whole * 5 * key_tile // 2
+    elif narrow and whole:
+        row = max(block + 2 * key_tile + 2 * columns, 9 * block // 4) + (exact and grouped) * 4 * block
+    elif narrow:
+        row = block + 2 * key_tile + max(columns, 64) + (grouped and not exact) * 3 * block // 2
+    elif split:
+        row = (3 if exact else 1) * block + whole * (key_tile + grouped * block) + 3 * columns
+    else:
+        row = (11 if grouped and whole else 5) * block // 4 + (2 * key_tile if whole else keys // 4) + 2 * columns
+    return row * block * signature.dtype.itemsize + (1024 if hopper and sm >= 100 else 0)  # barriers
 
 
 def run_backward(

@@ -47,11 +47,13 @@ def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Te
     block, device, wanted = int(p["block"]), x.v.device, set(into)
     inputs = bool(wanted - {"initial_state", "u"} - ({"v"} if x.w is None else set()))  # more than the reverse scan alone gives
     again = saved is None and (inputs or x.final is not None)
+    back = bool(wanted - {"q", "gate"})  # those two need the states alone
     made = prepare(x, p, backward=True)
-    room = torch.empty(1 + again, x.slots(block) * x.heads * x.keys * x.values, dtype=x.k.dtype, device=device)
-    leaving, states = room[0], room[-1] if saved is None else saved
-    kept = torch.empty(2 - ("u" in into), x.v.numel(), dtype=x.v.dtype, device=device)
-    errors, updates = into["u"] if "u" in into else kept[-1], kept[0]
+    room = torch.empty(back + again, x.slots(block) * x.heads * x.keys * x.values, dtype=x.k.dtype, device=device)
+    leaving, states = room[0] if back else None, room[-1] if again else saved
+    kept = torch.empty(inputs + (back and "u" not in into), x.v.numel(), dtype=x.v.dtype, device=device)
+    updates = kept[0] if inputs else None
+    errors = into.get("u", kept[-1] if back and "u" not in into else None)
     parts = -(-x.values // int(p["value_tile"]))
     carried = torch.empty(x.slots(block) * x.heads * parts, dtype=torch.float32, device=device) if {"g", "chunk_decay"} & wanted else None
     d_initial = into.get("initial_state")
@@ -61,8 +63,9 @@ def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Te
             run_scan(x, made, p, starts, segment=int(p["segment"]), states=states, updates=updates)
         if x.final is not None and d_final is not None:
             d_final = denormalized(x.final, d_final)
-        _run_reverse(x, made, p, d_o, d_final=d_final, before=added)
-        _run_ends(x, p, added, maps, d_final, starts, d_initial)
+        if back:
+            _run_reverse(x, made, p, d_o, d_final=d_final, before=added)
+            _run_ends(x, p, added, maps, d_final, starts, d_initial)
         behind: Tensor | None = starts
     else:
         if again:
@@ -70,9 +73,10 @@ def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Te
         if x.final is not None and d_final is not None:
             d_final = denormalized(x.final, d_final)
         behind = d_final
-    _run_reverse(x, made, p, d_o, behind=behind, d_initial=d_initial, leaving=leaving, errors=errors, states=states, carried=carried)
-    if inputs and saved is not None:
-        _run_updates(x, made, p, states, updates)
+    if back:
+        _run_reverse(x, made, p, d_o, behind=behind, d_initial=d_initial, leaving=leaving, errors=errors, states=states, carried=carried)
+    if inputs and saved is not None and updates is not None:
+        _run_updates(x, made, p, saved, updates)
     if inputs or "v" in into:
         _run_gradients(x, made, p, d_o, states, leaving, updates, errors, carried, into)
 
@@ -155,10 +159,10 @@ def _run_gradients(
     made: Factors,
     p: Params,
     d_o: Tensor,
-    states: Tensor,
-    leaving: Tensor,
-    updates: Tensor,
-    errors: Tensor,
+    states: Tensor | None,
+    leaving: Tensor | None,
+    updates: Tensor | None,
+    errors: Tensor | None,
     carried: Tensor | None,
     into: Mapping[str, Tensor],
 ) -> None:

@@ -200,7 +200,6 @@ def _erased(
     for member in tl.range(0, group, num_stages=1):
         head = shared * group + member
         place = slot.to(tl.int64) * heads + head
-        at_u = updates + (rows * heads + head) * V
         at_x = errors + (rows * heads + head) * V
         at_v = v + at * v_b + first * v_t + head * v_h
         b = tl.full([BLOCK], 1.0, tl.float32)
@@ -216,7 +215,7 @@ def _erased(
             value = column + tl.arange(0, BLOCK_V)
             x_tile = _load_rows(at_x, heads * V, row, value, here, V, WHOLE_V)
             if BOUND:
-                u_tile = _load_rows(at_u, heads * V, row, value, here, V, WHOLE_V)
+                u_tile = _load_rows(updates + (rows * heads + head) * V, heads * V, row, value, here, V, WHOLE_V)
                 bound = tl.dot(x_tile, tl.trans(u_tile), acc=bound, input_precision=DOT)
             if LEFT or dw is not None or shed is not None:
                 s_tile = _load_state(states + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)

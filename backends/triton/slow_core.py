@@ -27,7 +27,7 @@ from .delta_plans import shared_bytes as delta_bytes
 from .delta_schedules import Operands, Params
 from .grid import on_device, unit_stride
 from .program import remembering
-from .serving import CONSUMER_SHARED_BYTES, dots, narrow_warps, serves, tile_width
+from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, narrow_warps, serves, tile_width
 from .slow_scan import Tiling, normalized, shared_bytes, slow_scan
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
@@ -70,7 +70,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     if signature.option("normalize_read"):
         warps = 8 if keys * values > 64 * 128 else 4
         ways = [(block, values, warps, 3), (block, values, warps, 2), (32, values, warps, 2), (16, values, 4, 2)]
-    if (signature.dim("K") | signature.dim("V")) % 8:  # rows that no asynchronous copy takes: the loop's products read registers
+    if not copies_rows(signature):  # the loop's products read registers
         ways = [(rows, columns, narrow_warps(signature.dtype, rows, columns, warps), stages) for rows, columns, warps, stages in ways]
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     found: list[Candidate] = []

@@ -52,6 +52,11 @@ def kinds(made: Contract) -> Iterator[Case]:
     yield replace(short, name="K != V, odd, misaligned", K=20, V=36, view="misaligned")
     for name, changes in {"B=0": {"B": 0}, "T=0": {"T": 0}, "T=1": {"T": 1}, "T=63": {"T": 63}, "T=64": {"T": 64}}.items():
         yield replace(base, name=name, **changes)  # type: ignore[arg-type]
+    if "normalize_final" in made.option_by_name:
+        options = {**base.options, "output_final_state": True, "normalize_final": True}
+        if composed:  # the exact rule with it is left to another backend
+            options |= {"transform": "lam", "chunk_size": 32}
+        yield replace(base, name="T=0, normalized final", T=0, options=options)
     if not composed:  # whose parts are the other ops
         yield replace(short, name="expanded", view="expanded")
         yield replace(short, name="K 80, V 48", K=80, V=48)

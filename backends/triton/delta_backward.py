@@ -34,6 +34,8 @@ def gradients(
     into = {name: torch.empty(like.shape, dtype=like.dtype, device=like.device) for name, like in wanted.items() if like is not None}
     d_final = None if grads[1] is None else grads[1].contiguous()
     if not x.v.numel():
+        if x.final is not None and d_final is not None and x.initial is not None and d_final.numel():
+            d_final = denormalized(x.final.copy_(x.initial), d_final)
         for name, grad in into.items():
             grad.copy_(d_final) if name == "initial_state" and d_final is not None else grad.zero_()
     elif into:

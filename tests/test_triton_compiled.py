@@ -186,7 +186,12 @@ class OfTable:
 
 def wrong(one: Compilation, found: Usage, shared: int, spilled: int) -> list[str]:
     """What a compiled form takes too much of."""
-    limits = (("shared memory", found.shared, shared), ("registers", found.registers, MOST_REGISTERS), ("bytes spilled", found.spilled, spilled))
+    limits = (
+        ("shared memory", found.shared, shared),
+        ("registers", found.registers, MOST_REGISTERS),
+        ("bytes spilled", found.spilled, spilled),
+        ("lanes that reach into others", found.wrong_lanes, 0),
+    )
     return [f"{one}: {name} {value}, at most {limit}" for name, value, limit in limits if value > limit]
 
 

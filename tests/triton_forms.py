@@ -73,11 +73,12 @@ class Compilation:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a compiled kernel takes: bytes of shared memory a block, registers a thread, and bytes a thread spilled to local memory."""
+    """What a compiled kernel takes: bytes of shared memory a block, registers a thread, bytes a thread spilled to local memory, wrong pairs of lanes."""
 
     shared: int
     registers: int
     spilled: int
+    wrong_lanes: int
 
 
 _LONG = Case("long", B=1, T=8192, G=16, H=32, K=128, V=128, dtype=torch.bfloat16)
@@ -144,19 +145,20 @@ def compilations(op: str, call: Call, candidate: Candidate, sm: int) -> list[Com
 def compiled(one: Compilation) -> Usage:
     """Compiles; raises what the compiler raises."""
     import triton
+    from titans_backends.backends.triton import lanes
     from titans_backends.backends.triton.launch import Kernel, options_of, source_of
     from triton.backends.compiler import GPUTarget
 
     module = import_module(one.module)
     kernel = next(value for value in vars(module).values() if isinstance(value, Kernel) and value.name == one.kernel)
-    made = triton.compile(source_of(kernel, one.form), target=GPUTarget("cuda", one.sm, 32), options=options_of(one.form))
+    made = lanes.compiled(source_of(kernel, one.form), options_of(one.form), GPUTarget("cuda", one.sm, 32))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / _CUOBJDUMP
         said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     facts = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
-    return Usage(int(made.metadata.shared), facts["REG"], facts["STACK"] + facts["LOCAL"])
+    return Usage(int(made.metadata.shared), facts["REG"], facts["STACK"] + facts["LOCAL"], len(lanes.spilling(str(made.asm["ptx"]))))
 
 
 def _start(cache: str) -> None:

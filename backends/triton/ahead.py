@@ -12,7 +12,6 @@ from ctypes.util import find_library
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -22,6 +21,7 @@ from titans_backends.contracts.validate import validate
 from titans_backends.machine import Machine
 
 from . import launch
+from .lanes import compiled
 from .program import Run
 
 __all__ = ["CompileAhead", "ahead_of", "collected"]
@@ -80,7 +80,7 @@ def _compiled(kernel: launch.Kernel, form: launch.Form, sm: int) -> str:
     """Compiles once in this process, unless it lies on disk already; what the compiler raised, or nothing."""
     source = launch.source_of(kernel, form)
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options_of(form))
+        made = compiled(source, launch.options_of(form), GPUTarget("cuda", sm, 32))
         if _has_launchers():
             from triton.backends.nvidia.driver import CudaLauncher
 

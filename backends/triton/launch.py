@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import triton
 from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
+
+from .lanes import compiled
 
 __all__ = ["Form", "Kernel", "Loaded", "Tape", "Taped", "collecting", "is_collecting", "options_of", "source_of", "taping"]
 
@@ -179,7 +180,7 @@ class Kernel:
         with self._lock:
             found = self._forms.get(key)
             if found is None:
-                kernel = triton.compile(source_of(self, form), options=options_of(form))
+                kernel = compiled(source_of(self, form), options_of(form))
                 found = self._forms[key] = (kernel.run, kernel.function, kernel.packed_metadata)
         return found
 

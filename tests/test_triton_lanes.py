@@ -1,0 +1,52 @@
+"""What Triton 3.6's LLVM makes of a packed pair of numbers is found in PTX and mended, and nothing else is touched."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("triton") is None:
+    pytest.skip("the package triton is not installed: pip install -c constraints.txt -e '.[test]'", allow_module_level=True)
+
+from titans_backends.backends.triton.lanes import mended, spilling
+
+WRONG = """\
+	mul.wide.u32 	%rd7, %r3, 268435456;
+	shl.b64 	%rd8, %rd6, 36;
+	or.b64 	%rd9, %rd7, %rd8;
+	mov.b64 	{%r10, %r11}, %rd9;
+	mul.wide.u32 	%rd20, %r4, 2;
+	add.s64 	%rd21, %rd1, %rd20;
+"""
+
+
+def test_a_lane_that_reaches_into_the_other_is_cut_to_its_32_bits() -> None:
+    assert spilling(WRONG) == {"%rd7"}
+    better = mended(WRONG)
+    assert "\tmul.wide.u32 \t%rd7, %r3, 268435456;\n\tand.b64 \t%rd7, %rd7, 4294967295;\n" in better
+    assert [line for line in better.splitlines() if "and.b64" not in line] == WRONG.splitlines()
+
+
+def test_mended_code_is_mended_once() -> None:
+    assert not spilling(mended(WRONG))
+    assert mended(mended(WRONG)) == mended(WRONG)
+
+
+def test_the_order_of_the_two_halves_does_not_matter() -> None:
+    assert spilling(WRONG.replace("%rd7, %rd8;", "%rd8, %rd7;")) == {"%rd7"}
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("mov.b64 \t{%r10, %r11}, %rd9;", "st.global.b64 \t[%rd2], %rd9;"),
+        ("shl.b64 \t%rd8, %rd6, 36;", "shl.b64 \t%rd8, %rd6, 4;"),
+        ("mul.wide.u32 \t%rd7, %r3, 268435456;", "cvt.u64.u32 \t%rd7, %r3;"),
+    ],
+    ids=["a 64-bit number", "no upper half", "a lane of 32 bits"],
+)
+def test_what_is_right_stays_as_it_is(text: str, other: str) -> None:
+    assert text in WRONG
+    right = WRONG.replace(text, other)
+    assert mended(right) == right

@@ -106,3 +106,34 @@ def test_views_of_one_tensor_keep_their_own_addresses(device: Device) -> None:
 
 def test_what_launches_nothing_is_not_remembered(device: Device) -> None:
     assert program.remembering(lambda call, candidate: (torch.empty(0), None))(FusedUW(*three()), ANY)[1] is None
+
+
+def test_a_later_backward_reads_its_own_gradients_and_states(device: Device) -> None:
+    def run_backward(
+        call: FusedUW, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+    ) -> tuple[Tensor | None, ...]:
+        d_v = torch.empty(4, 4)
+        device(call.v_beta, grads[0], states, d_v)
+        return None, d_v, None
+
+    x, y, z = three()
+    remember = program.remembering_backward(run_backward)
+    _, again = remember(FusedUW(x, y, z), (torch.randn(4, 4), None), torch.randn(3), frozenset({"v_beta"}), ANY)
+    assert again is not None
+    (x, y, z), d_u, states = three(), torch.randn(4, 4), torch.randn(3)
+    nothing, d_v, also = again(FusedUW(x, y, z), (d_u, None), states)
+    assert device.launched[-1][1:5] == (y.data_ptr(), d_u.data_ptr(), states.data_ptr(), d_v.data_ptr())
+    assert nothing is None
+    assert also is None
+
+
+def test_a_backward_with_one_tensor_for_two_is_not_remembered(device: Device) -> None:
+    def run_backward(*arguments: object) -> tuple[Tensor | None, ...]:
+        o = torch.empty(4, 4)
+        device(o)
+        return None, o, None
+
+    x, y, z = three()
+    remember = program.remembering_backward(run_backward)
+    assert remember(FusedUW(x, y, z), (y, None), None, frozenset({"v_beta"}), ANY)[1] is None
+    assert remember(FusedUW(x, y, z), (torch.randn(4, 4), None), None, frozenset({"v_beta"}), ANY)[1] is not None

@@ -27,6 +27,8 @@ more on the host than its kernels on the device
 
     remember(call, candidate) -> (outputs, again)        `run`, and what repeats it for another call of the same facts, or None:
                                                          again(call) -> outputs
+    remember_backward(call, grads, states, needs,        the same of `run_backward`, for the same needs and gradients of the same facts:
+                      candidate) -> (gradients, again)   again(call, grads, states) -> gradients
 """
 
 from __future__ import annotations
@@ -43,7 +45,19 @@ if TYPE_CHECKING:
     from titans_backends.signature import Signature
     from titans_backends.verdict import Verdict
 
-__all__ = ["CONTRACT_VERSION", "AheadOpModule", "Backend", "Candidate", "OpModule", "Param", "RememberingOpModule", "TrainableOpModule"]
+    Outputs = tuple[torch.Tensor | None, ...]
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "AheadOpModule",
+    "Backend",
+    "Candidate",
+    "OpModule",
+    "Param",
+    "RememberingBackwardOpModule",
+    "RememberingOpModule",
+    "TrainableOpModule",
+]
 
 CONTRACT_VERSION = 1
 """Grows when a contract's signature or the interface above changes in a way that breaks backends."""
@@ -121,7 +135,7 @@ class OpModule(Protocol):
 
     def candidates(self, signature: Signature, machine: Machine, /) -> Sequence[Candidate]: ...
 
-    def run(self, call: object, candidate: Candidate, /) -> tuple[torch.Tensor | None, ...]: ...
+    def run(self, call: object, candidate: Candidate, /) -> Outputs: ...
 
 
 class TrainableOpModule(OpModule, Protocol):
@@ -132,12 +146,12 @@ class TrainableOpModule(OpModule, Protocol):
     def run_backward(
         self,
         call: object,
-        grads: tuple[torch.Tensor | None, ...],
+        grads: Outputs,
         states: torch.Tensor | None,
         needs: frozenset[str],
         candidate: Candidate,
         /,
-    ) -> tuple[torch.Tensor | None, ...]: ...
+    ) -> Outputs: ...
 
 
 class AheadOpModule(OpModule, Protocol):
@@ -149,6 +163,12 @@ class AheadOpModule(OpModule, Protocol):
 class RememberingOpModule(OpModule, Protocol):
     """An op module that can repeat a call: same shapes, strides, dtypes, device, 16-byte alignment and options, other tensors."""
 
-    def remember(
-        self, call: object, candidate: Candidate, /
-    ) -> tuple[tuple[torch.Tensor | None, ...], Callable[[object], tuple[torch.Tensor | None, ...]] | None]: ...
+    def remember(self, call: object, candidate: Candidate, /) -> tuple[Outputs, Callable[[object], Outputs] | None]: ...
+
+
+class RememberingBackwardOpModule(TrainableOpModule, Protocol):
+    """One that can repeat a backward: facts as above, of the gradients that arrive and the saved states too, and the same needs."""
+
+    def remember_backward(
+        self, call: object, grads: Outputs, states: torch.Tensor | None, needs: frozenset[str], candidate: Candidate, /
+    ) -> tuple[Outputs, Callable[[object, Outputs, torch.Tensor | None], Outputs] | None]: ...

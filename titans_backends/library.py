@@ -17,7 +17,7 @@ from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
 from titans_backends.plans import Outputs, Plan, Planner, Request, request
 
-__all__ = ["NAMESPACE", "call", "planner", "register"]
+__all__ = ["NAMESPACE", "call", "gradients", "planner", "register"]
 
 NAMESPACE = "titans_backends"
 _PLANNERS = {name: Planner(op) for name, op in CONTRACTS.items()}
@@ -129,15 +129,32 @@ def _backward(op: Contract) -> Callable[..., Outputs]:
 
     def run(*flat: object) -> Outputs:
         grads, inputs, (states, needs, backend, batch_invariant) = flat[:count], flat[count:-4], flat[-4:]
-        made = _unflatten(op, inputs)
-        saved = isinstance(states, Tensor)
-        plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=saved, must_save=saved))
-        assert isinstance(needs, (list, tuple))
-        wanted = frozenset(name for name, need in zip(op.differentiable, needs, strict=True) if need)
-        with torch.no_grad():
-            return plan.run_backward(made, grads, states, wanted)  # type: ignore[arg-type]  # the schema has checked them
+        return _run_backward(op, _unflatten(op, inputs), grads, states, needs, backend, batch_invariant)  # type: ignore[arg-type]  # the schema has checked them
 
     return run
+
+
+def _run_backward(
+    op: Contract, made: Call, grads: Outputs, states: Tensor | None, needs: Sequence[bool], backend: str | None, batch_invariant: bool
+) -> Outputs:
+    """By the plan of the call as it is now: what saved tensors come back as is their hooks' affair."""
+    saved = states is not None
+    plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=saved, must_save=saved))
+    wanted = frozenset(name for name, need in zip(op.differentiable, needs, strict=True) if need)
+    with torch.no_grad():
+        return plan.run_backward(made, grads, states, wanted)
+
+
+def gradients(
+    op: Contract, grads: Outputs, values: Sequence[object], states: Tensor | None, needs: Sequence[bool], backend: str | None, batch_invariant: bool
+) -> Outputs:
+    """A backward for autograd: of the call with these field values, by the registered op where its gradients are to be differentiated again."""
+    if torch.is_grad_enabled():
+        registered: Outputs = getattr(torch.ops.titans_backends, f"{op.name}_backward")(
+            *grads, *_flatten(op, values), states, needs, backend, batch_invariant
+        )
+        return registered
+    return _run_backward(op, op.make_call(**dict(zip(op.parameters, values, strict=True))), grads, states, needs, backend, batch_invariant)
 
 
 def _in_place(op: Contract) -> Callable[..., Tensor]:

@@ -1,7 +1,7 @@
 """An op as its users hold it: call it, bind it, ask it why.
 
-A plain call goes from its arguments to a memoised plan to the kernel; a call that autograd or a tracer watches goes through the op
-that `library` registered with torch, and meets the same plan on the other side.
+A plain call goes from its arguments to a memoised plan to the kernel, in training inside an autograd function; a call that a tracer watches goes
+through the op that `library` registered with torch, and meets the same plan on the other side.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from titans_backends import library, registry
+from titans_backends.autograd import differentiated
 from titans_backends.contracts import contract
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import bind_arguments, check_indices
@@ -94,7 +95,7 @@ class Op:
         plan = self._planner.plan(call, asked)
         if asked.training:
             _refuse_in_place(self.contract, call, True)
-            return library.call(self.contract, self._planner.values(call), asked.backend, asked.batch_invariant, True, True)
+            return differentiated(self.name, plan, call, asked.backend, asked.batch_invariant)
         return self._planner.execute(plan, call)
 
     def bind(self, *args: object, backend: str | None = None, **kwargs: object) -> BoundOp:
@@ -154,14 +155,18 @@ class BoundOp:
             raise self._mismatch(self._planner.values(call))
         if self._plan.checks_indices:
             check_indices(self.op.contract, call)
-        if _training(self._planner.tensors(call)):
+        tensors = self._planner.tensors(call)
+        if _training(tensors):
             if not self._training:
                 raise BoundCallMismatchError(
                     f"{self.op.name}: it was bound without gradients, but an input requires one; bind it again, or use torch.no_grad()"
                 )
             pair = self.choice.pair
             forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
-            return library.call(self.op.contract, self._planner.values(call), forced, self.choice.signature.batch_invariant, True, True)
+            invariant = self.choice.signature.batch_invariant
+            if _watched(tensors):
+                return library.call(self.op.contract, self._planner.values(call), forced, invariant, True, True)
+            return differentiated(self.op.name, self._plan, call, forced, invariant)
         return self._planner.execute(self._plan, call)[: len(self.op.contract.outputs)]
 
     def _mismatch(self, values: tuple[object, ...]) -> BoundCallMismatchError:

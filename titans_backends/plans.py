@@ -30,6 +30,7 @@ __all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "invalidate", "requ
 
 Outputs = tuple[Tensor | None, ...]
 _MEMO_LIMIT = 4096
+_BACKWARDS_LIMIT = 64
 _LENGTHS = frozenset("BTNMEP*")
 _LONGEST_CHUNK = 512
 _PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
@@ -76,7 +77,8 @@ def request(backend: str | None, *, training: bool, may_save: bool = True) -> Re
 class Plan:
     """A frozen choice with the modules that run it. `ran` says that its kernels are loaded, which graph capture needs to know.
 
-    `again` is what the module remembered of the first call: every call of a plan has the same facts. `fresh`: it was not asked yet.
+    `again` is what the module remembered of the first call: every call of a plan has the same facts. `fresh`: it was not asked yet. `again_backward`
+    holds the same of backwards, by what was needed and the facts of what arrived; None: that cannot be repeated.
     """
 
     choice: Choice
@@ -87,6 +89,7 @@ class Plan:
     ran: bool = field(default=False)
     again: Callable[[Call], Outputs] | None = field(default=None)
     fresh: bool = field(default=True)
+    again_backward: dict[object, Callable[[Call, Outputs, Tensor | None], Outputs] | None] = field(default_factory=dict)
 
     def run(self, call: Call) -> Outputs:
         """The forward kernel, on the current stream of the inputs' device, outside autocast."""
@@ -105,11 +108,28 @@ class Plan:
         return outputs
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
-        """The backward kernel; the gradients follow `contract.differentiable`."""
+        """The backward kernel, where and as the forward's; the gradients follow `contract.differentiable`."""
+        if self._needs_guard():
+            return self._guarded(lambda: self._run_backward(call, grads, states, needs))
+        return self._run_backward(call, grads, states, needs)
+
+    def _run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
+        """What the module remembered of a backward like this, or its `run_backward`."""
         backward, module = self.choice.pair.backward, self.backward_module
         if backward is None or module is None:
             raise BackendRefusedError(f"{self.choice.signature.op}: {self.choice.pair.label} has no backward")
-        return self._guarded(lambda: module.run_backward(call, grads, states, needs, backward))
+        remembering = registry.remembering_backward(module)
+        if remembering is None:
+            return module.run_backward(call, grads, states, needs, backward)
+        key = (needs, *[None if x is None else (x.stride(), x.dtype, x.data_ptr() & 15) for x in (*grads, states)])
+        if key not in self.again_backward:
+            found, again = remembering.remember_backward(call, grads, states, needs, backward)
+            if len(self.again_backward) >= _BACKWARDS_LIMIT:
+                self.again_backward.clear()
+            self.again_backward[key] = again
+            return found
+        again = self.again_backward[key]
+        return module.run_backward(call, grads, states, needs, backward) if again is None else again(call, grads, states)
 
     def _needs_guard(self) -> bool:
         return torch._C._is_any_autocast_enabled() or (self.device.type == "cuda" and self.device.index != torch.cuda.current_device())

@@ -18,7 +18,15 @@ from types import MappingProxyType, ModuleType
 from typing import Literal, cast
 
 from titans_backends import switches
-from titans_backends.backend import CONTRACT_VERSION, AheadOpModule, Backend, OpModule, RememberingOpModule, TrainableOpModule
+from titans_backends.backend import (
+    CONTRACT_VERSION,
+    AheadOpModule,
+    Backend,
+    OpModule,
+    RememberingBackwardOpModule,
+    RememberingOpModule,
+    TrainableOpModule,
+)
 from titans_backends.errors import BackendError, SwitchError, unknown
 from titans_backends.machine import Machine
 from titans_backends.verdict import ACCEPTED, Verdict, refused
@@ -36,6 +44,7 @@ __all__ = [
     "order",
     "probe",
     "remembering",
+    "remembering_backward",
     "reset",
     "trainable",
 ]
@@ -190,6 +199,11 @@ def compiling_ahead(found: OpModule) -> AheadOpModule | None:
 def remembering(found: OpModule) -> RememberingOpModule | None:
     """The same module if it can repeat a call."""
     return cast(RememberingOpModule, found) if hasattr(found, "remember") else None
+
+
+def remembering_backward(found: OpModule) -> RememberingBackwardOpModule | None:
+    """The same module if it can repeat a backward."""
+    return cast(RememberingBackwardOpModule, found) if hasattr(found, "remember_backward") else None
 
 
 def probe(backend: Backend, machine: Machine) -> Status:

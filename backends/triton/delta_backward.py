@@ -192,8 +192,6 @@ def _run_gradients(
         args = (x.k, x.v, x.w, x.beta, x.g, states, updates, errors, erase, links, direct, seen, shed, left, d_v, d_w, x.cu_seqlens, *sizes)
         ERASED(programs, (*args, *k, *v, *strides(x.w), *beta, *g), constants, warps, stages)
     if writes:
-        if not rule and grouped and sums is not None:
-            sums.zero_()
         args = (x.q, x.k, x.g, x.gate, leaving, updates, pairs, links, taken, gone, sums if d_k is not None and (rule or grouped) else None, d_k)
         WRITTEN(programs, (*args, x.cu_seqlens, *sizes, *q, *k, *g, *gate), constants, warps, stages)
     if d_g is not None or d_gate is not None or d_beta is not None or d_decay is not None:

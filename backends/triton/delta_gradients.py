@@ -270,7 +270,7 @@ def _written(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk; `taken [TILES, places, BLOCK]` and `gone [TILES, places]` are for `vectors`. `sums` holds what `erased` left, and what earlier v heads add."""
+    """dk; `taken [TILES, places, BLOCK]` and `gone [TILES, places]` are for `vectors`. `sums`: what `erased` left, if there are `links`, and what earlier v heads add."""
     WHOLE_K: tl.constexpr = K % BLOCK_K == 0
     WHOLE_V: tl.constexpr = V % BLOCK_V == 0
     DTYPE: tl.constexpr = k.dtype.element_ty
@@ -330,7 +330,10 @@ def _written(
             tl.store(taken + (tile * places + place) * BLOCK + row, norm * tl.sum(k_tile.to(tl.float32) * right, 1))
         if dk is not None:
             if sums is not None:
-                right += tl.load(sums + at_sums)
+                if links is not None:  # noqa: SIM114  (decided when it compiles)
+                    right += tl.load(sums + at_sums)
+                elif member > 0:
+                    right += tl.load(sums + at_sums)
                 if member < group - 1:
                     tl.debug_barrier()
                     tl.store(sums + at_sums, right)

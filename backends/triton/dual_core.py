@@ -15,10 +15,10 @@ from .ahead import ahead_of
 from .dual_backward import backward_candidates, run_backward
 from .dual_flat import flat, flat_candidates
 from .dual_recurrent import recurrent, recurrent_candidates
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import serves
 
-__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -47,4 +47,4 @@ def run(call: DualCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
 
 
 compile_ahead = ahead_of(run, "dual_core", run_backward)
-remember = remembering(run)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

@@ -20,10 +20,10 @@ from .ahead import ahead_of
 from .fast_backward import gradients, ways
 from .fast_chunks import BLOCKS, FINAL, WALK, WHOLE
 from .grid import on_device, slot_count, unit_stride
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
 
-__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 _WALK_FROM = 512
 """Tokens of a chunk from which walking it, linear, is expected to beat its triangle."""
@@ -213,4 +213,4 @@ def run_backward(
 
 
 compile_ahead = ahead_of(run, "fast_core", run_backward)
-remember = remembering(run)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

@@ -18,12 +18,12 @@ from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
 from .matrices import flat
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
 from .uw_product import PRODUCT, SERIES
 from .uw_product_gradients import backward_candidates, run_backward
 
-__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 _PLANS = (
     ("product", 64, 64, 128, 0, 4, 3),
@@ -103,4 +103,4 @@ def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
 
 
 compile_ahead = ahead_of(run, "fused_uw", run_backward)
-remember = remembering(run)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

@@ -22,10 +22,10 @@ from .delta_backward import gradients
 from .delta_plans import backward_plans, delta_plans, saving
 from .delta_schedules import SCHEDULES, Operands
 from .grid import on_device, unit_stride
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import serves
 
-__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 _INPUTS = ("q", "k", "v", "beta", "g", "gate", "initial_state")
 
@@ -78,4 +78,4 @@ def run_backward(
 
 
 compile_ahead = ahead_of(run, "gated_delta_rule", run_backward)
-remember = remembering(run)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

@@ -66,4 +66,3 @@ def mended(ptx: str) -> str:
         return f"{match[0]}\n\tand.b64 \t{match[1]}, {match[1]}, 4294967295;" if match[1] in found else match[0]
 
     return _PRODUCT.sub(cut, ptx) if found else ptx
-

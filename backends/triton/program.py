@@ -20,13 +20,17 @@ from titans_backends.backend import Candidate
 
 from . import launch
 
-__all__ = ["Again", "Remember", "Run", "remembering"]
+__all__ = ["Again", "AgainBackward", "Remember", "RememberBackward", "Run", "RunBackward", "remembering", "remembering_backward"]
 
-Run = Callable[[Any, Candidate], tuple[Tensor | None, ...]]
-Again = Callable[[Any], tuple[Tensor | None, ...]]
-Remember = Callable[[Any, Candidate], tuple[tuple[Tensor | None, ...], Again | None]]
+Outputs = tuple[Tensor | None, ...]
+Run = Callable[[Any, Candidate], Outputs]
+Again = Callable[[Any], Outputs]
+Remember = Callable[[Any, Candidate], tuple[Outputs, Again | None]]
+RunBackward = Callable[[Any, Outputs, Tensor | None, frozenset[str], Candidate], Outputs]
+AgainBackward = Callable[[Any, Outputs, Tensor | None], Outputs]
+RememberBackward = Callable[[Any, Outputs, Tensor | None, frozenset[str], Candidate], tuple[Outputs, AgainBackward | None]]
 Address = tuple[int, int]
-"""Whose memory (inputs by field, then outputs and scratch in the order taken), and the offset in bytes."""
+"""Whose memory (what was given in order, then outputs and scratch in the order taken), and the offset in bytes."""
 
 _PAGE = 256
 _VIEWS = frozenset(
@@ -39,20 +43,31 @@ _EMPTY = frozenset(["empty", "empty_like", "new_empty", "empty_strided", "new_em
 def remembering(run: Run) -> Remember:
     """An op module's `remember`, from its `run`."""
 
-    def remember(call: Any, candidate: Candidate) -> tuple[tuple[Tensor | None, ...], Again | None]:
-        values = _values(call)
-        if launch.is_collecting() or _repeated(values):
-            return run(call, candidate), None
-        outputs, program = _record(run, call, candidate, values)
+    def remember(call: Any, candidate: Candidate) -> tuple[Outputs, Again | None]:
+        """The outputs, and what repeats the call for other tensors of the same facts: None where it cannot be told from the launches alone."""
+        outputs, program = _record(lambda: run(call, candidate), _values(call))
         if program is None:
             return outputs, None
         getter = _GETTERS[call.__class__]
         return outputs, lambda later: program(getter(later))
 
-    remember.__doc__ = (
-        "The outputs, and what repeats the call for other tensors of the same facts: None where it cannot be told from the launches alone."
-    )
     return remember
+
+
+def remembering_backward(run_backward: RunBackward) -> RememberBackward:
+    """An op module's `remember_backward`, from its `run_backward`."""
+
+    def remember_backward(
+        call: Any, grads: Outputs, states: Tensor | None, needs: frozenset[str], candidate: Candidate
+    ) -> tuple[Outputs, AgainBackward | None]:
+        """The gradients, and what repeats them for other tensors of the same facts and the same needs, or None."""
+        found, program = _record(lambda: run_backward(call, grads, states, needs, candidate), (*_values(call), *grads, states))
+        if program is None:
+            return found, None
+        getter = _GETTERS[call.__class__]
+        return found, lambda later, arriving, saved: program((*getter(later), *arriving, saved))
+
+    return remember_backward
 
 
 _GETTERS: dict[type, Callable[[object], tuple[object, ...]]] = {}
@@ -95,7 +110,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A recorded call. Owners: the call's fields, then `kept` allocations, then one piece of scratch."""
+    """A recorded call. Owners: the tensors that it was given, then `kept` allocations, then one piece of scratch."""
 
     given: tuple[int, ...]
     kept: tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -104,7 +119,7 @@ class Program:
     launches: tuple[Launch, ...]
     outputs: tuple[Output | None, ...]
 
-    def __call__(self, values: tuple[object, ...]) -> tuple[Tensor | None, ...]:
+    def __call__(self, values: tuple[object, ...]) -> Outputs:
         """The outputs of the same kernels on these tensors."""
         owners: list[Any] = [values[index] for index in self.given]
         owners += [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.kept]
@@ -143,16 +158,18 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def _record(run: Run, call: Any, candidate: Candidate, values: tuple[object, ...]) -> tuple[tuple[Tensor | None, ...], Program | None]:
-    """One run as written, with the program that repeats it, or None."""
+def _record(run: Callable[[], Outputs], values: tuple[object, ...]) -> tuple[Outputs, Program | None]:
+    """One run as written, on `values`, with the program that repeats it on others, or None."""
+    if launch.is_collecting() or _repeated(values):
+        return run(), None
     with launch.taping() as tape, _Watch() as watch:
-        outputs = run(call, candidate)
+        outputs = run()
     if not watch.plain or not tape.launches:
         return outputs, None
     return outputs, _program(tape.launches, watch.taken, values, outputs)
 
 
-def _program(launches: list[launch.Taped], taken: list[Tensor], values: tuple[object, ...], outputs: tuple[Tensor | None, ...]) -> Program | None:
+def _program(launches: list[launch.Taped], taken: list[Tensor], values: tuple[object, ...], outputs: Outputs) -> Program | None:
     given = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
     tensors = [value for value in values if isinstance(value, Tensor)]
     kept: list[Tensor] = []

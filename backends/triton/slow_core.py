@@ -26,11 +26,11 @@ from .delta_plans import backward_plans, saving
 from .delta_plans import shared_bytes as delta_bytes
 from .delta_schedules import Operands, Params
 from .grid import on_device, unit_stride
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, narrow_warps, serves, tile_width
 from .slow_scan import Tiling, normalized, shared_bytes, slow_scan
 
-__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("slow_scan", "decay", "grid", "launch"))
 _INPUTS = ("q", "k", "u", "w", "g", "chunk_decay", "gate", "initial_state")
@@ -228,4 +228,4 @@ def _scheduled(call: SlowCore, candidate: Candidate, params: Params) -> tuple[Te
 
 
 compile_ahead = ahead_of(run, "slow_core", run_backward)
-remember = remembering(run)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

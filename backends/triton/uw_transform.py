@@ -17,12 +17,12 @@ from titans_backends.verdict import Verdict, refused
 
 from .ahead import ahead_of
 from .grid import on_device, slot_count, unit_stride
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, dots, narrow_warps, serves, tile_width
 from .uw_blocks import JOINED_WIDTH, UW_BLOCK, UW_SCALED, UW_WALK
 from .uw_gradients import backward_candidates, run_backward
 
-__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "run", "run_backward", "supports", "transformed"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports", "transformed"]
 
 _SOURCES = tuple(f"titans_backends.backends.triton.{name}" for name in ("uw_blocks", "decay", "inverse", "grid", "launch"))
 _WIDEST_BLOCK = 64
@@ -156,4 +156,4 @@ def transformed(call: UWTransform, candidate: Candidate, chunk_offset: int = 0) 
 
 
 compile_ahead = ahead_of(run, "uw_transform", run_backward)
-remember = remembering(run)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

@@ -205,23 +205,35 @@ def check_backward(
                 assert got is not None
                 ledger.compare(f"d{name}", got, want, limit.gradients, where + missing, floor=gradient_floor(exam.call, name, wanted))
         if candidate.deterministic:
-            _same_bits(found, run_backward(made, candidate, module, exam.call, grads, states, where + missing), where + missing)
+            _same_bits(found, run_backward(made, candidate, module, exam.call, grads, states, where + missing, repeated=True), where + missing)
 
 
 def run_backward(
-    made: Contract, candidate: Candidate, module: OpModule | TrainableOpModule, call: Call, grads: Outputs, states: Tensor | None, where: str
+    made: Contract,
+    candidate: Candidate,
+    module: OpModule | TrainableOpModule,
+    call: Call,
+    grads: Outputs,
+    states: Tensor | None,
+    where: str,
+    *,
+    repeated: bool = False,
 ) -> Outputs:
-    """One backward with everything that it reads guarded; every given input wants its gradient."""
+    """One backward with everything that it reads guarded; every given input wants its gradient. `repeated`: as for `run_forward`."""
     given = made.tensors(call)
     needs = frozenset(name for name in made.differentiable if name in given)
     read = {**given, **{f"the gradient of {spec.name}": grad for spec, grad in zip(made.outputs, grads, strict=True) if grad is not None}}
     if states is not None:
         read["the saved states"] = states
     before = {name: tensor.clone() for name, tensor in read.items()}
-    _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     assert hasattr(module, "run_backward")
+    remembering, again = registry.remembering_backward(module) if repeated else None, None
+    if remembering is not None:
+        with torch.no_grad():
+            again = remembering.remember_backward(call, grads, states, needs, candidate)[1]
+    _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     with torch.no_grad(), _guarded(read, before, where):
-        found: object = module.run_backward(call, grads, states, needs, candidate)
+        found: object = module.run_backward(call, grads, states, needs, candidate) if again is None else again(call, grads, states)
     if not isinstance(found, tuple) or len(found) != len(made.differentiable):
         count = len(found) if isinstance(found, tuple) else type(found).__name__
         raise Rejected(f"it returned {count}, not {len(made.differentiable)} gradients, on {where}")

@@ -208,10 +208,14 @@ class Session:
         grads, states, needs = self._cotangents(), self._states if candidate.saves_states else None, self._needs()
         trainable = registry.trainable(module)
         assert trainable is not None
+        repeating, repeat = registry.remembering_backward(trainable), None
+        if repeating is not None:
+            with torch.no_grad():
+                _, repeat = repeating.remember_backward(call, grads, states, needs, candidate)
 
         def backward() -> object:
             with torch.no_grad():
-                return trainable.run_backward(call, grads, states, needs, candidate)
+                return trainable.run_backward(call, grads, states, needs, candidate) if repeat is None else repeat(call, grads, states)
 
         return backward
 

@@ -1,0 +1,141 @@
+"""Training in plain eager mode: what runs when nobody traces, what it agrees with, and when a backward is repeated from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import titans_backends as tb
+from titans_backends import library
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import build, cases
+
+
+def small(name: str, **changes: object) -> dict[str, object]:
+    op = CONTRACTS[name]
+    case = replace(next(iter(cases(op))), **{"B": 1, "T": 3 if name == "gated_delta_step" else 37, "K": 8, "V": 8, **changes})
+    call = build(op, case, requires_grad=True)
+    return {parameter: getattr(call, parameter) for parameter in op.parameters}
+
+
+def gradients(name: str, keywords: dict[str, object], run: Callable[..., tuple[Tensor | None, ...]]) -> list[Tensor | None]:
+    leaves = [x for x in keywords.values() if isinstance(x, Tensor) and x.requires_grad]
+    outputs = [o for o in run(**keywords) if o is not None]
+    return list(torch.autograd.grad(outputs, leaves, [torch.cos(o.detach()) for o in outputs], allow_unused=True))
+
+
+class Seen(TorchDispatchMode):
+    """The registered ops that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == library.NAMESPACE:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_eager_gradients_are_those_of_the_registered_op(name: str) -> None:
+    keywords, op = small(name), CONTRACTS[name]
+    watched = lambda **given: library.call(op, [given[parameter] for parameter in op.parameters], None, False, True, True)  # noqa: E731
+    for got, want in zip(gradients(name, keywords, tb.get_op(name)), gradients(name, keywords, watched), strict=True):
+        assert (got is None and want is None) or torch.equal(got, want)
+
+
+def test_a_dispatch_mode_sees_the_registered_ops_and_plain_training_does_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    keywords = small("fast_core")
+    with Seen() as seen:
+        gradients("fast_core", keywords, tb.get_op("fast_core"))
+    assert seen.names == ["fast_core", "fast_core_backward"]
+    monkeypatch.setattr(library, "call", lambda *args: pytest.fail("the registered op ran"))
+    gradients("fast_core", keywords, tb.get_op("fast_core"))
+
+
+def test_what_a_saved_tensors_hook_changes_is_computed_as_it_came_back() -> None:
+    keywords = small("gated_delta_rule")
+    want = gradients("gated_delta_rule", keywords, tb.get_op("gated_delta_rule"))
+
+    def turned(x: Tensor) -> Tensor:
+        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() > 2 else x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, turned):
+        got = gradients("gated_delta_rule", keywords, tb.get_op("gated_delta_rule"))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_changed_input_is_refused_in_backward() -> None:
+    keywords = small("gated_delta_rule")
+    keywords["v"] = keywords["v"] * 1.0  # type: ignore[operator]
+    o = tb.get_op("gated_delta_rule")(**keywords)[0]
+    keywords["v"].add_(1)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+class Repeating:
+    """A backend's memory of backwards that writes down what it was asked."""
+
+    def __init__(self, *, repeats: bool = True) -> None:
+        self.said: list[str] = []
+        self.repeats = repeats
+
+    def run_backward(self, call, grads, states, needs, candidate):  # type: ignore[no-untyped-def]
+        self.said.append("run")
+        return self._zeros(call, needs)
+
+    def remember_backward(self, call, grads, states, needs, candidate):  # type: ignore[no-untyped-def]
+        self.said.append("remember")
+
+        def again(later, arriving, saved):  # type: ignore[no-untyped-def]
+            self.said.append("again")
+            return self._zeros(later, needs)
+
+        return self._zeros(call, needs), again if self.repeats else None
+
+    def _zeros(self, call, needs):  # type: ignore[no-untyped-def]
+        return tuple(torch.zeros_like(getattr(call, name)) if name in needs else None for name in CONTRACTS["fast_core"].differentiable)
+
+
+def repeating(plugin_backend, **options: bool) -> Repeating:  # type: ignore[no-untyped-def]
+    made = Repeating(**options)
+    plugin_backend("repeating", run_backward=made.run_backward, remember_backward=made.remember_backward)
+    return made
+
+
+def step(keywords: dict[str, object], **changes: object) -> None:
+    o = tb.get_op("fast_core", backend="repeating")(**{**keywords, **changes})[0]
+    o.backward(torch.ones_like(o))
+
+
+def test_a_backward_like_one_before_is_repeated_from_memory(plugin_backend) -> None:  # type: ignore[no-untyped-def]
+    made, keywords = repeating(plugin_backend), small("fast_core")
+    for _ in range(3):
+        step(keywords)
+    assert made.said == ["remember", "again", "again"]
+
+
+def test_other_needs_and_other_gradients_are_remembered_apart(plugin_backend) -> None:  # type: ignore[no-untyped-def]
+    made, keywords = repeating(plugin_backend), small("fast_core")
+    step(keywords)
+    step(keywords, k=keywords["k"].detach())  # type: ignore[attr-defined]
+    o = tb.get_op("fast_core", backend="repeating")(**keywords)[0]
+    o.sum().backward()  # an expanded gradient, of no stride
+    assert made.said == ["remember"] * 3
+    step(keywords)
+    assert made.said[3:] == ["again"]
+
+
+def test_what_cannot_be_repeated_is_run_and_not_asked_again(plugin_backend) -> None:  # type: ignore[no-untyped-def]
+    made, keywords = repeating(plugin_backend, repeats=False), small("fast_core")
+    for _ in range(3):
+        step(keywords)
+    assert made.said == ["remember", "run", "run"]

@@ -47,17 +47,19 @@ def gradients(
 def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Tensor | None, into: Mapping[str, Tensor]) -> None:
     """Runs the kernels. With `x.final` the call returned that divided by its norm."""
     block, device, wanted = int(p["block"]), x.v.device, set(into)
-    inputs = bool(wanted - {"initial_state", "u"} - ({"v"} if x.w is None else set()))  # more than the reverse scan alone gives
+    inputs = bool(wanted - {"initial_state", "u", "v"})  # more than the reverse scan alone gives
     again = saved is None and (inputs or x.final is not None)
     back = bool(wanted - {"q", "gate"})  # those two need the states alone
     made = prepare(x, p, backward=True)
-    room = torch.empty(back + again, x.slots(block) * x.heads * x.keys * x.values, dtype=x.k.dtype, device=device)
-    leaving, states = room[0] if back else None, room[-1] if again else saved
-    kept = torch.empty(inputs + (back and "u" not in into), x.v.numel(), dtype=x.v.dtype, device=device)
+    room = torch.empty((back and inputs) + again, x.slots(block) * x.heads * x.keys * x.values, dtype=x.k.dtype, device=device)
+    leaving, states = room[0] if back and inputs else None, room[-1] if again else saved
+    own = inputs and back and "u" not in into
+    kept = torch.empty(inputs + own, x.v.numel(), dtype=x.v.dtype, device=device)
     updates = kept[0] if inputs else None
-    errors = into.get("u", kept[-1] if back and "u" not in into else None)
-    parts = -(-x.values // int(p["value_tile"]))
-    carried = torch.empty(x.slots(block) * x.heads * parts, dtype=torch.float32, device=device) if {"g", "chunk_decay"} & wanted else None
+    errors = into.get("u", kept[1] if own else None)
+    parts = x.slots(block) * x.heads * -(-x.values // int(p["value_tile"]))
+    carried = torch.empty(parts, dtype=torch.float32, device=device) if {"g", "chunk_decay"} & wanted else None
+    direct = torch.empty(parts, block, dtype=torch.float32, device=device) if "beta" in wanted else None
     d_initial = into.get("initial_state")
     if "segment" in p:
         starts, added, maps = divide(x, made, p, chain=again)
@@ -76,11 +78,25 @@ def _fill(x: Operands, p: Params, d_o: Tensor, d_final: Tensor | None, saved: Te
             d_final = denormalized(x.final, d_final)
         behind = d_final
     if back:
-        _run_reverse(x, made, p, d_o, behind=behind, d_initial=d_initial, leaving=leaving, errors=errors, states=states, carried=carried)
+        d_v = into.get("v")
+        _run_reverse(
+            x,
+            made,
+            p,
+            d_o,
+            behind=behind,
+            d_initial=d_initial,
+            leaving=leaving,
+            errors=errors,
+            d_v=d_v,
+            direct=direct,
+            states=states,
+            carried=carried,
+        )
     if inputs and saved is not None and updates is not None:
         _run_updates(x, made, p, saved, updates)
-    if inputs or "v" in into:
-        _run_gradients(x, made, p, d_o, states, leaving, updates, errors, carried, into)
+    if inputs:
+        _run_gradients(x, made, p, d_o, states, leaving, updates, errors, direct, carried, into)
 
 
 def _run_updates(x: Operands, made: Factors, p: Params, states: Tensor, updates: Tensor) -> None:
@@ -118,6 +134,8 @@ def _run_reverse(
     d_initial: Tensor | None = None,
     leaving: Tensor | None = None,
     errors: Tensor | None = None,
+    d_v: Tensor | None = None,
+    direct: Tensor | None = None,
     states: Tensor | None = None,
     carried: Tensor | None = None,
 ) -> None:
@@ -128,9 +146,12 @@ def _run_reverse(
         x.q,
         x.k,
         x.w,
+        x.v,
         d_o,
         leaving,
         errors,
+        d_v,
+        direct,
         None if carried is None else states,
         carried,
         made.inverses,
@@ -143,7 +164,7 @@ def _run_reverse(
         d_initial,
         x.cu_seqlens,
     )
-    args += (x.v.shape[1], x.sequences, x.heads, x.group, tiles, *strides(x.q), *strides(x.k), *strides(x.w), *strides(d_o))
+    args += (x.v.shape[1], x.sequences, x.heads, x.group, tiles, *strides(x.q), *strides(x.k), *strides(x.w), *strides(x.v), *strides(d_o))
     constants = (x.keys, x.values, tile_width(x.keys), block, width, segment, p["dot"], p["stages"])
     REVERSE(units * x.heads * tiles, args, constants, int(p["warps"]), int(p["stages"]))
 
@@ -165,6 +186,7 @@ def _run_gradients(
     leaving: Tensor | None,
     updates: Tensor | None,
     errors: Tensor | None,
+    direct: Tensor | None,
     carried: Tensor | None,
     into: Mapping[str, Tensor],
 ) -> None:
@@ -173,24 +195,24 @@ def _run_gradients(
     columns = tile_width(x.keys) if x.l2norm else min(tile_width(x.keys), int(p["gradient_keys"]))
     tiles, places, device = -(-x.keys // columns), x.slots(block) * x.heads, x.v.device
     d_q, d_k, d_g, d_gate, d_beta, d_decay = (into.get(name) for name in ("q", "k", "g", "gate", "beta", "chunk_decay"))
-    d_v, d_w = into.get("v") if rule else None, into.get("w")
+    d_w = into.get("w")
     writes, grouped = d_k is not None or d_g is not None, x.group > 1
     pairs, links = (made.scores, made.inverses) if writes else (None, None)
-    told, seen, direct, taken, gone, asked, shed = _lines(places, block, tiles, x, into)
+    told, seen, taken, gone, asked, shed = _lines(places, block, tiles, x, into)
     erase = made.lines[1] if x.chunk_decay is not None else None
     sums = None
     if (d_q is not None and grouped) or (d_k is not None and (rule or grouped)):
         sums = torch.empty(places // x.group * block * columns * tiles, dtype=torch.float32, device=device)
     constants = (x.keys, x.values, columns, block, width, x.l2norm, p["dot"], stages)
     warps, sizes, programs = int(p["gradient_warps"]), (x.v.shape[1], x.sequences, x.heads, x.group, places), places // x.group * tiles
-    q, k, v, beta, g, gate = (strides(tensor) for tensor in (x.q, x.k, x.v, x.beta, x.g, x.gate))
+    q, k, beta, g, gate = (strides(tensor) for tensor in (x.q, x.k, x.beta, x.g, x.gate))
     if writes or d_q is not None or d_gate is not None or d_decay is not None:
         args = (x.q, x.k, x.g, x.gate, d_o, states, updates, erase, pairs, told, asked, sums if grouped else None, d_q, x.cu_seqlens, *sizes, x.scale)
         QUERIES(programs, (*args, *q, *k, *g, *gate, *strides(d_o)), constants, warps, stages)
-    if d_v is not None or d_w is not None or d_beta is not None or d_decay is not None or (rule and writes):
+    if d_w is not None or d_beta is not None or d_decay is not None or (rule and writes):
         left = sums if rule and d_k is not None else None
-        args = (x.k, x.v, x.w, x.beta, x.g, states, updates, errors, erase, links, direct, seen, shed, left, d_v, d_w, x.cu_seqlens, *sizes)
-        ERASED(programs, (*args, *k, *v, *strides(x.w), *beta, *g), constants, warps, stages)
+        args = (x.k, x.w, x.beta, x.g, states, updates, errors, erase, links, seen, shed, left, d_w, x.cu_seqlens, *sizes)
+        ERASED(programs, (*args, *k, *strides(x.w), *beta, *g), constants, warps, stages)
     if writes:
         args = (x.q, x.k, x.g, x.gate, leaving, updates, pairs, links, taken, gone, sums if d_k is not None and (rule or grouped) else None, d_k)
         WRITTEN(programs, (*args, x.cu_seqlens, *sizes, *q, *k, *g, *gate), constants, warps, stages)
@@ -203,12 +225,11 @@ def _run_gradients(
 
 
 def _lines(places: int, block: int, tiles: int, x: Operands, into: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-    """Room for what `vectors` reads: told, seen, direct, taken, gone, asked and shed, each where something asks for it."""
+    """Room for what `vectors` reads: told, seen, taken, gone, asked and shed, each where something asks for it."""
     line, rule, decay, factor = places * block, x.w is None, "g" in into, "chunk_decay" in into
     sizes = (
         tiles * line * (decay or "gate" in into),
         tiles * line * (rule and (decay or "beta" in into)),
-        line * ("beta" in into),
         tiles * line * decay,
         tiles * places * decay,
         tiles * places * factor,

@@ -4,12 +4,13 @@ With S the state at a block's start, E the gradient of the state that leaves it,
 P = tril(dO U^T) * Gamma * scale and L = -stril(X U^T) * Gamma, three kernels in this order, each with one such product and one [BLOCK, BLOCK_K] sum on chip:
 
     queries   dQ = gate (scale e^G dO S^T + P K)                                       on S, dO, U; writes P
-    erased    left = L K - e^G X S^T      dV = beta X                                  on S, X, U, V; writes L
+    erased    left = L K - e^G X S^T                                                   on S, X, U; writes L
     written   right = e^(G_C - G) U E^T + (gate P)^T Q + (beta L)^T K      dK = beta left + right         on E, U, P, L
 
 Wherever a vector scales a row, its gradient is a sum over that row, written by tiles of columns and put together by `vectors`: of the gate `told` =
 rowsum(Q * dQ / gate), of beta `direct` + `seen` = rowsum(V * X) + rowsum(K * left), of G gate told + beta seen - `taken`, `taken` = rowsum(K * right), summed
-from the block's end on, with <S', E> of the state that leaves the block (`delta_reverse` wrote it; of a sequence's last block e^(G_C) <S, E> + <K, e^(G_C - G) U E^T>).
+from the block's end on, with <S', E> of the state that leaves the block as e^(G_C) <S, E> + `gone`, `gone` = <K, e^(G_C - G) U E^T>: rounded as in `taken`, from
+which it takes itself away. `delta_reverse` wrote dV = beta X, `direct` and <S, E>.
 
 A program owns a block, a q/k head and a tile of key columns, and goes through its v heads one after the other; what they share is summed in float32 through
 scratch, in order. Each computes 2 BLOCK (BLOCK_K V + BLOCK V + BLOCK BLOCK_K) FLOP a v head on 2 (BLOCK_K V + 2 BLOCK V + BLOCK^2) bytes at 16 bits: bytes limit
@@ -168,13 +169,15 @@ QUERIES = Kernel(_queries)
 
 @triton.jit
 def _erased(
-    k, v, w, beta, g, states, updates, errors, erase, links, direct, seen, shed, sums, dv, dw, cu_seqlens, tokens, sequences, heads, group, places,
-    k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
+    k, w, beta, g, states, updates, errors, erase, links, seen, shed, sums, dw, cu_seqlens, tokens, sequences, heads, group, places,
+    k_b, k_t, k_h, w_b, w_t, w_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dv, or dw; `links` and `sums`, which gets beta left, are for `written`, `direct [places, BLOCK]`, `seen [TILES, places, BLOCK]` and
-    `shed [TILES, places]` for `vectors`. `erase`: with a chunk_decay, that."""
+    """dw; `links` and `sums`, which gets beta left, are for `written`, `seen [TILES, places, BLOCK]` and `shed [TILES, places]` for `vectors`.
+
+    `erase`: with a chunk_decay, that.
+    """
     LEFT: tl.constexpr = sums is not None or seen is not None
     BOUND: tl.constexpr = LEFT or links is not None
     WHOLE_K: tl.constexpr = K % BLOCK_K == 0
@@ -201,7 +204,6 @@ def _erased(
         head = shared * group + member
         place = slot.to(tl.int64) * heads + head
         at_x = errors + (rows * heads + head) * V
-        at_v = v + at * v_b + first * v_t + head * v_h
         b = tl.full([BLOCK], 1.0, tl.float32)
         if beta is not None:
             b = _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
@@ -246,18 +248,6 @@ def _erased(
                 tl.store(seen + (tile * places + place) * BLOCK + row, norm * tl.sum(k_tile.to(tl.float32) * left, 1))
             if sums is not None:
                 _add(left * b[:, None], sums, at_sums, member)
-        if (dv is not None or direct is not None) and tile == 0:
-            line = tl.zeros([BLOCK], tl.float32)
-            for column in tl.range(0, stop, BLOCK_V, num_stages=STAGES):
-                value = column + tl.arange(0, BLOCK_V)
-                wide = _load_rows(at_x, heads * V, row, value, here, V, WHOLE_V).to(tl.float32)
-                if direct is not None:
-                    line += tl.sum(wide * _load_rows(at_v, v_t, row, value, here, V, WHOLE_V).to(tl.float32), 1)
-                if dv is not None:
-                    at_dv = dv + (rows * heads + head) * V + row[:, None] * (heads * V) + value[None, :]
-                    tl.store(at_dv, (wide * b[:, None]).to(dv.dtype.element_ty), mask=here[:, None] & (value[None, :] < V))
-            if direct is not None:
-                tl.store(direct + place * BLOCK + row, line)
 
 
 ERASED = Kernel(_erased)
@@ -318,7 +308,7 @@ def _written(
         if g is not None:
             coarse, fine, coarse_last, fine_last = running_log(step, SPLIT)
             right *= tl.exp((coarse_last - coarse) + (fine_last - fine))[:, None]
-        if gone is not None and start + BLOCK >= end:
+        if gone is not None:
             tl.store(gone + tile * places + place, tl.sum(norm * tl.sum(k_tile.to(tl.float32) * right, 1), 0))
         if gate is not None:
             through = _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
@@ -354,7 +344,7 @@ def _vectors(
     tokens, sequences, heads, places, parts, tiles, chunks,
     beta_b, beta_t, beta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of beta, g, the output gate and chunk_decay, from the row sums of the tiles and the `parts` of <S', E>. Programs: blocks x v heads."""
+    """The gradients of beta, g, the output gate and chunk_decay, from the row sums of tiles and the `parts` of <S, E>. Programs: blocks x v heads."""
     head = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
     batch, sequence, index, start, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, BLOCK)
@@ -378,8 +368,7 @@ def _vectors(
             erased += tl.load(seen + line)
         if taken is not None:
             steep -= tl.load(taken + line)
-            if start + BLOCK >= end:
-                held += tl.load(gone + tile * places + place)
+            held += tl.load(gone + tile * places + place)
     total = 0.0
     if carried is not None:
         for part in range(parts):
@@ -395,15 +384,17 @@ def _vectors(
     if dgate is not None:
         tl.store(dgate + out, asked.to(dgate.dtype.element_ty), mask=here)
     if dbeta is not None:
-        tl.store(dbeta + out, (erased + tl.load(direct + place * BLOCK + row)).to(dbeta.dtype.element_ty), mask=here)
+        wanted = erased
+        for part in range(parts):
+            wanted += tl.load(direct + (place * parts + part) * BLOCK + row)
+        tl.store(dbeta + out, wanted.to(dbeta.dtype.element_ty), mask=here)
     if dg is not None:
         if gate is not None:
             asked *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
         if seen is not None:
             erased *= _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
-        if start + BLOCK >= end:
-            _coarse, _fine, coarse_last, fine_last = running_log(_load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
-            total *= tl.exp(coarse_last + fine_last)
+        _coarse, _fine, coarse_last, fine_last = running_log(_load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
+        total *= tl.exp(coarse_last + fine_last)
         steep = tl.where(here, steep + asked + erased, 0.0)
         found = tl.sum(steep, 0) - tl.cumsum(steep, 0) + steep + held + total
         tl.store(dg + out, found.to(dg.dtype.element_ty), mask=here)

@@ -106,8 +106,11 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
         maps: dict[str, Param] = {"map_tile": 64 if size == 2 else 32, "map_warps": 2 if wide <= 32 and rows < 64 else 4}
         cuts: list[dict[str, Param]] = [{"segment": tokens // rows, **maps, **chain} for tokens in ((256, 512) if wide <= 64 else (1024, 2048))]
         last = (way.gradient_stages * (columns + 2 * rows) * way.gradient_tile + 2 * rows * columns + 3 * rows * rows) * size
+        back = (
+            reverse_bytes(plan, keys, values, products=3 if signature.has("w") else 2) if size == 2 else 0
+        )  # float32 takes less than its scan forward
         for cut in ({}, *(cuts if index == 0 else cuts[1:] if index == 1 and rows >= ways[0].block else ())):
-            if max(shared_bytes("split" if cut else "scan", {**plan, **cut}, keys, values, size), last) <= room:
+            if max(shared_bytes("split" if cut else "scan", {**plan, **cut}, keys, values, size), back, last) <= room:
                 params = {**plan, **cut, **rest}
                 found.append(Candidate("triton", "split" if cut else "again", tuple(params.items()), direction="backward"))
     if signature.may_save and not signature.packed:
@@ -126,7 +129,7 @@ def _ways(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
     if wide <= 64:
         return [_Way(64, 32, 4, 3, 64, 64, 4, 1), _Way(64, 32, 4, 3, 64, 32, 4, 2)]
     if wide <= 128:
-        return [_Way(64, 32, 4, 3, 64, 32, 4, 3), _Way(64, 64, 4, 3, 64, 32, 4, 3), _Way(64, 32, 4, 3, 64, 64, 4, 2)]
+        return [_Way(64, 32, 4, 3, 64, 32, 4, 3), _Way(64, 64, 4, 2, 64, 32, 4, 3), _Way(64, 32, 4, 3, 64, 64, 4, 2)]
     return []
 
 
@@ -226,6 +229,14 @@ def shared_bytes(variant: str, params: dict[str, Param], keys: int, values: int,
         output = int(params["output_tile"])
         return max(prepare, scan + lines, (2 * block * keys + keys * output + 2 * block * block + 2 * block * output) * size)
     return max(prepare, scan + lines)
+
+
+def reverse_bytes(params: dict[str, Param], keys: int, values: int, products: int) -> int:
+    """The same of the scan back in 16 bits. `products`: tiles of keys a block, q, k and with slow_core w, which takes the place of A' and v."""
+    block, stages = int(params["block"]), int(params["stages"])
+    tile = min(int(params["value_tile"]), values)
+    stage = products * block * keys + (4 - products) * block * block + (4 - products) * block * tile
+    return (stages * stage + stages * keys * tile) * 2 + 4 * 4 * block * stages + 64
 
 
 def _default(signature: Signature, machine: Machine, plans: list[Plan], values: int) -> Plan:

@@ -5,9 +5,10 @@ five products, of which three wait for each other, as in the forward's scan:
 
     dU = P^T dO + write (K dS)      dX = A'^T dU      dS <- total dS + Q^T (read dO) - K^T (erase weight dX)
 
-`leaving` keeps the dS that leaves each block, rounded, `errors` dX, and `carried` the tile's part of <S, dS>, S from the forward's `states`: the state that
-leaves the block, or of the last block and with a chunk_decay the one it starts from; all for the gradients of the inputs (`delta_gradients`). With `w`, for
-slow_core, U was u - w S: `errors` keeps dU, which is the gradient of u, and dS <- total dS + Q^T (read dO) - w^T dU.
+`leaving` keeps the dS that leaves each block, rounded, `errors` dX, and `carried` the tile's part of <S, dS>, S the block's first state, from the forward's
+`states`; all for the gradients of the inputs (`delta_gradients`). dV = weight dX, and `direct`, the tile's part of rowsum(V * dX), are written here, since
+dX is rounded when it is kept. With `w`, for slow_core, U was u - w S: `errors` keeps dU, which is the gradient of u, and
+dS <- total dS + Q^T (read dO) - w^T dU.
 
 Few heads are cut into segments: `_reverse` once over all of them from zero, which gives what each adds (`before`); `_ends` goes from one to the next with the
 forward's maps transposed, dS_in = M^T dS_out + N; then `_reverse` again over all of them from what is behind each.
@@ -28,11 +29,11 @@ __all__ = ["ENDS", "REVERSE"]
 
 @triton.jit
 def _reverse_block(
-    state, q, k, w, do, leaving, errors, states, carried, inverses, weight, scores, read, erase, write, total,
-    first, place, column, begin, stop, end, heads, tiles, q_t, k_t, w_t, do_t,
+    state, q, k, w, v, do, leaving, errors, dv, direct, states, carried, inverses, weight, scores, read, erase, write, total,
+    first, place, column, begin, stop, heads, tiles, q_t, k_t, w_t, v_t, do_t,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dS before the block, from dS behind it: pointers stand at the program's batch row and head; the sequence ends at `end`, the segment at `stop`."""
+    """dS before the block, from dS behind it: pointers stand at the program's batch row and head; the segment ends at `stop`."""
     DTYPE: tl.constexpr = k.dtype.element_ty
     row = tl.arange(0, BLOCK)
     key = tl.arange(0, BLOCK_K)
@@ -64,19 +65,23 @@ def _reverse_block(
         tl.store(leaving + spot, old, mask=(key[:, None] < K) & (value[None, :] < V))
     if carried is not None:
         inside = (key[:, None] < K) & (value[None, :] < V)
-        next_one = spot
-        if w is None or erase is None:
-            next_one += tl.where(first + BLOCK < end, heads, 0).to(tl.int64) * (K * V)
-        held = tl.load(states + next_one, mask=inside, other=0.0) if MASKED else tl.load(states + next_one)
+        held = tl.load(states + spot, mask=inside, other=0.0) if MASKED else tl.load(states + spot)
         tl.store(carried + place * tiles + column // BLOCK_V, tl.sum(tl.sum(held.to(tl.float32) * state, 1), 0))
     change = tl.dot(k_tile, old, input_precision=DOT) * written[:, None]
     change = tl.dot(tl.trans(p_tile), do_tile, acc=change, input_precision=DOT)
     if w is None:
         a_tile = tl.load(inverses + square)
-        lost = tl.load(erase + line) * tl.load(weight + line)
+        b = tl.load(weight + line)
+        lost = tl.load(erase + line) * b
         error = tl.dot(tl.trans(a_tile), change.to(DTYPE), input_precision=DOT)
         back = (error * -lost[:, None]).to(DTYPE)
         away = k_tile
+        if direct is not None:
+            at_v = v + wide * v_t + row[:, None] * v_t + value[None, :]
+            v_tile = tl.load(at_v, mask=in_v, other=0.0) if MASKED else tl.load(at_v)
+            tl.store(direct + (place * tiles + column // BLOCK_V) * BLOCK + row, tl.sum(v_tile.to(tl.float32) * error, 1))
+        if dv is not None:
+            tl.store(dv + (wide + row[:, None]) * (heads * V) + value[None, :], (error * b[:, None]).to(dv.dtype.element_ty), mask=in_v)
     else:
         at_w = w + wide * w_t + row[:, None] * w_t + key[None, :]
         error = change
@@ -95,9 +100,9 @@ def _reverse_block(
 
 @triton.jit
 def _reverse(
-    q, k, w, do, leaving, errors, states, carried, inverses, weight, scores, read, erase, write, total, behind, d_final, before, d_initial, cu_seqlens,
-    tokens, sequences, heads, group, tiles,
-    q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, do_b, do_t, do_h,
+    q, k, w, v, do, leaving, errors, dv, direct, states, carried, inverses, weight, scores, read, erase, write, total, behind, d_final, before, d_initial,
+    cu_seqlens, tokens, sequences, heads, group, tiles,
+    q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, v_b, v_t, v_h, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, SEGMENT: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -131,8 +136,10 @@ def _reverse(
     q_row = q + at * q_b + shared * q_h
     k_row = k + at * k_b + shared * k_h
     w_row = w + at * w_b + head * w_h if w is not None else None
+    v_row = v + at * v_b + head * v_h
     do_row = do + at * do_b + head * do_h
     e_row = errors + (at * tokens * heads + head) * V if errors is not None else None
+    dv_row = dv + (at * tokens * heads + head) * V if dv is not None else None
     key = tl.arange(0, BLOCK_K)
     value = column + tl.arange(0, BLOCK_V)
     at_state = key[:, None] * V + value[None, :]
@@ -151,15 +158,15 @@ def _reverse(
     for i in tl.range(full, count, num_stages=STAGES):  # the ragged block comes first, and at most once
         place = (slot + i).to(tl.int64) * heads + head
         state = _reverse_block(
-            state, q_row, k_row, w_row, do_row, leaving, e_row, states, carried, inverses, weight, scores, read, erase, write, total,
-            start + i * BLOCK, place, column, begin, stop, end, heads, tiles, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, True, DOT,
+            state, q_row, k_row, w_row, v_row, do_row, leaving, e_row, dv_row, direct, states, carried, inverses, weight, scores, read, erase, write, total,
+            start + i * BLOCK, place, column, begin, stop, heads, tiles, q_t, k_t, w_t, v_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, True, DOT,
         )  # fmt: skip
     for step in tl.range(0, full, num_stages=STAGES):
         i = full - 1 - step
         place = (slot + i).to(tl.int64) * heads + head
         state = _reverse_block(
-            state, q_row, k_row, w_row, do_row, leaving, e_row, states, carried, inverses, weight, scores, read, erase, write, total,
-            start + i * BLOCK, place, column, begin, stop, end, heads, tiles, q_t, k_t, w_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, not EXACT, DOT,
+            state, q_row, k_row, w_row, v_row, do_row, leaving, e_row, dv_row, direct, states, carried, inverses, weight, scores, read, erase, write, total,
+            start + i * BLOCK, place, column, begin, stop, heads, tiles, q_t, k_t, w_t, v_t, do_t, K, V, BLOCK_K, BLOCK, BLOCK_V, not EXACT, DOT,
         )  # fmt: skip
     if before is not None:
         tl.store(before + of_unit + at_state, state, mask=in_state)

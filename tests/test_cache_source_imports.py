@@ -44,6 +44,11 @@ def test_every_kind_of_import_is_followed_once(package: Path) -> None:
     assert "pluginpkg.op" not in sys.modules
 
 
+def test_what_is_left_out_is_not_followed_either(package: Path) -> None:
+    kept = with_imports(["pluginpkg.op"], without=["pluginpkg.inner", "pluginpkg.inner.deep"])
+    assert kept == tuple(f"pluginpkg.{name}" for name in ("named", "near", "op", "plain"))
+
+
 def test_a_name_that_is_no_module_stays() -> None:
     assert with_imports(["kernels.cu", "no_such_module_here"]) == ("kernels.cu", "no_such_module_here")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,13 +12,16 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.triton_forms import PRODUCTION, module_of, production, signature
+from tests.triton_forms import PRODUCTION, TRAINED, TRAINING, compilations, module_of, production, signature
+from tests.triton_forms import offered as offered_in_regime
 from tests.triton_machines import CARDS, H100
+from titans_backends import registry
 from titans_backends.backend import Candidate
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case
 from titans_backends.machine import Machine
-from titans_backends.signature import Signature
+from titans_backends.offers import source_modules
+from titans_backends.signature import Regime, Signature
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="the package triton is not installed: pip install -c constraints.txt -e '.[test]'"
@@ -89,6 +93,33 @@ def test_what_it_cannot_do_is_refused_by_name(op: str) -> None:
     assert "float64 is not in" in str(module.supports(replace(given, dtype=torch.float64), H100))
     wide = facts(op, replace(LONG, K=300))
     assert "head_dim K=300 is above 256" in str(module.supports(wide, H100))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("regime", ["inference", "training"])
+def test_the_source_of_a_candidate_holds_every_kernel_that_it_launches(op: str, regime: Regime) -> None:
+    if regime == "training" and op not in TRAINED:
+        pytest.skip(f"{op} has no backward")
+    for case in PRODUCTION if regime == "inference" else TRAINING:
+        call, given = signature(op, production(op, case), regime=regime)
+        for one in offered_in_regime(op, given, H100):
+            modules = source_modules(one, op)
+            assert {launched.module for launched in compilations(op, call, one, 90)} <= set(modules)
+            assert regime == "training" or not set(modules) & set(registry.get("triton").backward)
+
+
+def test_the_modules_of_the_backward_are_there_and_are_its_own() -> None:
+    backward = registry.get("triton").backward
+    assert all(find_spec(name) is not None for name in backward)
+    assert not forward_of(OPS) & set(backward)
+    assert {name for op in TRAINED for name in source_modules(Candidate("triton", "any", direction="backward"), op)} == forward_of(TRAINED) | set(
+        backward
+    )
+
+
+def forward_of(ops: Iterable[str]) -> set[str]:
+    """The modules of some ops' forwards."""
+    return {name for op in ops for name in source_modules(Candidate("triton", "any"), op)}
 
 
 def test_the_manifest_imports_no_triton() -> None:

@@ -107,6 +107,7 @@ class Backend:
 
     `ops` maps op name to module. `requires` are the packages whose absence disables it (checked without importing them).
     `simplicity` orders ties (0 is simplest); `rank` per device kind orders untuned defaults, a kind left out is not served.
+    `backward` names the modules that only backwards run: a forward's row of a tuned table does not go stale with them.
     `probe` names a module with `probe(machine) -> Verdict` that compiles and runs the smallest case; `doctor` and the tuner
     call it, a call of an op never does. `quick` says whether `tune --quick` races it.
     """
@@ -119,6 +120,7 @@ class Backend:
     rank: Mapping[str, int]
     requires: tuple[str, ...] = ()
     install: str = ""
+    backward: tuple[str, ...] = ()
     probe: str | None = None
     quick: bool = True
     origin: str = field(default="built in", compare=False)

@@ -43,8 +43,9 @@ class Pair:
 
 
 def source_modules(candidate: Candidate, op: str) -> tuple[str, ...]:
-    """The modules whose code a candidate runs: its op's own, those that it names, and what these import from backends."""
-    return with_imports((registry.get(candidate.backend).ops[op], *candidate.sources))
+    """The modules whose code a candidate runs: its op's own, those that it names, and what these import from backends, but for a forward the backward's."""
+    backend = registry.get(candidate.backend)
+    return with_imports((backend.ops[op], *candidate.sources), without=backend.backward if candidate.direction == "forward" else ())
 
 
 def _allowed(candidates: Iterable[Candidate], signature: Signature) -> tuple[Candidate, ...]:

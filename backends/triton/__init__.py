@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from titans_backends.backend import Backend
 
+_PACKAGE = "titans_backends.backends.triton"
 _OPS = ("fast_core", "fused_uw", "uw_transform", "slow_core", "gated_delta_rule", "gated_delta_step", "dual_core")
+_BACKWARD = (
+    "delta_backward", "delta_backward_plans", "delta_gradients", "delta_reverse", "delta_updates", "dual_backward", "dual_joins", "fast_backward",
+    "fast_edges", "fast_gradients", "uw_gradients", "uw_product_gradients",
+)  # fmt: skip
 
 BACKEND = Backend(
     name="triton",
     summary="Triton kernels: the state stays on chip, several schedules of the recurrence; all but decode train too",
     contract_version=1,
-    ops={op: f"titans_backends.backends.triton.{op}" for op in _OPS},
+    ops={op: f"{_PACKAGE}.{op}" for op in _OPS},
     simplicity=2,
     rank={"cuda": 0},
     requires=("triton",),
     install="pip install 'titans-backends[triton]'",
-    probe="titans_backends.backends.triton.probe",
+    backward=tuple(f"{_PACKAGE}.{name}" for name in _BACKWARD),
+    probe=f"{_PACKAGE}.probe",
 )

@@ -29,7 +29,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
 from . import fast_core, gated_delta_rule, slow_core, uw_transform
-from .delta_plans import backward_plans
+from .delta_backward_plans import backward_plans
 from .dual_exact import is_exact
 from .dual_inputs import core_weights, unit_operands
 from .dual_joins import joined_operands, joined_values, scaled_values

@@ -19,7 +19,8 @@ from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
 from .delta_backward import gradients
-from .delta_plans import backward_plans, delta_plans, saving
+from .delta_backward_plans import backward_plans
+from .delta_plans import delta_plans, saving
 from .delta_schedules import SCHEDULES, Operands
 from .grid import on_device, unit_stride
 from .program import remembering, remembering_backward

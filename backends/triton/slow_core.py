@@ -22,7 +22,8 @@ from titans_backends.verdict import Verdict, refused
 from . import delta_schedules
 from .ahead import ahead_of
 from .delta_backward import gradients
-from .delta_plans import backward_plans, saving
+from .delta_backward_plans import backward_plans
+from .delta_plans import saving
 from .delta_plans import shared_bytes as delta_bytes
 from .delta_schedules import Operands, Params
 from .grid import on_device, unit_stride

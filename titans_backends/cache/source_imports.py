@@ -17,15 +17,15 @@ __all__ = ["with_imports"]
 _BUILT_IN = "titans_backends.backends"
 
 
-def with_imports(names: Sequence[str]) -> tuple[str, ...]:
-    """The names and the modules that they reach, sorted; what is no module of a package on disk (a .cu file, say) stays as it is."""
+def with_imports(names: Sequence[str], without: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names and the modules that they reach, sorted, but not through those `without`; what is no module of a package on disk (a .cu file, say) stays."""
     found, todo = set(names), list(names)
     while todo:
         name = todo.pop()
         path = _locate(name)
         if path is not None:
             status = path.stat()
-            fresh = set(_imports(name, path, status.st_mtime_ns, status.st_size)) - found
+            fresh = set(_imports(name, path, status.st_mtime_ns, status.st_size)) - found - set(without)
             found |= fresh
             todo += fresh
     return tuple(sorted(found))

@@ -46,7 +46,7 @@ def chunk_scan_scratch(keys: int, values: int, count: int, width: int) -> int:
 @kernel
 def _rows_to(to, row, tensor, batch, token, head, count, keys, unit):
     """One operand's rows of a chunk, with zeros up to a multiple of 8."""
-    rows(to, token_at(row, tensor, batch, token, head), integer(row, tensor + 2), integer(row, tensor + 4), count, keys, unit)
+    rows(to, token_at(row, tensor, batch, token, head), integer(row, tensor + 1), integer(row, tensor + 3), count, keys, unit)
     pitch = padded(keys)
     for i in range(count * pitch, up_to_eight(count) * pitch, WIDTH):
         store(to, i, splat(_ZERO))
@@ -128,11 +128,11 @@ def chunk_scan_item(row, item, scratch):
     delta, transform, offset = integer(row, _DELTA) != 0, integer(row, _TRANSFORM), integer(row, _OFFSET)
     normalize_read = integer(row, _NORMALIZE_READ) != 0
     chunk_decay = token_at(row, _CHUNK_DECAY, batch, chunks_before(row, sequence), head)
-    final, final_step = state_at(row, _FINAL, sequence, head), integer(row, _FINAL + 3)
+    final, final_step = state_at(row, _FINAL, sequence, head), integer(row, _FINAL + 2)
     keeps = final != 0 and segment == segments - 1
     size = (end_tile - first_tile) * tile_size
 
-    start, step, stride = state_at(row, _START, sequence, head), integer(row, _START + 3), integer(row, _START + 4)
+    start, step, stride = state_at(row, _START, sequence, head), integer(row, _START + 2), integer(row, _START + 3)
     for tile in range(first_tile, end_tile):
         here, given = state + 4 * (tile - first_tile) * tile_size, start
         if start != 0:
@@ -154,9 +154,9 @@ def chunk_scan_item(row, item, scratch):
         _rows_to(k, row, _K, batch, token, shared, count, keys, unit)
         pitch = padded(count)
         transposed(keys_t, pitch, k, wide, count, keys)
-        exponentials(decay, token_at(row, _G, batch, token, head), integer(row, _G + 2), count)
+        exponentials(decay, token_at(row, _G, batch, token, head), integer(row, _G + 1), count)
         decays(gamma, pitch, grown, decay, count)
-        numbers(beta, token_at(row, _BETA, batch, token, head), integer(row, _BETA + 2), count, _ONE)
+        numbers(beta, token_at(row, _BETA, batch, token, head), integer(row, _BETA + 1), count, _ONE)
         coefficients(factors, row, batch, token, head, count)
         scores(m, pitch, q, keys_t, gamma, wide, keys, count, 0, True)
         if transform == 1 or transform == 2:
@@ -166,14 +166,14 @@ def chunk_scan_item(row, item, scratch):
         if transform == 0 and delta:
             _rows_to(w, row, _W, batch, token, head, count, keys, False)
         if chunk_decay != 0:
-            _times(state, size, number(chunk_decay, chunk * integer(row, _CHUNK_DECAY + 2)))
+            _times(state, size, number(chunk_decay, chunk * integer(row, _CHUNK_DECAY + 1)))
         by = _ONE
         if normalize_read and not empty:
             norm = _norm(state, size)
             by = _ONE / (norm + _TINY) if norm > _ZERO else _ZERO
         carries = not reset or (keeps and chunk == chunks - 1)
-        given, step, stride = token_at(row, _V, batch, token, head), integer(row, _V + 2), integer(row, _V + 4)
-        to, to_step = token_at(row, _O, batch, token, head), integer(row, _O + 2)
+        given, step, stride = token_at(row, _V, batch, token, head), integer(row, _V + 1), integer(row, _V + 3)
+        to, to_step = token_at(row, _O, batch, token, head), integer(row, _O + 1)
         for tile in range(first_tile, end_tile):
             here, valid = state + 4 * (tile - first_tile) * tile_size, values - tile * WIDTH
             read_tile(x, WIDTH, given + 4 * tile * WIDTH * stride, step, stride, count, valid)

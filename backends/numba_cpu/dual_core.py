@@ -18,8 +18,8 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
-from .launches import TRANSFORMS, Launch, Sizes, bounds_of, chunk_launch, new, token_launch
-from .serving import refuse_chunk, serves
+from .launches import TRANSFORMS, Launch, Sizes, bounds_of, chunk_launch, maker, new, token_launch
+from .serving import refuse_chunk, serves, tokens_are_less
 
 __all__ = ["candidates", "remember", "run", "supports"]
 
@@ -29,6 +29,7 @@ _SHARED = {"q": "q", "k": "k", "v": "v", "beta": "beta", "mix": "alpha"}
 _SLOW = {**_SHARED, "g": "g", "gate": "slow_gate", "chunk_decay": "chunk_decay", "start": "initial_state"}
 _FAST = {**_SHARED, "gate": "fast_gate", "start": "initial_fast_state"}
 _CHUNK = 32
+_WIDE = 64
 _ALPHA, _ONE_MINUS_ALPHA = 1, 2
 
 
@@ -47,10 +48,12 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Each core in chunks or token by token, where it can be."""
-    fast = ["chunks", "tokens"] if refuse_chunk(signature) else ["tokens"]
+    fast = ["tokens", "chunks"] if tokens_are_less(signature) else ["chunks", "tokens"]
+    if not refuse_chunk(signature):
+        fast = ["tokens"]
     slow = ["chunks"]
     if _exact(signature) and not signature.option("normalize_final"):
-        slow = ["tokens", "chunks"]
+        slow = ["tokens", "chunks"] if min(signature.dim("K"), signature.dim("V")) <= _WIDE else ["chunks", "tokens"]
     return [Candidate("numba_cpu", f"slow_{one}_fast_{other}") for one in slow for other in fast]
 
 
@@ -89,10 +92,10 @@ def _again(call: DualCore, candidate: Candidate) -> Callable[[DualCore], Outputs
     if not isinstance(call.alpha, Tensor):
         options["alpha"] = float(call.alpha)
     slow, fast = _slow(call, sizes, candidate.variant, options), _fast(call, sizes, candidate.variant, options)
-    outputs, states, final = sizes.outputs, sizes.states, call.output_final_state
+    new_o, states, final = maker(call.v), sizes.states, call.output_final_state
 
     def again(call: DualCore) -> Outputs:
-        o, bounds = new(outputs), bounds_of(call.cu_seqlens)
+        o, bounds = new_o(call.v), bounds_of(call.cu_seqlens)
         slow_state, fast_state = (new(states), new(states)) if final else (None, None)
         slow(call, {"o": o, "final": slow_state}, bounds)
         fast(call, {"o": o, "final": fast_state}, bounds)

@@ -12,8 +12,8 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
-from .launches import Launch, Sizes, bounds_of, chunk_launch, new, token_launch
-from .serving import refuse_chunk, serves
+from .launches import Launch, Sizes, bounds_of, chunk_launch, maker, new, token_launch
+from .serving import refuse_chunk, serves, tokens_are_less
 
 __all__ = ["candidates", "remember", "run", "supports"]
 
@@ -28,9 +28,10 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Products of whole chunks where their matrices fit, and the token scan, which needs none."""
+    """Products of whole chunks where their matrices fit, and the token scan, which needs none; first what has less to do."""
     chunks = [Candidate("numba_cpu", "chunks")] if refuse_chunk(signature) else []
-    return [*chunks, Candidate("numba_cpu", "tokens")]
+    tokens = [Candidate("numba_cpu", "tokens")]
+    return tokens + chunks if tokens_are_less(signature) else chunks + tokens
 
 
 def run(call: FastCore, candidate: Candidate) -> Outputs:
@@ -54,10 +55,10 @@ def _launch(call: FastCore, sizes: Sizes, candidate: Candidate) -> Launch:
 def _again(call: FastCore, candidate: Candidate) -> Callable[[FastCore], Outputs]:
     sizes = Sizes.of(call.k, call.v, call.cu_seqlens)
     launch = _launch(call, sizes, candidate)
-    outputs, states, final = sizes.outputs, sizes.states, call.output_final_state
+    new_o, states, final = maker(call.v), sizes.states, call.output_final_state
 
     def again(call: FastCore) -> Outputs:
-        made = {"o": new(outputs), "final": new(states) if final else None}
+        made = {"o": new_o(call.v), "final": new(states) if final else None}
         launch(call, made, bounds_of(call.cu_seqlens))
         return made["o"], made["final"]
 

@@ -15,7 +15,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
-from .launches import TRANSFORMS, Launch, Sizes, bounds_of, chunk_launch, new, token_launch
+from .launches import TRANSFORMS, Launch, Sizes, bounds_of, chunk_launch, maker, new, token_launch
 from .serving import serves
 
 __all__ = ["candidates", "remember", "run", "supports"]
@@ -23,7 +23,8 @@ __all__ = ["candidates", "remember", "run", "supports"]
 Outputs = tuple[Tensor | None, ...]
 
 _GIVEN = {"q": "q", "k": "k", "v": "v", "beta": "beta", "g": "g", "gate": "gate", "start": "initial_state"}
-_CHUNKS = (16, 32, 64)
+_CHUNKS = (32, 16, 64)
+_WIDE = 64
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -32,9 +33,10 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Token by token, and chunks that are not twice too long."""
-    chunks = [size for size in _CHUNKS if size < 2 * signature.dim("T")]
-    return [Candidate("numba_cpu", "tokens"), *(Candidate("numba_cpu", "chunks", (("chunk_size", size),)) for size in chunks)]
+    """Token by token, first for small heads, and chunks that are not twice too long."""
+    tokens = [Candidate("numba_cpu", "tokens")]
+    chunks = [Candidate("numba_cpu", "chunks", (("chunk_size", size),)) for size in _CHUNKS if size < 2 * signature.dim("T")]
+    return chunks + tokens if min(signature.dim("K"), signature.dim("V")) > _WIDE else tokens + chunks
 
 
 def run(call: GatedDeltaRule, candidate: Candidate) -> Outputs:
@@ -59,10 +61,10 @@ def _launch(call: GatedDeltaRule, sizes: Sizes, candidate: Candidate) -> Launch:
 def _again(call: GatedDeltaRule, candidate: Candidate) -> Callable[[GatedDeltaRule], Outputs]:
     sizes = Sizes.of(call.k, call.v, call.cu_seqlens)
     launch = _launch(call, sizes, candidate)
-    outputs, states, final = sizes.outputs, sizes.states, call.output_final_state
+    new_o, states, final = maker(call.v), sizes.states, call.output_final_state
 
     def again(call: GatedDeltaRule) -> Outputs:
-        made = {"o": new(outputs), "final": new(states) if final else None}
+        made = {"o": new_o(call.v), "final": new(states) if final else None}
         launch(call, made, bounds_of(call.cu_seqlens))
         return made["o"], made["final"]
 

@@ -18,8 +18,9 @@ from titans_backends.verdict import Verdict
 
 from .call_row import Prepared, contiguous_strides
 from .lanes import WIDTH
+from .launches import Launch, Sizes, bounds_of, maker
 from .serving import serves
-from .threads import launch, workers_for
+from .threads import workers_for
 from .workers import STEP
 
 __all__ = ["candidates", "remember", "run", "supports"]
@@ -49,33 +50,27 @@ def remember(call: GatedDeltaStep, candidate: Candidate) -> tuple[Outputs, Calla
 
 
 def _prepared(call: GatedDeltaStep) -> Callable[[GatedDeltaStep], Outputs]:
-    v, keys, pool = call.v, call.k.shape[3], call.state.shape
-    batch, tokens, heads, values = v.shape
-    in_place, slots = call.inplace, call.state_indices is not None
-    items = batch * heads
-    workers = workers_for(8.0 * v.numel() * keys, items)
-    prepared = Prepared(
-        call,
-        {"q": "q", "k": "k", "v": "v", "beta": "beta", "g": "g", "start": "state"},
-        {"o": contiguous_strides(v.shape), "final": call.state.stride() if in_place else contiguous_strides(pool)},
-        (keys + 2) * WIDTH,
-        {
-            "tokens": tokens, "heads": heads, "group": heads // max(call.k.shape[2], 1), "keys": keys, "values": values, "items": items,
-            "scale": keys**-0.5 if call.scale is None else call.scale, "l2norm": call.qk_l2norm,
-        },
-    )  # fmt: skip
-    shape = v.shape
+    sizes = Sizes.of(call.k, call.v, None)
+    shape, pool, in_place = sizes.outputs, tuple(call.state.shape), call.inplace
+    items = sizes.batch * sizes.heads
+    workers = workers_for(sizes.work, items)
+    given = {"q": "q", "k": "k", "v": "v", "beta": "beta", "g": "g", "start": "state"}
+    made = {"o": contiguous_strides(shape), "final": call.state.stride() if in_place else contiguous_strides(pool)}
+    scale = sizes.keys**-0.5 if call.scale is None else call.scale
+    options = {**sizes.options(), "items": items, "scale": scale, "l2norm": call.qk_l2norm}
+    launch = Launch(STEP, Prepared(call, given, made, (sizes.keys + 2) * WIDTH, options, workers), workers)
+    new_o, new_state = maker(call.v), maker(call.state)
 
     def again(call: GatedDeltaStep) -> Outputs:
-        o, state = torch.empty(shape, dtype=torch.float32, device="cpu"), call.state
-        indices = None
-        if call.state_indices is not None:
-            indices = call.state_indices.to(torch.int64)
-            after = state if in_place else state.clone(memory_format=torch.contiguous_format)
+        state, indices = call.state, call.state_indices
+        if in_place:
+            after = state
+        elif indices is None:
+            after = new_state(state)
         else:
-            after = state if in_place else torch.empty(pool, dtype=torch.float32, device="cpu")
-        row, scratch = prepared.row(call, {"o": o, "final": after}, indices, workers)
-        launch(STEP, row, workers)
+            after = state.clone(memory_format=torch.contiguous_format)
+        o = new_o(call.v)
+        launch(call, {"o": o, "final": after}, bounds_of(indices))
         return o, after
 
     return again

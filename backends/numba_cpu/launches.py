@@ -6,7 +6,7 @@ as far as the threads need it. No cut changes a bit of any result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from .token_scan import token_scan_scratch
 from .uw_chunks import uw_scratch
 from .workers import CHUNK_SCAN, TOKEN_SCAN, UW
 
-__all__ = ["TRANSFORMS", "Launch", "Sizes", "bounds_of", "chunk_launch", "new", "token_launch", "uw_launch"]
+__all__ = ["TRANSFORMS", "Launch", "Sizes", "bounds_of", "chunk_launch", "maker", "new", "token_launch", "uw_launch"]
 
 TRANSFORMS = {"given": 0, "exact": 1, "lam": 2, "none": 3}
 """How a scan turns its values into U': as they are given, or by a transform of them."""
@@ -82,9 +82,9 @@ class Launch:
     workers: int
 
     def __call__(self, call: object, outputs: Mapping[str, Tensor | None], bounds: Tensor | None = None) -> None:
-        row, scratch = self.prepared.row(call, outputs, bounds, self.workers)
+        row, scratch = self.prepared.row(call, outputs, bounds)
         launch(self.worker, row, self.workers)
-        del scratch
+        del scratch  # not before
 
 
 def new(shape: tuple[int, ...]) -> Tensor:
@@ -92,9 +92,17 @@ def new(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def bounds_of(cu_seqlens: Tensor | None) -> Tensor | None:
-    """Packed sequences' bounds as contiguous int64."""
-    return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+def maker(like: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes a contiguous tensor of the shape of tensors like this one, as fast as torch can."""
+    if like.is_contiguous():
+        return torch.empty_like
+    shape = tuple(like.shape)
+    return lambda _: new(shape)
+
+
+def bounds_of(indices: Tensor | None) -> Tensor | None:
+    """Packed sequences' bounds, or the slots of a pool, as contiguous int64 on the CPU."""
+    return None if indices is None else indices.to(device="cpu", dtype=torch.int64).contiguous()
 
 
 def _made(sizes: Sizes) -> dict[str, tuple[int, ...]]:
@@ -106,8 +114,8 @@ def token_launch(call: object, sizes: Sizes, given: Mapping[str, str], options: 
     block = max(_LEAST_BLOCK, min(_LARGEST_BLOCK, _BLOCK_FLOATS // (2 * max(sizes.keys, 1))))
     items = sizes.sequences * sizes.heads * -(-sizes.values // (2 * WIDTH))
     row = {**sizes.options(), "delta": 1, "rows": block, "items": items, **options}
-    prepared = Prepared(call, given, _made(sizes), token_scan_scratch(sizes.keys, block, WIDTH), row)
-    return Launch(TOKEN_SCAN, prepared, workers_for(sizes.work, items))
+    workers = workers_for(sizes.work, items)
+    return Launch(TOKEN_SCAN, Prepared(call, given, _made(sizes), token_scan_scratch(sizes.keys, block, WIDTH), row, workers), workers)
 
 
 def chunk_launch(call: object, sizes: Sizes, given: Mapping[str, str], chunk: int, options: Mapping[str, int | float]) -> Launch:
@@ -122,8 +130,8 @@ def chunk_launch(call: object, sizes: Sizes, given: Mapping[str, str], chunk: in
     elif heads < 2 * wanted and wanted > 1 and not (options.get("normalize_read") or options.get("normalize_final")):
         row["parts"] = max(1, min(missing, tiles))
     row["items"] = items = heads * int(row["segments"]) * int(row["parts"])
-    prepared = Prepared(call, given, _made(sizes), chunk_scan_scratch(sizes.keys, sizes.values, rows, WIDTH), row)
-    return Launch(CHUNK_SCAN, prepared, max(1, min(wanted, items)))
+    workers = max(1, min(wanted, items))
+    return Launch(CHUNK_SCAN, Prepared(call, given, _made(sizes), chunk_scan_scratch(sizes.keys, sizes.values, rows, WIDTH), row, workers), workers)
 
 
 def uw_launch(call: object, sizes: Sizes, given: Mapping[str, str], chunk: int, options: Mapping[str, int | float]) -> Launch:
@@ -135,5 +143,5 @@ def uw_launch(call: object, sizes: Sizes, given: Mapping[str, str], chunk: int, 
     items = heads * segments
     row = {**sizes.options(), "chunk": chunk, "rows": rows, "segments": segments, "items": items, **options}
     made = {"u_out": contiguous_strides(sizes.outputs), "w_out": contiguous_strides((*sizes.outputs[:3], sizes.keys))}
-    prepared = Prepared(call, given, made, uw_scratch(sizes.keys, rows, WIDTH), row)
-    return Launch(UW, prepared, max(1, min(wanted, items)))
+    workers = max(1, min(wanted, items))
+    return Launch(UW, Prepared(call, given, made, uw_scratch(sizes.keys, rows, WIDTH), row, workers), workers)

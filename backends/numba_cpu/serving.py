@@ -8,7 +8,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["LARGEST_CHUNK", "refuse_chunk", "serves"]
+__all__ = ["LARGEST_CHUNK", "refuse_chunk", "serves", "tokens_are_less"]
 
 LARGEST_CHUNK = 512
 """Tokens of the largest chunk whose C x C matrices one worker keeps: three of them take 3 MiB."""
@@ -34,6 +34,12 @@ def refuse_chunk(signature: Signature) -> Verdict:
             f"{LARGEST_CHUNK} x {LARGEST_CHUNK}; pass chunk_size={LARGEST_CHUNK} or less, or backend='eager'"
         )
     return ACCEPTED
+
+
+def tokens_are_less(signature: Signature) -> bool:
+    """Whether S_fast is less work as a running state, 5 K V FLOP per token, than as a chunk's products, C (K + V)."""
+    keys, values = signature.dim("K"), signature.dim("V")
+    return 5 * keys * values < min(int(signature.option("chunk_size") or 0), signature.dim("T")) * (keys + values)
 
 
 def _name(dtype: torch.dtype) -> str:

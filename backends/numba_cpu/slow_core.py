@@ -12,7 +12,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
-from .launches import TRANSFORMS, Sizes, bounds_of, chunk_launch, new
+from .launches import TRANSFORMS, Sizes, bounds_of, chunk_launch, maker, new
 from .serving import refuse_chunk, serves
 
 __all__ = ["candidates", "remember", "run", "supports"]
@@ -50,10 +50,10 @@ def _again(call: SlowCore) -> Callable[[SlowCore], Outputs]:
         "normalize_read": call.normalize_read, "normalize_final": call.normalize_final,
     }  # fmt: skip
     launch = chunk_launch(call, sizes, _GIVEN, call.chunk_size, options)
-    outputs, states, final = sizes.outputs, sizes.states, call.output_final_state
+    new_o, states, final = maker(call.u), sizes.states, call.output_final_state
 
     def again(call: SlowCore) -> Outputs:
-        made = {"o": new(outputs), "final": new(states) if final else None}
+        made = {"o": new_o(call.u), "final": new(states) if final else None}
         launch(call, made, bounds_of(call.cu_seqlens))
         return made["o"], made["final"]
 

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from .call_row import FIELDS, TENSORS
+from .call_row import ADDRESSES, FIELDS, STRIDES, TENSORS
 from .jit import kernel
 from .lanes import WIDTH, add, fma, integer, lane_sum, load, multiply, number, put, real, splat, spread, store
 
@@ -29,21 +29,26 @@ def padded(size):
 
 
 @kernel
+def _address(row, tensor):
+    return integer(row, ADDRESSES + (tensor - STRIDES) // 4)
+
+
+@kernel
 def token_at(row, tensor, batch, token, head):
     """The address of one token's row, or 0 for a tensor that was not given."""
-    address = integer(row, tensor)
+    address = _address(row, tensor)
     if address == 0:
         return address
-    return address + 4 * (batch * integer(row, tensor + 1) + token * integer(row, tensor + 2) + head * integer(row, tensor + 3))
+    return address + 4 * (batch * integer(row, tensor) + token * integer(row, tensor + 1) + head * integer(row, tensor + 2))
 
 
 @kernel
 def state_at(row, tensor, sequence, head):
     """The address of one head's state, or 0."""
-    address = integer(row, tensor)
+    address = _address(row, tensor)
     if address == 0:
         return address
-    return address + 4 * (sequence * integer(row, tensor + 1) + head * integer(row, tensor + 2))
+    return address + 4 * (sequence * integer(row, tensor) + head * integer(row, tensor + 1))
 
 
 @kernel
@@ -80,8 +85,8 @@ def numbers(to, source, step, count, absent):
 def coefficients(to, row, batch, token, head, count):
     """What o is multiplied by: scale, the gate, and alpha (mixing 1) or 1 - alpha (mixing 2)."""
     scale, mixing = _F(real(row, _SCALE)), integer(row, _MIXING)
-    gate, gate_step = token_at(row, _GATE, batch, token, head), integer(row, _GATE + 2)
-    mix, mix_step = token_at(row, _MIX, batch, token, head), integer(row, _MIX + 2)
+    gate, gate_step = token_at(row, _GATE, batch, token, head), integer(row, _GATE + 1)
+    mix, mix_step = token_at(row, _MIX, batch, token, head), integer(row, _MIX + 1)
     alpha = _F(real(row, _ALPHA))
     for t in range(count):
         c = scale

@@ -90,9 +90,9 @@ def step_item(row, item, scratch):
         _skipped(row, batch, head, tokens, values)
         return
     shared, unit, scale = head // integer(row, _GROUP), integer(row, _L2NORM) != 0, _F(real(row, _SCALE))
-    start, start_step, start_stride = state_at(row, _START, slot, head), integer(row, _START + 3), integer(row, _START + 4)
-    final, final_step, final_stride = state_at(row, _FINAL, slot, head), integer(row, _FINAL + 3), integer(row, _FINAL + 4)
-    k_stride, q_stride, v_stride = integer(row, _K + 4), integer(row, _Q + 4), integer(row, _V + 4)
+    start, start_step, start_stride = state_at(row, _START, slot, head), integer(row, _START + 2), integer(row, _START + 3)
+    final, final_step, final_stride = state_at(row, _FINAL, slot, head), integer(row, _FINAL + 2), integer(row, _FINAL + 3)
+    k_stride, q_stride, v_stride = integer(row, _K + 3), integer(row, _Q + 3), integer(row, _V + 3)
     v_row = scratch + 4 * keys * WIDTH
     o_row = v_row + 4 * WIDTH
     for t in range(tokens):

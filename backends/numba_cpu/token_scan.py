@@ -148,7 +148,7 @@ def token_scan_item(row, item, scratch):
     beta = o + 4 * most * 2 * WIDTH
     decay = beta + 4 * padded(most)
     factors = decay + 4 * padded(most)
-    start, step, stride = state_at(row, _START, sequence, head), integer(row, _START + 3), integer(row, _START + 4)
+    start, step, stride = state_at(row, _START, sequence, head), integer(row, _START + 2), integer(row, _START + 3)
     for i in range(2):
         tile = start if start == 0 else start + 4 * stride * (column + i * WIDTH)
         read_tile(state + 4 * i * WIDTH, 2 * WIDTH, tile, step, stride, keys, second if i else valid)
@@ -163,17 +163,17 @@ def token_scan_item(row, item, scratch):
             count = min(count, chunk - place)
             if place == 0:
                 _cleared(state, keys)
-        rows(k, token_at(row, _K, batch, token, shared), integer(row, _K + 2), integer(row, _K + 4), count, keys, unit)
+        rows(k, token_at(row, _K, batch, token, shared), integer(row, _K + 1), integer(row, _K + 3), count, keys, unit)
         for i in range(0, pitch, WIDTH):
             store(k, count * pitch + i, splat(_ZERO))
-        rows(q, token_at(row, _Q, batch, token, shared), integer(row, _Q + 2), integer(row, _Q + 4), count, keys, unit)
-        given, step, stride = token_at(row, _V, batch, token, head), integer(row, _V + 2), integer(row, _V + 4)
+        rows(q, token_at(row, _Q, batch, token, shared), integer(row, _Q + 1), integer(row, _Q + 3), count, keys, unit)
+        given, step, stride = token_at(row, _V, batch, token, head), integer(row, _V + 1), integer(row, _V + 3)
         read_tile(v, 2 * WIDTH, given + 4 * column * stride, step, stride, count, valid)
         read_tile(v + 4 * WIDTH, 2 * WIDTH, given + 4 * (column + WIDTH) * stride, step, stride, count, second)
-        numbers(beta, token_at(row, _BETA, batch, token, head), integer(row, _BETA + 2), count, _F(1.0))
-        exponentials(decay, token_at(row, _G, batch, token, head), integer(row, _G + 2), count)
+        numbers(beta, token_at(row, _BETA, batch, token, head), integer(row, _BETA + 1), count, _F(1.0))
+        exponentials(decay, token_at(row, _G, batch, token, head), integer(row, _G + 1), count)
         coefficients(factors, row, batch, token, head, count)
-        out, step = token_at(row, _O, batch, token, head) + 4 * column, integer(row, _O + 2)
+        out, step = token_at(row, _O, batch, token, head) + 4 * column, integer(row, _O + 1)
         if not delta:
             _linear(state, even, k, q, pitch, count, v, o, beta, decay)
             if second > 0:
@@ -186,7 +186,7 @@ def token_scan_item(row, item, scratch):
         if second > 0:
             write_outputs(o + 4 * WIDTH, 2 * WIDTH, factors, out + 4 * WIDTH, step, count, second, accumulate)
         token += count
-    final, step = state_at(row, _FINAL, sequence, head), integer(row, _FINAL + 3)
+    final, step = state_at(row, _FINAL, sequence, head), integer(row, _FINAL + 2)
     if final != 0:
         write_tile(state, 2 * WIDTH, final + 4 * column, step, keys, valid)
         if second > 0:

@@ -65,25 +65,25 @@ def uw_item(row, item, scratch):
     for chunk in range(chunks * segment // segments, chunks * (segment + 1) // segments):
         token, stop = chunk_bounds(row, chunk, begin, end)
         count, pitch = stop - token, padded(stop - token)
-        rows(k, token_at(row, _K, batch, token, shared), integer(row, _K + 2), integer(row, _K + 4), count, keys, False)
+        rows(k, token_at(row, _K, batch, token, shared), integer(row, _K + 1), integer(row, _K + 3), count, keys, False)
         for i in range(count * wide, up_to_eight(count) * wide, WIDTH):
             store(k, i, splat(_ZERO))
-        exponentials(decay, token_at(row, _G, batch, token, head), integer(row, _G + 2), count)
+        exponentials(decay, token_at(row, _G, batch, token, head), integer(row, _G + 1), count)
         decays(gamma, pitch, grown, decay, count)
-        numbers(beta, token_at(row, _BETA, batch, token, head), integer(row, _BETA + 2), count, _ONE)
+        numbers(beta, token_at(row, _BETA, batch, token, head), integer(row, _BETA + 1), count, _ONE)
         if transform != 3:
             transposed(keys_t, pitch, k, wide, count, keys)
             scores(n, pitch, k, keys_t, gamma, wide, keys, count, beta, False)
         if transform == 2:
             lam_mixing(mixing, n, n_t, pitch, count)
-        given, step, stride = token_at(row, _V, batch, token, head), integer(row, _V + 2), integer(row, _V + 4)
-        to, to_step = token_at(row, _U_OUT, batch, token, head), integer(row, _U_OUT + 2)
+        given, step, stride = token_at(row, _V, batch, token, head), integer(row, _V + 1), integer(row, _V + 3)
+        to, to_step = token_at(row, _U_OUT, batch, token, head), integer(row, _U_OUT + 1)
         for column in range(0, values, WIDTH):
             read_tile(x, WIDTH, given + 4 * column * stride, step, stride, count, values - column)
             _finished(x, spare, transform, n, mixing, pitch, beta, count, to + 4 * column, to_step, values - column)
         for t in range(count):
             put(beta, t, number(beta, t) * number(grown, t))
-        to, to_step = token_at(row, _W_OUT, batch, token, head), integer(row, _W_OUT + 2)
+        to, to_step = token_at(row, _W_OUT, batch, token, head), integer(row, _W_OUT + 1)
         for column in range(0, keys, WIDTH):
             for t in range(count):
                 store(x, t * WIDTH, load(k, t * wide + column))

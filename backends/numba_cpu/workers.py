@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .call_row import FIELDS
+from .call_row import FIELDS, LENGTH
 from .chunk_scan import chunk_scan_item
 from .jit import Worker, kernel
 from .lanes import integer
@@ -17,7 +17,9 @@ _ITEMS, _WORKERS, _SCRATCH, _SCRATCH_SIZE = (FIELDS[name] for name in ("items", 
 
 @kernel
 def _scratch(row, worker):
-    return integer(row, _SCRATCH) + 4 * worker * integer(row, _SCRATCH_SIZE)
+    """A worker's scratch; behind the row where there is no other."""
+    scratch = integer(row, _SCRATCH)
+    return row + 8 * LENGTH if scratch == 0 else scratch + 4 * worker * integer(row, _SCRATCH_SIZE)
 
 
 def _token_scan(row, worker):

@@ -11,7 +11,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic, models, register_model
 
 __all__ = [
@@ -21,7 +21,10 @@ __all__ = [
 
 
 def _width() -> int:
-    return 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
+    """By the features that Numba compiles for: the host's, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise."""
+    if config.CPU_NAME is None and config.CPU_FEATURES is None:
+        return 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
+    return 16 if "+avx512f" in (config.CPU_FEATURES or "") else 8
 
 
 WIDTH = _width()

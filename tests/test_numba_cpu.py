@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -161,6 +162,28 @@ def test_calls_from_several_python_threads_are_right(two_threads: None) -> None:
     assert all(torch.equal(want, o) for o in found)
 
 
+_AFTER_A_FORK = """
+import os, torch
+import titans_backends as tb
+from importlib import import_module
+threads = import_module("titans_backends.backends.numba_cpu.threads")
+threads._SMALL_FLOP = 0.0
+torch.set_num_threads(2)
+q, k, v = (torch.randn(1, 40, 4, 8) for _ in range(3))
+op = tb.get_op("fast_core", backend="numba_cpu")
+want = op(q, k, v)[0]
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(op(q, k, v)[0], want) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_goes_on_without_the_parents_threads(two_threads: None) -> None:
+    subprocess.run([sys.executable, "-c", _AFTER_A_FORK], check=True, timeout=120)
+
+
 @pytest.mark.parametrize(("keys", "values"), [(1, 1), (3, 5), (17, 33), (64, 16), (32, 48)])
 @pytest.mark.parametrize("op", ["gated_delta_rule", "fast_core", "gated_delta_step"])
 def test_any_head_dim_is_right_by_every_candidate(op: str, keys: int, values: int) -> None:
@@ -233,6 +256,13 @@ def test_importing_the_library_and_reading_every_manifest_leaves_numba_alone() -
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
+def test_the_probe_runs_the_smallest_case_and_a_wrong_result_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = import_module(f"{PACKAGE}.probe")
+    assert probe.probe(detect("cpu"))
+    monkeypatch.setattr(probe, "run", lambda call, candidate: (torch.zeros_like(call.v), call.state))
+    assert "the smallest case is wrong" in str(probe.probe(detect("cpu")))
+
+
 def test_every_op_of_the_manifest_is_a_contract_and_has_candidates() -> None:
     backend = registry.get("numba_cpu")
     assert set(backend.ops) == set(OPS) <= set(CONTRACTS)
@@ -249,7 +279,7 @@ def test_the_exponential_is_within_two_units_and_keeps_zero_and_nan() -> None:
     x = np.concatenate([np.linspace(-87, 3, 4001), [0.0, -0.0, -1e-8, -88.0, -1e4, -math.inf, math.nan]]).astype(np.float32)
     found = np.full(len(x) + lanes.WIDTH, np.nan, dtype=np.float32)
     row = np.array([found.ctypes.data, x.ctypes.data, 1, len(x)], dtype=np.int64)
-    jit.serial(jit.Worker(_exponentials).address, row)
+    jit.serial(jit.Worker(_exponentials).address, row, 0)
     want = np.exp(x.astype(np.float64))
     with np.errstate(invalid="ignore"):
         ulps = np.abs(found[: len(x)] - want)[:-4] / np.spacing(want[:-4].astype(np.float32))

@@ -16,4 +16,5 @@ BACKEND = Backend(
     rank={"cpu": 1},
     requires=("numba",),
     install="pip install 'titans-backends[numba]'",
+    probe=f"{_PACKAGE}.probe",
 )

@@ -16,7 +16,7 @@ from .call_row import FIELDS, TENSORS
 from .chunk_grid import chunk_bounds, chunk_count, chunks_before, sequence_bounds
 from .chunk_matrices import decays, lam_mixing, scores, transformed, transposed
 from .exponential import exponentials
-from .jit import kernel
+from .jit import inlined, kernel
 from .lanes import WIDTH, add, fma, integer, lane_sum, load, multiply, number, splat, spread, store
 from .products import lower_panels, panel, panels, scaled, up_to_eight
 from .staging import coefficients, numbers, padded, read_tile, rows, state_at, token_at, write_outputs, write_tile
@@ -84,7 +84,7 @@ def _written(state, k, k_pitch, x, tails, count, padded_count, keys):
         panel(state + 4 * i * WIDTH, WIDTH, k + 4 * i, 1, k_pitch, x, WIDTH, padded_count, True, _ONE)
 
 
-@kernel
+@inlined
 def chunk_scan_item(row, item, scratch):
     """One head's columns, or a part of them, through all chunks of a sequence, or a segment of them."""
     keys, values, most, parts, segments = (

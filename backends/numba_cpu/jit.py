@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from .disk_cache import kernel_cache
 
-__all__ = ["Worker", "kernel", "parallel", "serial"]
+__all__ = ["Worker", "inlined", "kernel", "parallel", "serial"]
 
 _SETTINGS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 _compiling = threading.Lock()
@@ -27,6 +27,11 @@ _compiling = threading.Lock()
 def kernel(function: Callable[..., Any]) -> Any:
     """A function on one thread, called from kernels only."""
     return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_SETTINGS)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A kernel that one worker alone calls: it becomes part of that one, and is not compiled by itself first."""
+    return numba.njit(inline="always", **_SETTINGS)(function)
 
 
 class Worker:
@@ -76,8 +81,8 @@ def _dispatched(function: Callable[..., Any], **settings: Any) -> Any:
     return found
 
 
-def _serial(function, row):
-    _call(function, row.ctypes.data, 0)
+def _serial(function, row, worker):
+    _call(function, row.ctypes.data, worker)
 
 
 def _parallel(function, row, workers):
@@ -87,7 +92,7 @@ def _parallel(function, row, workers):
 
 
 serial = _dispatched(_serial)
-"""serial(address, row): worker 0 on this thread."""
+"""serial(address, row, worker): one worker on this thread."""
 
 parallel = _dispatched(_parallel, parallel=True)
 """parallel(address, row, workers): all workers on Numba's threads."""

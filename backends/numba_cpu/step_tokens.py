@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from .call_row import FIELDS, TENSORS
-from .jit import kernel
+from .jit import inlined, kernel
 from .lanes import WIDTH, add, fma, integer, load, multiply, number, put, real, splat, spread, store
 from .staging import read_tile, state_at, token_at, write_tile
 
@@ -79,7 +79,7 @@ def _skipped(row, batch, head, tokens, values):
             put(out, j, _ZERO)
 
 
-@kernel
+@inlined
 def step_item(row, item, scratch):
     """All tokens of one head of one sequence. `scratch` holds a tile of the state and two rows."""
     heads, tokens, keys, values = integer(row, _HEADS), integer(row, _TOKENS), integer(row, _KEYS), integer(row, _VALUES)

@@ -1,7 +1,8 @@
 """How many threads a call gets, and its launch: as many as torch would use, one where the work is less than a launch costs.
 
 Numba's setting belongs to the calling thread and is put back. Launches take turns: Numba's `workqueue` layer ends the process when two threads
-enter it at once, and two at once would only share the same cores.
+enter it at once, and two at once would only share the same cores. After a fork the workers run one after the other where the parent had threads
+already: GNU OpenMP does not survive that, and Numba ends the process.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ __all__ = ["launch", "workers_for"]
 
 _SMALL_FLOP = 400_000.0
 _turn = threading.Lock()
+_started = False
+_lost = False
 
 
-def _renew_lock() -> None:
-    global _turn
-    _turn = threading.Lock()
+def _after_fork() -> None:
+    global _turn, _lost
+    _turn, _lost = threading.Lock(), _lost or _started
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def workers_for(flop: float, items: int) -> int:
@@ -38,16 +42,26 @@ def workers_for(flop: float, items: int) -> int:
 
 def launch(worker: Worker, row: np.ndarray, workers: int) -> None:
     """Runs one worker on this thread, or several on Numba's."""
+    address = worker.address
     if workers == 1:
-        serial(worker.address, row)
-        return
+        serial(address, row, 0)
+    elif _lost:
+        for number in range(workers):
+            serial(address, row, number)
+    else:
+        _beside_each_other(address, row, workers)
+
+
+def _beside_each_other(address: int, row: np.ndarray, workers: int) -> None:
+    global _started
     with _turn:
+        _started = True
         before = numba.get_num_threads()
         if before == workers:
-            parallel(worker.address, row, workers)
+            parallel(address, row, workers)
             return
         numba.set_num_threads(workers)
         try:
-            parallel(worker.address, row, workers)
+            parallel(address, row, workers)
         finally:
             numba.set_num_threads(before)

@@ -15,7 +15,7 @@ import numpy as np
 from .call_row import FIELDS, TENSORS
 from .chunk_grid import sequence_bounds
 from .exponential import exponentials
-from .jit import kernel
+from .jit import inlined, kernel
 from .lanes import WIDTH, add, fma, integer, load, multiply, number, splat, spread, store
 from .staging import coefficients, numbers, padded, read_tile, rows, state_at, token_at, write_outputs, write_tile
 
@@ -131,7 +131,7 @@ def _cleared(state, count):
         store(state, 2 * i * WIDTH + WIDTH, splat(_ZERO))
 
 
-@kernel
+@inlined
 def token_scan_item(row, item, scratch):
     """All tokens of one item."""
     keys, values, heads, most = integer(row, _KEYS), integer(row, _VALUES), integer(row, _HEADS), integer(row, _ROWS)

@@ -11,7 +11,7 @@ from .call_row import FIELDS, TENSORS
 from .chunk_grid import chunk_bounds, chunk_count, sequence_bounds
 from .chunk_matrices import decays, lam_mixing, scores, transformed, transposed
 from .exponential import exponentials
-from .jit import kernel
+from .jit import inlined, kernel
 from .lanes import WIDTH, integer, load, number, put, splat, store
 from .products import scaled, up_to_eight
 from .staging import numbers, padded, read_tile, rows, token_at, write_tile
@@ -41,7 +41,7 @@ def _finished(x, spare, transform, n, mixing, pitch, factors, count, to, step, v
     write_tile(x, WIDTH, to, step, count, valid)
 
 
-@kernel
+@inlined
 def uw_item(row, item, scratch):
     """A segment of one head's chunks."""
     keys, values, most, segments = integer(row, _KEYS), integer(row, _VALUES), integer(row, _ROWS), integer(row, _SEGMENTS)

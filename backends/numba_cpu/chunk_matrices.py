@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import kernel
-from .lanes import WIDTH, fma, load, multiply, number, put, splat, spread, store
+from .lanes import WIDTH, fma, load, multiply, negative, number, put, splat, spread, store
 from .products import added, lower_panels, panel, up_to_eight
 
 __all__ = ["decays", "lam_mixing", "scores", "transformed", "transposed"]
@@ -83,17 +83,68 @@ def lam_mixing(mixing, n, n_t, pitch, count):
 
 
 @kernel
+def _eight_substituted(x, n, pitch):
+    """X <- (I + N)^-1 X for eight rows in registers: as soon as a row is known it leaves all those below."""
+    x0 = load(x, 0)
+    x1 = load(x, WIDTH)
+    x2 = load(x, 2 * WIDTH)
+    x3 = load(x, 3 * WIDTH)
+    x4 = load(x, 4 * WIDTH)
+    x5 = load(x, 5 * WIDTH)
+    x6 = load(x, 6 * WIDTH)
+    x7 = load(x, 7 * WIDTH)
+    m = negative(x0)
+    x1 = fma(spread(n, pitch), m, x1)
+    x2 = fma(spread(n, 2 * pitch), m, x2)
+    x3 = fma(spread(n, 3 * pitch), m, x3)
+    x4 = fma(spread(n, 4 * pitch), m, x4)
+    x5 = fma(spread(n, 5 * pitch), m, x5)
+    x6 = fma(spread(n, 6 * pitch), m, x6)
+    x7 = fma(spread(n, 7 * pitch), m, x7)
+    m = negative(x1)
+    x2 = fma(spread(n, 2 * pitch + 1), m, x2)
+    x3 = fma(spread(n, 3 * pitch + 1), m, x3)
+    x4 = fma(spread(n, 4 * pitch + 1), m, x4)
+    x5 = fma(spread(n, 5 * pitch + 1), m, x5)
+    x6 = fma(spread(n, 6 * pitch + 1), m, x6)
+    x7 = fma(spread(n, 7 * pitch + 1), m, x7)
+    m = negative(x2)
+    x3 = fma(spread(n, 3 * pitch + 2), m, x3)
+    x4 = fma(spread(n, 4 * pitch + 2), m, x4)
+    x5 = fma(spread(n, 5 * pitch + 2), m, x5)
+    x6 = fma(spread(n, 6 * pitch + 2), m, x6)
+    x7 = fma(spread(n, 7 * pitch + 2), m, x7)
+    m = negative(x3)
+    x4 = fma(spread(n, 4 * pitch + 3), m, x4)
+    x5 = fma(spread(n, 5 * pitch + 3), m, x5)
+    x6 = fma(spread(n, 6 * pitch + 3), m, x6)
+    x7 = fma(spread(n, 7 * pitch + 3), m, x7)
+    m = negative(x4)
+    x5 = fma(spread(n, 5 * pitch + 4), m, x5)
+    x6 = fma(spread(n, 6 * pitch + 4), m, x6)
+    x7 = fma(spread(n, 7 * pitch + 4), m, x7)
+    m = negative(x5)
+    x6 = fma(spread(n, 6 * pitch + 5), m, x6)
+    x7 = fma(spread(n, 7 * pitch + 5), m, x7)
+    m = negative(x6)
+    x7 = fma(spread(n, 7 * pitch + 6), m, x7)
+    store(x, WIDTH, x1)
+    store(x, 2 * WIDTH, x2)
+    store(x, 3 * WIDTH, x3)
+    store(x, 4 * WIDTH, x4)
+    store(x, 5 * WIDTH, x5)
+    store(x, 6 * WIDTH, x6)
+    store(x, 7 * WIDTH, x7)
+
+
+@kernel
 def _substituted(x, n, pitch, count):
-    """X <- (I + N)^-1 X: what the rows above an eight give at once, then row by row."""
+    """X <- (I + N)^-1 X: what the rows above an eight give at once, then the eight."""
     for r in range(0, count, 8):
         rows, left = x + 4 * r * WIDTH, n + 4 * r * pitch
         if r > 0:
             panel(rows, WIDTH, left, pitch, 1, x, WIDTH, r, True, _MINUS)
-        for t in range(1, 8):
-            found = load(rows, t * WIDTH)
-            for j in range(t):
-                found = fma(splat(-number(left, t * pitch + r + j)), load(rows, j * WIDTH), found)
-            store(rows, t * WIDTH, found)
+        _eight_substituted(rows, left + 4 * r, pitch)
 
 
 @kernel

@@ -18,7 +18,7 @@ from .jit import Worker, parallel, serial
 
 __all__ = ["launch", "workers_for"]
 
-_SMALL_FLOP = 400_000.0
+_SMALL_FLOP = 1e6
 _turn = threading.Lock()
 _started = False
 _lost = False

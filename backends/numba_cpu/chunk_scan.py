@@ -19,7 +19,7 @@ from .exponential import exponentials
 from .jit import inlined, kernel
 from .lanes import WIDTH, add, fma, integer, lane_sum, load, multiply, number, splat, spread, store
 from .products import lower_panels, panel, panels, scaled, up_to_eight
-from .staging import coefficients, numbers, padded, read_tile, rows, state_at, token_at, write_outputs, write_tile
+from .staging import coefficients, numbers, padded, read_tile, rows, rows_ahead, state_at, token_at, write_outputs, write_tile
 
 __all__ = ["chunk_scan_item", "chunk_scan_scratch"]
 
@@ -158,6 +158,9 @@ def chunk_scan_item(row, item, scratch):
         decays(gamma, pitch, grown, decay, count)
         numbers(beta, token_at(row, _BETA, batch, token, head), integer(row, _BETA + 1), count, _ONE)
         coefficients(factors, row, batch, token, head, count)
+        later = min(most, end - stop)
+        rows_ahead(token_at(row, _Q, batch, stop, shared), integer(row, _Q + 1), later, keys)
+        rows_ahead(token_at(row, _K, batch, stop, shared), integer(row, _K + 1), later, keys)
         scores(m, pitch, q, keys_t, gamma, wide, keys, count, 0, True)
         if transform == 1 or transform == 2:
             scores(n, pitch, k, keys_t, gamma, wide, keys, count, beta, False)
@@ -189,6 +192,7 @@ def chunk_scan_item(row, item, scratch):
                 _corrected(x, reads, beta, grown, count, by)
             else:
                 scaled(x, beta, count, _ONE)
+            rows_ahead(given + 4 * (count * step + tile * WIDTH * stride), step, later, min(valid, WIDTH))
             transformed(x, reads, transform, n, mixing, pitch, eights)
             if not empty:
                 panels(out, q, wide, here, WIDTH, eights, keys, False, _ONE)

@@ -15,7 +15,8 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic, models, register_model
 
 __all__ = [
-    "WIDTH", "Lanes", "add", "clamped", "fma", "integer", "lane_sum", "lanes", "load", "multiply", "negative", "number", "put", "real", "splat", "spread", "store",
+    "WIDTH", "Lanes", "add", "clamped", "fma", "integer", "lane_sum", "lanes", "load", "multiply", "negative", "number",
+    "prefetch", "put", "real", "splat", "spread", "store",
     "two_to", "zero_below",
 ]  # fmt: skip
 
@@ -119,6 +120,20 @@ def store(typingctx: Any, address: Any, index: Any, value: Any) -> Any:
 def _spread(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType = _VECTOR) -> ir.Value:
     single = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), ir.Constant(_IVECTOR, [0] * WIDTH))
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Asks for the cache line at an address, which need not be one."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], byte), _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic

@@ -11,9 +11,9 @@ import numpy as np
 
 from .call_row import ADDRESSES, FIELDS, STRIDES, TENSORS
 from .jit import kernel
-from .lanes import WIDTH, add, fma, integer, lane_sum, load, multiply, number, put, real, splat, spread, store
+from .lanes import WIDTH, add, fma, integer, lane_sum, load, multiply, number, prefetch, put, real, splat, spread, store
 
-__all__ = ["coefficients", "numbers", "padded", "read_tile", "rows", "state_at", "token_at", "write_outputs", "write_tile"]
+__all__ = ["ahead", "coefficients", "numbers", "padded", "read_tile", "rows", "rows_ahead", "state_at", "token_at", "write_outputs", "write_tile"]
 
 _F = np.float32
 _ZERO = _F(0.0)
@@ -49,6 +49,20 @@ def state_at(row, tensor, sequence, head):
     if address == 0:
         return address
     return address + 4 * (sequence * integer(row, tensor) + head * integer(row, tensor + 1))
+
+
+@kernel
+def ahead(row, size):
+    """Asks for `size` numbers of a row that is wanted later; the strides are too long for the processor to guess."""
+    for at in range(0, 4 * size, 64):
+        prefetch(row + at)
+
+
+@kernel
+def rows_ahead(source, step, count, width):
+    """The same for `count` rows."""
+    for t in range(count):
+        ahead(source + 4 * t * step, width)
 
 
 @kernel

@@ -17,7 +17,7 @@ from .chunk_grid import sequence_bounds
 from .exponential import exponentials
 from .jit import inlined, kernel
 from .lanes import WIDTH, add, fma, integer, load, multiply, number, splat, spread, store
-from .staging import coefficients, numbers, padded, read_tile, rows, state_at, token_at, write_outputs, write_tile
+from .staging import ahead, coefficients, numbers, padded, read_tile, rows, rows_ahead, state_at, token_at, write_outputs, write_tile
 
 __all__ = ["token_scan_item", "token_scan_scratch"]
 
@@ -45,12 +45,15 @@ def _first_reads(state, pitch, keys, k):
 
 
 @kernel
-def _pair(state, keys, k, q, pitch, count, v, o, beta, decay):
+def _pair(state, keys, k, q, pitch, count, v, o, beta, decay, later_k, later_q, later_v, steps):
     """Two tiles, side by side in `state`, `v` and `o` with a pitch of 2 WIDTH; `keys` is even. The row behind the last key is read and has no effect."""
     zero = splat(_ZERO)
     a0 = _first_reads(state, 2 * WIDTH, keys, k)
     a1 = _first_reads(state + 4 * WIDTH, 2 * WIDTH, keys, k)
     for t in range(count):
+        ahead(later_k + 4 * t * steps[0], keys)
+        ahead(later_q + 4 * t * steps[1], keys)
+        ahead(later_v + 4 * t * steps[2], 2 * WIDTH)
         d, b, minus = spread(decay, t), spread(beta, t), splat(-number(decay, t))
         u0 = multiply(b, fma(minus, a0, load(v, 2 * t * WIDTH)))
         u1 = multiply(b, fma(minus, a1, load(v, 2 * t * WIDTH + WIDTH)))
@@ -174,12 +177,19 @@ def token_scan_item(row, item, scratch):
         exponentials(decay, token_at(row, _G, batch, token, head), integer(row, _G + 1), count)
         coefficients(factors, row, batch, token, head, count)
         out, step = token_at(row, _O, batch, token, head) + 4 * column, integer(row, _O + 1)
+        later = token + count
+        later_k, later_q = token_at(row, _K, batch, later, shared), token_at(row, _Q, batch, later, shared)
+        later_v = token_at(row, _V, batch, later, head) + 4 * column
+        steps = integer(row, _K + 1), integer(row, _Q + 1), integer(row, _V + 1)
         if not delta:
+            rows_ahead(later_k, steps[0], min(count, end - later), keys)
+            rows_ahead(later_q, steps[1], min(count, end - later), keys)
+            rows_ahead(later_v, steps[2], min(count, end - later), 2 * WIDTH)
             _linear(state, even, k, q, pitch, count, v, o, beta, decay)
             if second > 0:
                 _linear(state + 4 * WIDTH, even, k, q, pitch, count, v + 4 * WIDTH, o + 4 * WIDTH, beta, decay)
         elif second > 0:
-            _pair(state, even, k, q, pitch, count, v, o, beta, decay)
+            _pair(state, even, k, q, pitch, count, v, o, beta, decay, later_k, later_q, later_v, steps)
         else:
             _single(state, even, k, q, pitch, count, v, o, beta, decay)
         write_outputs(o, 2 * WIDTH, factors, out, step, count, valid, accumulate)

@@ -14,7 +14,7 @@ from .exponential import exponentials
 from .jit import inlined, kernel
 from .lanes import WIDTH, integer, load, number, put, splat, store
 from .products import scaled, up_to_eight
-from .staging import numbers, padded, read_tile, rows, token_at, write_tile
+from .staging import numbers, padded, read_tile, rows, rows_ahead, token_at, write_tile
 
 __all__ = ["uw_item", "uw_scratch"]
 
@@ -71,6 +71,8 @@ def uw_item(row, item, scratch):
         exponentials(decay, token_at(row, _G, batch, token, head), integer(row, _G + 1), count)
         decays(gamma, pitch, grown, decay, count)
         numbers(beta, token_at(row, _BETA, batch, token, head), integer(row, _BETA + 1), count, _ONE)
+        rows_ahead(token_at(row, _K, batch, stop, shared), integer(row, _K + 1), min(most, end - stop), keys)
+        rows_ahead(token_at(row, _V, batch, stop, head), integer(row, _V + 1), min(most, end - stop), values)
         if transform != 3:
             transposed(keys_t, pitch, k, wide, count, keys)
             scores(n, pitch, k, keys_t, gamma, wide, keys, count, beta, False)

@@ -114,14 +114,16 @@ def test_compiled_kernels_of_numba_run_and_no_other_backend(op: str, launched: l
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "gated_delta_step"])
 @pytest.mark.parametrize("lengths", [None, (33, 0, 37)])
-def test_two_threads_give_the_bits_of_one(op: str, lengths: tuple[int, ...] | None, two_threads: None) -> None:
+def test_two_threads_and_their_cuts_give_the_bits_of_one(
+    op: str, lengths: tuple[int, ...] | None, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = call_of(op, lengths=lengths, V=40)
     candidates = module(op).candidates(signature(op, lengths=lengths, V=40), detect("cpu"))  # type: ignore[attr-defined]
     for candidate in candidates:
+        monkeypatch.setattr(threads, "_SMALL_FLOP", 0.0)
         cut = outputs_of(op, call, candidate)
-        torch.set_num_threads(1)
+        monkeypatch.setattr(threads, "_SMALL_FLOP", math.inf)
         whole = outputs_of(op, call, candidate)
-        torch.set_num_threads(2)
         for one, other in zip(whole, cut, strict=True):
             assert (one is None and other is None) or torch.equal(one, other), candidate.label  # type: ignore[arg-type]
 
@@ -135,6 +137,16 @@ def test_a_parallel_call_takes_torchs_threads_and_leaves_numbas_setting(two_thre
         assert numba.get_num_threads() == 1
     finally:
         numba.set_num_threads(before)
+
+
+def test_a_bound_call_follows_torchs_threads(two_threads: None, launched: list[tuple[str, int]]) -> None:
+    call = call_of("gated_delta_rule")
+    given = {name: getattr(call, name) for name in contract("gated_delta_rule").parameters}
+    bound = tb.get_op("gated_delta_rule").bind(**given, backend="numba_cpu")
+    for count in (2, 1, 2):
+        torch.set_num_threads(count)
+        bound(**given)
+        assert launched[-1][1] == count
 
 
 def test_one_decode_step_stays_on_its_thread(launched: list[tuple[str, int]]) -> None:

@@ -63,7 +63,8 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 class Prepared:
     """One kernel's row for calls of the same facts.
 
-    `given` maps the row's tensors to the call's fields, `made` the outputs to their strides. `floats` is the scratch of one worker.
+    `given` maps the row's tensors to the call's fields, `made` the outputs to their strides. `floats` is the scratch of one worker, `most` how many
+    workers a call may have.
     """
 
     def __init__(
@@ -73,11 +74,11 @@ class Prepared:
         made: Mapping[str, Sequence[int]],
         floats: int,
         options: Mapping[str, int | float],
-        workers: int,
+        most: int,
     ) -> None:
         floats = -(-floats // _ALIGNED) * _ALIGNED + _ALIGNED
-        behind = workers == 1 and floats <= _LARGEST_BEHIND
-        self._floats = 0 if behind else floats * workers
+        behind = most == 1 and floats <= _LARGEST_BEHIND
+        self._floats = 0 if behind else floats
         self._row = np.zeros(LENGTH + (floats // 2 if behind else 0), dtype=np.int64)
         for name, value in {**options, "scratch_size": floats}.items():
             whole = name not in ("scale", "alpha")
@@ -89,13 +90,13 @@ class Prepared:
             self._row[TENSORS[name] : TENSORS[name] + 4] = strides
         self._given = [(_SLOT[name], field) for name, field in self._given]
         self._head = [0] * (ADDRESSES + len(_TENSORS))
-        self._head[0] = workers
 
-    def row(self, call: object, outputs: Mapping[str, Tensor | None], bounds: Tensor | None) -> tuple[np.ndarray, Tensor | None]:
+    def row(self, call: object, outputs: Mapping[str, Tensor | None], bounds: Tensor | None, workers: int) -> tuple[np.ndarray, Tensor | None]:
         """The row of one call, and the scratch that must outlive the kernel."""
         head, scratch = self._head.copy(), None
+        head[0] = workers
         if self._floats:
-            scratch = torch.empty(self._floats, dtype=torch.float32, device="cpu")
+            scratch = torch.empty(self._floats * workers, dtype=torch.float32, device="cpu")
             head[1] = scratch.data_ptr()
         if bounds is not None:
             head[2] = bounds.data_ptr()

@@ -16,7 +16,7 @@ from .call_row import Prepared, contiguous_strides
 from .chunk_scan import chunk_scan_scratch
 from .jit import Worker
 from .lanes import WIDTH
-from .threads import launch, workers_for
+from .threads import launch, workers_for, workers_now
 from .token_scan import token_scan_scratch
 from .uw_chunks import uw_scratch
 from .workers import CHUNK_SCAN, TOKEN_SCAN, UW
@@ -75,15 +75,16 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A prepared kernel: calling it runs it on a call's tensors."""
+    """A prepared kernel for at most so many workers: calling it runs it on a call's tensors, with as many as torch has threads then."""
 
     worker: Worker
     prepared: Prepared
-    workers: int
+    most: int
 
     def __call__(self, call: object, outputs: Mapping[str, Tensor | None], bounds: Tensor | None = None) -> None:
-        row, scratch = self.prepared.row(call, outputs, bounds)
-        launch(self.worker, row, self.workers)
+        workers = workers_now(self.most)
+        row, scratch = self.prepared.row(call, outputs, bounds, workers)
+        launch(self.worker, row, workers)
         del scratch  # not before
 
 

@@ -16,7 +16,7 @@ import torch
 
 from .jit import Worker, parallel, serial
 
-__all__ = ["launch", "workers_for"]
+__all__ = ["launch", "workers_for", "workers_now"]
 
 _SMALL_FLOP = 1e6
 _turn = threading.Lock()
@@ -34,10 +34,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def workers_for(flop: float, items: int) -> int:
-    """Threads for so much work in so many pieces."""
+    """The most threads for so much work in so many pieces."""
     if flop < _SMALL_FLOP or items < 2:
         return 1
-    return max(1, min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS), items))
+    return max(1, min(int(numba.config.NUMBA_NUM_THREADS), items))
+
+
+def workers_now(most: int) -> int:
+    """As many of them as torch would use now."""
+    return 1 if most == 1 else min(most, torch.get_num_threads())
 
 
 def launch(worker: Worker, row: np.ndarray, workers: int) -> None:

@@ -6,7 +6,6 @@ through the op that `library` registered with torch, and meets the same plan on 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from titans_backends import library, registry
 from titans_backends.autograd import differentiated
-from titans_backends.contracts import contract
+from titans_backends.contracts import CONTRACTS, contract
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import bind_arguments, check_indices
 from titans_backends.errors import BoundCallMismatchError
@@ -51,6 +50,12 @@ def _training(tensors: tuple[object, ...]) -> bool:
     return False
 
 
+_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    name: {f.name: f.default for f in fields(op.make_call)}  # type: ignore[arg-type]  # a dataclass by contract
+    for name, op in CONTRACTS.items()
+}
+
+
 class Op:
     """One op of the registry; `backend` set: every call of this object is forced to it."""
 
@@ -61,7 +66,7 @@ class Op:
         self.__doc__ = f"{op.summary}.\n\n{op.make_call.__doc__}\n\nParameters: {', '.join(op.parameters)}, backend."
         self._make = op.make_call
         self._planner = library.planner(op.name)
-        self._defaults = {f.name: f.default for f in fields(op.make_call)}  # type: ignore[arg-type]  # a dataclass by contract
+        self._defaults = _DEFAULTS[op.name]
 
     def __repr__(self) -> str:
         forced = f", backend={self.backend!r}" if self.backend else ""
@@ -220,13 +225,22 @@ def _restore(name: str, backend: str | None) -> Op:
     return get_op(name) if backend is None else get_op(name, backend=backend)
 
 
-@functools.lru_cache(maxsize=64)
+_OPS: dict[tuple[str, str | None], Op] = {}
+
+
 def get_op(name: str, *, backend: str | None = None) -> Op:
     """The op of that name, optionally forced to one backend. Imports no kernel package; UnknownNameError lists what there is.
 
-    A backend that is known but refuses a call raises at the call, with its reasons.
+    A backend that is known but refuses a call raises at the call, with its reasons; so does an unknown one where a tracer follows, which the registry
+    cannot be shown to.
     """
+    found = _OPS.get((name, backend))
+    if found is not None:
+        return found
     op = contract(name)
+    if _is_compiling():
+        return Op(op, backend)
     if backend is not None:
         registry.get(backend)
-    return Op(op, backend)
+    made = _OPS[name, backend] = Op(op, backend)
+    return made

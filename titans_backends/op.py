@@ -20,6 +20,7 @@ from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import bind_arguments, check_indices
 from titans_backends.errors import BoundCallMismatchError
 from titans_backends.plans import Outputs, Plan, request
+from titans_backends.watching import watched
 
 if TYPE_CHECKING:
     from titans_backends.explain import Explanation
@@ -27,19 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["BoundOp", "Op", "get_op"]
 
 _is_compiling = torch.compiler.is_compiling
-
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None), float, int)
-
-
-def _watched(tensors: tuple[object, ...]) -> bool:
-    """Whether a tracer, a functorch transform or a tensor subclass is involved, so that torch must see the op."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return True
-    for value in tensors:  # noqa: SIM110  (a loop costs a third of any(), and this is in every call)
-        if value.__class__ not in _PLAIN and isinstance(value, Tensor):
-            return True
-    return False
 
 
 def _training(tensors: tuple[object, ...]) -> bool:
@@ -93,7 +81,7 @@ class Op:
             return self._traced(args, kwargs, backend)
         call = self._call(args, kwargs)
         tensors = self._planner.tensors(call)
-        if _watched(tensors):
+        if watched(tensors):
             _refuse_in_place(self.contract, call, torch._C._are_functorch_transforms_active())
             return library.call(self.contract, self._planner.values(call), backend, False, False, False)
         asked = request(backend, training=_training(tensors))
@@ -169,7 +157,7 @@ class BoundOp:
             pair = self.choice.pair
             forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
             invariant = self.choice.signature.batch_invariant
-            if _watched(tensors):
+            if watched(tensors):
                 return library.call(self.op.contract, self._planner.values(call), forced, invariant, True, True)
             return differentiated(self.op.name, self._plan, call, forced, invariant)
         return self._planner.execute(self._plan, call)[: len(self.op.contract.outputs)]
@@ -179,6 +167,8 @@ class BoundOp:
         for name, value in zip(self.op.contract.parameters, values, strict=True):
             bound = told.get(name)
             if isinstance(value, Tensor) and bound is not None:
+                if value.is_neg():
+                    return BoundCallMismatchError(f"{self.op.name}: {name} is a lazily negated view; pass {name}.resolve_neg()")
                 got = (value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % 16 == 0)
                 want = (bound.dtype, bound.shape, bound.stride, bound.aligned)
                 for what, mine, theirs in zip(("dtype", "shape", "stride", "16-byte alignment"), got, want, strict=True):

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import titans_backends as tb
@@ -57,6 +59,76 @@ def test_a_dispatch_mode_sees_the_registered_ops_and_plain_training_does_without
     assert seen.names == ["fast_core", "fast_core_backward"]
     monkeypatch.setattr(library, "call", lambda *args: pytest.fail("the registered op ran"))
     gradients("fast_core", keywords, tb.get_op("fast_core"))
+
+
+def test_a_dispatch_mode_around_the_backward_alone_sees_it() -> None:
+    o = tb.get_op("fast_core")(**small("fast_core"))[0]
+    with Seen() as seen:
+        o.backward(torch.ones_like(o))
+    assert seen.names == ["fast_core_backward"]
+
+
+def test_what_arrives_as_a_subclass_is_seen_by_torch() -> None:
+    keywords = small("fast_core")
+    o = tb.get_op("fast_core")(**keywords)[0]
+    one = torch.autograd.grad(o, keywords["v"], torch.ones_like(o), retain_graph=True)[0]  # type: ignore[arg-type]
+    both = torch.autograd.grad(o, keywords["v"], TwoTensor(torch.ones_like(o), 2 * torch.ones_like(o)))[0]  # type: ignore[arg-type]
+    assert isinstance(both, TwoTensor)
+    torch.testing.assert_close((both.a, both.b), (one, 2 * one))
+
+
+def test_compiled_autograd_traces_the_registered_backward() -> None:
+    keywords = small("fast_core")
+    want = gradients("fast_core", keywords, tb.get_op("fast_core"))
+    o = tb.get_op("fast_core")(**keywords)[0]
+    loss = (o * torch.cos(o.detach())).sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):  # type: ignore[no-untyped-call]
+        loss.backward()
+    leaves = [x for x in keywords.values() if isinstance(x, Tensor) and x.requires_grad]
+    for leaf, grad in zip(leaves, want, strict=True):
+        assert grad is not None
+        torch.testing.assert_close(leaf.grad, grad)
+
+
+class Spy:
+    """A backend that says whether anything reached it lazily negated, and whether autograd's keys are on."""
+
+    def __init__(self, plugin_backend, op: str = "fused_uw") -> None:  # type: ignore[no-untyped-def]
+        self.negated: list[bool] = []
+        plugin_backend("spy", ops=(op,), run=self.run, run_backward=self.run_backward)
+
+    def run(self, call, candidate):  # type: ignore[no-untyped-def]
+        self.negated.append(any(x.is_neg() for x in (call.attn_const, call.v_beta, call.k_beta)))
+        return call.attn_const @ call.v_beta, call.attn_const @ call.k_beta
+
+    def run_backward(self, call, grads, states, needs, candidate):  # type: ignore[no-untyped-def]
+        self.negated.append(any(x.is_neg() for x in grads if x is not None))
+        probe = torch.ones(1, requires_grad=True)
+        with torch.enable_grad():
+            assert (2 * probe).grad_fn is None, "a backward runs below autograd"
+        return tuple(torch.ones_like(getattr(call, name)) if name in needs else None for name in CONTRACTS["fused_uw"].differentiable)
+
+
+def test_a_lazily_negated_tensor_reaches_no_kernel(plugin_backend) -> None:  # type: ignore[no-untyped-def]
+    spy, a, x = Spy(plugin_backend), torch.eye(4), torch.randn(4, 4, requires_grad=True)
+    lazy = torch.complex(x, x).conj().imag
+    assert lazy.is_neg()
+    op = tb.get_op("fused_uw", backend="spy")
+    u, _ = op(a, lazy, x)
+    torch.testing.assert_close(u, -x)
+    torch.complex(x.detach(), u).conj().imag.sum().backward()
+    with torch.no_grad():
+        op(a, lazy.detach(), x)
+    assert spy.negated == [False] * 3
+
+
+def test_a_bound_op_refuses_a_lazily_negated_tensor() -> None:
+    a, x = torch.eye(4), torch.randn(4, 4)
+    lazy = torch.complex(x, x).conj().imag
+    with pytest.raises(tb.BoundCallMismatchError, match=r"v_beta is a lazily negated view; pass v_beta.resolve_neg\(\)"):
+        tb.get_op("fused_uw").bind(a, x.T.contiguous(), x)(a, lazy, x)
+    with pytest.raises(TypeError, match=r"fused_uw: v_beta is a lazily negated view.*resolve_neg"):
+        tb.get_op("fused_uw").bind(a, lazy, x)
 
 
 def test_what_a_saved_tensors_hook_changes_is_computed_as_it_came_back() -> None:

@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 
 import titans_backends as tb
 from titans_backends import library, plans
+from titans_backends import op as ops
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import build, cases
 from titans_backends.contracts.tolerance import compare
@@ -62,6 +63,17 @@ def test_an_op_can_be_traced_before_it_was_ever_called() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("known", [False, True], ids=["first seen in the trace", "seen before"])
+def test_get_op_can_stand_inside_a_traced_function(monkeypatch: pytest.MonkeyPatch, backend: str | None, known: bool) -> None:
+    monkeypatch.setattr(ops, "_OPS", {})
+    q = torch.randn(1, 20, 2, 8, requires_grad=True)
+    want = ops.get_op("fast_core", backend=backend)(q, q, q)[0] if known else ops.Op(CONTRACTS["fast_core"], backend)(q, q, q)[0]
+    got = torch.compile(lambda x: tb.get_op("fast_core", backend=backend)(x, x, x)[0], fullgraph=True, backend="aot_eager")(q)
+    assert torch.equal(got, want)
+    assert torch.equal(torch.autograd.grad(got.sum(), q)[0], torch.autograd.grad(want.sum(), q)[0])
 
 
 @pytest.mark.parametrize("name", CONTRACTS)

@@ -54,9 +54,7 @@ SPILLED_BACK: Mapping[tuple[str, str], int] = {
     ("fast_core", "medium heads"): 24,
     ("fast_core", "small heads"): 16,
     ("uw_transform", "long"): 40,
-    ("slow_core", "long"): 8,
     ("slow_core", "small heads"): 40,
-    ("gated_delta_rule", "medium heads"): 32,
     ("dual_core", "long"): 80,
 }
 """What the worst kernel of a backward's default spills there, by op and call; where nothing stands it is 0. `python tests/triton_forms.py --backward`."""

@@ -15,7 +15,9 @@ from titans_backends.backend import Candidate, TrainableOpModule
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import WhenValue, canonical_when
 from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import Case
 from titans_backends.contracts.fused_uw import FusedUW
+from titans_backends.contracts.tolerance import tolerance
 from titans_backends.machine import detect
 from titans_backends.tuning import gate as gate_module
 from titans_backends.tuning.gate import GateResult, gate
@@ -130,3 +132,43 @@ def test_what_a_module_remembered_runs_on_poisoned_memory_and_not_on_its_first_r
     monkeypatch.setattr(gate_module, "_poison", lambda shapes, like: done.append("poison"))
     gate_module.run_forward(contract, Candidate("any", "any"), Module(), call, "here", repeated=True)  # type: ignore[arg-type]
     assert done == ["run", "poison", "run"]
+
+
+def test_what_repeats_its_first_outputs_whatever_comes_is_rejected(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("good").ok
+    faulty = sys.modules["faulty.gated_delta_rule"]
+
+    def remember(call: object, candidate: Candidate) -> object:
+        first = faulty.run(call, candidate)
+        return first, lambda later: first
+
+    monkeypatch.setattr(faulty, "remember", remember, raising=False)
+    result = run("good")
+    assert not result.ok
+    assert "two runs differ" in result.reason
+
+
+def test_what_repeats_its_first_gradients_is_rejected_also_where_bits_may_differ() -> None:
+    made = CONTRACTS["fused_uw"]
+    call = made.make_call(torch.eye(4), torch.ones(4, 4), torch.ones(4, 4))
+    grads = (torch.ones(4, 4), None)
+    exam = gate_module.Exam(
+        Case("any", B=1, T=4, G=1, H=1, K=4, V=4),
+        call,
+        made.reference(call),
+        None,
+        ((grads, (torch.full((4, 4), 4.0), torch.ones(4, 4), torch.zeros(4, 4))),),
+    )
+
+    class Module:
+        def run_backward(self, call: FusedUW, grads: tuple[torch.Tensor, None], states: None, needs: frozenset[str], candidate: Candidate) -> object:
+            return grads[0] @ call.v_beta.T, call.attn_const.T @ grads[0], torch.zeros(4, 4)
+
+        def remember_backward(self, *arguments: object) -> object:
+            first = self.run_backward(*arguments)  # type: ignore[arg-type]
+            return first, lambda later, arriving, states: first
+
+    for deterministic in (True, False):
+        candidate = Candidate("any", "any", direction="backward", deterministic=deterministic)
+        with pytest.raises(gate_module.Rejected, match="two runs differ" if deterministic else "called again"):
+            gate_module.check_backward(made, candidate, Module(), exam, tolerance(torch.float32), gate_module.Ledger(), "here")  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """A training call that nobody traces, as one `torch.autograd.Function`: the formula of the registered op without the dispatcher's part of the way.
 
-What `torch.library` does around a forward and its backward costs the host more than remembered launches do. A tracer, a functorch transform, a dispatch
-mode and a tensor subclass get the registered op (`library`), and so does a gradient that is to be differentiated again, which refuses with its sentence.
+What `torch.library` does around a forward and its backward costs the host more than remembered launches do. What `watching` names gets the registered
+op (`library`), in each direction for itself, and so does a gradient that is to be differentiated again, which refuses with its sentence.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def _function(op_name: str) -> type[torch.autograd.Function]:
     count, position = len(op.outputs), {name: index for index, name in enumerate(op.parameters)}
 
     def forward(ctx: torch.autograd.function.FunctionCtx, plan: Plan, call: Call, backend: str | None, invariant: bool, *values: object) -> Outputs:
-        outputs = planner.execute(plan, call)
+        with torch._C._AutoDispatchBelowAutograd():  # where the registered op's kernels run too
+            outputs = planner.execute(plan, call)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in values], *outputs[count:])  # type: ignore[arg-type]  # torch takes None
         ctx.others = [None if isinstance(x, Tensor) else x for x in values]  # type: ignore[attr-defined]

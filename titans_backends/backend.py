@@ -120,12 +120,16 @@ class Backend:
     rank: Mapping[str, int]
     requires: tuple[str, ...] = ()
     install: str = ""
-    backward: tuple[str, ...] = ()
     probe: str | None = None
     quick: bool = True
     origin: str = field(default="built in", compare=False)
+    backward: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.backward, str) or not all("." in name for name in self.backward):
+            raise TypeError(
+                f"backend {self.name!r}: backward must be a tuple of full module names, as ('my_backend.gradients',), got {self.backward!r}"
+            )
         object.__setattr__(self, "ops", MappingProxyType(dict(self.ops)))
         object.__setattr__(self, "rank", MappingProxyType(dict(self.rank)))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
 from titans_backends.plans import Outputs, Plan, Planner, Request, request
+from titans_backends.watching import watched
 
 __all__ = ["NAMESPACE", "call", "gradients", "planner", "register"]
 
@@ -141,15 +142,16 @@ def _run_backward(
     saved = states is not None
     plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=saved, must_save=saved))
     wanted = frozenset(name for name, need in zip(op.differentiable, needs, strict=True) if need)
-    with torch.no_grad():
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         return plan.run_backward(made, grads, states, wanted)
 
 
 def gradients(
     op: Contract, grads: Outputs, values: Sequence[object], states: Tensor | None, needs: Sequence[bool], backend: str | None, batch_invariant: bool
 ) -> Outputs:
-    """A backward for autograd: of the call with these field values, by the registered op where its gradients are to be differentiated again."""
-    if torch.is_grad_enabled():
+    """A backward for autograd, of the call with these field values: by the registered op where its gradients are to be differentiated again, where
+    compiled autograd traces it, and where torch must see it for what arrives or comes back from saved tensors."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched((*grads, *values, states)):
         registered: Outputs = getattr(torch.ops.titans_backends, f"{op.name}_backward")(
             *grads, *_flatten(op, values), states, needs, backend, batch_invariant
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from titans_backends import registry
 from titans_backends.backend import Backend, Candidate, OpModule, TrainableOpModule
 from titans_backends.cache.source_imports import with_imports
+from titans_backends.errors import BackendError
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
@@ -45,7 +46,10 @@ class Pair:
 def source_modules(candidate: Candidate, op: str) -> tuple[str, ...]:
     """The modules whose code a candidate runs: its op's own, those that it names, and what these import from backends, but for a forward the backward's."""
     backend = registry.get(candidate.backend)
-    return with_imports((backend.ops[op], *candidate.sources), without=backend.backward if candidate.direction == "forward" else ())
+    try:
+        return with_imports((backend.ops[op], *candidate.sources), without=backend.backward if candidate.direction == "forward" else ())
+    except ValueError as wrong:
+        raise BackendError(f"backend {backend.name!r}: its manifest's backward names a module that is not there: {wrong}; correct the name") from None
 
 
 def _allowed(candidates: Iterable[Candidate], signature: Signature) -> tuple[Candidate, ...]:

@@ -6,7 +6,6 @@ through the op that `library` registered with torch, and meets the same plan on 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from titans_backends import library, registry
 from titans_backends.autograd import differentiated
-from titans_backends.contracts import contract
+from titans_backends.contracts import CONTRACTS, contract
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import bind_arguments, check_indices
 from titans_backends.errors import BoundCallMismatchError
 from titans_backends.plans import Outputs, Plan, request
+from titans_backends.watching import watched
 
 if TYPE_CHECKING:
     from titans_backends.explain import Explanation
@@ -30,25 +30,18 @@ __all__ = ["BoundOp", "Op", "get_op"]
 _is_compiling = torch.compiler.is_compiling
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None), float, int)
-
-
-def _watched(tensors: tuple[object, ...]) -> bool:
-    """Whether a tracer, a functorch transform or a tensor subclass is involved, so that torch must see the op."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return True
-    for value in tensors:  # noqa: SIM110  (a loop costs a third of any(), and this is in every call)
-        if value.__class__ not in _PLAIN and isinstance(value, Tensor):
-            return True
-    return False
-
-
 def _training(tensors: tuple[object, ...]) -> bool:
     if torch.is_grad_enabled():
         for value in tensors:
             if isinstance(value, Tensor) and value.requires_grad:
                 return True
     return False
+
+
+_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    name: {f.name: f.default for f in fields(op.make_call)}  # type: ignore[arg-type]  # a dataclass by contract
+    for name, op in CONTRACTS.items()
+}
 
 
 class Op:
@@ -61,7 +54,7 @@ class Op:
         self.__doc__ = f"{op.summary}.\n\n{op.make_call.__doc__}\n\nParameters: {', '.join(op.parameters)}, backend."
         self._make = op.make_call
         self._planner = library.planner(op.name)
-        self._defaults = {f.name: f.default for f in fields(op.make_call)}  # type: ignore[arg-type]  # a dataclass by contract
+        self._defaults = _DEFAULTS[op.name]
 
     def __repr__(self) -> str:
         forced = f", backend={self.backend!r}" if self.backend else ""
@@ -88,7 +81,7 @@ class Op:
             return self._traced(args, kwargs, backend)
         call = self._call(args, kwargs)
         tensors = self._planner.tensors(call)
-        if _watched(tensors):
+        if watched(tensors):
             _refuse_in_place(self.contract, call, torch._C._are_functorch_transforms_active())
             return library.call(self.contract, self._planner.values(call), backend, False, False, False)
         asked = request(backend, training=_training(tensors))
@@ -164,7 +157,7 @@ class BoundOp:
             pair = self.choice.pair
             forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
             invariant = self.choice.signature.batch_invariant
-            if _watched(tensors):
+            if watched(tensors):
                 return library.call(self.op.contract, self._planner.values(call), forced, invariant, True, True)
             return differentiated(self.op.name, self._plan, call, forced, invariant)
         return self._planner.execute(self._plan, call)[: len(self.op.contract.outputs)]
@@ -174,6 +167,8 @@ class BoundOp:
         for name, value in zip(self.op.contract.parameters, values, strict=True):
             bound = told.get(name)
             if isinstance(value, Tensor) and bound is not None:
+                if value.is_neg():
+                    return BoundCallMismatchError(f"{self.op.name}: {name} is a lazily negated view; pass {name}.resolve_neg()")
                 got = (value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % 16 == 0)
                 want = (bound.dtype, bound.shape, bound.stride, bound.aligned)
                 for what, mine, theirs in zip(("dtype", "shape", "stride", "16-byte alignment"), got, want, strict=True):
@@ -220,13 +215,22 @@ def _restore(name: str, backend: str | None) -> Op:
     return get_op(name) if backend is None else get_op(name, backend=backend)
 
 
-@functools.lru_cache(maxsize=64)
+_OPS: dict[tuple[str, str | None], Op] = {}
+
+
 def get_op(name: str, *, backend: str | None = None) -> Op:
     """The op of that name, optionally forced to one backend. Imports no kernel package; UnknownNameError lists what there is.
 
-    A backend that is known but refuses a call raises at the call, with its reasons.
+    A backend that is known but refuses a call raises at the call, with its reasons; so does an unknown one where a tracer follows, which the registry
+    cannot be shown to.
     """
+    found = _OPS.get((name, backend))
+    if found is not None:
+        return found
     op = contract(name)
+    if _is_compiling():
+        return Op(op, backend)
     if backend is not None:
         registry.get(backend)
-    return Op(op, backend)
+    made = _OPS[name, backend] = Op(op, backend)
+    return made

@@ -89,7 +89,7 @@ class Plan:
     ran: bool = field(default=False)
     again: Callable[[Call], Outputs] | None = field(default=None)
     fresh: bool = field(default=True)
-    again_backward: dict[object, Callable[[Call, Outputs, Tensor | None], Outputs] | None] = field(default_factory=dict)
+    again_backward: dict[object, tuple[Callable[[Call, Outputs, Tensor | None], Outputs] | None]] = field(default_factory=dict)
 
     def run(self, call: Call) -> Outputs:
         """The forward kernel, on the current stream of the inputs' device, outside autocast."""
@@ -122,13 +122,14 @@ class Plan:
         if remembering is None:
             return module.run_backward(call, grads, states, needs, backward)
         key = (needs, *[None if x is None else (x.stride(), x.dtype, x.data_ptr() & 15) for x in (*grads, states)])
-        if key not in self.again_backward:
+        known = self.again_backward.get(key)
+        if known is None:
             found, again = remembering.remember_backward(call, grads, states, needs, backward)
             if len(self.again_backward) >= _BACKWARDS_LIMIT:
                 self.again_backward.clear()
-            self.again_backward[key] = again
+            self.again_backward[key] = (again,)
             return found
-        again = self.again_backward[key]
+        (again,) = known
         return module.run_backward(call, grads, states, needs, backward) if again is None else again(call, grads, states)
 
     def _needs_guard(self) -> bool:
@@ -215,7 +216,7 @@ class Planner:
         key: list[object] = []
         for value in self.tensors(call):
             if isinstance(value, Tensor):
-                key += (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15)
+                key += (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15, value.is_neg())
             elif value is None:
                 key.append(None)
             else:

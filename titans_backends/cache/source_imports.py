@@ -18,7 +18,12 @@ _BUILT_IN = "titans_backends.backends"
 
 
 def with_imports(names: Sequence[str], without: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names and the modules that they reach, sorted, but not through those `without`; what is no module of a package on disk (a .cu file, say) stays."""
+    """The names and the modules that they reach, sorted, but not through those `without` and what lies below them; what is no module of a package on disk
+    (a .cu file, say) stays. ValueError for one `without` that its package does not have."""
+    for name in without:
+        if _folder(_home(name)) is not None and _locate(name) is None:
+            raise ValueError(f"{name!r} is no module of {_home(name)}")
+    below = tuple(f"{name}." for name in without)
     found, todo = set(names), list(names)
     while todo:
         name = todo.pop()
@@ -26,6 +31,7 @@ def with_imports(names: Sequence[str], without: Sequence[str] = ()) -> tuple[str
         if path is not None:
             status = path.stat()
             fresh = set(_imports(name, path, status.st_mtime_ns, status.st_size)) - found - set(without)
+            fresh = {one for one in fresh if not one.startswith(below)} if below else fresh
             found |= fresh
             todo += fresh
     return tuple(sorted(found))

@@ -79,6 +79,8 @@ def _check_tensors(contract: Contract, call: Call) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             if value.is_nested:
                 raise TypeError(f"{where} must be an ordinary tensor, got a nested one; pack its parts along T and pass cu_seqlens")
+            if value.is_neg():
+                raise TypeError(f"{where} is a lazily negated view, whose memory holds the opposite; pass it as .resolve_neg()")
             if value.layout != torch.strided:
                 raise TypeError(f"{where} must be a strided tensor, got layout {value.layout}; call .to_dense() first")
             tensors[argument.name] = value

@@ -126,7 +126,16 @@ def offered(candidate: Candidate, module: OpModule | TrainableOpModule, signatur
 def check_forward(made: Contract, candidate: Candidate, module: OpModule, exam: Exam, limit: Tolerance, ledger: Ledger, where: str) -> None:
     """One exam of a forward candidate: layout, outputs, saved states, bits. Rejected says what is wrong."""
     first = run_forward(made, candidate, module, exam.call, where)
-    outputs, states = first[: len(made.outputs)], first[len(made.outputs) :]
+    _compare_forward(made, first, exam, limit, ledger, where)
+    second = run_forward(made, candidate, module, exam.call, where, repeated=True)
+    if candidate.deterministic:
+        _same_bits(first, second, where)
+    else:
+        _compare_forward(made, second, exam, limit, ledger, f"{where}, called again")
+
+
+def _compare_forward(made: Contract, found: Outputs, exam: Exam, limit: Tolerance, ledger: Ledger, where: str) -> None:
+    outputs, states = found[: len(made.outputs)], found[len(made.outputs) :]
     check_layout(made, exam.call, outputs, exam.outputs, where)
     for spec, got, want in zip(made.outputs, outputs, exam.outputs, strict=True):
         if got is not None and want is not None:
@@ -135,14 +144,12 @@ def check_forward(made: Contract, candidate: Candidate, module: OpModule, exam: 
         if states[0].shape != exam.states.shape:
             raise Rejected(f"the saved states have shape {tuple(states[0].shape)}, not {tuple(exam.states.shape)}, on {where}")
         ledger.compare("states", states[0], exam.states, limit.outputs, where)
-    if candidate.deterministic:
-        _same_bits(first, run_forward(made, candidate, module, exam.call, where, repeated=True), where)
 
 
 def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Call, where: str, *, repeated: bool = False) -> Outputs:
     """One run on memory that is poisoned where it can be, with the inputs guarded; a call in place gets a state of its own.
 
-    `repeated`: as a plan's second call is run, by what the module remembered of a first one, if it does.
+    `repeated`: as a plan's second call is run, by what the module remembered of a first one on other tensors of the same facts, if it does.
     """
     writes = "state" if getattr(call, "inplace", False) is True else None
     given = made.tensors(call)
@@ -152,7 +159,7 @@ def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Ca
     remembering, again = registry.remembering(module) if repeated else None, None
     if remembering is not None:
         with torch.no_grad():
-            again = remembering.remember(made.with_tensors(call, {"state": given["state"].clone()}) if writes else call, candidate)[1]
+            again = remembering.remember(made.with_tensors(call, _others(given)), candidate)[1]
     _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     with torch.no_grad(), _guarded(given, before, where):
         found = again(call) if again is not None else module.run(call, candidate)
@@ -200,12 +207,19 @@ def check_backward(
     for grads, wanted in exam.grads:
         missing = "" if all(g is not None or o is None for g, o in zip(grads, exam.outputs, strict=True)) else ", with a gradient of o alone"
         found = run_backward(made, candidate, module, exam.call, grads, states, where + missing)
-        for name, got, want in zip(made.differentiable, found, wanted, strict=True):
-            if want is not None:
-                assert got is not None
-                ledger.compare(f"d{name}", got, want, limit.gradients, where + missing, floor=gradient_floor(exam.call, name, wanted))
+        _compare_backward(made, found, wanted, exam, limit, ledger, where + missing)
+        second = run_backward(made, candidate, module, exam.call, grads, states, where + missing, repeated=True)
         if candidate.deterministic:
-            _same_bits(found, run_backward(made, candidate, module, exam.call, grads, states, where + missing, repeated=True), where + missing)
+            _same_bits(found, second, where + missing)
+        else:
+            _compare_backward(made, second, wanted, exam, limit, ledger, f"{where}{missing}, called again")
+
+
+def _compare_backward(made: Contract, found: Outputs, wanted: Outputs, exam: Exam, limit: Tolerance, ledger: Ledger, where: str) -> None:
+    for name, got, want in zip(made.differentiable, found, wanted, strict=True):
+        if want is not None:
+            assert got is not None
+            ledger.compare(f"d{name}", got, want, limit.gradients, where, floor=gradient_floor(exam.call, name, wanted))
 
 
 def run_backward(
@@ -230,7 +244,10 @@ def run_backward(
     remembering, again = registry.remembering_backward(module) if repeated else None, None
     if remembering is not None:
         with torch.no_grad():
-            again = remembering.remember_backward(call, grads, states, needs, candidate)[1]
+            others = _others({**given, **{f"grad {index}": grad for index, grad in enumerate((*grads, states)) if grad is not None}})
+            arriving = [others.get(f"grad {index}") for index in range(len(grads) + 1)]
+            first = made.with_tensors(call, {name: others[name] for name in given})
+            again = remembering.remember_backward(first, tuple(arriving[:-1]), arriving[-1], needs, candidate)[1]
     _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     with torch.no_grad(), _guarded(read, before, where):
         found: object = module.run_backward(call, grads, states, needs, candidate) if again is None else again(call, grads, states)
@@ -285,6 +302,17 @@ def _guarded(given: Mapping[str, Tensor], before: Mapping[str, Tensor], where: s
                 changed.append(name)
     if changed:
         raise Rejected(f"it changed its input {', '.join(changed)} on {where}")
+
+
+def _others(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the same facts, each in memory of its own, the floating ones with half the values: what is remembered of them must not show later."""
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().clone()
+        if tensor.is_floating_point():
+            torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory, 0, (memory.nbytes() // tensor.element_size(),), (1,)).mul_(0.5)
+        made[name] = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return made
 
 
 def _same_bits(first: Outputs, second: Outputs, where: str) -> None:

@@ -119,13 +119,19 @@ class Session:
             ledger.errors |= dict(result.errors)
             skipped = result.skipped
             self._compare(candidate, found, ledger, where)
-            peak = peak_mib(self._kernel(candidate), torch.device(self.device))
+            peak = peak_mib(self._kernel(candidate), torch.device(self.device)) + self._held_mib(candidate)
         except Rejected as reason:
             return Checked(GateResult(str(reason), tuple(ledger.errors.items()), skipped), compile_s=compile_s)
         except Exception as error:  # the candidate's own failure is its result
             return Checked(GateResult(failure(error, where), tuple(ledger.errors.items()), skipped), compile_s=compile_s)
         self._warm.add(candidate)
         return Checked(GateResult("", tuple(ledger.errors.items()), skipped), peak, compile_s)
+
+    def _held_mib(self, candidate: Candidate) -> float:
+        """What is in memory for a backward's sake alone before it begins: the states that its forward saved."""
+        if candidate.direction == "forward" or not candidate.saves_states or self._states is None:
+            return 0.0
+        return self._states.nbytes / 2**20
 
     def sample(self, candidate: Candidate, states_from: Candidate | None) -> float:
         """One cold run in microseconds; a process that was started anew warms the candidate up first."""

@@ -21,11 +21,13 @@ WRONG = """\
 """
 
 
-def test_a_lane_that_reaches_into_the_other_is_cut_to_its_32_bits() -> None:
-    assert spilling(WRONG) == {"%rd7"}
-    better = mended(WRONG)
-    assert "\tmul.wide.u32 \t%rd7, %r3, 268435456;\n\tand.b64 \t%rd7, %rd7, 4294967295;\n" in better
-    assert [line for line in better.splitlines() if "and.b64" not in line] == WRONG.splitlines()
+JOIN = "or.b64 \t%rd9, %rd7, %rd8;"
+CUT = "\tand.b64 \t%rd9, %rd7, 4294967295;\n\tor.b64 \t%rd9, %rd9, %rd8;"
+
+
+def test_of_a_lane_that_reaches_into_the_other_the_lower_32_bits_are_joined() -> None:
+    assert spilling(WRONG) == [JOIN.replace("\t", "\t")]
+    assert mended(WRONG) == WRONG.replace(f"\t{JOIN}", CUT)
 
 
 def test_mended_code_is_mended_once() -> None:
@@ -34,7 +36,20 @@ def test_mended_code_is_mended_once() -> None:
 
 
 def test_the_order_of_the_two_halves_does_not_matter() -> None:
-    assert spilling(WRONG.replace("%rd7, %rd8;", "%rd8, %rd7;")) == {"%rd7"}
+    assert mended(WRONG.replace("%rd7, %rd8;", "%rd8, %rd7;")) == mended(WRONG)
+
+
+def test_what_reads_the_lane_whole_keeps_it() -> None:
+    whole = WRONG + "\tadd.s64 \t%rd30, %rd2, %rd7;\n"
+    assert mended(whole) == mended(WRONG) + "\tadd.s64 \t%rd30, %rd2, %rd7;\n"
+
+
+def test_registers_of_another_function_are_others() -> None:
+    function = ".visible .entry one()\n{{\n{0}}}\n.visible .entry two()\n{{\n{1}}}\n"
+    product, rest = WRONG.split("\n", 1)
+    assert not spilling(function.format(f"{product}\n", rest))
+    assert len(spilling(function.format(WRONG, WRONG))) == 2
+    assert not spilling(mended(function.format(WRONG, WRONG)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import pytest
 if find_spec("triton") is None:
     pytest.skip("the package triton is not installed: pip install -c constraints.txt -e '.[test]'", allow_module_level=True)
 
-from titans_backends.backends.triton.lanes import mended, spilling
+import triton
+from titans_backends.backends.triton.lanes import compiled, mended, spilling
+from triton import knobs
 
 WRONG = """\
 	mul.wide.u32 	%rd7, %r3, 268435456;
@@ -65,3 +67,27 @@ def test_what_is_right_stays_as_it_is(text: str, other: str) -> None:
     assert text in WRONG
     right = WRONG.replace(text, other)
     assert mended(right) == right
+
+
+@pytest.mark.parametrize(("version", "mends"), [("3.6.0", True), ("3.7.1", False)])
+def test_what_triton_36_compiles_is_mended_and_its_hook_put_back(version: str, mends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiling(source: str, target: object, options: dict[str, int], **asked: dict[str, str]) -> tuple[str, bool]:
+        """As Triton 3.6 does it: the hook may change the stages before they run."""
+        stages = {"ptx": lambda module, metadata: source}
+        if knobs.runtime.add_stages_inspection_hook is not None:
+            knobs.runtime.add_stages_inspection_hook(object(), stages, options, None, 90)
+        return stages["ptx"](None, None), "titans_backends" in asked.get("_env_vars", {})
+
+    others: list[object] = []
+
+    def before(*given: object) -> None:
+        others.append(given)
+
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(triton, "compile", compiling)
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", before)
+    made, own_entry = compiled(WRONG, {"num_warps": 1})
+    assert made == (mended(WRONG) if mends else WRONG)
+    assert own_entry == mends
+    assert len(others) == 1
+    assert knobs.runtime.add_stages_inspection_hook is before

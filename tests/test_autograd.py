@@ -38,7 +38,7 @@ class Seen(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == library.NAMESPACE:
             self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
@@ -47,7 +47,10 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_eager_gradients_are_those_of_the_registered_op(name: str) -> None:
     keywords, op = small(name), CONTRACTS[name]
-    watched = lambda **given: library.call(op, [given[parameter] for parameter in op.parameters], None, False, True, True)  # noqa: E731
+
+    def watched(**given: object) -> tuple[Tensor | None, ...]:
+        return library.call(op, [given[parameter] for parameter in op.parameters], None, False, True, True)
+
     for got, want in zip(gradients(name, keywords, tb.get_op(name)), gradients(name, keywords, watched), strict=True):
         assert (got is None and want is None) or torch.equal(got, want)
 
@@ -71,8 +74,8 @@ def test_a_dispatch_mode_around_the_backward_alone_sees_it() -> None:
 def test_what_arrives_as_a_subclass_is_seen_by_torch() -> None:
     keywords = small("fast_core")
     o = tb.get_op("fast_core")(**keywords)[0]
-    one = torch.autograd.grad(o, keywords["v"], torch.ones_like(o), retain_graph=True)[0]  # type: ignore[arg-type]
-    both = torch.autograd.grad(o, keywords["v"], TwoTensor(torch.ones_like(o), 2 * torch.ones_like(o)))[0]  # type: ignore[arg-type]
+    one = torch.autograd.grad(o, keywords["v"], torch.ones_like(o), retain_graph=True)[0]
+    both = torch.autograd.grad(o, keywords["v"], TwoTensor(torch.ones_like(o), 2 * torch.ones_like(o)))[0]
     assert isinstance(both, TwoTensor)
     torch.testing.assert_close((both.a, both.b), (one, 2 * one))
 
@@ -82,7 +85,7 @@ def test_compiled_autograd_traces_the_registered_backward() -> None:
     want = gradients("fast_core", keywords, tb.get_op("fast_core"))
     o = tb.get_op("fast_core")(**keywords)[0]
     loss = (o * torch.cos(o.detach())).sum()
-    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):  # type: ignore[no-untyped-call]
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
         loss.backward()
     leaves = [x for x in keywords.values() if isinstance(x, Tensor) and x.requires_grad]
     for leaf, grad in zip(leaves, want, strict=True):
@@ -93,15 +96,15 @@ def test_compiled_autograd_traces_the_registered_backward() -> None:
 class Spy:
     """A backend that says whether anything reached it lazily negated, and whether autograd's keys are on."""
 
-    def __init__(self, plugin_backend, op: str = "fused_uw") -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, plugin_backend, op: str = "fused_uw") -> None:
         self.negated: list[bool] = []
         plugin_backend("spy", ops=(op,), run=self.run, run_backward=self.run_backward)
 
-    def run(self, call, candidate):  # type: ignore[no-untyped-def]
+    def run(self, call, candidate):
         self.negated.append(any(x.is_neg() for x in (call.attn_const, call.v_beta, call.k_beta)))
         return call.attn_const @ call.v_beta, call.attn_const @ call.k_beta
 
-    def run_backward(self, call, grads, states, needs, candidate):  # type: ignore[no-untyped-def]
+    def run_backward(self, call, grads, states, needs, candidate):
         self.negated.append(any(x.is_neg() for x in grads if x is not None))
         probe = torch.ones(1, requires_grad=True)
         with torch.enable_grad():
@@ -109,7 +112,7 @@ class Spy:
         return tuple(torch.ones_like(getattr(call, name)) if name in needs else None for name in CONTRACTS["fused_uw"].differentiable)
 
 
-def test_a_lazily_negated_tensor_reaches_no_kernel(plugin_backend) -> None:  # type: ignore[no-untyped-def]
+def test_a_lazily_negated_tensor_reaches_no_kernel(plugin_backend) -> None:
     spy, a, x = Spy(plugin_backend), torch.eye(4), torch.randn(4, 4, requires_grad=True)
     lazy = torch.complex(x, x).conj().imag
     assert lazy.is_neg()
@@ -146,9 +149,9 @@ def test_what_a_saved_tensors_hook_changes_is_computed_as_it_came_back() -> None
 
 def test_a_changed_input_is_refused_in_backward() -> None:
     keywords = small("gated_delta_rule")
-    keywords["v"] = keywords["v"] * 1.0  # type: ignore[operator]
+    keywords["v"] = keywords["v"] * 1.0
     o = tb.get_op("gated_delta_rule")(**keywords)[0]
-    keywords["v"].add_(1)  # type: ignore[attr-defined]
+    keywords["v"].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         o.sum().backward()
 
@@ -160,24 +163,24 @@ class Repeating:
         self.said: list[str] = []
         self.repeats = repeats
 
-    def run_backward(self, call, grads, states, needs, candidate):  # type: ignore[no-untyped-def]
+    def run_backward(self, call, grads, states, needs, candidate):
         self.said.append("run")
         return self._zeros(call, needs)
 
-    def remember_backward(self, call, grads, states, needs, candidate):  # type: ignore[no-untyped-def]
+    def remember_backward(self, call, grads, states, needs, candidate):
         self.said.append("remember")
 
-        def again(later, arriving, saved):  # type: ignore[no-untyped-def]
+        def again(later, arriving, saved):
             self.said.append("again")
             return self._zeros(later, needs)
 
         return self._zeros(call, needs), again if self.repeats else None
 
-    def _zeros(self, call, needs):  # type: ignore[no-untyped-def]
+    def _zeros(self, call, needs):
         return tuple(torch.zeros_like(getattr(call, name)) if name in needs else None for name in CONTRACTS["fast_core"].differentiable)
 
 
-def repeating(plugin_backend, **options: bool) -> Repeating:  # type: ignore[no-untyped-def]
+def repeating(plugin_backend, **options: bool) -> Repeating:
     made = Repeating(**options)
     plugin_backend("repeating", run_backward=made.run_backward, remember_backward=made.remember_backward)
     return made
@@ -188,17 +191,17 @@ def step(keywords: dict[str, object], **changes: object) -> None:
     o.backward(torch.ones_like(o))
 
 
-def test_a_backward_like_one_before_is_repeated_from_memory(plugin_backend) -> None:  # type: ignore[no-untyped-def]
+def test_a_backward_like_one_before_is_repeated_from_memory(plugin_backend) -> None:
     made, keywords = repeating(plugin_backend), small("fast_core")
     for _ in range(3):
         step(keywords)
     assert made.said == ["remember", "again", "again"]
 
 
-def test_other_needs_and_other_gradients_are_remembered_apart(plugin_backend) -> None:  # type: ignore[no-untyped-def]
+def test_other_needs_and_other_gradients_are_remembered_apart(plugin_backend) -> None:
     made, keywords = repeating(plugin_backend), small("fast_core")
     step(keywords)
-    step(keywords, k=keywords["k"].detach())  # type: ignore[attr-defined]
+    step(keywords, k=keywords["k"].detach())
     o = tb.get_op("fast_core", backend="repeating")(**keywords)[0]
     o.sum().backward()  # an expanded gradient, of no stride
     assert made.said == ["remember"] * 3
@@ -206,7 +209,7 @@ def test_other_needs_and_other_gradients_are_remembered_apart(plugin_backend) ->
     assert made.said[3:] == ["again"]
 
 
-def test_what_cannot_be_repeated_is_run_and_not_asked_again(plugin_backend) -> None:  # type: ignore[no-untyped-def]
+def test_what_cannot_be_repeated_is_run_and_not_asked_again(plugin_backend) -> None:
     made, keywords = repeating(plugin_backend, repeats=False), small("fast_core")
     for _ in range(3):
         step(keywords)

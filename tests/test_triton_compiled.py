@@ -32,7 +32,7 @@ from tests.triton_forms import (
     signature,
 )
 from tests.triton_machines import CARDS
-from tests.triton_tables import candidate_of, machine_of, named, rows, shipped
+from tests.triton_tables import candidates_of, machine_of, named, rows, shipped
 from titans_backends.cache.schema import Table
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import build
@@ -173,9 +173,9 @@ class OfTable:
         found: dict[Compilation, None] = {}
         for bucket, entry in rows(self.table):
             made = CONTRACTS[bucket.op]
-            candidate = candidate_of(bucket, entry, machine)
-            assert candidate is not None, f"gone: {named(bucket, entry)}"
-            found.update(dict.fromkeys(compilations(bucket.op, build(made, case_of(bucket), "meta"), candidate, machine.sm or 0)))
+            for candidate in candidates_of(bucket, entry, machine):
+                assert candidate is not None, f"gone: {named(bucket, entry)}"
+                found.update(dict.fromkeys(compilations(bucket.op, build(made, case_of(bucket), "meta"), candidate, machine.sm or 0)))
         return list(found)
 
     def __str__(self) -> str:

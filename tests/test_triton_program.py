@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -72,6 +75,34 @@ def test_a_later_call_launches_the_same_with_its_own_addresses(device: Device) -
         assert second[2:4] == (z.data_ptr(), o.data_ptr())
         assert second[4] is None  # a constant
         assert (o.shape, o.dtype) == ((4, 4), torch.float32)
+
+
+def test_scratch_that_is_needed_one_after_the_other_shares_its_place(device: Device) -> None:
+    def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
+        o, first, second, third = torch.empty(4, 4), torch.empty(64), torch.empty(64), torch.empty(64)
+        device(first, second)
+        device(second, third)
+        device(third, o)
+        return o, None
+
+    _, again = program.remembering(run)(FusedUW(*three()), ANY)
+    device.launched.clear()
+    again(FusedUW(*three()))
+    (_, first, second, *_), (_, also_second, third, *_), (_, also_third, *_) = device.launched
+    assert (second, third) == (also_second, also_third)
+    assert first == third
+    assert abs(second - first) == 256
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 9), st.integers(1, 4)), max_size=9))
+def test_pieces_that_are_needed_together_never_overlap(pieces: list[tuple[int, int, int]]) -> None:
+    sizes, spans = [size for size, _, _ in pieces], [range(begin, begin + count) for _, begin, count in pieces]
+    places, end = program._packed(sizes, spans)
+    assert end <= sum(-(-size // 256) * 256 for size in sizes)
+    assert all(place % 256 == 0 and place + size <= end for place, size in zip(places, sizes, strict=True))
+    for one, other in itertools.combinations(range(len(pieces)), 2):
+        if set(spans[one]) & set(spans[other]):
+            assert places[one] + sizes[one] <= places[other] or places[other] + sizes[other] <= places[one]
 
 
 def test_outputs_of_two_calls_are_different_memory(device: Device) -> None:

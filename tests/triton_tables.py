@@ -14,7 +14,7 @@ from titans_backends.cache.schema import Entry, Table
 from titans_backends.machine import Machine
 from titans_backends.tuning.problem import signature_of_bucket
 
-__all__ = ["candidate_of", "gone", "machine_of", "named", "rows", "shipped"]
+__all__ = ["candidates_of", "gone", "machine_of", "named", "rows", "shipped"]
 
 
 def shipped() -> list[Table]:
@@ -46,7 +46,21 @@ def machine_of(table: Table) -> Machine:
 def candidate_of(bucket: Bucket, entry: Entry, machine: Machine) -> Candidate | None:
     """The row's candidate among those that its op offers now; None where it is gone."""
     offered = module_of(bucket.op).candidates(signature_of_bucket(bucket, "cuda"), machine)
-    return next((one for one in offered if one.name == entry.use and one.params == entry.params), None)
+    return next((one for one in offered if (one.name, one.params, one.saves_states) == (entry.use, entry.params, entry.saves_states)), None)
+
+
+def backward_of(bucket: Bucket, entry: Entry, machine: Machine) -> Candidate | None:
+    """The same of a training row's backward, if that is Triton's."""
+    offered = module_of(bucket.op).backward_candidates(signature_of_bucket(bucket, "cuda"), machine)
+    return next(
+        (one for one in offered if (one.name, one.params, one.saves_states) == (entry.backward, entry.backward_params, entry.saves_states)), None
+    )
+
+
+def candidates_of(bucket: Bucket, entry: Entry, machine: Machine) -> list[Candidate | None]:
+    """What of a row Triton runs, as it is offered now."""
+    found = [candidate_of(bucket, entry, machine)]
+    return [*found, backward_of(bucket, entry, machine)] if (entry.backward or "").startswith("triton/") else found
 
 
 def named(bucket: Bucket, entry: Entry) -> str:
@@ -57,4 +71,4 @@ def named(bucket: Bucket, entry: Entry) -> str:
 def gone(table: Table) -> list[str]:
     """The rows whose kernel or candidate no longer exists, a line each."""
     machine = machine_of(table)
-    return [named(bucket, entry) for bucket, entry in rows(table) if candidate_of(bucket, entry, machine) is None]
+    return [named(bucket, entry) for bucket, entry in rows(table) if None in candidates_of(bucket, entry, machine)]

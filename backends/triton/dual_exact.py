@@ -137,9 +137,9 @@ def exact(call: DualCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     schedule = candidate.variant
     if call.output_final_state:
         shape = (x.sequences, x.heads, x.keys, x.values)
-        serial = schedule == "scan" and v.shape[1] > 0  # otherwise nothing writes what a sequence without tokens keeps
+        whole = v.shape[1] > 0 and (schedule == "scan" or cu_seqlens is None)  # segments write nothing for a packed sequence without tokens
         x.final = _state(shape, x.initial, v, written=v.shape[1] > 0)
-        fast.final = _state(shape, fast.initial, v, written=serial)
+        fast.final = _state(shape, fast.initial, v, written=whole)
     if o.numel():
         SCHEDULES[schedule](x, dict(candidate.params))
     if x.final is not None and call.normalize_final:

@@ -2,14 +2,14 @@
 
 The first call of a key runs as written and is recorded: its launches, the memory that it took and the views of it. A call that did anything else
 with a tensor (a copy of a strided input, say) is not replayed, and one whose launches are only collected is not recorded. A replay allocates, fills
-in the addresses and launches on the current stream.
+in the addresses and launches on the current stream. Its scratch is one block, in which pieces that no launch needs at the same time share a place.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -181,11 +181,7 @@ def _program(launches: list[launch.Taped], taken: list[Tensor], values: tuple[ob
             return None
         if not any(base is one for one in kept):
             kept.append(base)
-    inner, scratch = [one for one in taken if not any(one is held for held in kept)], 0
-    places: list[int] = []
-    for one in inner:
-        places.append(scratch)
-        scratch += -(-one.untyped_storage().nbytes() // _PAGE) * _PAGE
+    inner = [one for one in taken if not any(one is held for held in kept)]
     owners, last = [*tensors, *kept], len(tensors) + len(kept)
 
     def address(tensor: Tensor) -> Address | None:
@@ -195,9 +191,9 @@ def _program(launches: list[launch.Taped], taken: list[Tensor], values: tuple[ob
         sharing = [index for index, owner in enumerate(owners) if _same_memory(owner, tensor)]
         if len(sharing) == 1:
             return sharing[0], tensor.data_ptr() - owners[sharing[0]].data_ptr()
-        for one, place in zip(inner, places, strict=True):
+        for index, one in enumerate(inner):
             if _same_memory(one, tensor):
-                return last, place + tensor.data_ptr() - one.data_ptr()
+                return last + index, tensor.data_ptr() - one.data_ptr()
         return None
 
     steps: list[Launch] = []
@@ -214,6 +210,8 @@ def _program(launches: list[launch.Taped], taken: list[Tensor], values: tuple[ob
             else:
                 template.append(arg)
         steps.append(Launch(taped.form, taped.blocks, (*template, *taped.unused), tuple(holes)))
+    places, scratch = _packed([one.untyped_storage().nbytes() for one in inner], _spans(steps, last, len(inner)))
+    steps = [replace(step, holes=tuple((at, *_moved(owner, offset, last, places)) for at, owner, offset in step.holes)) for step in steps]
     results: list[Output | None] = []
     for out in outputs:
         if out is None:
@@ -232,6 +230,35 @@ def _program(launches: list[launch.Taped], taken: list[Tensor], values: tuple[ob
     if any(not one.is_contiguous() for one in kept):
         return None
     return Program(tuple(given), shapes, scratch, device, tuple(steps), tuple(results))
+
+
+def _spans(steps: list[Launch], last: int, count: int) -> list[range]:
+    """Between which launches each piece of scratch is needed: owners from `last` on."""
+    used = [[index for index, step in enumerate(steps) if any(owner == last + piece for _, owner, _ in step.holes)] for piece in range(count)]
+    return [range(found[0], found[-1] + 1) if found else range(0) for found in used]
+
+
+def _packed(sizes: list[int], spans: list[range]) -> tuple[list[int], int]:
+    """Where each piece lies in one block of scratch, and the block's size: pieces that no launch needs both of may lie in the same place.
+
+    The largest first, each at the lowest address that is free while it is needed. Launches of one stream run one after the other.
+    """
+    places, end = [0] * len(sizes), 0
+    laid: list[int] = []
+    for piece in sorted((index for index, span in enumerate(spans) if span), key=lambda index: -sizes[index]):
+        beside = [one for one in laid if spans[one].start < spans[piece].stop and spans[piece].start < spans[one].stop]
+        place = 0
+        for one in sorted(beside, key=places.__getitem__):
+            if place + sizes[piece] <= places[one]:
+                break
+            place = max(place, -(-(places[one] + sizes[one]) // _PAGE) * _PAGE)
+        places[piece], end = place, max(end, place + sizes[piece])
+        laid.append(piece)
+    return places, end
+
+
+def _moved(owner: int, offset: int, last: int, places: list[int]) -> Address:
+    return (owner, offset) if owner < last else (last, places[owner - last] + offset)
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

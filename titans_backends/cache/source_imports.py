@@ -31,7 +31,7 @@ def with_imports(names: Sequence[str], without: Sequence[str] = ()) -> tuple[str
         if path is not None:
             status = path.stat()
             fresh = set(_imports(name, path, status.st_mtime_ns, status.st_size)) - found - set(without)
-            fresh = {one for one in fresh if not one.startswith(below)} if below else fresh
+            fresh = {one for one in fresh if not one.startswith(below)}
             found |= fresh
             todo += fresh
     return tuple(sorted(found))

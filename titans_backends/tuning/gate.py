@@ -305,12 +305,16 @@ def _guarded(given: Mapping[str, Tensor], before: Mapping[str, Tensor], where: s
 
 
 def _others(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the same facts, each in memory of its own, the floating ones with half the values: what is remembered of them must not show later."""
+    """Tensors of the same facts in other memory, shared as theirs is, the floating ones with half the values: what is remembered of them must not show."""
+    copies: dict[int, torch.UntypedStorage] = {}
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().clone()
-        if tensor.is_floating_point():
-            torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory, 0, (memory.nbytes() // tensor.element_size(),), (1,)).mul_(0.5)
+        held = tensor.untyped_storage()
+        memory = copies.get(held._cdata)
+        if memory is None:
+            memory = copies[held._cdata] = held.clone()
+            if tensor.is_floating_point():
+                torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory, 0, (memory.nbytes() // tensor.element_size(),), (1,)).mul_(0.5)
         made[name] = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
     return made
 

@@ -128,6 +128,23 @@ def test_two_threads_and_their_cuts_give_the_bits_of_one(
             assert (one is None and other is None) or torch.equal(one, other), candidate.label  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dim", [8, 80])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "gated_delta_step"])
+def test_under_batch_invariance_a_rows_bits_depend_on_neither_company_nor_length(op: str, dim: int, two_threads: None) -> None:
+    made, call = contract(op), call_of(op, B=3, T=150, K=dim, V=dim, given=("g",) if op != "slow_core" else (), options={})
+    given = {name: getattr(call, name) for name in made.parameters}
+    with tb.policy(batch_invariant=True):
+        whole = tb.get_op(op)(**given, backend="numba_cpu")
+        for tokens in (1, 17, 64, 100):
+            part = {name: tensor[1:2, :tokens] for name, tensor in made.tensors(call).items()}
+            found = tb.get_op(op)(**{**given, **part}, backend="numba_cpu")
+            for index in range(2 if op == "uw_transform" else 1):
+                one, other = found[index], whole[index]
+                assert one is not None
+                assert other is not None
+                assert torch.equal(one, other[1:2, :tokens]), tokens
+
+
 def test_a_parallel_call_takes_torchs_threads_and_leaves_numbas_setting(two_threads: None, launched: list[tuple[str, int]]) -> None:
     before = numba.get_num_threads()
     numba.set_num_threads(1)

@@ -33,9 +33,11 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Token by token, first for small heads, and chunks that are not twice too long."""
+    """Token by token, first for small heads, and chunks that are not twice too long; under batch invariance whatever the length."""
     tokens = [Candidate("numba_cpu", "tokens")]
-    chunks = [Candidate("numba_cpu", "chunks", (("chunk_size", size),)) for size in _CHUNKS if size < 2 * signature.dim("T")]
+    chunks = [
+        Candidate("numba_cpu", "chunks", (("chunk_size", size),)) for size in _CHUNKS if signature.batch_invariant or size < 2 * signature.dim("T")
+    ]
     return chunks + tokens if min(signature.dim("K"), signature.dim("V")) > _WIDE else tokens + chunks
 
 

@@ -25,10 +25,16 @@ def serves(signature: Signature, machine: Machine) -> Verdict:
     return verdict
 
 
+def _longest_chunk(signature: Signature) -> int:
+    """Tokens of the longest chunk: under batch invariance the asked ones, since T is what shares the batch."""
+    asked = int(signature.option("chunk_size") or 0)
+    return asked if signature.batch_invariant else min(asked, signature.dim("T"))
+
+
 def refuse_chunk(signature: Signature) -> Verdict:
     """Refuses a chunk whose square matrices would not fit a worker's scratch."""
     asked = int(signature.option("chunk_size") or 0)
-    if min(asked, signature.dim("T")) > LARGEST_CHUNK:
+    if _longest_chunk(signature) > LARGEST_CHUNK:
         return refused(
             f"chunk_size={asked} over T={signature.dim('T')}: these options need a matrix of chunk_size x chunk_size, here at most "
             f"{LARGEST_CHUNK} x {LARGEST_CHUNK}; pass chunk_size={LARGEST_CHUNK} or less, or backend='eager'"
@@ -39,7 +45,7 @@ def refuse_chunk(signature: Signature) -> Verdict:
 def tokens_are_less(signature: Signature) -> bool:
     """Whether S_fast is less work as a running state, 5 K V FLOP per token, than as a chunk's products, C (K + V)."""
     keys, values = signature.dim("K"), signature.dim("V")
-    return 5 * keys * values < min(int(signature.option("chunk_size") or 0), signature.dim("T")) * (keys + values)
+    return 5 * keys * values < _longest_chunk(signature) * (keys + values)
 
 
 def _name(dtype: torch.dtype) -> str:

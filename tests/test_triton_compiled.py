@@ -1,7 +1,8 @@
 """The Triton backend's kernels compile ahead of time, without a GPU, and fit the card: shared memory, registers, spills.
 
-Each op's default for production calls on four architectures, that of its backward on Hopper, and every row of the shipped tables on its own card. A
-card is described in `triton_machines.py`; what a candidate launches is found by `triton_forms.py`.
+Each op's default for production calls on four architectures, that of its backward on Hopper, and of the shipped tables one row of every variant and
+dtype on their own card, where all of them ran when they were measured; a row whose source has changed since is not used. A card is described in
+`triton_machines.py`; what a candidate launches is found by `triton_forms.py`.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ BACKWARDS = [OfBackward(op, case.name) for op in TRAINED for case in TRAINING if
 
 @dataclass(frozen=True, slots=True)
 class OfTable:
-    """What an op's rows of a shipped table launch on their card."""
+    """What an op's rows of a shipped table launch on their card: the first of every variant and dtype, the other rows differ in tiles and sizes."""
 
     table: Table
     op: str
@@ -176,12 +177,17 @@ class OfTable:
     def __call__(self) -> list[Compilation]:
         machine = machine_of(self.table)
         found: dict[Compilation, None] = {}
+        seen = set[tuple[object, ...]]()
         for bucket, entry in rows(self.table):
             if bucket.op != self.op:
                 continue
             made = CONTRACTS[bucket.op]
             for candidate in candidates_of(bucket, entry, machine):
                 assert candidate is not None, f"gone: {named(bucket, entry)}"
+                kind = (candidate.direction, candidate.variant, dict(bucket.when)["dtype"])
+                if kind in seen:
+                    continue
+                seen.add(kind)
                 found.update(dict.fromkeys(compilations(bucket.op, build(made, case_of(bucket), "meta"), candidate, machine.sm or 0)))
         return list(found)
 

@@ -1,5 +1,4 @@
-"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, a process for each op's forward and one for its gradients, as many at
-once as there are cores."""
+"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, a process for each op, as many at once as there are cores."""
 
 from __future__ import annotations
 
@@ -21,10 +20,8 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = tuple(reversed(import_module("titans_backends.backends.triton").BACKEND.ops))
-TRAINED = tuple(op for op in OPS if op != "gated_delta_step")
 PARTS = {
-    **{f"{op}, gradients": ("tests/triton_interpreted_gradients.py", "-k", f"{op}-") for op in TRAINED},
-    **{op: ("tests/triton_interpreted.py", "-k", f"{op}-") for op in OPS},
+    **{op: ("tests/triton_interpreted.py", "tests/triton_interpreted_gradients.py", "-k", f"{op}-") for op in OPS},
     "parts": ("tests/triton_interpreted_parts.py",),
 }
 """What pytest is to run. The longest first, so that the processes end together."""

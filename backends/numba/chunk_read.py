@@ -1,0 +1,159 @@
+"""What a chunk reads (SPEC.md 2, and the o of SPEC.md 4), all chunks at once:
+
+    o = gate * scale * ( (exp(G) * Q) S + (tril(Q K^T) * Gamma) (rate * U) )
+
+S_fast: U = v, and S is there only in a chunk that goes on from an earlier call. S_slow: U = U' and S = S~ of `state_scan`. The flat memory: U = u
+without S. A block takes a few rows of a chunk and walks the tiles to their left, as a causal attention without softmax; the scores live in
+shared memory only. `mix`: with SPEC.md 5's alpha, o is multiplied by `mix_offset + mix_scale * alpha`, and with `add` added to what is there.
+
+FLOP a token and head: C (K + V) for scores and their product, 2 K V for the read. Bytes: 4 (2 K + 2 V), and 4 K V a chunk. Floor for 2048 tokens of 12
+heads of 32 on an H100: 5 us by the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .absent import given_or, nothing, unity
+from .grid import Grid, locate
+from .launch import Kernel
+from .settings import SIMULATED_TILE, WIDE, largest_rows
+from .target import ZERO, cuda, float32
+
+__all__ = ["EACH_CHUNK", "FIRST_CHUNK", "NO_STATE", "Mix", "read_chunks"]
+
+NO_STATE, EACH_CHUNK, FIRST_CHUNK = 0, 1, 2
+"""Which state a chunk reads: none; that of its slot; its sequence's, in the first chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A core's part in o: `offset + scale * alpha`; `add` to what o holds."""
+
+    alpha: Tensor | None = None
+    offset: float = 1.0
+    scale: float = 0.0
+    add: bool = False
+
+
+def chunk_read(keys: int, values: int, rows: int, threads: int) -> Callable[..., None]:
+    """The kernel: block x is the chunk and the tile of `rows` tokens in it, y the head."""
+    own = -(-rows * values // threads)
+
+    def kernel(
+        bounds, packed, tokens, chunk, offset, tiles, which, add, scale, mix_offset, mix_scale, q, k, u, rate, log, gate, alpha, states, o
+    ):
+        q_rows = cuda.shared.array((rows, keys + 1), float32)
+        k_rows = cuda.shared.array((rows, keys + 1), float32)
+        u_rows = cuda.shared.array((rows, values), float32)
+        scores = cuda.shared.array((rows, rows + 1), float32)
+        out = cuda.local.array(own, float32)
+        thread = cuda.threadIdx.x
+        head = cuda.blockIdx.y
+        group = head // (u.shape[2] // k.shape[2])
+        slot = cuda.blockIdx.x // tiles
+        row, sequence, index, first, stop = locate(bounds, packed, tokens, chunk, offset, slot)
+        top = first + cuda.blockIdx.x % tiles * rows
+        if top >= stop:
+            return
+
+        for place in range(thread, rows * keys, threads):
+            i = place // keys
+            q_rows[i, place % keys] = float32(scale) * q[row, top + i, group, place % keys] if top + i < stop else ZERO
+        for n in range(own):
+            out[n] = ZERO
+
+        # (tril(Q K^T) * Gamma) U, tile by tile up to the diagonal
+        for left in range(first, top + rows, rows):
+            cuda.syncthreads()
+            for place in range(thread, rows * keys, threads):
+                j = place // keys
+                k_rows[j, place % keys] = k[row, left + j, group, place % keys] if left + j < stop else ZERO
+            for place in range(thread, rows * values, threads):
+                j = place // values
+                value = ZERO
+                if left + j < stop:
+                    value = rate[row, left + j, head] * u[row, left + j, head, place % values]
+                u_rows[j, place % values] = value
+            cuda.syncthreads()
+            for place in range(thread, rows * rows, threads):
+                i = place // rows
+                j = place % rows
+                score = ZERO
+                if left + j <= top + i < stop:
+                    for key in range(keys):
+                        score += q_rows[i, key] * k_rows[j, key]
+                    score *= math.exp(float32(log[row, top + i, head] - log[row, left + j, head]))
+                scores[i, j] = score
+            cuda.syncthreads()
+            for n in range(own):
+                place = n * threads + thread
+                if place < rows * values:
+                    total = ZERO
+                    for j in range(rows):
+                        total += scores[place // values, j] * u_rows[j, place % values]
+                    out[n] += total
+
+        # (exp(G) * Q) S, a few of its rows at a time
+        if which == EACH_CHUNK or (which == FIRST_CHUNK and index == 0):
+            for start in range(0, keys, rows):
+                cuda.syncthreads()
+                for place in range(thread, rows * values, threads):
+                    key = start + place // values
+                    held = ZERO
+                    if key < keys:
+                        held = states[slot if which == EACH_CHUNK else sequence, head, key, place % values]
+                    u_rows[place // values, place % values] = held
+                cuda.syncthreads()
+                for n in range(own):
+                    place = n * threads + thread
+                    i = place // values
+                    if place < rows * values and top + i < stop:
+                        total = ZERO
+                        for key in range(min(rows, keys - start)):
+                            total += q_rows[i, start + key] * u_rows[key, place % values]
+                        out[n] += math.exp(float32(log[row, top + i, head])) * total
+
+        for n in range(own):
+            place = n * threads + thread
+            token = top + place // values
+            column = place % values
+            if place < rows * values and token < stop:
+                mixed = float32(mix_offset) + float32(mix_scale) * alpha[row, token, head]
+                result = mixed * gate[row, token, head] * out[n]
+                o[row, token, head, column] = o[row, token, head, column] + result if add else result
+
+    return kernel
+
+
+_READ = Kernel(chunk_read)
+
+
+def read_chunks(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    rate: Tensor,
+    log: Tensor,
+    gate: Tensor | None,
+    states: Tensor | None,
+    which: int,
+    grid: Grid,
+    scale: float,
+    o: Tensor,
+    mix: Mix | None = None,
+) -> None:
+    """Writes or adds to `o [B, T, H, V]` in float32; `states` as `which` says."""
+    mix = mix or Mix()
+    keys, values = k.shape[3], u.shape[3]
+    rows = SIMULATED_TILE or min(32, largest_rows(4 * (2 * (keys + 1) + values), True))
+    tiles = -(-grid.chunk // rows)
+    _READ(
+        (grid.slots * tiles, u.shape[2]), WIDE, (keys, values, rows, WIDE), *grid.args, tiles, which if states is not None else NO_STATE,
+        int(mix.add), float(scale), float(mix.offset), float(mix.scale), q, k, u, rate, log, given_or(gate, unity(u, *u.shape[:3])),
+        given_or(mix.alpha, unity(u, *u.shape[:3])), nothing(u, 0, 0, 0, 0) if states is None else states, o,
+    )  # fmt: skip

@@ -121,3 +121,16 @@ def test_forward_in_the_simulator(op: str, case: Case) -> None:
     exam = exam_of(made, case, call, training=False)
     for candidate in offered(made, call, "inference"):
         check_forward(made, candidate, module_of(op), exam, LIMIT, Ledger(), f"{candidate.label}, {case}")
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [pytest.param(op, case, id=f"{op}-{case}") for op in ("fast_core", "fused_uw", "uw_transform", "slow_core") for case in tiny(CONTRACTS[op])],
+)
+def test_backward_in_the_simulator(op: str, case: Case) -> None:
+    made = CONTRACTS[op]
+    call = build(made, case)
+    candidates = offered(made, call, "training")
+    exam = exam_of(made, case, call, training=True)
+    for candidate in candidates:
+        check_backward(made, candidate, module_of(op), exam, LIMIT, Ledger(), f"{candidate.label}, {case}")

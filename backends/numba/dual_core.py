@@ -14,8 +14,8 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
-from .absent import nothing, unity
-from .chunk_read import EACH_CHUNK, FIRST_CHUNK, NO_STATE, Mix, read_chunks
+from .absent import nothing
+from .chunk_read import EACH_CHUNK, FIRST_CHUNK, Mix, read_chunks
 from .frobenius import normalize
 from .gated_delta_rule import CHUNKS, delta_rule
 from .grid import Grid
@@ -79,12 +79,12 @@ def _slow(call: DualCore, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor,
     u = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if flat:
         transform_chunks(k, v, beta, log, grid, call.transform, u, None)
-        read_chunks(q, k, u, unity(v, *v.shape[:3]), log, call.slow_gate, None, NO_STATE, grid, call.scale, o, mix)
+        read_chunks(q, k, u, log, grid, o, scale=call.scale, gate=call.slow_gate, mix=mix)
         return None
     w = torch.empty(*v.shape[:3], k.shape[3], dtype=v.dtype, device=v.device)
     transform_chunks(k, v, beta, log, grid, call.transform, u, w)
     states, updates, final = scan(k, u, w, log, call.chunk_decay, call.initial_state, grid, delta=call.delta, normalize=call.normalize_read)
-    read_chunks(q, k, updates, unity(v, *v.shape[:3]), log, call.slow_gate, states, EACH_CHUNK, grid, call.scale, o, mix)
+    read_chunks(q, k, updates, log, grid, o, scale=call.scale, gate=call.slow_gate, states=states, which=EACH_CHUNK, mix=mix)
     return final
 
 
@@ -93,5 +93,5 @@ def _fast(call: DualCore, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, o: Tens
     grid = Grid(v, call.chunk_size, call.cu_seqlens, call.chunk_offset)
     log = nothing(v, *v.shape[:3], dtype=torch.float64)
     carried = call.initial_fast_state if call.chunk_offset else None
-    read_chunks(q, k, v, beta, log, call.fast_gate, carried, FIRST_CHUNK, grid, call.scale, o, mix)
+    read_chunks(q, k, v, log, grid, o, scale=call.scale, rate=beta, gate=call.fast_gate, states=carried, which=FIRST_CHUNK, mix=mix)
     return last_state(k, v, beta, log, call.initial_fast_state, grid) if call.output_final_state else None

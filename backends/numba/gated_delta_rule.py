@@ -11,7 +11,6 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
-from .absent import unity
 from .chunk_read import EACH_CHUNK, Mix, read_chunks
 from .grid import Grid
 from .log_decay import running_log
@@ -55,7 +54,7 @@ def delta_rule(
     w = torch.empty(*v.shape[:3], k.shape[3], dtype=v.dtype, device=v.device)
     transform_chunks(k, v, beta, log, grid, "exact", u, w)
     states, updates, final = scan(k, u, w, log, None, start, grid, delta=True, normalize=False)
-    read_chunks(q, k, updates, unity(v, *v.shape[:3]), log, gate, states, EACH_CHUNK, grid, scale, o, mix)
+    read_chunks(q, k, updates, log, grid, o, scale=scale, gate=gate, states=states, which=EACH_CHUNK, mix=mix)
     return final
 
 

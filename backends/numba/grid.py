@@ -55,7 +55,7 @@ def sequence_span(bounds, packed, tokens, chunk, offset, sequence):
 
 @device
 def locate(bounds, packed, tokens, chunk, offset, slot):
-    """(batch row, sequence, number of the chunk in it, first token, end) of a slot; an empty one ends where it begins, or before."""
+    """(batch row, sequence, number of the chunk in it, first token, end, end of the sequence) of a slot; an empty one ends where it begins, or before."""
     if packed:
         sequence = 0
         after = len(bounds) - 1
@@ -78,7 +78,7 @@ def locate(bounds, packed, tokens, chunk, offset, slot):
         end = tokens
     first = begin - offset + index * chunk
     stop = min(end, first + chunk)
-    return row, sequence, index, max(begin, first), stop
+    return row, sequence, index, max(begin, first), stop, end
 
 
 @device

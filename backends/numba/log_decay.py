@@ -26,7 +26,7 @@ def log_decay() -> Callable[..., None]:
 
     def kernel(bounds, packed, tokens, chunk, offset, g, log):
         head = cuda.blockIdx.y
-        row, _, _, first, stop = locate(bounds, packed, tokens, chunk, offset, cuda.blockIdx.x)
+        row, _, _, first, stop, _ = locate(bounds, packed, tokens, chunk, offset, cuda.blockIdx.x)
         for token in range(first + cuda.threadIdx.x, stop, cuda.blockDim.x):
             total = 0.0
             for earlier in range(first, token + 1):

@@ -22,10 +22,11 @@ _TILE = 16
 
 def tiled_product(tile: int) -> Callable[..., None]:
     """The kernel: block x is the matrix of the batch and the tile's row, y the tile's column; a thread per element."""
+    pitch = tile + 1
 
     def kernel(tiles, pairs, a, b, d, e, c):
-        left = cuda.shared.array((tile, tile + 1), float32)
-        right = cuda.shared.array((tile, tile + 1), float32)
+        left = cuda.shared.array((tile, pitch), float32)
+        right = cuda.shared.array((tile, pitch), float32)
         i = cuda.threadIdx.x // tile
         j = cuda.threadIdx.x % tile
         batch = cuda.blockIdx.x // tiles

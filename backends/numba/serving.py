@@ -12,7 +12,7 @@ from titans_backends.verdict import ACCEPTED, Verdict, refused
 from .settings import power_of_two
 from .target import SIMULATED
 
-__all__ = ["refuse_chunk", "refuse_training", "serves", "wide"]
+__all__ = ["gradients", "refuse_chunk", "refuse_training", "serves", "wide"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 256
@@ -60,3 +60,8 @@ def refuse_training(signature: Signature, **present: bool) -> Verdict:
 def wide(x: Tensor) -> Tensor:
     """The tensor in float32: itself, or a copy of 16-bit numbers."""
     return x.detach().float()
+
+
+def gradients(call: object, names: tuple[str, ...], found: dict[str, Tensor], needs: frozenset[str]) -> tuple[Tensor | None, ...]:
+    """The gradients in that order and in their inputs' dtypes; None for what `needs` leaves out."""
+    return tuple(found[name].to(getattr(call, name).dtype) if name in needs else None for name in names)

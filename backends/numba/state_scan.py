@@ -36,13 +36,14 @@ def state_scan(keys: int, values: int, tile: int, rows: int, threads: int) -> Ca
     tiles = -(-values // tile)
     entries = keys * tile
     own = -(-entries // threads)
+    pitch = keys + 1
 
     def kernel(
         bounds, packed, tokens, chunk, offset, delta, normalize, only_last, keep, k, u, w, rate, log, chunk_decay, start, states, updates, final
     ):
         state = cuda.shared.array((keys, tile), float32)
-        k_rows = cuda.shared.array((rows, keys + 1), float32)
-        w_rows = cuda.shared.array((rows, keys + 1), float32)
+        k_rows = cuda.shared.array((rows, pitch), float32)
+        w_rows = cuda.shared.array((rows, pitch), float32)
         u_rows = cuda.shared.array((rows, tile), float32)
         squares = cuda.shared.array(threads, float32)
         gained = cuda.local.array(own, float32)

@@ -1,7 +1,8 @@
 """u and w of a chunk (SPEC.md 3): A = -stril(diag(b) K K^T * Gamma), then u = T (b * V) and w = T (b * exp(G) * K).
 
 exact: T = (I - A)^-1 by forward substitution, never inverted: row i of u is b_i v_i + sum over j < i of A_ij u_j. Every column of [u | w] is solved by
-one thread, which waits for no other. lam: T = I + A + stril(A A^T), so the same sum over the right-hand side's rows. none: T = I.
+one thread, which waits for no other. lam: T = I + A + stril(A A^T), so the same sum over the right-hand side's rows. none: T = I. `transposed`: T^T in place of T,
+from the last row to the first, for the gradients.
 
 FLOP a token and head: C K for A (half of K K^T), C (K + V) for the substitution. Bytes: 4 (K + V) read, 4 (K + V) written. Floor for 2048 tokens of
 12 heads of 32 on an H100: 4 us by the bytes. Shared memory: A's lower triangle, packed row after row, and a slice of the keys.
@@ -19,7 +20,7 @@ from .launch import Kernel
 from .settings import LANES, THREADS, power_of_two
 from .target import ZERO, cuda, float32
 
-__all__ = ["EXACT", "LAM", "LARGEST_CHUNK", "NONE", "TRANSFORMS", "transform_chunks"]
+__all__ = ["EXACT", "LAM", "LARGEST_CHUNK", "NONE", "TRANSFORMS", "transform_back", "transform_chunks"]
 
 EXACT, LAM, NONE = 0, 1, 2
 TRANSFORMS = {"exact": EXACT, "lam": LAM, "none": NONE}
@@ -31,17 +32,19 @@ def uw_chunks(capacity: int, keys: int, values: int, slice_keys: int, threads: i
     """The kernel: a block per chunk and head. `capacity` tokens at most; the keys are multiplied `slice_keys` columns at a time."""
     triangle_size = capacity * (capacity - 1) // 2
     warps = threads // lanes
+    pitch = slice_keys + 1
 
-    def kernel(bounds, packed, tokens, chunk, offset, transform, columns, k, v, beta, log, u, w):
+    def kernel(bounds, packed, tokens, chunk, offset, transform, transposed, columns, k, beta, log, x, z, u, w):
         a = cuda.shared.array(triangle_size, float32)
-        part = cuda.shared.array((capacity, slice_keys + 1), float32)
+        part = cuda.shared.array((capacity, pitch), float32)
         solved = cuda.local.array(capacity, float32)
         thread = cuda.threadIdx.x
         warp = thread // lanes
         lane = thread % lanes
         head = cuda.blockIdx.y
-        group = head // (v.shape[2] // k.shape[2])
-        row, _, _, first, stop = locate(bounds, packed, tokens, chunk, offset, cuda.blockIdx.x)
+        group = head // (u.shape[2] // k.shape[2])
+        z_head = head // (u.shape[2] // z.shape[2])
+        row, _, _, first, stop, _ = locate(bounds, packed, tokens, chunk, offset, cuda.blockIdx.x)
         count = stop - first
 
         # K K^T below the diagonal, a slice of the keys at a time: a warp takes rows, its lanes the columns
@@ -81,17 +84,21 @@ def uw_chunks(capacity: int, keys: int, values: int, slice_keys: int, threads: i
                     a[i * (i - 1) // 2 + thread] += both
                 cuda.syncthreads()
 
-        # [u | w], a column a thread
+        # [u | w], a column a thread, from the first row on; transposed, from the last
         for column in range(thread, columns, threads):
-            for i in range(count):
+            for step in range(count):
+                i = count - 1 - step if transposed else step
                 token = first + i
-                right = beta[row, token, head]
-                if column < values:
-                    right *= v[row, token, head, column]
-                else:
-                    right *= math.exp(float32(log[row, token, head])) * k[row, token, group, column - values]
+                right = x[row, token, head, column] if column < values else z[row, token, z_head, column - values]
+                if not transposed:
+                    right *= beta[row, token, head]
+                    if column >= values:
+                        right *= math.exp(float32(log[row, token, head]))
                 total = right
-                if transform != NONE:
+                if transform != NONE and transposed:
+                    for j in range(i + 1, count):
+                        total += a[j * (j - 1) // 2 + i] * solved[j]
+                elif transform != NONE:
                     for j in range(i):
                         total += a[i * (i - 1) // 2 + j] * solved[j]
                 solved[i] = right if transform == LAM else total
@@ -114,5 +121,15 @@ def transform_chunks(k: Tensor, v: Tensor, beta: Tensor, log: Tensor, grid: Grid
     columns = values if w is None else values + keys
     _UW(
         (grid.slots, v.shape[2]), THREADS, (capacity, keys, values, slice_keys, THREADS, LANES),
-        *grid.args, TRANSFORMS[transform], columns, k, v, beta, log, u, u if w is None else w,
+        *grid.args, TRANSFORMS[transform], 0, columns, k, beta, log, v, k, u, u if w is None else w,
+    )  # fmt: skip
+
+
+def transform_back(k: Tensor, beta: Tensor, log: Tensor, grid: Grid, transform: str, du: Tensor, dw: Tensor, dx: Tensor, dz: Tensor) -> None:
+    """Writes dx = T^T du `[B, T, H, V]` and dz = T^T dw `[B, T, H, K]` (SPEC.md 10)."""
+    keys, values = dw.shape[3], du.shape[3]
+    slice_keys = min(power_of_two(keys, 4), 16)
+    _UW(
+        (grid.slots, du.shape[2]), THREADS, (power_of_two(grid.chunk, 8), keys, values, slice_keys, THREADS, LANES),
+        *grid.args, TRANSFORMS[transform], 1, values + keys, k, beta, log, du, dw, dx, dz,
     )  # fmt: skip

@@ -13,20 +13,27 @@ from titans_backends.verdict import Verdict
 
 from .grid import Grid
 from .log_decay import running_log
-from .serving import refuse_chunk, serves, wide
+from .serving import gradients, refuse_chunk, refuse_training, serves, wide
 from .uw_chunks import LARGEST_CHUNK, transform_chunks
+from .uw_gradients import uw_gradients
 
-__all__ = ["candidates", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "run", "run_backward", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
-    """Every option, in chunks of up to 128 tokens."""
-    return serves(signature, machine) & refuse_chunk(signature, LARGEST_CHUNK)
+    """Every option, in chunks of up to 128 tokens; the backward has no lam."""
+    lam = {"transform='lam'": signature.option("transform") == "lam"}
+    return serves(signature, machine) & refuse_chunk(signature, LARGEST_CHUNK) & refuse_training(signature, **lam)
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """One way."""
     return [Candidate("numba", "chunks")]
+
+
+def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """One way."""
+    return [Candidate("numba", "chunks", direction="backward")]
 
 
 def run(call: UWTransform, candidate: Candidate) -> tuple[Tensor | None, ...]:
@@ -37,3 +44,10 @@ def run(call: UWTransform, candidate: Candidate) -> tuple[Tensor | None, ...]:
     w = torch.empty(*v.shape[:3], k.shape[3], dtype=v.dtype, device=v.device)
     transform_chunks(k, v, wide(call.beta), running_log(call.g, grid, v), grid, call.transform, u, w)
     return u.to(call.v.dtype), w.to(call.v.dtype)
+
+
+def run_backward(
+    call: UWTransform, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+) -> tuple[Tensor | None, ...]:
+    """Gradients of k, v, beta and g, in that order."""
+    return gradients(call, ("k", "v", "beta", "g"), uw_gradients(call, grads[0], grads[1]), needs)

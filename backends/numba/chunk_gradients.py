@@ -1,9 +1,9 @@
 """The gradients of what a chunk reads (SPEC.md 10) are three more reads, with the roles of q, k and U exchanged; shared by fast_core and slow_core.
 
-    o = gate * scale * ( (exp(G) * Q) S + (tril(Q K^T) * Gamma) U )
-    dq = gate * scale * ( (exp(G) * dO) S^T + (tril(dO U^T) * Gamma) K )              dgate = q . (dq without its gate)
-    dU = (exp(G_C - G) * K) dS' + (triu(K Q^T) * Gamma^T) (scale * gate * dO)
-    dk = (exp(G_C - G) * U) dS'^T + (triu(U dO^T) * Gamma^T) (scale * gate * Q)
+o = gate * scale * ( (exp(G) * Q) S + (tril(Q K^T) * Gamma) U )
+dq = gate * scale * ( (exp(G) * dO) S^T + (tril(dO U^T) * Gamma) K )              dgate = q . (dq without its gate)
+dU = (exp(G_C - G) * K) dS' + (triu(K Q^T) * Gamma^T) (scale * gate * dO)
+dk = (exp(G_C - G) * U) dS'^T + (triu(U dO^T) * Gamma^T) (scale * gate * Q)
 """
 
 from __future__ import annotations

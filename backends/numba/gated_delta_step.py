@@ -39,7 +39,7 @@ def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[Tensor | None, ...]
     if call.state_indices is None:
         slots = _own_slots(v.shape[0], v.device)
     else:
-        slots = call.state_indices.to(v.device)
+        slots = call.state_indices.to(v.device, torch.int64)
     if call.inplace:
         after = call.state
     elif call.state_indices is None:

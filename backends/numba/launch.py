@@ -1,13 +1,15 @@
 """How a kernel starts: on torch's current stream of the tensors' device, never waiting, with each tensor wrapped once for Numba.
 
 A wrapped tensor is an address with its shape and strides; it keeps no memory alive, so remembering the last few thousand of them costs nothing.
-Everything is typed as strided, so a kernel is compiled once for its constants, whatever the layout of the tensors.
+Arrays are typed as strided, so a kernel is compiled once for its constants and device, whatever the layout of the tensors, and Numba need not look
+at the arguments' types again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,25 +27,31 @@ _TYPESTR = {torch.float32: "<f4", torch.float64: "<f8", torch.int32: "<i4", torc
 
 
 class Kernel:
-    """A kernel by its factory: `make(*constants)` gives the Python function whose closure holds the constants, compiled at its first launch."""
+    """A kernel by its factory: `make(*constants)` gives the Python function whose closure holds the constants, compiled at its first launch.
+
+    An argument's dtype and dimensions are the same in every launch; its shape and strides are free.
+    """
 
     def __init__(self, make: Callable[..., Callable[..., None]]) -> None:
         self.name = make.__name__
         self.make = functools.lru_cache(maxsize=None)(make)
-        self._compiled = functools.lru_cache(maxsize=None)(lambda *constants: cuda.jit(self.make(*constants)))
+        self._compiled: dict[tuple[int, tuple[int, ...]], Any] = {}
 
     def __call__(self, blocks: Blocks, threads: int, constants: tuple[int, ...], *args: Arg) -> None:
         """Starts `blocks` of `threads`; no block, no launch. The arguments are tensors of one device, and numbers."""
         if not blocks[0] or not blocks[1]:
             return
-        kernel = self._compiled(*constants)
         if SIMULATED:
-            kernel[blocks, threads](*[_simulated(arg) if isinstance(arg, Tensor) else arg for arg in args])
+            cuda.jit(self.make(*constants))[blocks, threads](*[_simulated(arg) if isinstance(arg, Tensor) else arg for arg in args])
             return
         index = next(arg.device.index for arg in args if isinstance(arg, Tensor))
         with _current(index):
-            stream = _stream(index, torch.cuda.current_stream(index).cuda_stream)
-            kernel[blocks, threads, stream](*[_wrapped(arg) if isinstance(arg, Tensor) else arg for arg in args])
+            kernel = self._compiled.get((index, constants))
+            if kernel is None:
+                signature = tuple(numba_type(arg) for arg in args)
+                kernel = self._compiled[index, constants] = cuda.jit(signature)(self.make(*constants))
+            start = _configured(kernel, blocks, threads, index, torch.cuda.current_stream(index).cuda_stream)
+            start(*[_wrapped(arg) if isinstance(arg, Tensor) else arg for arg in args])
 
 
 def numba_type(arg: Arg) -> Any:
@@ -58,6 +66,14 @@ def numba_type(arg: Arg) -> Any:
 def _current(index: int) -> contextlib.AbstractContextManager[Any]:
     """Numba's own notion of the current device, where there is more than one."""
     return cuda.gpus[index] if torch.cuda.device_count() > 1 else contextlib.nullcontext()
+
+
+@functools.lru_cache(maxsize=1024)
+def _configured(kernel: Any, blocks: Blocks, threads: int, index: int, stream: int) -> Any:
+    """The kernel on its grid and stream. Numba warns of small grids, which a short call has and cannot help."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grid size")
+        return kernel[blocks, threads, _stream(index, stream)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -80,9 +96,7 @@ class _Address:
 def _array(address: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, index: int) -> Any:
     strides = tuple(step * dtype.itemsize for step in stride)
     interface = {"shape": shape, "strides": strides, "typestr": _TYPESTR[dtype], "data": (address, False), "version": 2}
-    array = cuda.as_cuda_array(_Address(interface), sync=False)
-    array._numba_type_ = type(array._numba_type_)(array._numba_type_.dtype, len(shape), "A")
-    return array
+    return cuda.as_cuda_array(_Address(interface), sync=False)
 
 
 def _simulated(tensor: Tensor) -> Any:

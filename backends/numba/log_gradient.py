@@ -86,7 +86,12 @@ def row_dot(x: Tensor, y: Tensor, out: Tensor | None = None, scale: float = 1.0)
 
 
 def decay_gradient(
-    d_log: Tensor, grid: Grid, final: Tensor | None = None, d_final: Tensor | None = None, states: Tensor | None = None, d_states: Tensor | None = None
+    d_log: Tensor,
+    grid: Grid,
+    final: Tensor | None = None,
+    d_final: Tensor | None = None,
+    states: Tensor | None = None,
+    d_states: Tensor | None = None,
 ) -> Tensor:
     """dg `[B, T, H]` from dG and the states that leave the chunks: all of them, the last chunk's alone, or none."""
     dg = torch.empty(d_log.shape, dtype=d_log.dtype, device=d_log.device)

@@ -114,7 +114,9 @@ def state_reverse(keys: int, values: int, tile: int, rows: int, threads: int) ->
         for place in range(thread, entries, threads):
             column = left + place % tile
             if column < values:
-                start[sequence, head, place // tile, column] = ZERO if only_first and chunks > 0 and offset == 0 else state[place // tile, place % tile]
+                start[sequence, head, place // tile, column] = (
+                    ZERO if only_first and chunks > 0 and offset == 0 else state[place // tile, place % tile]
+                )
 
     return kernel
 
@@ -159,5 +161,3 @@ def first_gradient(q: Tensor, k: Tensor, d_o: Tensor, gate: Tensor, log: Tensor,
     start = d_o.new_empty(grid.sequences, d_o.shape[2], k.shape[3], d_o.shape[3])
     _launch(grid, (0, 1, float(scale)), q, k, d_o, d_o, gate, log, given_or(d_final, nothing(d_o, *start.shape)), start, d_o, start)
     return start
-
-

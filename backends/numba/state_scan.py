@@ -183,7 +183,15 @@ def scan(
     states = u.new_empty(grid.slots, heads, keys, values)
     updates = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     final = u.new_empty(grid.sequences, heads, keys, values)
-    tensors = (unity(u, *u.shape[:3]), log, given_or(chunk_decay, unity(u, u.shape[0], grid.slots, heads)), given_or(start, nothing(u, *final.shape)), states, updates, final)
+    tensors = (
+        unity(u, *u.shape[:3]),
+        log,
+        given_or(chunk_decay, unity(u, u.shape[0], grid.slots, heads)),
+        given_or(start, nothing(u, *final.shape)),
+        states,
+        updates,
+        final,
+    )
     _launch(grid, k, u, w, (int(delta), int(normalize), 0, 1), tensors, normalize)
     return states, updates, final
 

@@ -103,4 +103,6 @@ def step_tokens(
     keys, values = k.shape[3], v.shape[3]
     tile, parts = (SIMULATED_TILE, 2) if SIMULATED_TILE else (_TILE, _PARTS)
     blocks = (v.shape[0] * -(-values // tile), v.shape[2])
-    _STEP(blocks, tile * parts, (keys, values, tile, parts), float(scale), q, k, v, beta, given_or(g, nothing(v, *v.shape[:3])), slots, state, o, after)
+    _STEP(
+        blocks, tile * parts, (keys, values, tile, parts), float(scale), q, k, v, beta, given_or(g, nothing(v, *v.shape[:3])), slots, state, o, after
+    )

@@ -1,7 +1,7 @@
 """uw_transform backward (SPEC.md 10): T^T by substitution from the last row, then dA's products with K as two strict reads of each chunk.
 
-    [dX | dZ] = T^T [du | dw];  dA = stril(dX u^T + dZ w^T)  (exact; none: 0);  dK = (dN + dN^T) K + (b e^G) * dZ,  dN = -(b * Gamma) * dA
-    dV = b * dX;  db = k . (dN K) / b + dX . V + e^G dZ . K;  dG = k . (dN K) - k . (dN^T K) + dZ . Z
+[dX | dZ] = T^T [du | dw];  dA = stril(dX u^T + dZ w^T)  (exact; none: 0);  dK = (dN + dN^T) K + (b e^G) * dZ,  dN = -(b * Gamma) * dA
+dV = b * dX;  db = k . (dN K) / b + dX . V + e^G dZ . K;  dG = k . (dN K) - k . (dN^T K) + dZ . Z
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ __all__ = ["uw_gradients"]
 def uw_gradients(call: UWTransform, du: Tensor | None, dw: Tensor | None) -> dict[str, Tensor]:
     """dk, dv, dbeta and dg in float32."""
     k, v, beta = wide(call.k), wide(call.v), wide(call.beta)
-    heads, keys, values = v.shape[2], k.shape[3], v.shape[3]
+    keys, values = k.shape[3], v.shape[3]
     grid = Grid(v, call.chunk_size, call.cu_seqlens)
     log = running_log(call.g, grid, v)
     solved = v.new_empty(*v.shape[:3], values + keys)

@@ -36,10 +36,7 @@ def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[Tensor | None, ...]
     q, k, v = wide(call.q), wide(call.k), wide(call.v)
     if call.qk_l2norm:
         q, k = unit(q), unit(k)
-    if call.state_indices is None:
-        slots = _own_slots(v.shape[0], v.device)
-    else:
-        slots = call.state_indices.to(v.device, torch.int64)
+    slots = _own_slots(v.shape[0], v.device) if call.state_indices is None else call.state_indices.to(v.device, torch.int64)
     if call.inplace:
         after = call.state
     elif call.state_indices is None:

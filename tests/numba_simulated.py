@@ -8,9 +8,10 @@ It runs each of a block's threads as one of Python's: what it cannot find are ty
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, cast
@@ -40,21 +41,78 @@ LIMIT = tolerance(torch.float32)
 CHUNK = 8
 
 
+def held() -> threading.Lock:
+    """A lock that the next to take it waits for."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+class Block:
+    """A block's threads, one at a time, each as far as the next barrier, in an order that changes at every barrier.
+
+    So a missing barrier gives wrong numbers or NaN, and one that a thread does not reach is an error. It stands for the simulator's own `BlockManager`, which
+    lets the threads loose and polls them: three times as slow.
+    """
+
+    _orders = random.Random(0)
+
+    def __init__(self, function: Callable[..., None], grid_dim: object, block_dim: tuple[int, ...], debug: bool) -> None:
+        self._function = function
+        self._block_dim = block_dim  # the simulator's threads ask for it
+
+    def run(self, grid_point: tuple[int, ...], *args: object) -> None:
+        """Runs the block at `grid_point`; raises what a thread raised first."""
+        kernel = import_module("numba.cuda.simulator.kernel")
+        back, waiting, failed = held(), set[Any](), list[BaseException]()
+
+        def barrier() -> None:
+            me = threading.current_thread()
+            waiting.add(me)
+            back.release()
+            me.turn.acquire()  # type: ignore[attr-defined]
+            if failed:
+                raise SystemExit
+
+        def thread() -> None:
+            threading.current_thread().turn.acquire()  # type: ignore[attr-defined]
+            try:
+                if not failed:
+                    self._function(*args)
+            except Exception as error:
+                failed.append(error)
+            finally:
+                back.release()
+
+        threads = [kernel.BlockThread(thread, self, grid_point, place, False) for place in np.ndindex(*self._block_dim)]
+        for one in threads:
+            one.turn, one.syncthreads = held(), barrier
+            one.start()
+        while threads:
+            self._orders.shuffle(threads)
+            waiting.clear()
+            for one in threads:
+                one.turn.release()
+                back.acquire()
+            if waiting and len(waiting) < len(threads) and not failed:
+                failed.append(RuntimeError(f"{len(waiting)} of {len(threads)} threads wait at a barrier that the others do not reach"))
+            threads = [one for one in threads if one in waiting]
+        if failed:
+            raise failed[0]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def quick_threads() -> Iterator[None]:
-    """Python's threads hand over often, since they wait for each other at every barrier; the simulator's shared arrays are then made under a lock."""
-    before, making = sys.getswitchinterval(), threading.Lock()
+def one_thread_at_a_time() -> Iterator[None]:
+    """Blocks are run by `Block`, and shared memory is NaN in the beginning."""
 
     def array(self: Any, shape: object, dtype: object, alignment: None = None) -> object:
         caller = sys._getframe(1)
-        with making:
-            return self._allocations.setdefault((caller.f_code, caller.f_lineno), np.full(shape, np.nan, dtype))
+        return self._allocations.setdefault((caller.f_code, caller.f_lineno), np.full(shape, np.nan, dtype))
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("numba.cuda.simulator.kernel.BlockManager", Block)
         patch.setattr("numba.cuda.simulator.kernelapi.FakeCUDAShared.array", array)
-        sys.setswitchinterval(2e-5)
         yield
-        sys.setswitchinterval(before)
 
 
 @pytest.fixture(autouse=True)

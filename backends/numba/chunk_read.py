@@ -25,7 +25,7 @@ from torch import Tensor
 from .absent import given_or, nothing, unity
 from .grid import Grid, locate
 from .launch import Kernel
-from .settings import SIMULATED_TILE, WIDE, largest_rows
+from .settings import WIDE, largest_rows
 from .target import ZERO, cuda, float32
 
 __all__ = ["EACH_CHUNK", "FIRST_CHUNK", "LAST_CHUNK", "NO_STATE", "Mix", "read_chunks"]
@@ -165,7 +165,7 @@ def read_chunks(
     """Writes or adds to `o [B, T, H, V]`; everything in float32 but `log`. `states` as `which` says; an absent rate or gate is 1."""
     mix = mix or Mix()
     keys, values, one = k.shape[3], u.shape[3], unity(o, *o.shape[:3])
-    rows = SIMULATED_TILE or min(32, largest_rows(4 * (2 * (keys + 1) + values), True))
+    rows = min(32, largest_rows(4 * (2 * (keys + 1) + values), True))
     tiles = -(-grid.chunk // rows)
     _READ(
         (grid.slots * tiles, o.shape[2]), WIDE, (keys, values, rows, WIDE), *grid.args, tiles, NO_STATE if states is None else which,

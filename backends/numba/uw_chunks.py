@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .grid import Grid, locate
 from .launch import Kernel
-from .settings import LANES, THREADS, power_of_two
+from .settings import LANES, SIMULATED_TILE, THREADS, power_of_two
 from .target import ZERO, cuda, float32
 
 __all__ = ["EXACT", "LAM", "LARGEST_CHUNK", "NONE", "TRANSFORMS", "transform_back", "transform_chunks"]
@@ -117,7 +117,7 @@ def transform_chunks(k: Tensor, v: Tensor, beta: Tensor, log: Tensor, grid: Grid
     """Writes `u [B, T, H, V]` and `w [B, T, H, K]`; without w, which a memory that reads no state does not need, u alone."""
     keys, values = k.shape[3], v.shape[3]
     capacity = power_of_two(grid.chunk, 8)
-    slice_keys = min(power_of_two(keys, 4), 16)
+    slice_keys = min(power_of_two(keys, 4), SIMULATED_TILE or 16)
     columns = values if w is None else values + keys
     _UW(
         (grid.slots, v.shape[2]), THREADS, (capacity, keys, values, slice_keys, THREADS, LANES),
@@ -128,7 +128,7 @@ def transform_chunks(k: Tensor, v: Tensor, beta: Tensor, log: Tensor, grid: Grid
 def transform_back(k: Tensor, beta: Tensor, log: Tensor, grid: Grid, transform: str, du: Tensor, dw: Tensor, dx: Tensor, dz: Tensor) -> None:
     """Writes dx = T^T du `[B, T, H, V]` and dz = T^T dw `[B, T, H, K]` (SPEC.md 10)."""
     keys, values = dw.shape[3], du.shape[3]
-    slice_keys = min(power_of_two(keys, 4), 16)
+    slice_keys = min(power_of_two(keys, 4), SIMULATED_TILE or 16)
     _UW(
         (grid.slots, du.shape[2]), THREADS, (power_of_two(grid.chunk, 8), keys, values, slice_keys, THREADS, LANES),
         *grid.args, TRANSFORMS[transform], 1, values + keys, k, beta, log, du, dw, dx, dz,

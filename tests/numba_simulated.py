@@ -29,7 +29,7 @@ from titans_backends.contracts.tolerance import tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.signature import Regime
-from titans_backends.tuning.gate import Ledger, check_backward, check_forward
+from titans_backends.tuning.gate import Ledger, Rejected, check_backward, check_forward
 from titans_backends.tuning.suite import exam_of
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
@@ -192,3 +192,13 @@ def test_backward_in_the_simulator(op: str, case: Case) -> None:
     exam = exam_of(made, case, call, training=True)
     for candidate in candidates:
         check_backward(made, candidate, module_of(op), exam, LIMIT, Ledger(), f"{candidate.label}, {case}")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_launches_nothing_is_computed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titans_backends.backends.numba.launch.Kernel.__call__", lambda *_: None)
+    made, case = CONTRACTS[op], next(tiny(CONTRACTS[op]))
+    call = build(made, case)
+    for candidate in offered(made, call, "inference"):
+        with pytest.raises(Rejected):
+            check_forward(made, candidate, module_of(op), exam_of(made, case, call, training=False), LIMIT, Ledger(), candidate.label)

@@ -11,6 +11,8 @@ using int32_t = int;
 using int64_t = long long;
 
 #define DEVICE __device__ __forceinline__
+// A block's dynamic shared memory, the only kind that kernels here use: `SHARED_MEMORY(memory);` makes `memory` a pointer to its bytes.
+#define SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 

@@ -42,8 +42,8 @@ template <typename T, int COLUMNS> DEVICE float inverse_norm(const Tile<T, COLUM
 }
 
 // The lane's token of the pair: its logarithm of decay (base 2), beta and output factor become lines of the scratch. `rows`: how many tokens can be read.
-template <typename T, int KEYS>
-DEVICE void write_lines(PairScratch& scratch, float log_decay, float beta, float out, bool normed, const Tile<T, KEYS>& k, const Tile<T, KEYS>& q, int row0, int rows) {
+template <typename T, int K_TILE>
+DEVICE void write_lines(PairScratch& scratch, float log_decay, float beta, float out, bool normed, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q, int row0, int rows) {
     const int lane = lane_id();
     float sum = log_decay;
 #pragma unroll
@@ -64,9 +64,9 @@ DEVICE void write_lines(PairScratch& scratch, float log_decay, float beta, float
 }
 
 // k_i k_j and q_i k_j of a chunk: the triangle to be inverted goes to the scratch, M and the lines' factors to `f`.
-template <typename T, int KEYS>
-DEVICE void score(Factors<T>& f, PairScratch& scratch, int which, const Tile<T, KEYS>& k, const Tile<T, KEYS>& q, int row0) {
-    constexpr int STEPS = KEYS / 16;
+template <typename T, int K_TILE>
+DEVICE void score(Factors<T>& f, PairScratch& scratch, int which, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q, int row0) {
+    constexpr int STEPS = K_TILE / 16;
     const int lane = lane_id(), r = lane / 4, c = lane % 4, first = which * CHUNK;
     float kk[2][4] = {}, qk[2][4] = {};
 #pragma unroll
@@ -170,10 +170,10 @@ template <typename T, int BLOCKS> struct Rounded {
 
 // One chunk for MT times 16 rows, the first being `first_row` of [values; map]: `values` rows read V, the others are rows of the map.
 // What the tokens read is written over V (values) and over Q (maps) in the tiles: `before_writing` is called when nobody reads this chunk's Q any more.
-template <typename T, int KEYS, int VALUES, int MT, typename Meet>
-DEVICE void advance(float (&x)[MT][KEYS / 8][4], const Factors<T>& f, float gamma, int first_row, const Tile<T, KEYS>& k, const Tile<T, KEYS>& q,
-                    const Tile<T, VALUES>& v, int row0, Meet before_writing) {
-    constexpr int BLOCKS = KEYS / 8, STEPS = KEYS / 16;
+template <typename T, int K_TILE, int V_TILE, int MT, typename Meet>
+DEVICE void advance(float (&x)[MT][K_TILE / 8][4], const Factors<T>& f, float gamma, int first_row, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q,
+                    const Tile<T, V_TILE>& v, int row0, Meet before_writing) {
+    constexpr int BLOCKS = K_TILE / 8, STEPS = K_TILE / 16;
     const int lane = lane_id(), r = lane / 4, c = lane % 4;
     Rounded<T, BLOCKS> start[MT];
 #pragma unroll
@@ -194,9 +194,9 @@ DEVICE void advance(float (&x)[MT][KEYS / 8][4], const Factors<T>& f, float gamm
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         const int row = first_row + 16 * m;
-        const bool maps = row >= VALUES;
+        const bool maps = row >= V_TILE;
         Pair<T> given[2][2];  // rows half, tokens half
-        if (maps) k.columns(given[0][0], given[1][0], given[0][1], given[1][1], row - VALUES, row0);
+        if (maps) k.columns(given[0][0], given[1][0], given[0][1], given[1][1], row - V_TILE, row0);
         else v.columns(given[0][0], given[1][0], given[0][1], given[1][1], row, row0);
         Pair<T> error[2][2];
 #pragma unroll
@@ -225,14 +225,14 @@ DEVICE void advance(float (&x)[MT][KEYS / 8][4], const Factors<T>& f, float gamm
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         const int row = first_row + 16 * m;
-        const bool maps = row >= VALUES;
+        const bool maps = row >= V_TILE;
 #pragma unroll
         for (int half = 0; half < 2; half++) {  // 8 columns of what is read
             float o[4] = {};
 #pragma unroll
             for (int s = 0; s < STEPS; s++)
                 Product<T>::add(o, query[0][2 * s], query[1][2 * s], query[0][2 * s + 1], query[1][2 * s + 1], start[m].p[half][2 * s], start[m].p[half][2 * s + 1]);
-            const int column = maps ? row - VALUES + 8 * half : row + 8 * half;
+            const int column = maps ? row - V_TILE + 8 * half : row + 8 * half;
 #pragma unroll
             for (int t = 0; t < 2; t++) {
                 if (maps) {

@@ -107,40 +107,48 @@ DEVICE void times_map(float (&d)[BLOCKS][4], const Operand& x, const Planes& map
 
 // A block's map as its successors read it: for every pair of blocks of D the parts that a lane needs, then R as sums.
 struct Published {
-    static constexpr int WORDS = sizeof(Pair<DTYPE>) * 4 / 16;  // 16-byte words of four blocks
     unsigned char* base;
     DEVICE uint4* map(int s, int b, int part) const { return reinterpret_cast<uint4*>(base) + (((s * (BLOCKS / 2) + b / 2) * 2 + part) * 32 + lane_id()); }
-    DEVICE uint4* offset(int tile, int b) const { return reinterpret_cast<uint4*>(base + KEYS * KEYS * 4) + ((tile * BLOCKS + b) * 32 + lane_id()); }
+    DEVICE float4* offset(int tile, int b) const { return reinterpret_cast<float4*>(base + KEYS * KEYS * 4) + ((tile * BLOCKS + b) * 32 + lane_id()); }
     DEVICE float* gamma() const { return reinterpret_cast<float*>(base + PUBLISHED_BYTES); }
 };
 
-template <typename TO, typename FROM> DEVICE TO same_bits(const FROM& from) {
-    static_assert(sizeof(TO) == sizeof(FROM), "another size");
-    union { FROM from; TO to; } both = {from};
-    return both.to;
+// four blocks with their second parts as two words of 16 bytes; float32 has no second part
+DEVICE void to_words(uint4& one, uint4& other, const uint32_t (&high)[4], const uint32_t (&low)[4]) {
+    one = make_uint4(high[0], high[1], high[2], high[3]);
+    other = make_uint4(low[0], low[1], low[2], low[3]);
 }
-struct Four { Pair<DTYPE> p[4]; };
-struct Sums { float x[4]; };
-struct Words { uint4 w[sizeof(Four) / 16]; };
+DEVICE void to_words(uint4& one, uint4& other, const float2 (&high)[4], const float2 (&)[4]) {
+    one = make_uint4(__float_as_uint(high[0].x), __float_as_uint(high[0].y), __float_as_uint(high[1].x), __float_as_uint(high[1].y));
+    other = make_uint4(__float_as_uint(high[2].x), __float_as_uint(high[2].y), __float_as_uint(high[3].x), __float_as_uint(high[3].y));
+}
+DEVICE void from_words(uint32_t (&high)[4], uint32_t (&low)[4], const uint4& one, const uint4& other) {
+    high[0] = one.x, high[1] = one.y, high[2] = one.z, high[3] = one.w;
+    low[0] = other.x, low[1] = other.y, low[2] = other.z, low[3] = other.w;
+}
+DEVICE void from_words(float2 (&high)[4], float2 (&)[4], const uint4& one, const uint4& other) {
+    high[0] = make_float2(__uint_as_float(one.x), __uint_as_float(one.y)), high[1] = make_float2(__uint_as_float(one.z), __uint_as_float(one.w));
+    high[2] = make_float2(__uint_as_float(other.x), __uint_as_float(other.y)), high[3] = make_float2(__uint_as_float(other.z), __uint_as_float(other.w));
+}
 
 DEVICE uint4 cluster_word(const void* mine, uint32_t rank) {
     const uint32_t* from = static_cast<const uint32_t*>(mine);
     return make_uint4(cluster_load_bits(from, rank), cluster_load_bits(from + 1, rank), cluster_load_bits(from + 2, rank), cluster_load_bits(from + 3, rank));
 }
 
-// Copies rows of a tile: `count` rows of `columns` numbers, the rest of 32 rows zeros. Whole pieces asynchronously, others now.
+// Copies `count` rows of `columns` numbers into a tile, the rest of `rows` rows being zeros. Whole pieces asynchronously, others now.
 template <int COLUMNS>
-DEVICE void copy_rows(const Tile<DTYPE, COLUMNS>& to, int row0, const DTYPE* from, int64_t step, int count, int columns, bool pieces, int thread) {
+DEVICE void copy_rows(const Tile<DTYPE, COLUMNS>& to, int row0, const DTYPE* from, int64_t step, int count, int rows, int columns, bool pieces, int thread) {
     constexpr int PIECES = COLUMNS / PIECE;
     if (pieces) {
 #pragma unroll 4
-        for (int i = thread; i < 32 * PIECES; i += 32 * GROUP) {
+        for (int i = thread; i < rows * PIECES; i += 32 * GROUP) {
             const int row = i / PIECES, piece = i % PIECES;
             const bool valid = row < count && piece * PIECE < columns;
             cp_async_16(to.piece(row0 + row, piece), valid ? from + row * step + piece * PIECE : from, valid);
         }
     } else {
-        for (int i = thread; i < 32 * COLUMNS; i += 32 * GROUP) {
+        for (int i = thread; i < rows * COLUMNS; i += 32 * GROUP) {
             const int row = i / COLUMNS, column = i % COLUMNS;
             *to.element(row0 + row, column) = row < count && column < columns ? from[row * step + column] : narrow<DTYPE>(0.f);
         }
@@ -209,11 +217,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         const int pairs = (count + 31) / 32;
 
         for (int pair = 0; pair < pairs; pair++) {
-            const int token = token0 + 32 * pair, rows = count - 32 * pair;
-            // chunks that are not there have no rows here
-            copy_rows(key_tile, 32 * pair, k + token * p.k_t, p.k_t, rows, p.keys, p.pieces, group_thread);
-            copy_rows(value_tile, 32 * pair, v + token * p.v_t, p.v_t, rows, values, p.pieces, group_thread);
-            copy_rows(query_tile, 32 * pair, q + token * p.q_t, p.q_t, rows, p.keys, p.pieces, group_thread);
+            const int64_t token = token0 + 32 * pair;
+            const int there = count - 32 * pair, rows = min(32, length - 32 * pair);
+            copy_rows(key_tile, 32 * pair, k + token * p.k_t, p.k_t, there, rows, p.keys, p.pieces, group_thread);
+            copy_rows(value_tile, 32 * pair, v + token * p.v_t, p.v_t, there, rows, values, p.pieces, group_thread);
+            copy_rows(query_tile, 32 * pair, q + token * p.q_t, p.q_t, there, rows, p.keys, p.pieces, group_thread);
             cp_async_commit();
         }
         float log_decay = 0.f, beta = 0.f, out = 0.f;
@@ -308,24 +316,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
 #pragma unroll
                 for (int b = 0; b < BLOCKS; b += 2) {
                     if ((s * (BLOCKS / 2) + b / 2) % GROUP != part) continue;
-                    Four high, low = {};
-                    own.high.columns(high.p[0], high.p[1], high.p[2], high.p[3], 8 * b, VALUES + 16 * s);
-                    if constexpr (SPLIT) {
-                        own.low.columns(low.p[0], low.p[1], low.p[2], low.p[3], 8 * b, VALUES + 16 * s);
-                        *published.map(s, b, 0) = same_bits<Words>(high).w[0];
-                        *published.map(s, b, 1) = same_bits<Words>(low).w[0];
-                    } else {
-                        const Words words = same_bits<Words>(high);
-                        *published.map(s, b, 0) = words.w[0];
-                        *published.map(s, b, 1) = words.w[Published::WORDS - 1];
-                    }
+                    Pair<DTYPE> high[4], low[4] = {};
+                    own.high.columns(high[0], high[1], high[2], high[3], 8 * b, VALUES + 16 * s);
+                    if constexpr (SPLIT) own.low.columns(low[0], low[1], low[2], low[3], 8 * b, VALUES + 16 * s);
+                    to_words(*published.map(s, b, 0), *published.map(s, b, 1), high, low);
                 }
 #pragma unroll
             for (int m = 0; m < MT; m++)
                 if (first_row + 16 * m < VALUES) {
 #pragma unroll
                     for (int b = 0; b < BLOCKS; b++)
-                        *published.offset(first_row / 16 + m, b) = same_bits<uint4>(Sums{{x[m][b][0], x[m][b][1], x[m][b][2], x[m][b][3]}});
+                        *published.offset(first_row / 16 + m, b) = make_float4(x[m][b][0], x[m][b][1], x[m][b][2], x[m][b][3]);
                 }
             if (group_thread == 0) *published.gamma() = gamma;
         }
@@ -358,22 +359,15 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                     for (int b = 0; b < BLOCKS; b += 2) {
                         const uint4 one = cluster_word(published.map(s, b, 0), block), other = cluster_word(published.map(s, b, 1), block);
                         Pair<DTYPE> high[4], low[4] = {};
-                        if constexpr (SPLIT) {
-                            high[0] = one.x, high[1] = one.y, high[2] = one.z, high[3] = one.w;
-                            low[0] = other.x, low[1] = other.y, low[2] = other.z, low[3] = other.w;
-                        } else {
-                            high[0] = make_float2(__uint_as_float(one.x), __uint_as_float(one.y));
-                            high[1] = make_float2(__uint_as_float(one.z), __uint_as_float(one.w));
-                            high[2] = make_float2(__uint_as_float(other.x), __uint_as_float(other.y));
-                            high[3] = make_float2(__uint_as_float(other.z), __uint_as_float(other.w));
-                        }
+                        from_words(high, low, one, other);
                         add_parts(d[b], d[b + 1], a, s, high, low);
                     }
 #pragma unroll
                 for (int b = 0; b < BLOCKS; b++) {
-                    const Sums own = same_bits<Sums>(cluster_word(published.offset(warp, b), block));
+                    const uint4 bits = cluster_word(published.offset(warp, b), block);
+                    const float own[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
 #pragma unroll
-                    for (int e = 0; e < 4; e++) carried[b][e] = decay * carried[b][e] - d[b][e] + own.x[e];
+                    for (int e = 0; e < 4; e++) carried[b][e] = decay * carried[b][e] - d[b][e] + own[e];
                 }
             }
             if (last && p.final && rank == CLUSTER - 1) {

@@ -11,10 +11,13 @@ from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 from .sources import source_names
 
-__all__ = ["CONSUMER_SHARED_BYTES", "candidate", "padded", "serves"]
+__all__ = ["CONSUMER_SHARED_BYTES", "WIDEST", "candidate", "padded", "serves"]
 
 CONSUMER_SHARED_BYTES = 99 * 1024
 """Shared memory of a block on consumer cards (sm_86, sm_89, sm_120): at least one candidate of each op stays within it."""
+
+WIDEST = 128
+"""The widest head_dim of the kernels that hold a chunk's tiles."""
 
 _OLDEST_SM = 80
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -12,9 +12,12 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def aligned_rows(x: Tensor) -> bool:
-    """Whether every row, the last dimension's run, is contiguous and starts on a 16-byte boundary. On "meta" the address counts as aligned."""
+def aligned_rows(x: Tensor, *, whole: bool = False) -> bool:
+    """Whether every row, the last dimension's run, is contiguous and starts on a 16-byte boundary; `whole`: and ends on one. On "meta" addresses count as
+    aligned."""
     size = x.element_size()
+    if whole and x.shape[-1] * size % 16:
+        return False
     if x.stride(-1) != 1 or (x.device.type != "meta" and x.data_ptr() % 16):
         return False
     return all(step * size % 16 == 0 for step, count in zip(x.stride()[:-1], x.shape[:-1], strict=True) if count > 1)

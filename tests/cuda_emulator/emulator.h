@@ -398,6 +398,21 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emulator_ldma
 inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { emulator_ldmatrix<2, false>("ldmatrix.x2", r, row); }
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { emulator_ldmatrix<2, true>("ldmatrix.x2.trans", r, row); }
 
+inline uint32_t transposed(uint32_t tile) {
+    struct Given { uint32_t tile, turned; } mine{tile, 0};
+    emulator::together("movmatrix", 0xffffffffu, &mine, [](void** given) {
+        for (int lane = 0; lane < 32; lane++) {
+            uint32_t both = 0;
+            for (int i = 0; i < 2; i++) {
+                const int row = lane % 4 * 2 + i, column = lane / 4;
+                both |= (static_cast<Given*>(given[4 * row + column / 2])->tile >> 16 * (column % 2) & 0xffff) << 16 * i;
+            }
+            static_cast<Given*>(given[lane])->turned = both;
+        }
+    });
+    return mine.turned;
+}
+
 inline void cp_async_16(void* shared, const void* global, bool valid) {
     emulator::Thread& t = *emulator::now;
     emulator::aligned(shared, 16, "cp.async"), emulator::aligned(global, 16, "cp.async"), emulator::inside(shared, 16, "cp.async");

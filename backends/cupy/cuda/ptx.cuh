@@ -94,6 +94,13 @@ DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
 }
 
+// an 8 x 8 tile of 16-bit numbers in registers, (r, 2c) and (r, 2c + 1) in lane 4 r + c, turned around
+DEVICE uint32_t transposed(uint32_t tile) {
+    uint32_t turned;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(tile));
+    return turned;
+}
+
 // ---- Asynchronous copies of 16 aligned bytes to shared memory; zeros where not valid, and then the global address is not read.
 
 DEVICE void cp_async_16(void* shared, const void* global, bool valid) {

@@ -27,7 +27,7 @@ SEGMENTS = Kernel(SOURCE, "delta_segments", "10P18q13if")
 _CHUNK = 16
 _LONGEST = 128
 """Most tokens of a segment: four copies of 32 are in flight."""
-_PAIR_SCRATCH = 4 * (2 * (_CHUNK * 24 + 16) + 4 * 32)
+_PAIR_SCRATCH = 4 * (2 * (_CHUNK * 24 + 16) + 5 * 32)
 _CLUSTERS = 90
 """The compute capability from which blocks form clusters."""
 widest_keys = 64

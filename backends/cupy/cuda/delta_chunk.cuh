@@ -19,7 +19,7 @@ constexpr int CHUNK = 16, SOLVE_ROW = 24, SOLVE_CHUNK = CHUNK * SOLVE_ROW + 16;
 // A warp's scratch for a pair of chunks: the triangles, and a line of each factor.
 struct PairScratch {
     float solve[2 * SOLVE_CHUNK];
-    float log_decay[32], beta[32], out[32], key_norm[32];
+    float log_decay[32], log_decay_rest[32], beta[32], out[32], key_norm[32];  // the sum of logarithms, and for float32 what its rounding left out
 };
 
 template <typename T> struct Factors {
@@ -45,11 +45,16 @@ template <typename T, int COLUMNS> DEVICE float inverse_norm(const Tile<T, COLUM
 template <typename T, int K_TILE>
 DEVICE void write_lines(PairScratch& scratch, float log_decay, float beta, float out, bool normed, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q, int row0, int rows) {
     const int lane = lane_id();
-    float sum = log_decay;
+    float sum = log_decay, rest = 0.f;
 #pragma unroll
     for (int step = 1; step < CHUNK; step *= 2) {
         const float before = __shfl_up_sync(0xffffffffu, sum, step, CHUNK);
-        if ((lane & (CHUNK - 1)) >= step) sum += before;
+        const bool there = (lane & (CHUNK - 1)) >= step;
+        if constexpr (!Dtype<T>::half) {  // differences of large sums have to be right to the last bits
+            const float rest_before = __shfl_up_sync(0xffffffffu, rest, step, CHUNK), both = sum + before, back = both - sum;
+            if (there) rest += rest_before + ((sum - (both - back)) + (before - back));
+        }
+        if (there) sum += before;
     }
     float key_norm = 1.f;
     if (normed && lane < rows) {
@@ -57,6 +62,7 @@ DEVICE void write_lines(PairScratch& scratch, float log_decay, float beta, float
         out *= inverse_norm(q, row0 + lane);
     }
     scratch.log_decay[lane] = sum;
+    scratch.log_decay_rest[lane] = rest;
     scratch.beta[lane] = beta;
     scratch.out[lane] = out;
     scratch.key_norm[lane] = key_norm;
@@ -79,22 +85,27 @@ DEVICE void score(Factors<T>& f, PairScratch& scratch, int which, const Tile<T, 
         Product<T>::add(qk[0], b0, b1, b2, b3, a0, a2);
         Product<T>::add(qk[1], b0, b1, b2, b3, a1, a3);
     }
-    const float end = scratch.log_decay[first + CHUNK - 1];
+    // 2^(G_i - G_j) for tokens of the scratch
+    const auto decay_between = [&](float sum, float rest, float other, float other_rest) {
+        return exp2_fast(Dtype<T>::half ? sum - other : (sum - other) + (rest - other_rest));
+    };
+    const float end = scratch.log_decay[first + CHUNK - 1], end_rest = scratch.log_decay_rest[first + CHUNK - 1];
     f.total = exp2_fast(end);
-    float column_norm[4], column_sum[4];
+    float column_norm[4], column_sum[4], column_rest[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int token = first + 2 * c + (i & 1) + (i & 2) * 4;
         column_norm[i] = scratch.key_norm[token];
         column_sum[i] = scratch.log_decay[token];
         f.read[i] = exp2_fast(column_sum[i]) * column_norm[i];
-        f.tail[i] = exp2_fast(end - column_sum[i]) * column_norm[i];
+        column_rest[i] = scratch.log_decay_rest[token];
+        f.tail[i] = decay_between(end, end_rest, column_sum[i], column_rest[i]) * column_norm[i];
     }
     float* triangle = scratch.solve + which * SOLVE_CHUNK;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int i = r + 8 * half;
-        const float sum = scratch.log_decay[first + i], weight = scratch.beta[first + i] * scratch.key_norm[first + i];
+        const float sum = scratch.log_decay[first + i], rest = scratch.log_decay_rest[first + i], weight = scratch.beta[first + i] * scratch.key_norm[first + i];
         f.row_read[half] = exp2_fast(sum);
         f.row_out[half] = scratch.out[first + i];
 #pragma unroll
@@ -103,7 +114,7 @@ DEVICE void score(Factors<T>& f, PairScratch& scratch, int which, const Tile<T, 
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const int j = 2 * c + e + 8 * n;
-                const float decay = j <= i ? exp2_fast(sum - column_sum[2 * n + e]) * column_norm[2 * n + e] : 0.f;
+                const float decay = j <= i ? decay_between(sum, rest, column_sum[2 * n + e], column_rest[2 * n + e]) * column_norm[2 * n + e] : 0.f;
                 inclusive[e] = qk[n][2 * half + e] * decay;
                 lower[e] = j < i ? kk[n][2 * half + e] * decay * weight : 0.f;
             }

@@ -49,6 +49,16 @@ template <typename T> DEVICE void as_operand(Pair<T> (&to)[4], const float (&lef
     to[2] = Make<T>::pair_of(right[0], right[1]), to[3] = Make<T>::pair_of(right[2], right[3]);
 }
 
+// Two neighbours of a row to device memory, where `columns` are left of it; PAIRS: both at once.
+template <bool PAIRS, typename T> DEVICE void store_pair(T* to, float first, float second, int columns) {
+    if constexpr (PAIRS) {
+        if (columns > 0) *reinterpret_cast<Pair<T>*>(to) = Make<T>::pair_of(first, second);
+    } else {
+        if (columns > 0) to[0] = narrow<T>(first);
+        if (columns > 1) to[1] = narrow<T>(second);
+    }
+}
+
 // An 8 x 8 block of sums, (r, 2c) and (r, 2c + 1) in lane 4 r + c, turned around, to device memory: column r of its rows 2c and 2c + 1, below `rows` and
 // `columns`. PAIRS: two neighbours of a row may be stored at once.
 template <bool PAIRS, typename T> DEVICE void store_turned(T* to, int64_t stride, float first, float second, int rows, int columns) {

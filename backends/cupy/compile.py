@@ -65,8 +65,8 @@ def _nvrtc():  # type: ignore[no-untyped-def]
 
 
 def _compile(nvrtc, form: Form, texts: dict[str, str], chosen: tuple[str, ...]) -> bytes:  # type: ignore[no-untyped-def]
-    names = list(texts)
-    program = nvrtc.createProgram(texts[names[0]], names[0], [texts[name] for name in names[1:]], names[1:])
+    (name, text), *headers = texts.items()
+    program = nvrtc.createProgram(text, name, [header.encode() for _, header in headers], [each.encode() for each, _ in headers])
     try:
         nvrtc.compileProgram(program, chosen)
         return bytes(nvrtc.getCUBIN(program))

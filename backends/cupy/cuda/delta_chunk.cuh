@@ -22,13 +22,21 @@ struct PairScratch {
     float log_decay[32], log_decay_rest[32], beta[32], out[32], key_norm[32];  // the sum of logarithms, and for float32 what its rounding left out
 };
 
+template <typename T> struct Scores {
+    Pair<T> p[2][2];  // M: block of rows, block of columns
+};
 template <typename T> struct Factors {
     Pair<T> high[2][2], low[2][2];  // T: block of rows, block of columns
-    Pair<T> scores[2][2];           // M
     float read[4], tail[4];         // of tokens 2c, 2c+1, 2c+8, 2c+9: e^G and e^(G_C - G), with the key's inverse norm
     float row_read[2], row_out[2];  // of tokens r, r+8: e^G; scale, gate and the query's inverse norm
     float total;                    // e^(G_C)
 };
+
+// 2^(G_i - G_j) for tokens of a scratch's line
+template <typename T> DEVICE float decay_between(const PairScratch& scratch, int i, int j) {
+    const float between = scratch.log_decay[i] - scratch.log_decay[j];
+    return exp2_fast(Dtype<T>::half ? between : between + (scratch.log_decay_rest[i] - scratch.log_decay_rest[j]));
+}
 
 // rsqrt(sum of squares + 1e-6) of a row
 template <typename T, int COLUMNS> DEVICE float inverse_norm(const Tile<T, COLUMNS>& tile, int row) {
@@ -69,9 +77,9 @@ DEVICE void write_lines(PairScratch& scratch, float log_decay, float beta, float
     __syncwarp();
 }
 
-// k_i k_j and q_i k_j of a chunk: the triangle to be inverted goes to the scratch, M and the lines' factors to `f`.
+// k_i k_j and q_i k_j of a chunk: the triangle to be inverted goes to the scratch, M is kept.
 template <typename T, int K_TILE>
-DEVICE void score(Factors<T>& f, PairScratch& scratch, int which, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q, int row0) {
+DEVICE void score(Scores<T>& kept, PairScratch& scratch, int which, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q, int row0) {
     constexpr int STEPS = K_TILE / 16;
     const int lane = lane_id(), r = lane / 4, c = lane % 4, first = which * CHUNK;
     float kk[2][4] = {}, qk[2][4] = {};
@@ -85,40 +93,22 @@ DEVICE void score(Factors<T>& f, PairScratch& scratch, int which, const Tile<T, 
         Product<T>::add(qk[0], b0, b1, b2, b3, a0, a2);
         Product<T>::add(qk[1], b0, b1, b2, b3, a1, a3);
     }
-    // 2^(G_i - G_j) for tokens of the scratch
-    const auto decay_between = [&](float sum, float rest, float other, float other_rest) {
-        return exp2_fast(Dtype<T>::half ? sum - other : (sum - other) + (rest - other_rest));
-    };
-    const float end = scratch.log_decay[first + CHUNK - 1], end_rest = scratch.log_decay_rest[first + CHUNK - 1];
-    f.total = exp2_fast(end);
-    float column_norm[4], column_sum[4], column_rest[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int token = first + 2 * c + (i & 1) + (i & 2) * 4;
-        column_norm[i] = scratch.key_norm[token];
-        column_sum[i] = scratch.log_decay[token];
-        f.read[i] = exp2_fast(column_sum[i]) * column_norm[i];
-        column_rest[i] = scratch.log_decay_rest[token];
-        f.tail[i] = decay_between(end, end_rest, column_sum[i], column_rest[i]) * column_norm[i];
-    }
     float* triangle = scratch.solve + which * SOLVE_CHUNK;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int i = r + 8 * half;
-        const float sum = scratch.log_decay[first + i], rest = scratch.log_decay_rest[first + i], weight = scratch.beta[first + i] * scratch.key_norm[first + i];
-        f.row_read[half] = exp2_fast(sum);
-        f.row_out[half] = scratch.out[first + i];
+        const float weight = scratch.beta[first + i] * scratch.key_norm[first + i];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             float lower[2], inclusive[2];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const int j = 2 * c + e + 8 * n;
-                const float decay = j <= i ? decay_between(sum, rest, column_sum[2 * n + e], column_rest[2 * n + e]) * column_norm[2 * n + e] : 0.f;
+                const float decay = j <= i ? decay_between<T>(scratch, first + i, first + j) * scratch.key_norm[first + j] : 0.f;
                 inclusive[e] = qk[n][2 * half + e] * decay;
                 lower[e] = j < i ? kk[n][2 * half + e] * decay * weight : 0.f;
             }
-            f.scores[half][n] = Make<T>::pair_of(inclusive[0], inclusive[1]);
+            kept.p[half][n] = Make<T>::pair_of(inclusive[0], inclusive[1]);
             *reinterpret_cast<float2*>(triangle + i * SOLVE_ROW + 8 * n + 2 * c) = make_float2(lower[0], lower[1]);
         }
     }
@@ -147,17 +137,28 @@ DEVICE void invert(PairScratch& scratch) {
     __syncwarp();
 }
 
-template <typename T> DEVICE void take_inverse(Factors<T>& f, const PairScratch& scratch, int which) {
-    const int lane = lane_id(), r = lane / 4, c = lane % 4;
+template <typename T> DEVICE void read_factors(Factors<T>& f, const PairScratch& scratch, int which) {
+    const int lane = lane_id(), r = lane / 4, c = lane % 4, first = which * CHUNK, end = first + CHUNK - 1;
     const float* inverse = scratch.solve + which * SOLVE_CHUNK;
+    f.total = exp2_fast(scratch.log_decay[end]);
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+        const int i = r + 8 * half;
+        f.row_read[half] = exp2_fast(scratch.log_decay[first + i]);
+        f.row_out[half] = scratch.out[first + i];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            const float2 x = *reinterpret_cast<const float2*>(inverse + (r + 8 * half) * SOLVE_ROW + 8 * n + 2 * c);
+            const float2 x = *reinterpret_cast<const float2*>(inverse + i * SOLVE_ROW + 8 * n + 2 * c);
             f.high[half][n] = Make<T>::pair_of(x.x, x.y);
             f.low[half][n] = Make<T>::rest(x.x, x.y, f.high[half][n]);
         }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int token = first + 2 * c + (i & 1) + (i & 2) * 4;
+        f.read[i] = exp2_fast(scratch.log_decay[token]) * scratch.key_norm[token];
+        f.tail[i] = decay_between<T>(scratch, end, token) * scratch.key_norm[token];
+    }
 }
 
 // Rounded rows: an operand from sums, for 16 rows.
@@ -182,7 +183,7 @@ template <typename T, int BLOCKS> struct Rounded {
 // One chunk for MT times 16 rows, the first being `first_row` of [values; map]: `values` rows read V, the others are rows of the map.
 // What the tokens read is written over V (values) and over Q (maps) in the tiles: `before_writing` is called when nobody reads this chunk's Q any more.
 template <typename T, int K_TILE, int V_TILE, int MT, typename Meet>
-DEVICE void advance(float (&x)[MT][K_TILE / 8][4], const Factors<T>& f, float gamma, int first_row, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q,
+DEVICE void advance(float (&x)[MT][K_TILE / 8][4], const Factors<T>& f, const Scores<T>& scores, float gamma, int first_row, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q,
                     const Tile<T, V_TILE>& v, int row0, Meet before_writing) {
     constexpr int BLOCKS = K_TILE / 8, STEPS = K_TILE / 16;
     const int lane = lane_id(), r = lane / 4, c = lane % 4;
@@ -255,7 +256,7 @@ DEVICE void advance(float (&x)[MT][K_TILE / 8][4], const Factors<T>& f, float ga
                 o[2 * t + 1] *= f.row_read[t];
             }
             const Pair<T> u0 = Make<T>::pair_of(u[m][0][2 * half], u[m][0][2 * half + 1]), u1 = Make<T>::pair_of(u[m][1][2 * half], u[m][1][2 * half + 1]);
-            Product<T>::add(o, f.scores[0][0], f.scores[1][0], f.scores[0][1], f.scores[1][1], u0, u1);
+            Product<T>::add(o, scores.p[0][0], scores.p[1][0], scores.p[0][1], scores.p[1][1], u0, u1);
 #pragma unroll
             for (int t = 0; t < 2; t++) {
                 const float out = maps ? -f.row_out[t] : f.row_out[t];

@@ -148,6 +148,7 @@ DEVICE void copy_rows(const Tile<DTYPE, COLUMNS>& to, int row0, const DTYPE* fro
             cp_async_16(to.piece(row0 + row, piece), valid ? from + row * step + piece * PIECE : from, valid);
         }
     } else {
+#pragma unroll 1
         for (int i = thread; i < rows * COLUMNS; i += 32 * GROUP) {
             const int row = i / COLUMNS, column = i % COLUMNS;
             *to.element(row0 + row, column) = row < count && column < columns ? from[row * step + column] : narrow<DTYPE>(0.f);
@@ -216,6 +217,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         const int token0 = at + (rank * SEGMENTS + segment) * length, count = max(0, min(length, end - token0));
         const int pairs = (count + 31) / 32;
 
+#pragma unroll 1
         for (int pair = 0; pair < pairs; pair++) {
             const int64_t token = token0 + 32 * pair;
             const int there = count - 32 * pair, rows = min(32, length - 32 * pair);
@@ -250,17 +252,22 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
             const int row0 = 32 * pair, chunks = count - row0 > CHUNK ? 2 : 1;
             write_lines(scratch, log_decay, beta, out, p.l2norm, key_tile, query_tile, row0, CHUNK * chunks);
             if (pair + 1 < pairs) read_gates(pair + 1);
-            Factors<DTYPE> first, second;
-            score(first, scratch, 0, key_tile, query_tile, row0);
-            if (chunks == 2) score(second, scratch, 1, key_tile, query_tile, row0 + CHUNK);
+            Scores<DTYPE> kept_first, kept_second;
+#pragma unroll 1
+            for (int which = 0; which < chunks; which++) {
+                Scores<DTYPE> made;
+                score(made, scratch, which, key_tile, query_tile, row0 + CHUNK * which);
+                if (which) kept_second = made;
+                else kept_first = kept_second = made;
+            }
             invert(scratch);
-            take_inverse(first, scratch, 0);
-            if (chunks == 2) take_inverse(second, scratch, 1);
-            advance<DTYPE, KEYS, VALUES, MT>(x, first, gamma, first_row, key_tile, query_tile, value_tile, row0, meet);
-            gamma *= first.total;
-            if (chunks == 2) {
-                advance<DTYPE, KEYS, VALUES, MT>(x, second, gamma, first_row, key_tile, query_tile, value_tile, row0 + CHUNK, meet);
-                gamma *= second.total;
+#pragma unroll 1
+            for (int which = 0; which < chunks; which++) {
+                Factors<DTYPE> f;
+                read_factors(f, scratch, which);
+                advance<DTYPE, KEYS, VALUES, MT>(x, f, kept_first, gamma, first_row, key_tile, query_tile, value_tile, row0 + CHUNK * which, meet);
+                gamma *= f.total;
+                kept_first = kept_second;
             }
         }
         meet();
@@ -277,10 +284,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                 }
             if (group_thread == 0) gammas[segment] = gamma;
         };
-        write_map();
-        __syncthreads();
-#pragma unroll
-        for (int step = 1; step < SEGMENTS; step *= 2) {
+#pragma unroll 1
+        for (int step = 1;; step *= 2) {
+            write_map();
+            __syncthreads();
+            if (step >= SEGMENTS) break;
             if (segment >= step) {
                 const Planes earlier(memory + (segment - step) * place, ROWS), own(mine, ROWS);
                 const float before = gammas[segment - step];
@@ -303,8 +311,6 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                 }
                 gamma *= before;
             }
-            __syncthreads();
-            write_map();
             __syncthreads();
         }
 
@@ -340,6 +346,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         // the state where this block starts, and for a next round or as the final state where the round ends
         if (warp < VALUE_TILES) {
             const bool ends = !last || (p.final && rank == CLUSTER - 1);
+#pragma unroll 1
             for (int block = 0; block < CLUSTER; block++) {
                 if (block == rank) {
 #pragma unroll
@@ -407,6 +414,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                     entering[m].take(d);
                 }
             }
+#pragma unroll 1
             for (int row0 = 0; row0 < count; row0 += CHUNK) {
                 float read[2 * OWN_TILES][4] = {};
 #pragma unroll
@@ -442,6 +450,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                             *reinterpret_cast<uint4*>(to + token * o_t + piece * PIECE) = *reinterpret_cast<const uint4*>(value_tile.piece(row0 + token, piece));
                     }
                 } else {
+#pragma unroll 1
                     for (int i = group_thread; i < CHUNK * VALUES; i += 32 * GROUP) {
                         const int token = i / VALUES, column = i % VALUES;
                         if (token < rows && column < values) to[token * o_t + column] = *value_tile.element(row0 + token, column);

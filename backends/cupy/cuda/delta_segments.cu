@@ -191,8 +191,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
     float* gammas = reinterpret_cast<float*>(scratches + max(WARPS * static_cast<int>(sizeof(PairScratch)), PUBLISHED_BYTES + 16 + START_BYTES));
 
     const auto meet = [&] {
-        if constexpr (GROUP == 1) __syncwarp();
-        else barrier_sync(1 + segment, 32 * GROUP);
+        __syncwarp();
+        if constexpr (GROUP > 1) barrier_sync(1 + segment, 32 * GROUP);
     };
 
     // the state at the round's start: 16 rows (values) of a warp
@@ -336,6 +336,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                 }
             if (group_thread == 0) *published.gamma() = gamma;
         }
+        __syncwarp();
         if constexpr (CLUSTER > 1) {
             cluster_arrive();
             cluster_wait();

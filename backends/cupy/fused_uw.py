@@ -37,7 +37,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     found: dict[Candidate, None] = {}
     for rows, inner, columns, split in _PLANS:
-        rows, inner, columns = min(rows, padded(size)), min(inner, padded(size, 32)), min(columns, widest)
+        rows, inner, columns = min(rows, padded(size)), min(inner, padded(size, 32)), min(columns, widest, 256 // signature.dtype.itemsize)
         if shared_bytes(rows, inner, columns, signature.dtype) <= room and columns // split >= 16:
             found[_candidate("tiles", (SOURCE,), rows=rows, inner=inner, columns=columns, split=split)] = None
     return list(found)

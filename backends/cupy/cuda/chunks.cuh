@@ -45,6 +45,14 @@ DEVICE Chunk find_chunk(const Grid& grid, int slot) {
     return chunk;
 }
 
+// The chunk that a sequence's state leaves.
+DEVICE Chunk last_chunk(const Grid& grid, int sequence) {
+    if (!grid.cu_seqlens) return find_chunk(grid, (sequence + 1) * grid.slots - 1);
+    const int64_t start = load_index(grid.cu_seqlens, sequence, grid.cu_wide), end = load_index(grid.cu_seqlens, sequence + 1, grid.cu_wide);
+    const int64_t absent = static_cast<int64_t>(sequence) * grid.offset, count = end - start + grid.offset;
+    return find_chunk(grid, static_cast<int>((start + absent) / grid.chunk_size + sequence + (count > 0 ? (count - 1) / grid.chunk_size : 0)));
+}
+
 // ---- The running sum G of a log decay, kept so that its differences are exact to float32's last digits: a multiple of 2^-10, whose sums are exact, and
 // a small rest. After a few tokens of -20 one float32 would leave differences with errors of 1e-5. A token counts as at least -128: e^-128 is 0.
 
@@ -59,12 +67,11 @@ DEVICE float exp_log(Log g) { return exp2_fast((g.coarse + g.fine) * 1.442695040
 // exp(G_i - G_j), for i not before j
 DEVICE float exp_between(Log i, Log j) { return exp2_fast(((i.coarse - j.coarse) + (i.fine - j.fine)) * 1.4426950408889634f); }
 
-// One warp: G of LENGTH tokens from g (absent: 0), those from `length` on as if g were 0.
-template <typename T, int LENGTH> DEVICE void running_log(Log* sums, const void* g, int64_t at, int64_t stride, int wide, int length) {
+// One warp: G of `tokens` tokens from g (absent: 0), those from `length` on as if g were 0.
+template <typename T> DEVICE void running_log(Log* sums, int tokens, const void* g, int64_t at, int64_t stride, int wide, int length) {
     const int lane = threadIdx.x % 32;
     Log carried{0.0f, 0.0f};
-#pragma unroll
-    for (int base = 0; base < LENGTH; base += 32) {
+    for (int base = 0; base < tokens; base += 32) {
         const int token = base + lane;
         Log sum = g && token < length ? log_of(load_gate<T>(g, at + token * stride, wide)) : Log{0.0f, 0.0f};
 #pragma unroll
@@ -73,7 +80,7 @@ template <typename T, int LENGTH> DEVICE void running_log(Log* sums, const void*
             if (lane >= step) sum.coarse += coarse, sum.fine += fine;
         }
         sum.coarse += carried.coarse, sum.fine += carried.fine;
-        if (token < LENGTH) sums[token] = sum;
+        if (token < tokens) sums[token] = sum;
         carried.coarse = __shfl_sync(0xffffffffu, sum.coarse, 31), carried.fine = __shfl_sync(0xffffffffu, sum.fine, 31);
     }
 }

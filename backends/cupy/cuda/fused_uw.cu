@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fused_uw(const __grid_cons
     for (int step = 0; step < steps; step++) {
         cp_async_wait<1>();
         __syncthreads();
-#pragma unroll
+#pragma unroll(STEPS_AT_ONCE<DTYPE>)
         for (int s = 0; s < INNER / 16; s++) {
             Pair<DTYPE> a[4], b[4];
             lefts[step % 2].rows(a[0], a[1], a[2], a[3], first, 16 * s);

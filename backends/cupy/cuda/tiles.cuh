@@ -4,6 +4,9 @@
 
 #include "fragments.cuh"
 
+// How far loops over a product's inner dimension are unrolled: float32's three products a step leave no registers for a second one.
+template <typename T> constexpr int STEPS_AT_ONCE = Dtype<T>::half ? 8 : 1;
+
 // ROWS rows; those from `rows` on and columns from `columns` on become zeros. WIDE: rows start on 16 bytes, and 16 divides those of `columns`.
 // To be followed by cp_async_commit, cp_async_wait and a barrier.
 template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>

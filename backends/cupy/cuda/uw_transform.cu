@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) uw_transform(const __grid_
     };
     load(0);
     load(1);
-    if (warp == 0) running_log<DTYPE, SIDE>(log_decay, p.g, chunk.batch * p.g_b + chunk.begin * p.g_t + head * p.g_h, p.g_t, p.g_wide, chunk.length);
+    if (warp == 0) running_log<DTYPE>(log_decay, SIDE, p.g, chunk.batch * p.g_b + chunk.begin * p.g_t + head * p.g_h, p.g_t, p.g_wide, chunk.length);
     __syncthreads();
     for (int t = threadIdx.x; t < SIDE; t += THREADS) {
         beta[t] = t < chunk.length ? load_gate<DTYPE>(p.beta, chunk.batch * p.beta_b + (chunk.begin + t) * p.beta_t + head * p.beta_h, p.beta_wide) : 0.0f;
@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) uw_transform(const __grid_
             __syncthreads();
             if (warp < BLOCKS) {
                 const Right& keys = buffers[slice % 2];
-#pragma unroll
+#pragma unroll(STEPS_AT_ONCE<DTYPE>)
                 for (int s = 0; s < SLICE / 16; s++) {
                     Pair<DTYPE> a[4], b[4];
                     keys.rows(a[0], a[1], a[2], a[3], 16 * warp, 16 * s);

@@ -50,22 +50,22 @@ class CuPyEngine:
 class _Function:
     """A loaded kernel with its parameter buffer; the driver has read the buffer when a launch returns. Never unloaded: a captured graph may hold it."""
 
-    __slots__ = ("_buffer", "_function", "_lock", "_pointers")
+    __slots__ = ("_address", "_buffer", "_function", "_lock", "_pointers")
 
     def __init__(self, function: int) -> None:
         self._function = function
         self._lock = threading.Lock()
         self._buffer = ctypes.create_string_buffer(4096)  # the most that a kernel takes
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
+        self._address = ctypes.addressof(self._pointers)
 
     def __call__(self, blocks: Blocks, threads: int, shared: int, stream: int, layout: struct.Struct, values: tuple[object, ...]) -> None:
         with self._lock:
             layout.pack_into(self._buffer, 0, *values)
-            pointers = ctypes.addressof(self._pointers)
             try:
-                driver.launchKernel(self._function, *blocks, threads, 1, 1, shared, stream, pointers, 0)
+                driver.launchKernel(self._function, *blocks, threads, 1, 1, shared, stream, self._address, 0)
             except driver.CUDADriverError as error:
                 if error.status != _NO_CONTEXT:
                     raise
                 cupy.cuda.runtime.free(0)  # a thread's first use of the device
-                driver.launchKernel(self._function, *blocks, threads, 1, 1, shared, stream, pointers, 0)
+                driver.launchKernel(self._function, *blocks, threads, 1, 1, shared, stream, self._address, 0)

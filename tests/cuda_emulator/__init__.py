@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from filelock import FileLock
 from titans_backends.backends.cupy import sources
 from titans_backends.backends.cupy.launch import Blocks, Form, Loaded
 
@@ -75,7 +76,10 @@ class EmulatorEngine:
         name = hashlib.sha256("\n".join([text, closure, HEADER.read_text(), *_OPTIONS]).encode()).hexdigest()[:32]
         library = self.folder / f"{name}.so"
         if not library.exists():
-            self._compile(text, library, f"{form.source} {dict(form.macros)}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{library}.lock"):  # another process of the same run may be at it
+                if not library.exists():
+                    self._compile(text, library, f"{form.source} {dict(form.macros)}")
         emulate = ctypes.PyDLL(str(library)).emulate
         emulate.restype = ctypes.c_char_p
         emulate.argtypes = (ctypes.POINTER(_Launch), ctypes.c_char_p, ctypes.c_size_t)
@@ -94,7 +98,6 @@ class EmulatorEngine:
         return launch
 
     def _compile(self, text: str, library: Path, what: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             source, made = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
             source.write_text(text)

@@ -1,7 +1,7 @@
 """The CuPy backend's kernels compile with NVRTC without a GPU, each `.cu` for four architectures, and what its defaults spill is bounded.
 
-What is compiled is what the ops' defaults would launch: in bfloat16 and float32, with heads of 128 and of 32, for sm_80 and sm_90a; one form of every
-file for sm_89 and sm_120. The compiler is the package nvidia-cuda-nvrtc through cuda.core; CuPy is not needed.
+What is compiled is what the ops' defaults would launch, with heads of 128 and of 32: in bfloat16 and float32 for sm_90a, in bfloat16 for sm_80; one form
+of every file for sm_89 and sm_120. The compiler is the package nvidia-cuda-nvrtc through cuda.core; CuPy is not needed.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def compiled(form: Form, sm: int) -> Usage:
     return Usage(max(map(int, registers)), max(map(int, spilled), default=0))
 
 
-def files() -> dict[str, Form]:
-    """For every `.cu` that a default launches, one of its forms: the last one, of narrow heads."""
-    return {form.source: form for op in OPS for case in production(op) for form in forms(op, case, 90)}
+def files(sm: int) -> dict[str, Form]:
+    """For every `.cu` that a default launches on a card, one of its forms: the last one, of narrow heads."""
+    return {form.source: form for op in OPS for case in production(op) for form in forms(op, case, sm)}
 
 
 @compiles
@@ -115,6 +115,8 @@ def files() -> dict[str, Form]:
 def test_the_defaults_compile_and_keep_to_registers(op: str, sm: int, record_property: Callable[[str, object], None]) -> None:
     done: set[tuple[str, object]] = set()
     for case in production(op):
+        if sm == 80 and case.dtype == torch.float32:
+            continue
         for form in forms(op, case, sm):
             if (form.source, form.macros) not in done:  # a file's kernels are compiled together
                 done.add((form.source, form.macros))
@@ -129,13 +131,13 @@ def test_the_defaults_compile_and_keep_to_registers(op: str, sm: int, record_pro
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", [89, 120])
 def test_every_file_compiles_for_consumer_cards(sm: int) -> None:
-    for form in files().values():
+    for form in files(sm).values():
         compiled(form, sm)
 
 
 def test_every_cuda_file_is_launched_by_a_default_that_is_compiled_here() -> None:
     kernels = {path.name for path in sources.FOLDER.glob("*.cu")}
-    assert kernels == set(files()), "a .cu that no op's default launches would never be compiled in the tests"
+    assert kernels == set(files(90)), "a .cu that no op's default launches would never be compiled in the tests"
     included = {name for kernel in kernels for name in sources.closure(kernel)}
     assert {path.name for path in sources.FOLDER.iterdir() if path.is_file()} == included, "a header that no kernel includes"
 

@@ -68,11 +68,9 @@ def segments_candidates(signature: Signature, machine: Machine) -> list[Candidat
     clusters = machine.sm is not None and machine.sm >= _CLUSTERS
     tokens = max(1, signature.dim("T") // (signature.dim("N") if signature.packed else 1))
     streams = signature.dim("N") * signature.dim("H") * -(-signature.dim("V") // tile)
-    shapes = [(1, 8, group), (1, 4, group), (1, 16, group) if group > 1 else (1, 2, group)]
+    shapes = [(1, 8, group), (1, 4, group)] + ([(1, 2, group)] if group < 4 else [])
     if clusters:
-        shapes += [(8, 8, group), (4, 8, group), (2, 8, group), (8, 16, group), (4, 16, group)] if group > 1 else [
-            (8, 8, 1), (4, 8, 1), (2, 8, 1), (8, 4, 1), (4, 4, 1), (8, 16, 2), (4, 16, 2)
-        ]  # fmt: skip
+        shapes += [(8, 8, group), (4, 8, group), (2, 8, group)] + ([(8, 4, 1), (4, 4, 1), (8, 16, 2), (4, 16, 2)] if group == 1 else [])
     plans = []
     for cluster, warps, group in shapes:
         longest = _fits(tile, size, warps, group, room)
@@ -81,7 +79,12 @@ def segments_candidates(signature: Signature, machine: Machine) -> list[Candidat
             waves = -(-streams * cluster // (machine.sms or 108))
             chunks = min(longest, -(-tokens // (warps // group * cluster))) / _CHUNK
             steps = (warps // group).bit_length() - 1
-            cost = rounds * waves * (1.0 + 0.4 * max(chunks, 1) + 0.4 * steps + (0.5 + 0.15 * cluster if cluster > 1 else 0))
+            cost = (
+                (1.1 if warps > 8 else 1.0)
+                * rounds
+                * waves
+                * (1.0 + 0.4 * max(chunks, 1) + 0.4 * steps + (0.5 + 0.15 * cluster if cluster > 1 else 0))
+            )
             plans.append((cost, cluster, warps, group, longest))
     if not signature.batch_invariant:
         plans.sort()

@@ -429,14 +429,24 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
             Rows(round_start, warp).read(carried);
             if (CLUSTER == 1 || rank == 0) Rows(start, warp).write(carried);
             if constexpr (CLUSTER > 1) {
-                Fetched now, later;
-                if (blocks > 0) now.fetch(published, offset, gammas + SEGMENTS - 1, 0);
+                if constexpr (HALF && KEYS == 32) {  // the next map is on its way while one is applied
+                    Fetched now, later;
+                    if (blocks > 0) now.fetch(published, offset, gammas + SEGMENTS - 1, 0);
 #pragma unroll 1
-                for (int block = 0; block < blocks; block++) {
-                    if (block + 1 < blocks) later.fetch(published, offset, gammas + SEGMENTS - 1, block + 1);
-                    now.apply(carried);
-                    if (block + 1 == rank) Rows(start, warp).write(carried);
-                    now = later;
+                    for (int block = 0; block < blocks; block++) {
+                        if (block + 1 < blocks) later.fetch(published, offset, gammas + SEGMENTS - 1, block + 1);
+                        now.apply(carried);
+                        if (block + 1 == rank) Rows(start, warp).write(carried);
+                        now = later;
+                    }
+                } else {
+#pragma unroll 1
+                    for (int block = 0; block < blocks; block++) {
+                        Fetched now;
+                        now.fetch(published, offset, gammas + SEGMENTS - 1, block);
+                        now.apply(carried);
+                        if (block + 1 == rank) Rows(start, warp).write(carried);
+                    }
                 }
             } else if (ends) {
                 Rounded<DTYPE, BLOCKS> a;

@@ -18,7 +18,7 @@ import pytest
 import torch
 from titans_backends.backends.cupy import compile as cubins
 from titans_backends.backends.cupy import sources
-from titans_backends.backends.cupy.ahead import collected
+from titans_backends.backends.cupy.ahead import arriving, collected
 from titans_backends.backends.cupy.launch import Form
 
 from tests.triton_machines import CARDS
@@ -71,19 +71,30 @@ def production(op: str) -> Iterator[Case]:
             yield case
 
 
-def offered(op: str, case: Case, sm: int) -> list[Candidate]:
-    """What an op offers a card for a case; none where it refuses."""
+def offered(op: str, case: Case, sm: int, *, backward: bool = False) -> list[Candidate]:
+    """What an op offers a card for a case, forward or backward; none where it refuses."""
     made, module = CONTRACTS[op], import_module(f"titans_backends.backends.cupy.{op}")
     call: Call = build(made, case, "meta")
     signature = signature_of(made, call, validate(made, call))
-    return list(module.candidates(signature, CARDS[sm])) if module.supports(signature, CARDS[sm]) else []
+    if not module.supports(signature, CARDS[sm]):
+        return []
+    if backward:
+        return list(module.backward_candidates(signature, CARDS[sm])) if hasattr(module, "backward_candidates") else []
+    return list(module.candidates(signature, CARDS[sm]))
 
 
 def forms(op: str, case: Case, sm: int, *, every: bool = False) -> list[Form]:
-    """What an op's default, or every candidate, launches for a case, each once."""
+    """What an op's defaults, forward and backward, or every candidate, launch for a case, each once."""
     call, module = build(CONTRACTS[op], case, "meta"), import_module(f"titans_backends.backends.cupy.{op}")
-    chosen = offered(op, case, sm)
-    return list(dict.fromkeys(form for candidate in (chosen if every else chosen[:1]) for form in collected(module.run, call, candidate)))
+
+    def run(call: Call, candidate: Candidate) -> object:
+        if candidate.direction == "forward":
+            return module.run(call, candidate)
+        return module.run_backward(call, *arriving(op, call, candidate), candidate)
+
+    either = [offered(op, case, sm, backward=backward) for backward in (False, True)]
+    chosen = [candidate for found in either for candidate in (found if every else found[:1])]
+    return list(dict.fromkeys(form for candidate in chosen for form in collected(run, call, candidate)))
 
 
 def compiled(form: Form, sm: int) -> Usage:

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from tests import cuda_emulator
 from tests.triton_machines import CARDS, H100
-from titans_backends.backend import Candidate, OpModule, RememberingOpModule
+from titans_backends.backend import Candidate, OpModule, RememberingOpModule, TrainableOpModule
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build, cases
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
-from titans_backends.tuning.gate import Ledger, check_forward, failure
+from titans_backends.tuning.gate import Ledger, check_backward, check_forward, failure
 from titans_backends.tuning.suite import exam_of
 from titans_backends.verdict import Verdict
 
@@ -146,6 +146,43 @@ def test_the_default_takes_any_size(op: str, case: Case) -> None:
 @pytest.mark.parametrize(("op", "case"), listed(one))
 def test_other_candidates_keep_the_contract(op: str, case: Case) -> None:
     problems(CONTRACTS[op], case, lambda offers: distinct(op, offers)[1:3])
+
+
+TRAINABLE = tuple(op for op in OPS if hasattr(module_of(op), "run_backward"))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [pytest.param(op, case, id=f"{op}-{case.name}-{case.dtype}") for op in TRAINABLE for d in DTYPES for case in cases(CONTRACTS[op], d)],
+)
+def test_the_default_backward_keeps_the_contract(op: str, case: Case) -> None:
+    made, module = CONTRACTS[op], cast(TrainableOpModule, module_of(op))
+    call = build(made, case)
+    if not supported(made, call):
+        pytest.skip(str(supported(made, call)))
+    found = module.backward_candidates(signature_of(made, call, validate(made, call)), H100)[:1]
+    for candidate in found:
+        check_backward(made, candidate, module, exam_of(made, case, call, training=True), tolerance(case.dtype), Ledger(), candidate.label)
+    if not found:
+        pytest.skip("it has no backward for this")
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("op", TRAINABLE)
+def test_a_frozen_input_launches_nothing_of_its_own(op: str, engine: cuda_emulator.EmulatorEngine) -> None:
+    made, module = CONTRACTS[op], cast(TrainableOpModule, module_of(op))
+    call = build(made, next(one(made)))
+    candidate = module.backward_candidates(signature_of(made, call, validate(made, call)), H100)[0]
+    grads = tuple(torch.ones_like(cast(Tensor, x)) for x in made.reference(call))
+    whole = module.run_backward(call, grads, None, frozenset(made.differentiable), candidate)
+    before = engine.launches
+    assert module.run_backward(call, grads, None, frozenset(), candidate) == tuple(None for _ in whole)
+    assert engine.launches == before
+    for place, name in enumerate(made.differentiable):
+        alone = module.run_backward(call, grads, None, frozenset({name}), candidate)
+        assert [x is not None for x in alone] == [at == place for at in range(len(alone))]
+        assert torch.equal(cast(Tensor, alone[place]), cast(Tensor, whole[place])), name
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from titans_backends.backend import Backend
 
 _PACKAGE = "titans_backends.backends.cupy"
-_OPS = ("dual_core", "fast_core", "fused_uw", "gated_delta_rule", "gated_delta_step", "uw_transform")
+_OPS = ("dual_core", "fast_core", "fused_uw", "gated_delta_rule", "gated_delta_step", "slow_core", "uw_transform")
 
 BACKEND = Backend(
     name="cupy",
@@ -15,6 +15,7 @@ BACKEND = Backend(
     simplicity=3,
     rank={"cuda": 1},
     requires=("cupy",),
+    backward=(f"{_PACKAGE}.fused_uw_gradients",),
     install="pip install 'titans-backends[cuda13]' (or [cuda12], as torch.version.cuda says)",
     probe=f"{_PACKAGE}.probe",
 )

@@ -17,7 +17,7 @@ from . import launch
 from .compile import architecture, cubin
 from .program import Run, RunBackward
 
-__all__ = ["CompileAhead", "ahead_of", "collected"]
+__all__ = ["CompileAhead", "ahead_of", "arriving", "collected"]
 
 CompileAhead = Callable[[Any, Candidate, Machine], None]
 
@@ -35,7 +35,7 @@ def ahead_of(run: Run, op: str = "", run_backward: RunBackward | None = None) ->
     def either(call: Any, candidate: Candidate) -> object:
         if candidate.direction == "forward" or run_backward is None:
             return run(call, candidate)
-        return run_backward(call, *_arriving(op, call, candidate), candidate)
+        return run_backward(call, *arriving(op, call, candidate), candidate)
 
     def compile_ahead(call: Any, candidate: Candidate, machine: Machine) -> None:
         """Compiles what running the candidate would launch. ValueError for a machine that is no CUDA card, CompileError with NVRTC's log."""
@@ -47,7 +47,7 @@ def ahead_of(run: Run, op: str = "", run_backward: RunBackward | None = None) ->
     return compile_ahead
 
 
-def _arriving(op: str, call: Any, candidate: Candidate) -> tuple[tuple[Tensor | None, ...], Tensor | None, frozenset[str]]:
+def arriving(op: str, call: Any, candidate: Candidate) -> tuple[tuple[Tensor | None, ...], Tensor | None, frozenset[str]]:
     """What a backward is handed, of the right sizes: gradients of every output, saved states, and every input's need."""
     made = CONTRACTS[op]
     dims, given = validate(made, call), made.tensors(call)

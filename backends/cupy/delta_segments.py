@@ -27,15 +27,15 @@ SEGMENTS = Kernel(SOURCE, "delta_segments", "10P18q13if")
 _CHUNK = 16
 _LONGEST = 128
 """Most tokens of a segment: four copies of 32 are in flight."""
-_PAIR_SCRATCH = 4 * (2 * (_CHUNK * 24 + 16) + 5 * 32)
+_PAIR_SCRATCH = 4 * (2 * (_CHUNK * 20 + 16) + 9 * 32)
 _CLUSTERS = 90
 """The compute capability from which blocks form clusters."""
 widest_keys = 64
 
 
-def _group(keys: int, dtype: torch.dtype) -> int:
-    """Warps that share a segment's rows."""
-    return (2 if dtype == torch.float32 else 1) if keys == 32 else 4
+def _group(tile: int, dtype: torch.dtype) -> int:
+    """Fewest warps whose registers hold a segment's rows."""
+    return (2 if dtype == torch.float32 else 1) if tile == 32 else 4
 
 
 def _tile(keys: int) -> int:
@@ -46,7 +46,7 @@ def _shared_bytes(tile: int, size: int, warps: int, group: int, longest: int) ->
     """Of a block, as the kernel lays it out."""
     row, count = tile * size, warps // group
     place = max(longest * row, 2 * tile * tile * 4) + longest * 2 * row
-    return count * place + max(warps * _PAIR_SCRATCH, 2 * tile * tile * 4 + 16 + tile * tile * 4) + 4 * count + 12 & ~15
+    return count * place + max(count * _PAIR_SCRATCH, tile * tile * size + tile * tile * 4) + tile * tile * 4 + 4 * count + 12 & ~15
 
 
 def _fits(tile: int, size: int, warps: int, group: int, room: int) -> int:
@@ -68,22 +68,29 @@ def segments_candidates(signature: Signature, machine: Machine) -> list[Candidat
     clusters = machine.sm is not None and machine.sm >= _CLUSTERS
     tokens = max(1, signature.dim("T") // (signature.dim("N") if signature.packed else 1))
     streams = signature.dim("N") * signature.dim("H") * -(-signature.dim("V") // tile)
-    shapes = [(1, 8), (1, 4), (1, 16)] if group > 1 else [(1, 8), (1, 4), (1, 2)]
+    shapes = [(1, 8, group), (1, 4, group)] + ([(1, 2, group)] if group < 4 else [])
     if clusters:
-        shapes += [(8, 8), (4, 8), (2, 8), (8, 4), (4, 4)] if group == 1 else [(8, 8), (4, 8), (2, 8), (8, 16), (4, 16)]
+        shapes += [(8, 8, group), (4, 8, group), (2, 8, group)] + ([(8, 4, 1), (4, 4, 1), (8, 16, 2), (4, 16, 2)] if group == 1 else [])
     plans = []
-    for cluster, warps in shapes:
+    for cluster, warps, group in shapes:
         longest = _fits(tile, size, warps, group, room)
         if longest:
             rounds = -(-tokens // (warps // group * cluster * longest))
             waves = -(-streams * cluster // (machine.sms or 108))
             chunks = min(longest, -(-tokens // (warps // group * cluster))) / _CHUNK
             steps = (warps // group).bit_length() - 1
-            cost = rounds * waves * (1.0 + 0.4 * max(chunks, 1) + 0.4 * steps + (0.5 + 0.15 * cluster if cluster > 1 else 0))
-            plans.append((cost, cluster, warps, longest))
+            cost = (
+                (1.1 if warps > 8 else 1.0)
+                * rounds
+                * waves
+                * (1.0 + 0.4 * max(chunks, 1) + 0.4 * steps + (0.5 + 0.15 * cluster if cluster > 1 else 0))
+            )
+            plans.append((cost, cluster, warps, group, longest))
     if not signature.batch_invariant:
         plans.sort()
-    return [_candidate("segments", (SOURCE,), cluster=cluster, warps=warps, longest=longest) for _, cluster, warps, longest in plans]
+    return [
+        _candidate("segments", (SOURCE,), cluster=cluster, warps=warps, group=group, longest=longest) for _, cluster, warps, group, longest in plans
+    ]
 
 
 def segments(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +104,7 @@ def segments(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor, Tensor
     o = torch.empty((batch, tokens, heads, values), dtype=v.dtype, device=v.device)
     final = torch.empty((sequences, heads, keys, values), dtype=torch.float32, device=v.device) if call.output_final_state else None
     tile, size = _tile(keys), v.element_size()
-    group, warps, cluster = _group(tile, v.dtype), int(candidate.param("warps")), int(candidate.param("cluster"))
+    cluster, warps, group = (int(candidate.param(name)) for name in ("cluster", "warps", "group"))
     share = -(-tokens // (warps // group * cluster * _CHUNK)) * _CHUNK
     longest = max(_CHUNK, min(int(candidate.param("longest")), share))
     none = (0, 0, 0)

@@ -33,7 +33,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
 
 def run(call: DualCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o, and both final states where the mode has them."""
-    return flat(call), None, None
+    return flat(call, candidate), None, None
 
 
 compile_ahead = ahead_of(run)

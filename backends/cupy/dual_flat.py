@@ -25,8 +25,10 @@ FLAT = Kernel(SOURCE, "dual_flat", "10P24q16i2f")
 _TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
 _MOST = 128
 """Tokens of a chunk."""
+_CLUSTERS = 90
+"""The compute capability from which blocks form clusters."""
 _VALUES = 32
-_PAIR_SCRATCH = 4 * (2 * (16 * 24 + 16) + 5 * 32)
+_PAIR_SCRATCH = 4 * (2 * (16 * 20 + 16) + 9 * 32)
 
 
 def _blocks(chunk: int, tokens: int) -> int:
@@ -34,10 +36,12 @@ def _blocks(chunk: int, tokens: int) -> int:
     return padded(-(-min(chunk, max(tokens, 1)) // 16), 1)
 
 
-def _shared_bytes(keys: int, blocks: int, transform: str) -> int:
+def _shared_bytes(keys: int, blocks: int, transform: str, cluster: int = 1, parts: int = 2) -> int:
+    """Of a block: tiles of keys and values, a line of each factor, and the inversions' scratch or partial sums."""
     tokens = 16 * blocks
     scratch = 2 * blocks * _PAIR_SCRATCH if transform == "exact" else 0
-    return 4 * tokens * (2 * padded(keys, 32) + 2 * _VALUES + 5) + scratch
+    widest = max(padded(keys, 32), _VALUES) if transform == "lam" else _VALUES
+    return 4 * tokens * (2 * padded(keys, 32) + 2 * _VALUES + 5) + max(scratch, blocks // cluster * (parts - 1) * 64 * widest)
 
 
 def serves_flat(signature: Signature, machine: Machine) -> Verdict:
@@ -59,11 +63,26 @@ def serves_flat(signature: Signature, machine: Machine) -> Verdict:
 
 
 def flat_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """The one way there is."""
-    return [_candidate("flat", (SOURCE,))]
+    """A block for a chunk and head; and, where blocks form clusters, a cluster whose blocks have two blocks of rows each, which is the first for few chunks."""
+    chunk, transform, keys = signature.option("chunk_size"), str(signature.option("transform")), signature.dim("K")
+    assert isinstance(chunk, int)
+    blocks = _blocks(chunk, signature.dim("T"))
+    alone = _candidate("flat", (SOURCE,), cluster=1, parts=2)
+    if machine.sm is None or machine.sm < _CLUSTERS or transform == "exact" or blocks < 4:
+        return [alone]
+    room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
+    cluster = blocks // 2
+    together = [
+        _candidate("flat", (SOURCE,), cluster=cluster, parts=parts)
+        for parts in (8, 4)
+        if _shared_bytes(keys, blocks, transform, cluster, parts) <= room
+    ]
+    chunks = signature.dim("B") * signature.dim("H") * -(-signature.dim("T") // chunk) * -(-signature.dim("V") // _VALUES)
+    few = chunks * cluster <= 2 * (machine.sms or 108) and not signature.batch_invariant
+    return [*together, alone] if few else [alone, *together]
 
 
-def flat(call: DualCore) -> Tensor:
+def flat(call: DualCore, candidate: Candidate) -> Tensor:
     """o `[B, T, H, V]` in v's dtype."""
     q, k, v, beta, g, alpha = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v), call.beta, call.g, call.alpha
     fast, slow, offset = call.fast_gate, call.slow_gate, call.chunk_offset
@@ -85,11 +104,15 @@ def flat(call: DualCore) -> Tensor:
     else:
         number = float(alpha)
     size, blocks = v.element_size(), _blocks(chunk, tokens)
+    cluster, parts = int(candidate.param("cluster")), int(candidate.param("parts"))
     once = (("TF32_ONCE", True),) if size == 2 or torch.get_float32_matmul_precision() != "highest" else ()
     FLAT(
-        (slots * heads * -(-values // _VALUES), 1, 1),
-        64 * blocks,
-        (("DTYPE", DTYPES[v.dtype]), ("KEYS", padded(keys, 32)), ("CHUNK_BLOCKS", blocks), ("TRANSFORM", _TRANSFORMS[call.transform]), *once),
+        (slots * heads * -(-values // _VALUES) * cluster, 1, 1),
+        32 * parts * (blocks // cluster),
+        (
+            ("DTYPE", DTYPES[v.dtype]), ("KEYS", padded(keys, 32)), ("CHUNK_BLOCKS", blocks), ("TRANSFORM", _TRANSFORMS[call.transform]),
+            ("CLUSTER", cluster), ("PARTS", parts), *once,
+        ),
         (
             q, k, v, beta, g, fast, slow, weight, bounds, o,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride(), *(none if g is None else g.stride()),
@@ -101,6 +124,6 @@ def flat(call: DualCore) -> Tensor:
             keys * size % 16 == 0 and values * size % 16 == 0 and aligned_rows(q) and aligned_rows(k) and aligned_rows(v),
             number, float(call.scale),
         ),
-        _shared_bytes(keys, blocks, call.transform),
+        _shared_bytes(keys, blocks, call.transform, cluster, parts),
     )  # fmt: skip
     return o

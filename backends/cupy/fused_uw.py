@@ -12,13 +12,14 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
+from .fused_uw_gradients import backward_candidates, run_backward
 from .launch import DTYPES, Kernel
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, padded, serves
 from .serving import candidate as _candidate
 from .strides import aligned_rows, flat
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 SOURCE = "fused_uw.cu"
 PRODUCT = Kernel(SOURCE, "fused_uw", "5P6q2i")
@@ -71,5 +72,5 @@ def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return u, w
 
 
-compile_ahead = ahead_of(run)
-remember = remembering(run)
+compile_ahead = ahead_of(run, "fused_uw", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

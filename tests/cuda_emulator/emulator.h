@@ -443,11 +443,13 @@ inline void cluster_arrive() {
     emulator::arrive(emulator::cluster, emulator::cluster_live);
 }
 inline void cluster_wait() { emulator::wait_for(emulator::cluster.generation, emulator::now->cluster_seen); }
-inline uint32_t cluster_load_bits(const void* mine, uint32_t rank) {
-    emulator::inside(mine, 4, "cluster_load");
+template <typename T> inline T emulator_cluster_load(const void* mine, uint32_t rank) {
+    emulator::inside(mine, sizeof(T), "cluster_load"), emulator::aligned(mine, sizeof(T), "cluster_load");
     if (rank >= emulator::cluster_blocks) emulator::fail("cluster_load: no such block in the cluster");
     if (emulator::blocks[rank].live == 0) emulator::fail("cluster_load: that block has ended");
-    uint32_t bits;
-    memcpy(&bits, emulator::blocks[rank].shared + (static_cast<const unsigned char*>(mine) - emulator::now->block->shared), 4);
-    return bits;
+    T there;
+    memcpy(&there, emulator::blocks[rank].shared + (static_cast<const unsigned char*>(mine) - emulator::now->block->shared), sizeof(T));
+    return there;
 }
+inline uint32_t cluster_load_bits(const void* mine, uint32_t rank) { return emulator_cluster_load<uint32_t>(mine, rank); }
+inline uint4 cluster_load_16(const void* mine, uint32_t rank) { return emulator_cluster_load<uint4>(mine, rank); }

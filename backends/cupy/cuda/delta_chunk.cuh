@@ -1,12 +1,12 @@
 // One chunk of 16 tokens of the gated delta rule in one warp (SPEC.md 3, 4): its factors, and what it does to rows of a matrix that follows the state.
 //
 //   factors   G_i = sum of g up to i inside the chunk; D_ij = exp(G_i - G_j) for i >= j
-//             A = (I + stril(beta_i (k_i k_j) D_ij))^-1 by substitution in float32;  T = A diag(beta), in two 16-bit parts;  M = tril((q_i k_j) D_ij)
+//             T = (I + stril(beta_i (k_i k_j) D_ij))^-1 diag(beta) by substitution in float32;  M = tril((q_i k_j) D_ij), its rows with the output's factor
 //   rows X    of the transposed state (a row is one value column):   U = (V^T - e^G (X K^T)) T^T
 //             o = e^G (Q X^T) + M U^T,      X <- e^(G_C) X + (U e^(G_C - G)) K
-//   rows D    of a map: a start S0 becomes S0 (gamma I - D) with gamma = e^(sum of g), so a row of D is a row of X whose values are gamma k:
-//             U = e^G (gamma K^T - D K^T) T^T,   and q_eff = e^G (gamma Q - Q D^T) - M U^T is what the chunk's tokens read from the start.
-// The sums X and D stay in float32 in registers and are an operand after rounding. Keys and queries that are to be normalised keep their rows as they are:
+//   rows P    of a map, which starts as the identity: a start S0 becomes S0 P. A row of P is a row of X that has no values; what the tokens read
+//             of it is q_eff, what they read of a start.
+// The sums X and P stay in float32 in registers and are an operand after rounding. Keys and queries that are to be normalised keep their rows as they are:
 // their inverse norms go into the factors.
 #ifndef TITANS_DELTA_CHUNK_CUH
 #define TITANS_DELTA_CHUNK_CUH
@@ -14,29 +14,26 @@
 #include "fragments.cuh"
 #include "loads.cuh"
 
-constexpr int CHUNK = 16, SOLVE_ROW = 24, SOLVE_CHUNK = CHUNK * SOLVE_ROW + 16;
+constexpr int CHUNK = 16, SOLVE_ROW = 20, SOLVE_CHUNK = CHUNK * SOLVE_ROW + 16;
 
-// A warp's scratch for a pair of chunks: the triangles, and a line of each factor.
+// Scratch for a pair of chunks, of a warp or of those that share its rows: the triangles, and a line of each factor.
 struct PairScratch {
     float solve[2 * SOLVE_CHUNK];
-    float log_decay[32], log_decay_rest[32], beta[32], out[32], key_norm[32];  // the sum of logarithms, and for float32 what its rounding left out
+    float log_decay[32], log_decay_rest[32];  // G, base 2, and for float32 what its rounding left out
+    float beta[32], weight[32], key_norm[32]; // weight: beta times the key's inverse norm
+    float read[32], tail[32];                 // e^G and e^(G_C - G), with the key's inverse norm
+    float out[32], row_out[32];               // scale, gate and the query's inverse norm; with e^G
 };
 
-template <typename T> struct Scores {
-    Pair<T> p[2][2];  // M: block of rows, block of columns
-};
 template <typename T> struct Factors {
-    Pair<T> high[2][2], low[2][2];  // T: block of rows, block of columns
-    float read[4], tail[4];         // of tokens 2c, 2c+1, 2c+8, 2c+9: e^G and e^(G_C - G), with the key's inverse norm
-    float row_read[2], row_out[2];  // of tokens r, r+8: e^G; scale, gate and the query's inverse norm
-    float total;                    // e^(G_C)
+    Pair<T> t00, t10, t11;                // T: blocks of rows and columns, zero above
+    float read[4], tail[4];               // of tokens 2c, 2c+1, 2c+8, 2c+9
+    float row_out[2];                     // of tokens r, r+8
+    float total;                          // e^(G_C)
 };
-
-// 2^(G_i - G_j) for tokens of a scratch's line
-template <typename T> DEVICE float decay_between(const PairScratch& scratch, int i, int j) {
-    const float between = scratch.log_decay[i] - scratch.log_decay[j];
-    return exp2_fast(Dtype<T>::half ? between : between + (scratch.log_decay_rest[i] - scratch.log_decay_rest[j]));
-}
+template <typename T> struct Scores {
+    Pair<T> m00, m10, m11;                // M
+};
 
 // rsqrt(sum of squares + 1e-6) of a row
 template <typename T, int COLUMNS> DEVICE float inverse_norm(const Tile<T, COLUMNS>& tile, int row) {
@@ -64,18 +61,28 @@ DEVICE void write_lines(PairScratch& scratch, float log_decay, float beta, float
         }
         if (there) sum += before;
     }
+    float left = __shfl_sync(0xffffffffu, sum, CHUNK - 1, CHUNK) - sum;
+    if constexpr (!Dtype<T>::half) left += __shfl_sync(0xffffffffu, rest, CHUNK - 1, CHUNK) - rest;
     float key_norm = 1.f;
     if (normed && lane < rows) {
         key_norm = inverse_norm(k, row0 + lane);
         out *= inverse_norm(q, row0 + lane);
     }
+    const float decay = exp2_fast(sum);
     scratch.log_decay[lane] = sum;
-    scratch.log_decay_rest[lane] = rest;
+    if constexpr (!Dtype<T>::half) scratch.log_decay_rest[lane] = rest;
     scratch.beta[lane] = beta;
-    scratch.out[lane] = out;
+    scratch.weight[lane] = beta * key_norm;
     scratch.key_norm[lane] = key_norm;
+    scratch.read[lane] = decay * key_norm;
+    scratch.tail[lane] = exp2_fast(left) * key_norm;
+    scratch.out[lane] = out;
+    scratch.row_out[lane] = out * decay;
     __syncwarp();
 }
+
+// two numbers side by side in a line
+DEVICE float2 both(const float* line) { return *reinterpret_cast<const float2*>(line); }
 
 // k_i k_j and q_i k_j of a chunk: the triangle to be inverted goes to the scratch, M is kept.
 template <typename T, int K_TILE>
@@ -85,79 +92,71 @@ DEVICE void score(Scores<T>& kept, PairScratch& scratch, int which, const Tile<T
     float kk[2][4] = {}, qk[2][4] = {};
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
-        Pair<T> a0, a1, a2, a3, b0, b1, b2, b3;
-        k.rows(a0, a1, a2, a3, row0, 16 * s);
-        q.rows(b0, b1, b2, b3, row0, 16 * s);
-        Product<T>::add(kk[0], a0, a1, a2, a3, a0, a2);
-        Product<T>::add(kk[1], a0, a1, a2, a3, a1, a3);
-        Product<T>::add(qk[0], b0, b1, b2, b3, a0, a2);
-        Product<T>::add(qk[1], b0, b1, b2, b3, a1, a3);
+        Pair<T> k0, k1, k2, k3, q0, q1, q2, q3;
+        k.right_rows(k0, k1, k2, k3, row0, 16 * s);
+        q.rows(q0, q1, q2, q3, row0, 16 * s);
+        Product<T>::add(kk[0], k0, k2, k1, k3, k0, k1);
+        Product<T>::add(kk[1], k0, k2, k1, k3, k2, k3);
+        Product<T>::add(qk[0], q0, q1, q2, q3, k0, k1);
+        Product<T>::add(qk[1], q0, q1, q2, q3, k2, k3);
     }
-    float* triangle = scratch.solve + which * SOLVE_CHUNK;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int i = r + 8 * half;
-        const float weight = scratch.beta[first + i] * scratch.key_norm[first + i];
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            float lower[2], inclusive[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int j = 2 * c + e + 8 * n;
-                const float decay = j <= i ? decay_between<T>(scratch, first + i, first + j) * scratch.key_norm[first + j] : 0.f;
-                inclusive[e] = qk[n][2 * half + e] * decay;
-                lower[e] = j < i ? kk[n][2 * half + e] * decay * weight : 0.f;
-            }
-            kept.p[half][n] = Make<T>::pair_of(inclusive[0], inclusive[1]);
-            *reinterpret_cast<float2*>(triangle + i * SOLVE_ROW + 8 * n + 2 * c) = make_float2(lower[0], lower[1]);
+    float* triangle = scratch.solve + which * SOLVE_CHUNK + r * SOLVE_ROW + 2 * c;
+    const float *row_log = scratch.log_decay + first + r, *row_rest = scratch.log_decay_rest + first + r;
+    const auto block = [&](int half, int n) {  // rows from 8 half on, columns from 8 n on; the inversion does not read the diagonal
+        const float* column = scratch.log_decay + first + 2 * c + 8 * n;
+        const float2 logs = both(column), norms = both(scratch.key_norm + first + 2 * c + 8 * n);
+        const float row = row_log[8 * half], weight = scratch.weight[first + r + 8 * half], out = scratch.out[first + r + 8 * half];
+        float first_log = row - logs.x, second_log = row - logs.y;
+        if constexpr (!Dtype<T>::half) {
+            const float2 rests = both(scratch.log_decay_rest + first + 2 * c + 8 * n);
+            first_log += row_rest[8 * half] - rests.x, second_log += row_rest[8 * half] - rests.y;
         }
-    }
+        float x = exp2_fast(first_log) * norms.x, y = exp2_fast(second_log) * norms.y;
+        if (half == n) x = 2 * c <= r ? x : 0.f, y = 2 * c < r ? y : 0.f;
+        *reinterpret_cast<float2*>(triangle + 8 * half * SOLVE_ROW + 8 * n) = make_float2(kk[n][2 * half] * (x * weight), kk[n][2 * half + 1] * (y * weight));
+        return Make<T>::pair_of(qk[n][2 * half] * (x * out), qk[n][2 * half + 1] * (y * out));
+    };
+    kept.m00 = block(0, 0), kept.m10 = block(1, 0), kept.m11 = block(1, 1);
 }
 
 // Both chunks of the scratch: lane l inverts column l % 16 of the unit triangle l / 16 by substitution, times that column's beta, in place.
-DEVICE void invert(PairScratch& scratch) {
+// Warps that share the scratch do the same and `meet` before they write.
+template <typename Meet> DEVICE void invert(PairScratch& scratch, Meet meet) {
     const int lane = lane_id(), column = lane % CHUNK;
     float* triangle = scratch.solve + lane / CHUNK * SOLVE_CHUNK;
-    float x[CHUNK];
     __syncwarp();
+    const float beta = scratch.beta[lane];
+    float x[CHUNK];
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) {
         float line[CHUNK];
 #pragma unroll
-        for (int j = 0; j < i; j += 4) *reinterpret_cast<float4*>(line + j) = *reinterpret_cast<const float4*>(triangle + i * SOLVE_ROW + j);
-        float sum = i == column ? 1.f : 0.f;
+        for (int j = 0; j < i; j += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(triangle + i * SOLVE_ROW + j);
+            line[j] = four.x, line[j + 1] = four.y, line[j + 2] = four.z, line[j + 3] = four.w;
+        }
+        float sum = i == column ? beta : 0.f;
 #pragma unroll
         for (int j = 0; j < i; j++) sum -= line[j] * x[j];
         x[i] = sum;
     }
-    __syncwarp();
-    const float beta = scratch.beta[lane];
+    meet();
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) triangle[i * SOLVE_ROW + column] = x[i] * beta;
+    for (int i = 0; i < CHUNK; i++) triangle[i * SOLVE_ROW + column] = x[i];
     __syncwarp();
 }
 
 template <typename T> DEVICE void read_factors(Factors<T>& f, const PairScratch& scratch, int which) {
-    const int lane = lane_id(), r = lane / 4, c = lane % 4, first = which * CHUNK, end = first + CHUNK - 1;
-    const float* inverse = scratch.solve + which * SOLVE_CHUNK;
-    f.total = exp2_fast(scratch.log_decay[end]);
+    const int lane = lane_id(), r = lane / 4, c = lane % 4, first = which * CHUNK;
+    const float* inverse = scratch.solve + which * SOLVE_CHUNK + r * SOLVE_ROW + 2 * c;
+    const float2 t00 = both(inverse), t10 = both(inverse + 8 * SOLVE_ROW), t11 = both(inverse + 8 * SOLVE_ROW + 8);
+    f.t00 = Make<T>::pair_of(t00.x, t00.y), f.t10 = Make<T>::pair_of(t10.x, t10.y), f.t11 = Make<T>::pair_of(t11.x, t11.y);
+    f.total = exp2_fast(scratch.log_decay[first + CHUNK - 1]);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int i = r + 8 * half;
-        f.row_read[half] = exp2_fast(scratch.log_decay[first + i]);
-        f.row_out[half] = scratch.out[first + i];
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float2 x = *reinterpret_cast<const float2*>(inverse + i * SOLVE_ROW + 8 * n + 2 * c);
-            f.high[half][n] = Make<T>::pair_of(x.x, x.y);
-            f.low[half][n] = Make<T>::rest(x.x, x.y, f.high[half][n]);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int token = first + 2 * c + (i & 1) + (i & 2) * 4;
-        f.read[i] = exp2_fast(scratch.log_decay[token]) * scratch.key_norm[token];
-        f.tail[i] = decay_between<T>(scratch, end, token) * scratch.key_norm[token];
+    for (int n = 0; n < 2; n++) {
+        const float2 read = both(scratch.read + first + 2 * c + 8 * n), tail = both(scratch.tail + first + 2 * c + 8 * n);
+        f.read[2 * n] = read.x, f.read[2 * n + 1] = read.y, f.tail[2 * n] = tail.x, f.tail[2 * n + 1] = tail.y;
+        f.row_out[n] = scratch.row_out[first + r + 8 * n];
     }
 }
 
@@ -171,19 +170,14 @@ template <typename T, int BLOCKS> struct Rounded {
             p[1][n] = Make<T>::pair_of(x[n][2], x[n][3]);
         }
     }
-    DEVICE void take_rest(const float (&x)[BLOCKS][4], const Rounded& rounded) {
-#pragma unroll
-        for (int n = 0; n < BLOCKS; n++) {
-            p[0][n] = Make<T>::rest(x[n][0], x[n][1], rounded.p[0][n]);
-            p[1][n] = Make<T>::rest(x[n][2], x[n][3], rounded.p[1][n]);
-        }
-    }
+    // d += these rows times 16 rows of b from 16 s on, 8 of its columns
+    DEVICE void times(float (&d)[4], int s, Pair<T> b0, Pair<T> b1) const { Product<T>::add(d, p[0][2 * s], p[1][2 * s], p[0][2 * s + 1], p[1][2 * s + 1], b0, b1); }
 };
 
 // One chunk for MT times 16 rows, the first being `first_row` of [values; map]: `values` rows read V, the others are rows of the map.
 // What the tokens read is written over V (values) and over Q (maps) in the tiles: `before_writing` is called when nobody reads this chunk's Q any more.
 template <typename T, int K_TILE, int V_TILE, int MT, typename Meet>
-DEVICE void advance(float (&x)[MT][K_TILE / 8][4], const Factors<T>& f, const Scores<T>& scores, float gamma, int first_row, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q,
+DEVICE void advance(float (&x)[MT][K_TILE / 8][4], const Factors<T>& f, const Scores<T>& scores, int first_row, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q,
                     const Tile<T, V_TILE>& v, int row0, Meet before_writing) {
     constexpr int BLOCKS = K_TILE / 8, STEPS = K_TILE / 16;
     const int lane = lane_id(), r = lane / 4, c = lane % 4;
@@ -195,38 +189,32 @@ DEVICE void advance(float (&x)[MT][K_TILE / 8][4], const Factors<T>& f, const Sc
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
         Pair<T> k0, k1, k2, k3;
-        k.rows(k0, k1, k2, k3, row0, 16 * s);
+        k.right_rows(k0, k1, k2, k3, row0, 16 * s);
 #pragma unroll
-        for (int m = 0; m < MT; m++) {
-            const auto& a = start[m].p;
-            Product<T>::add(u[m][0], a[0][2 * s], a[1][2 * s], a[0][2 * s + 1], a[1][2 * s + 1], k0, k2);
-            Product<T>::add(u[m][1], a[0][2 * s], a[1][2 * s], a[0][2 * s + 1], a[1][2 * s + 1], k1, k3);
-        }
+        for (int m = 0; m < MT; m++) start[m].times(u[m][0], s, k0, k1), start[m].times(u[m][1], s, k2, k3);
     }
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         const int row = first_row + 16 * m;
-        const bool maps = row >= V_TILE;
-        Pair<T> given[2][2];  // rows half, tokens half
-        if (maps) k.columns(given[0][0], given[1][0], given[0][1], given[1][1], row - V_TILE, row0);
-        else v.columns(given[0][0], given[1][0], given[0][1], given[1][1], row, row0);
-        Pair<T> error[2][2];
+        Pair<T> error[2][2], given[2][2];  // rows half, tokens half
+        const bool reads = row < V_TILE;
+        if (reads) v.columns(given[0][0], given[1][0], given[0][1], given[1][1], row, row0);
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                const float2 own = Make<T>::floats(given[half][n]);
-                const float first_read = f.read[2 * n], second_read = f.read[2 * n + 1];
-                const float weight0 = maps ? gamma * first_read : 1.f, weight1 = maps ? gamma * second_read : 1.f;
-                error[half][n] = Make<T>::pair_of(weight0 * own.x - first_read * u[m][n][2 * half], weight1 * own.y - second_read * u[m][n][2 * half + 1]);
+                float first = -f.read[2 * n] * u[m][n][2 * half], second = -f.read[2 * n + 1] * u[m][n][2 * half + 1];
+                if (reads) {
+                    const float2 own = Make<T>::floats(given[half][n]);
+                    first += own.x, second += own.y;
+                }
+                error[half][n] = Make<T>::pair_of(first, second);
             }
 #pragma unroll
         for (int n = 0; n < 2; n++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) u[m][n][e] = 0.f;
-            if constexpr (Dtype<T>::half)
-                Product<T>::add(u[m][n], error[0][0], error[1][0], error[0][1], error[1][1], f.low[n][0], f.low[n][1]);
-            Product<T>::add(u[m][n], error[0][0], error[1][0], error[0][1], error[1][1], f.high[n][0], f.high[n][1]);
+            Product<T>::add(u[m][n], error[0][0], error[1][0], error[0][1], error[1][1], n ? f.t10 : f.t00, n ? f.t11 : Make<T>::zero());
         }
     }
 
@@ -237,53 +225,43 @@ DEVICE void advance(float (&x)[MT][K_TILE / 8][4], const Factors<T>& f, const Sc
 #pragma unroll
     for (int m = 0; m < MT; m++) {
         const int row = first_row + 16 * m;
-        const bool maps = row >= V_TILE;
 #pragma unroll
         for (int half = 0; half < 2; half++) {  // 8 columns of what is read
             float o[4] = {};
 #pragma unroll
             for (int s = 0; s < STEPS; s++)
                 Product<T>::add(o, query[0][2 * s], query[1][2 * s], query[0][2 * s + 1], query[1][2 * s + 1], start[m].p[half][2 * s], start[m].p[half][2 * s + 1]);
-            const int column = maps ? row - V_TILE + 8 * half : row + 8 * half;
 #pragma unroll
-            for (int t = 0; t < 2; t++) {
-                if (maps) {
-                    const float2 own = Make<T>::floats(*q.pair_at(row0 + r + 8 * t, column + 2 * c));
-                    o[2 * t] -= gamma * own.x;
-                    o[2 * t + 1] -= gamma * own.y;
-                }
-                o[2 * t] *= f.row_read[t];
-                o[2 * t + 1] *= f.row_read[t];
-            }
+            for (int e = 0; e < 4; e++) o[e] *= f.row_out[e >> 1];
             const Pair<T> u0 = Make<T>::pair_of(u[m][0][2 * half], u[m][0][2 * half + 1]), u1 = Make<T>::pair_of(u[m][1][2 * half], u[m][1][2 * half + 1]);
-            Product<T>::add(o, scores.p[0][0], scores.p[1][0], scores.p[0][1], scores.p[1][1], u0, u1);
+            Product<T>::add(o, scores.m00, scores.m10, Make<T>::zero(), scores.m11, u0, u1);
 #pragma unroll
             for (int t = 0; t < 2; t++) {
-                const float out = maps ? -f.row_out[t] : f.row_out[t];
-                const Pair<T> both = Make<T>::pair_of(out * o[2 * t], out * o[2 * t + 1]);
-                const int token = row0 + r + 8 * t;
-                if (maps) *q.pair_at(token, column + 2 * c) = both;
-                else *v.pair_at(token, column + 2 * c) = both;
+                const Pair<T> rounded_pair = Make<T>::pair_of(o[2 * t], o[2 * t + 1]);
+                if (row < V_TILE) *v.pair_at(row0, r + 8 * t, row + 8 * half + 2 * c) = rounded_pair;
+                else *q.pair_at(row0, r + 8 * t, row - V_TILE + 8 * half + 2 * c) = rounded_pair;
             }
         }
     }
 
+    Pair<T> late[MT][2][2];
 #pragma unroll
-    for (int m = 0; m < MT; m++) {
-        Pair<T> late[2][2];
+    for (int m = 0; m < MT; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int n = 0; n < 2; n++)
-                late[half][n] = Make<T>::pair_of(f.tail[2 * n] * u[m][n][2 * half], f.tail[2 * n + 1] * u[m][n][2 * half + 1]);
+                late[m][half][n] = Make<T>::pair_of(f.tail[2 * n] * u[m][n][2 * half], f.tail[2 * n + 1] * u[m][n][2 * half + 1]);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b += 2) {
-            Pair<T> k0, k1, k2, k3;
-            k.columns(k0, k1, k2, k3, 8 * b, row0);
+    for (int b = 0; b < BLOCKS; b += 2) {
+        Pair<T> k0, k1, k2, k3;
+        k.right_columns(k0, k1, k2, k3, 8 * b, row0);
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) x[m][b][e] *= f.total, x[m][b + 1][e] *= f.total;
-            Product<T>::add(x[m][b], late[0][0], late[1][0], late[0][1], late[1][1], k0, k2);
-            Product<T>::add(x[m][b + 1], late[0][0], late[1][0], late[0][1], late[1][1], k1, k3);
+            Product<T>::add(x[m][b], late[m][0][0], late[m][1][0], late[m][0][1], late[m][1][1], k0, k1);
+            Product<T>::add(x[m][b + 1], late[m][0][0], late[m][1][0], late[m][0][1], late[m][1][1], k2, k3);
         }
     }
 }

@@ -20,12 +20,13 @@
 
 constexpr int SEGMENTS = WARPS / GROUP, ROWS = VALUES + KEYS, MT = ROWS / 16 / GROUP, BLOCKS = KEYS / 8, STEPS = KEYS / 16, VALUE_TILES = VALUES / 16;
 constexpr int OWN_TILES = VALUE_TILES / GROUP > 0 ? VALUE_TILES / GROUP : 1;  // of the values, in the last pass
-constexpr bool SPLIT = Dtype<DTYPE>::half;                                    // operands in two parts
-constexpr int PIECE = 16 / sizeof(DTYPE);
-constexpr int MAP_BYTES = ROWS * KEYS * 4, PUBLISHED_BYTES = (KEYS + VALUES) * KEYS * 4, START_BYTES = VALUES * KEYS * 4;
+constexpr bool HALF = Dtype<DTYPE>::half;
+constexpr int PIECE = 16 / sizeof(DTYPE), WORDS = sizeof(DTYPE) / 2;  // of 16 bytes, for four pairs
+constexpr int MAP_BYTES = ROWS * KEYS * 4, PUBLISHED_BYTES = KEYS * KEYS * sizeof(DTYPE), START_BYTES = VALUES * KEYS * 4;
 static_assert(ROWS % (16 * GROUP) == 0 && VALUE_TILES % GROUP == 0 && WARPS % GROUP == 0 && WARPS >= VALUE_TILES, "rows of a segment's warps");
 using Keys = Tile<DTYPE, KEYS>;
 using Values = Tile<DTYPE, VALUES>;
+using Sums = float[BLOCKS][4];  // 16 rows
 
 struct Params {
     const DTYPE *q, *k, *v;
@@ -39,122 +40,167 @@ struct Params {
     float scale;
 };
 
-// 16-bit numbers in two planes, or float32 in one: rows of KEYS
-struct Planes {
-    Keys high, low;
-    DEVICE Planes(unsigned char* base, int rows) : high{base}, low{base + rows * Keys::ROW} {}
-    DEVICE void write(int row, int column, float x, float y) const {
-        const Pair<DTYPE> both = Make<DTYPE>::pair_of(x, y);
-        *high.pair_at(row, column) = both;
-        if constexpr (SPLIT) *low.pair_at(row, column) = Make<DTYPE>::rest(x, y, both);
+// 16 rows of float32 as the lanes of a warp hold them
+struct Rows {
+    float4* base;
+    DEVICE explicit Rows(unsigned char* p, int tile) : base(reinterpret_cast<float4*>(p) + tile * BLOCKS * 32 + lane_id()) {}
+    DEVICE void write(const Sums& x) const {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) base[32 * b] = make_float4(x[b][0], x[b][1], x[b][2], x[b][3]);
     }
-    DEVICE float2 read(int row, int column) const {
-        float2 x = Make<DTYPE>::floats(*high.pair_at(row, column));
-        if constexpr (SPLIT) {
-            const float2 y = Make<DTYPE>::floats(*low.pair_at(row, column));
-            x.x += y.x, x.y += y.y;
+    DEVICE void read(Sums& x) const {
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const float4 four = base[32 * b];
+            x[b][0] = four.x, x[b][1] = four.y, x[b][2] = four.z, x[b][3] = four.w;
         }
-        return x;
     }
 };
 
-// An operand of 16 rows in its parts.
-struct Operand {
-    Rounded<DTYPE, BLOCKS> high, low;
-    DEVICE void load(const Planes& from, int row0) {
+// A segment's map in shared memory: S0 becomes gamma S0 + S0 N + R. N in two parts of the dtype, the first one being what products use; R in float32.
+struct Map {
+    unsigned char* base;
+    DEVICE Keys high() const { return Keys{base}; }
+    DEVICE Keys low() const { return Keys{base + KEYS * Keys::ROW}; }
+    DEVICE Rows offset(int tile) const { return Rows(base + KEYS * KEYS * 4, tile); }
+    DEVICE void write(int row0, const Sums& x) const {
+        const int r = lane_id() / 4, c = lane_id() % 4;
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                const Pair<DTYPE> both = Make<DTYPE>::pair_of(x[b][2 * t], x[b][2 * t + 1]);
+                *high().pair_at(row0, r + 8 * t, 8 * b + 2 * c) = both;
+                if constexpr (HALF) *low().pair_at(row0, r + 8 * t, 8 * b + 2 * c) = Make<DTYPE>::rest(x[b][2 * t], x[b][2 * t + 1], both);
+            }
+    }
+    // 16 rows, rounded and whole
+    DEVICE void read(int row0, Rounded<DTYPE, BLOCKS>& rounded_rows, Sums& x) const {
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
-            from.high.rows(high.p[0][2 * s], high.p[1][2 * s], high.p[0][2 * s + 1], high.p[1][2 * s + 1], row0, 16 * s);
-            if constexpr (SPLIT) from.low.rows(low.p[0][2 * s], low.p[1][2 * s], low.p[0][2 * s + 1], low.p[1][2 * s + 1], row0, 16 * s);
+            Pair<DTYPE> high_pairs[4], low_pairs[4];
+            high().rows(high_pairs[0], high_pairs[1], high_pairs[2], high_pairs[3], row0, 16 * s);
+            if constexpr (HALF) low().rows(low_pairs[0], low_pairs[1], low_pairs[2], low_pairs[3], row0, 16 * s);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int b = 2 * s + i / 2, t = i % 2;
+                float2 two = Make<DTYPE>::floats(high_pairs[i]);
+                if constexpr (HALF) {
+                    const float2 rest = Make<DTYPE>::floats(low_pairs[i]);
+                    two.x += rest.x, two.y += rest.y;
+                }
+                rounded_rows.p[t][b] = high_pairs[i], x[b][2 * t] = two.x, x[b][2 * t + 1] = two.y;
+            }
         }
-    }
-    DEVICE void take(const float (&x)[BLOCKS][4]) {
-        high.take(x);
-        if constexpr (SPLIT) low.take_rest(x, high);
     }
 };
 
-// d += a b for 16 rows and two blocks of columns, where b's parts are given: 16 of the summed dimension
-DEVICE void add_parts(float (&d0)[4], float (&d1)[4], const Operand& a, int s, const Pair<DTYPE> (&high)[4], const Pair<DTYPE> (&low)[4]) {
-    const auto& x = a.high.p;
-    if constexpr (SPLIT) {
-        const auto& y = a.low.p;
-        Product<DTYPE>::add(d0, y[0][2 * s], y[1][2 * s], y[0][2 * s + 1], y[1][2 * s + 1], high[0], high[2]);
-        Product<DTYPE>::add(d1, y[0][2 * s], y[1][2 * s], y[0][2 * s + 1], y[1][2 * s + 1], high[1], high[3]);
-        Product<DTYPE>::add(d0, x[0][2 * s], x[1][2 * s], x[0][2 * s + 1], x[1][2 * s + 1], low[0], low[2]);
-        Product<DTYPE>::add(d1, x[0][2 * s], x[1][2 * s], x[0][2 * s + 1], x[1][2 * s + 1], low[1], low[3]);
-    }
-    Product<DTYPE>::add(d0, x[0][2 * s], x[1][2 * s], x[0][2 * s + 1], x[1][2 * s + 1], high[0], high[2]);
-    Product<DTYPE>::add(d1, x[0][2 * s], x[1][2 * s], x[0][2 * s + 1], x[1][2 * s + 1], high[1], high[3]);
-}
-
-// x (16 rows) times the D of a map in shared memory
-DEVICE void times_map(float (&d)[BLOCKS][4], const Operand& x, const Planes& map) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) d[b][e] = 0.f;
+// x += a N for 16 rows
+DEVICE void add_product(Sums& x, const Rounded<DTYPE, BLOCKS>& a, const Keys& n) {
 #pragma unroll
     for (int s = 0; s < STEPS; s++)
 #pragma unroll
         for (int b = 0; b < BLOCKS; b += 2) {
-            Pair<DTYPE> high[4], low[4] = {};
-            map.high.columns(high[0], high[1], high[2], high[3], 8 * b, VALUES + 16 * s);
-            if constexpr (SPLIT) map.low.columns(low[0], low[1], low[2], low[3], 8 * b, VALUES + 16 * s);
-            add_parts(d[b], d[b + 1], x, s, high, low);
+            Pair<DTYPE> n0, n1, n2, n3;
+            n.right_columns(n0, n1, n2, n3, 8 * b, 16 * s);
+            a.times(x[b], s, n0, n1), a.times(x[b + 1], s, n2, n3);
         }
 }
 
-// A block's map as its successors read it: for every pair of blocks of D the parts that a lane needs, then R as sums.
+// N of a block's last map as its successors read it: for every pair of blocks what a lane needs.
 struct Published {
     unsigned char* base;
-    DEVICE uint4* map(int s, int b, int part) const { return reinterpret_cast<uint4*>(base) + (((s * (BLOCKS / 2) + b / 2) * 2 + part) * 32 + lane_id()); }
-    DEVICE float4* offset(int tile, int b) const { return reinterpret_cast<float4*>(base + KEYS * KEYS * 4) + ((tile * BLOCKS + b) * 32 + lane_id()); }
-    DEVICE float* gamma() const { return reinterpret_cast<float*>(base + PUBLISHED_BYTES); }
+    DEVICE uint4* word(int s, int b, int part) const { return reinterpret_cast<uint4*>(base) + ((s * (BLOCKS / 2) + b / 2) * WORDS + part) * 32 + lane_id(); }
 };
-
-// four blocks with their second parts as two words of 16 bytes; float32 has no second part
-DEVICE void to_words(uint4& one, uint4& other, const uint32_t (&high)[4], const uint32_t (&low)[4]) {
-    one = make_uint4(high[0], high[1], high[2], high[3]);
-    other = make_uint4(low[0], low[1], low[2], low[3]);
+DEVICE void to_words(uint4 (&words)[1], const uint32_t (&p)[4]) { words[0] = make_uint4(p[0], p[1], p[2], p[3]); }
+DEVICE void to_words(uint4 (&words)[2], const float2 (&p)[4]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        words[i] = make_uint4(__float_as_uint(p[2 * i].x), __float_as_uint(p[2 * i].y), __float_as_uint(p[2 * i + 1].x), __float_as_uint(p[2 * i + 1].y));
 }
-DEVICE void to_words(uint4& one, uint4& other, const float2 (&high)[4], const float2 (&)[4]) {
-    one = make_uint4(__float_as_uint(high[0].x), __float_as_uint(high[0].y), __float_as_uint(high[1].x), __float_as_uint(high[1].y));
-    other = make_uint4(__float_as_uint(high[2].x), __float_as_uint(high[2].y), __float_as_uint(high[3].x), __float_as_uint(high[3].y));
-}
-DEVICE void from_words(uint32_t (&high)[4], uint32_t (&low)[4], const uint4& one, const uint4& other) {
-    high[0] = one.x, high[1] = one.y, high[2] = one.z, high[3] = one.w;
-    low[0] = other.x, low[1] = other.y, low[2] = other.z, low[3] = other.w;
-}
-DEVICE void from_words(float2 (&high)[4], float2 (&)[4], const uint4& one, const uint4& other) {
-    high[0] = make_float2(__uint_as_float(one.x), __uint_as_float(one.y)), high[1] = make_float2(__uint_as_float(one.z), __uint_as_float(one.w));
-    high[2] = make_float2(__uint_as_float(other.x), __uint_as_float(other.y)), high[3] = make_float2(__uint_as_float(other.z), __uint_as_float(other.w));
-}
-
-DEVICE uint4 cluster_word(const void* mine, uint32_t rank) {
-    const uint32_t* from = static_cast<const uint32_t*>(mine);
-    return make_uint4(cluster_load_bits(from, rank), cluster_load_bits(from + 1, rank), cluster_load_bits(from + 2, rank), cluster_load_bits(from + 3, rank));
-}
-
-// Copies `count` rows of `columns` numbers into a tile, the rest of `rows` rows being zeros. Whole pieces asynchronously, others now.
-template <int COLUMNS>
-DEVICE void copy_rows(const Tile<DTYPE, COLUMNS>& to, int row0, const DTYPE* from, int64_t step, int count, int rows, int columns, bool pieces, int thread) {
-    constexpr int PIECES = COLUMNS / PIECE;
-    if (pieces) {
-#pragma unroll 4
-        for (int i = thread; i < rows * PIECES; i += 32 * GROUP) {
-            const int row = i / PIECES, piece = i % PIECES;
-            const bool valid = row < count && piece * PIECE < columns;
-            cp_async_16(to.piece(row0 + row, piece), valid ? from + row * step + piece * PIECE : from, valid);
-        }
-    } else {
-#pragma unroll 1
-        for (int i = thread; i < rows * COLUMNS; i += 32 * GROUP) {
-            const int row = i / COLUMNS, column = i % COLUMNS;
-            *to.element(row0 + row, column) = row < count && column < columns ? from[row * step + column] : narrow<DTYPE>(0.f);
-        }
+DEVICE void from_words(uint32_t (&p)[4], const uint4 (&words)[1]) { p[0] = words[0].x, p[1] = words[0].y, p[2] = words[0].z, p[3] = words[0].w; }
+DEVICE void from_words(float2 (&p)[4], const uint4 (&words)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        p[2 * i] = make_float2(__uint_as_float(words[i].x), __uint_as_float(words[i].y));
+        p[2 * i + 1] = make_float2(__uint_as_float(words[i].z), __uint_as_float(words[i].w));
     }
 }
+
+// What a warp needs of a predecessor's map, on its way.
+struct Fetched {
+    uint4 words[STEPS][BLOCKS / 2][WORDS], offset[BLOCKS];
+    float gamma;
+    DEVICE void fetch(const Published& published, const Rows& rows, const float* decay, int block) {
+#pragma unroll
+        for (int s = 0; s < STEPS; s++)
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b += 2)
+#pragma unroll
+                for (int i = 0; i < WORDS; i++) words[s][b / 2][i] = cluster_load_16(published.word(s, b, i), block);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) offset[b] = cluster_load_16(rows.base + 32 * b, block);
+        gamma = cluster_load(decay, block);
+    }
+    DEVICE void apply(Sums& x) const {
+        Rounded<DTYPE, BLOCKS> a;
+        a.take(x);
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            x[b][0] = gamma * x[b][0] + __uint_as_float(offset[b].x), x[b][1] = gamma * x[b][1] + __uint_as_float(offset[b].y);
+            x[b][2] = gamma * x[b][2] + __uint_as_float(offset[b].z), x[b][3] = gamma * x[b][3] + __uint_as_float(offset[b].w);
+        }
+#pragma unroll
+        for (int s = 0; s < STEPS; s++)
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b += 2) {
+                Pair<DTYPE> n[4];
+                from_words(n, words[s][b / 2]);
+                a.times(x[b], s, n[0], n[1]), a.times(x[b + 1], s, n[2], n[3]);
+            }
+    }
+};
+
+// Copies rows of `columns` numbers into a tile, 32 a step; rows from `count` on are zeros. Whole pieces asynchronously, others now.
+template <int COLUMNS> struct Copy {
+    static constexpr int PIECES = COLUMNS / PIECE, STEP = 32 * GROUP / PIECES, COPIES = 32 / STEP;
+    static_assert(STEP % 8 == 0 && COPIES > 0, "a step's rows are mixed alike");
+    const DTYPE *from, *piece_from;
+    unsigned char* to;
+    int64_t step;
+    int columns, row;
+    bool whole, there;
+    DEVICE Copy(const Tile<DTYPE, COLUMNS>& tile, const DTYPE* first, int64_t row_step, int numbers, bool pieces, int thread)
+        : from(first), step(row_step), columns(numbers), row(thread / PIECES), whole(pieces) {
+        const int piece = thread % PIECES;
+        to = tile.piece(row, piece), piece_from = first + row * step + piece * PIECE, there = piece * PIECE < columns;
+    }
+    DEVICE void pair(const Tile<DTYPE, COLUMNS>& tile, int row0, int count, int rows, int thread) {
+        if (whole) {
+#pragma unroll
+            for (int i = 0; i < COPIES; i++) {
+                if (i * STEP >= CHUNK && rows <= CHUNK) break;
+                const bool valid = there && row0 + row + i * STEP < count;
+                cp_async_16(to + i * STEP * Tile<DTYPE, COLUMNS>::ROW, valid ? piece_from : from, valid);
+                piece_from += STEP * step;
+            }
+            to += 32 * Tile<DTYPE, COLUMNS>::ROW;
+        } else {
+#pragma unroll 1
+            for (int i = thread; i < rows * COLUMNS; i += 32 * GROUP) {
+                const int token = row0 + i / COLUMNS, column = i % COLUMNS;
+                *tile.element(token, column) = token < count && column < columns ? from[token * step + column] : narrow<DTYPE>(0.f);
+            }
+        }
+    }
+};
+
+// With PROFILE the final state holds cycles instead: of a head's blocks, 12 numbers of every warp in the first round.
+#ifdef PROFILE
+#define STAMP(i) stamps[i] = clock64() - began
+#else
+#define STAMP(i)
+#endif
 
 #if CLUSTER > 1
 #define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
@@ -184,28 +230,37 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
     unsigned char* mine = memory + segment * place;
     const Keys key_tile{mine}, query_tile{mine + key_bytes + p.longest * Values::ROW};
     const Values value_tile{mine + key_bytes};
+    const Map map{mine};
     unsigned char* scratches = memory + SEGMENTS * place;
-    PairScratch& scratch = reinterpret_cast<PairScratch*>(scratches)[warp];
+    PairScratch& scratch = reinterpret_cast<PairScratch*>(scratches)[segment];
     const Published published{scratches};
-    const Planes start(scratches + PUBLISHED_BYTES + 16, VALUES);
-    float* gammas = reinterpret_cast<float*>(scratches + max(WARPS * static_cast<int>(sizeof(PairScratch)), PUBLISHED_BYTES + 16 + START_BYTES));
+    unsigned char* start = scratches + PUBLISHED_BYTES;
+    unsigned char* round_start = scratches + max(SEGMENTS * static_cast<int>(sizeof(PairScratch)), PUBLISHED_BYTES + START_BYTES);
+    float* gammas = reinterpret_cast<float*>(round_start + START_BYTES);
 
+#ifdef PROFILE
+    const long long began = clock64();
+    long long stamps[12] = {};
+#endif
     const auto meet = [&] {
         __syncwarp();
         if constexpr (GROUP > 1) barrier_sync(1 + segment, 32 * GROUP);
     };
 
-    // the state at the round's start: 16 rows (values) of a warp
-    float carried[BLOCKS][4] = {};
-    if (warp < VALUE_TILES && p.initial) {
-        const float* from = p.initial + (static_cast<int64_t>(sequence) * p.heads + head) * p.keys * p.values + value0;
+    // the state at the round's start stays in shared memory: 16 rows (values) of a warp
+    if (warp < VALUE_TILES) {
+        Sums state = {};
+        if (p.initial) {
+            const float* from = p.initial + (static_cast<int64_t>(sequence) * p.heads + head) * p.keys * p.values + value0;
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
+            for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int key = 8 * b + 2 * c + (e & 1), value = 16 * warp + r + 8 * (e >> 1);
-                if (key < p.keys && value < values) carried[b][e] = from[static_cast<int64_t>(key) * p.values + value];
-            }
+                for (int e = 0; e < 4; e++) {
+                    const int key = 8 * b + 2 * c + (e & 1), value = 16 * warp + r + 8 * (e >> 1);
+                    if (key < p.keys && value < values) state[b][e] = from[static_cast<int64_t>(key) * p.values + value];
+                }
+        }
+        Rows(round_start, warp).write(state);
     }
 
     int at = begin;
@@ -217,30 +272,46 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         const int token0 = at + (rank * SEGMENTS + segment) * length, count = max(0, min(length, end - token0));
         const int pairs = (count + 31) / 32;
 
+        {
+            Copy<KEYS> keys(key_tile, k + static_cast<int64_t>(token0) * p.k_t, p.k_t, p.keys, p.pieces, group_thread);
+            Copy<VALUES> given(value_tile, v + static_cast<int64_t>(token0) * p.v_t, p.v_t, values, p.pieces, group_thread);
+            Copy<KEYS> queries(query_tile, q + static_cast<int64_t>(token0) * p.q_t, p.q_t, p.keys, p.pieces, group_thread);
 #pragma unroll 1
-        for (int pair = 0; pair < pairs; pair++) {
-            const int64_t token = token0 + 32 * pair;
-            const int there = count - 32 * pair, rows = min(32, length - 32 * pair);
-            copy_rows(key_tile, 32 * pair, k + token * p.k_t, p.k_t, there, rows, p.keys, p.pieces, group_thread);
-            copy_rows(value_tile, 32 * pair, v + token * p.v_t, p.v_t, there, rows, values, p.pieces, group_thread);
-            copy_rows(query_tile, 32 * pair, q + token * p.q_t, p.q_t, there, rows, p.keys, p.pieces, group_thread);
-            cp_async_commit();
+            for (int pair = 0; pair < pairs; pair++) {
+                const int rows = min(32, length - 32 * pair);
+                keys.pair(key_tile, 32 * pair, count, rows, group_thread);
+                given.pair(value_tile, 32 * pair, count, rows, group_thread);
+                queries.pair(query_tile, 32 * pair, count, rows, group_thread);
+                cp_async_commit();
+            }
         }
         float log_decay = 0.f, beta = 0.f, out = 0.f;
+        int64_t beta_at = row * p.beta_b + (token0 + lane) * p.beta_t + head * p.beta_h, g_at = row * p.g_b + (token0 + lane) * p.g_t + head * p.g_h;
+        int64_t gate_at = row * p.gate_b + (token0 + lane) * p.gate_t + head * p.gate_h;
         const auto read_gates = [&](int pair) {
-            const int64_t token = token0 + 32 * pair + lane;
             log_decay = 0.f, beta = 0.f, out = 0.f;
             if (32 * pair + lane < count) {
-                beta = load_gate<DTYPE>(p.beta, row * p.beta_b + token * p.beta_t + head * p.beta_h, p.beta_wide);
-                if (p.g) log_decay = 1.4426950408889634f * load_gate<DTYPE>(p.g, row * p.g_b + token * p.g_t + head * p.g_h, p.g_wide);
-                out = p.gate ? p.scale * load_gate<DTYPE>(p.gate, row * p.gate_b + token * p.gate_t + head * p.gate_h, p.gate_wide) : p.scale;
+                beta = load_gate<DTYPE>(p.beta, beta_at, p.beta_wide);
+                if (p.g) log_decay = 1.4426950408889634f * load_gate<DTYPE>(p.g, g_at, p.g_wide);
+                out = p.gate ? p.scale * load_gate<DTYPE>(p.gate, gate_at, p.gate_wide) : p.scale;
             }
+            beta_at += 32 * p.beta_t, g_at += 32 * p.g_t, gate_at += 32 * p.gate_t;
         };
         read_gates(0);
+        STAMP(1);
 
         // A: chunk after chunk from an empty state and from the identity
         float x[MT][BLOCKS][4] = {};
+        const auto on_diagonal = [&](int m, int b, int e) { return first_row + 16 * m + r + 8 * (e >> 1) - VALUES == 8 * b + 2 * c + (e & 1); };
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (on_diagonal(m, b, e)) x[m][b][e] = 1.f;
         float gamma = 1.f;
+#pragma unroll 1
         for (int pair = 0; pair < pairs; pair++) {
             switch (pairs - 1 - pair) {
                 case 0: cp_async_wait<0>(); break;
@@ -255,33 +326,43 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
             Scores<DTYPE> kept_first, kept_second;
 #pragma unroll 1
             for (int which = 0; which < chunks; which++) {
-                Scores<DTYPE> made;
-                score(made, scratch, which, key_tile, query_tile, row0 + CHUNK * which);
-                if (which) kept_second = made;
-                else kept_first = kept_second = made;
+                kept_first = kept_second;
+                score(kept_second, scratch, which, Keys{key_tile.base + (row0 + CHUNK * which) * Keys::ROW}, Keys{query_tile.base + (row0 + CHUNK * which) * Keys::ROW}, 0);
             }
-            invert(scratch);
+            if (chunks == 1) kept_first = kept_second;
+            if (pair == 0) STAMP(2);
+            invert(scratch, meet);
+            if (pair == 0) STAMP(3);
 #pragma unroll 1
             for (int which = 0; which < chunks; which++) {
                 Factors<DTYPE> f;
                 read_factors(f, scratch, which);
-                advance<DTYPE, KEYS, VALUES, MT>(x, f, kept_first, gamma, first_row, key_tile, query_tile, value_tile, row0 + CHUNK * which, meet);
+                const int rows_before = row0 + CHUNK * which;
+                const Keys keys{key_tile.base + rows_before * Keys::ROW}, queries{query_tile.base + rows_before * Keys::ROW};
+                advance<DTYPE, KEYS, VALUES, MT>(x, f, kept_first, first_row, keys, queries, Values{value_tile.base + rows_before * Values::ROW}, 0, meet);
                 gamma *= f.total;
                 kept_first = kept_second;
             }
+            if (pair == 0) STAMP(4);
         }
         meet();
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (on_diagonal(m, b, e)) x[m][b][e] -= gamma;
+        STAMP(5);
 
         // B: the maps of the segments up to each one of this block
         const auto write_map = [&] {
-            const Planes to(mine, ROWS);
 #pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int b = 0; b < BLOCKS; b++) {
-                    to.write(first_row + 16 * m + r, 8 * b + 2 * c, x[m][b][0], x[m][b][1]);
-                    to.write(first_row + 16 * m + r + 8, 8 * b + 2 * c, x[m][b][2], x[m][b][3]);
-                }
+            for (int m = 0; m < MT; m++) {
+                const int row0 = first_row + 16 * m;
+                if (row0 < VALUES) map.offset(row0 / 16).write(x[m]);
+                else map.write(row0 - VALUES, x[m]);
+            }
             if (group_thread == 0) gammas[segment] = gamma;
         };
 #pragma unroll 1
@@ -290,94 +371,95 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
             __syncthreads();
             if (step >= SEGMENTS) break;
             if (segment >= step) {
-                const Planes earlier(memory + (segment - step) * place, ROWS), own(mine, ROWS);
+                const Map earlier{memory + (segment - step) * place};
                 const float before = gammas[segment - step];
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
-                    Operand a;
-                    float d[BLOCKS][4];
+                    Rounded<DTYPE, BLOCKS> a;
+                    Sums was;
                     const int row0 = first_row + 16 * m;
-                    a.load(earlier, row0);
-                    times_map(d, a, own);
-                    const float weight = row0 >= VALUES ? before : 1.f;
+                    const bool maps = row0 >= VALUES;
+                    if (maps) {
+                        earlier.read(row0 - VALUES, a, was);
+                    } else {
+                        earlier.offset(row0 / 16).read(was);
+                        a.take(was);
+                    }
 #pragma unroll
                     for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
-                        for (int t = 0; t < 2; t++) {
-                            const float2 was = earlier.read(row0 + r + 8 * t, 8 * b + 2 * c);
-                            x[m][b][2 * t] = gamma * was.x - d[b][2 * t] + weight * x[m][b][2 * t];
-                            x[m][b][2 * t + 1] = gamma * was.y - d[b][2 * t + 1] + weight * x[m][b][2 * t + 1];
-                        }
+                        for (int e = 0; e < 4; e++) x[m][b][e] = gamma * was[b][e] + (maps ? before * x[m][b][e] : x[m][b][e]);
+                    add_product(x[m], a, map.high());
                 }
                 gamma *= before;
             }
             __syncthreads();
         }
+        STAMP(6);
 
         // the block's map for its successors, in the place of the scratch
-        if (segment == SEGMENTS - 1) {
-            const Planes own(mine, ROWS);
-#pragma unroll
-            for (int s = 0; s < STEPS; s++)
-#pragma unroll
-                for (int b = 0; b < BLOCKS; b += 2) {
-                    if ((s * (BLOCKS / 2) + b / 2) % GROUP != part) continue;
-                    Pair<DTYPE> high[4], low[4] = {};
-                    own.high.columns(high[0], high[1], high[2], high[3], 8 * b, VALUES + 16 * s);
-                    if constexpr (SPLIT) own.low.columns(low[0], low[1], low[2], low[3], 8 * b, VALUES + 16 * s);
-                    to_words(*published.map(s, b, 0), *published.map(s, b, 1), high, low);
-                }
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-                if (first_row + 16 * m < VALUES) {
-#pragma unroll
-                    for (int b = 0; b < BLOCKS; b++)
-                        *published.offset(first_row / 16 + m, b) = make_float4(x[m][b][0], x[m][b][1], x[m][b][2], x[m][b][3]);
-                }
-            if (group_thread == 0) *published.gamma() = gamma;
-        }
-        __syncwarp();
         if constexpr (CLUSTER > 1) {
-            cluster_arrive();
-            cluster_wait();
-        } else {
-            __syncthreads();
-        }
-
-        // the state where this block starts, and for a next round or as the final state where the round ends
-        if (warp < VALUE_TILES) {
-            const bool ends = !last || (p.final && rank == CLUSTER - 1);
-#pragma unroll 1
-            for (int block = 0; block < CLUSTER; block++) {
-                if (block == rank) {
-#pragma unroll
-                    for (int b = 0; b < BLOCKS; b++) {
-                        start.write(16 * warp + r, 8 * b + 2 * c, carried[b][0], carried[b][1]);
-                        start.write(16 * warp + r + 8, 8 * b + 2 * c, carried[b][2], carried[b][3]);
-                    }
-                    if (!ends) break;
-                }
-                Operand a;
-                a.take(carried);
-                const float decay = cluster_load(published.gamma(), block);
-                float d[BLOCKS][4] = {};
+            if (segment == SEGMENTS - 1) {
 #pragma unroll
                 for (int s = 0; s < STEPS; s++)
 #pragma unroll
                     for (int b = 0; b < BLOCKS; b += 2) {
-                        const uint4 one = cluster_word(published.map(s, b, 0), block), other = cluster_word(published.map(s, b, 1), block);
-                        Pair<DTYPE> high[4], low[4] = {};
-                        from_words(high, low, one, other);
-                        add_parts(d[b], d[b + 1], a, s, high, low);
+                        if ((s * (BLOCKS / 2) + b / 2) % GROUP != part) continue;
+                        Pair<DTYPE> n[4];
+                        uint4 words[WORDS];
+                        map.high().right_columns(n[0], n[1], n[2], n[3], 8 * b, 16 * s);
+                        to_words(words, n);
+#pragma unroll
+                        for (int i = 0; i < WORDS; i++) *published.word(s, b, i) = words[i];
                     }
-#pragma unroll
-                for (int b = 0; b < BLOCKS; b++) {
-                    const uint4 bits = cluster_word(published.offset(warp, b), block);
-                    const float own[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
-#pragma unroll
-                    for (int e = 0; e < 4; e++) carried[b][e] = decay * carried[b][e] - d[b][e] + own[e];
-                }
             }
+            __syncwarp();
+            cluster_arrive();
+            cluster_wait();
+        }
+        STAMP(7);
+
+        // the state where this block starts, and for a next round or as the final state where the round ends
+        if (warp < VALUE_TILES) {
+            const bool ends = !last || (p.final && rank == CLUSTER - 1);
+            const int blocks = ends ? CLUSTER : rank;
+            const Map whole{memory + (SEGMENTS - 1) * place};
+            const Rows offset = whole.offset(warp);
+            Sums carried;
+            Rows(round_start, warp).read(carried);
+            if (CLUSTER == 1 || rank == 0) Rows(start, warp).write(carried);
+            if constexpr (CLUSTER > 1) {
+                if constexpr (HALF && KEYS == 32) {  // the next map is on its way while one is applied
+                    Fetched now, later;
+                    if (blocks > 0) now.fetch(published, offset, gammas + SEGMENTS - 1, 0);
+#pragma unroll 1
+                    for (int block = 0; block < blocks; block++) {
+                        if (block + 1 < blocks) later.fetch(published, offset, gammas + SEGMENTS - 1, block + 1);
+                        now.apply(carried);
+                        if (block + 1 == rank) Rows(start, warp).write(carried);
+                        now = later;
+                    }
+                } else {
+#pragma unroll 1
+                    for (int block = 0; block < blocks; block++) {
+                        Fetched now;
+                        now.fetch(published, offset, gammas + SEGMENTS - 1, block);
+                        now.apply(carried);
+                        if (block + 1 == rank) Rows(start, warp).write(carried);
+                    }
+                }
+            } else if (ends) {
+                Rounded<DTYPE, BLOCKS> a;
+                Sums own;
+                a.take(carried);
+                offset.read(own);
+#pragma unroll
+                for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) carried[b][e] = gammas[SEGMENTS - 1] * carried[b][e] + own[b][e];
+                add_product(carried, a, whole.high());
+            }
+            if (!last) Rows(round_start, warp).write(carried);
             if (last && p.final && rank == CLUSTER - 1) {
                 float* to = p.final + (static_cast<int64_t>(sequence) * p.heads + head) * p.keys * p.values + value0;
 #pragma unroll
@@ -391,33 +473,43 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         }
         __syncthreads();
         if constexpr (CLUSTER > 1) cluster_arrive();  // its counterpart below: nobody leaves or publishes again while others read
+        STAMP(8);
 
         // C: the state where this warp's segment starts, then every token's read of it
         if (count > 0) {
-            Operand entering[OWN_TILES];
+            Rounded<DTYPE, BLOCKS> entering[OWN_TILES];
 #pragma unroll
             for (int m = 0; m < OWN_TILES; m++) {
-                const int row0 = (part * OWN_TILES + m) * 16;
-                entering[m].load(start, row0);
+                const int value_tile_index = part * OWN_TILES + m;
+                Sums state;
+                Rows(start, value_tile_index).read(state);
+                entering[m].take(state);
                 if (segment) {
-                    const Planes before(memory + (segment - 1) * place, ROWS);
+                    const Map before{memory + (segment - 1) * place};
                     const float decay = gammas[segment - 1];
-                    float d[BLOCKS][4];
-                    times_map(d, entering[m], before);
+                    Sums own;
+                    before.offset(value_tile_index).read(own);
 #pragma unroll
                     for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
-                        for (int t = 0; t < 2; t++) {
-                            const float2 was = start.read(row0 + r + 8 * t, 8 * b + 2 * c), own = before.read(row0 + r + 8 * t, 8 * b + 2 * c);
-                            d[b][2 * t] = decay * was.x - d[b][2 * t] + own.x;
-                            d[b][2 * t + 1] = decay * was.y - d[b][2 * t + 1] + own.y;
-                        }
-                    entering[m].take(d);
+                        for (int e = 0; e < 4; e++) state[b][e] = decay * state[b][e] + own[b][e];
+                    add_product(state, entering[m], before.high());
+                    entering[m].take(state);
                 }
             }
 #pragma unroll 1
             for (int row0 = 0; row0 < count; row0 += CHUNK) {
-                float read[2 * OWN_TILES][4] = {};
+                Pair<DTYPE> own[OWN_TILES][4];
+                float read[2 * OWN_TILES][4];
+#pragma unroll
+                for (int m = 0; m < OWN_TILES; m++) {
+                    value_tile.rows(own[m][0], own[m][1], own[m][2], own[m][3], row0, (part * OWN_TILES + m) * 16);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float2 two = Make<DTYPE>::floats(own[m][i]);
+                        read[2 * m + i / 2][i % 2 * 2] = two.x, read[2 * m + i / 2][i % 2 * 2 + 1] = two.y;
+                    }
+                }
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
                     Pair<DTYPE> a0, a1, a2, a3;
@@ -425,31 +517,25 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
 #pragma unroll
                     for (int m = 0; m < OWN_TILES; m++)
 #pragma unroll
-                        for (int half = 0; half < 2; half++) {
-                            float(&d)[4] = read[2 * m + half];
-                            if constexpr (SPLIT) Product<DTYPE>::add(d, a0, a1, a2, a3, entering[m].low.p[half][2 * s], entering[m].low.p[half][2 * s + 1]);
-                            Product<DTYPE>::add(d, a0, a1, a2, a3, entering[m].high.p[half][2 * s], entering[m].high.p[half][2 * s + 1]);
-                        }
+                        for (int half = 0; half < 2; half++)
+                            Product<DTYPE>::add(read[2 * m + half], a0, a1, a2, a3, entering[m].p[half][2 * s], entering[m].p[half][2 * s + 1]);
                 }
 #pragma unroll
                 for (int n = 0; n < 2 * OWN_TILES; n++)
 #pragma unroll
-                    for (int t = 0; t < 2; t++) {
-                        Pair<DTYPE>* at_tile = value_tile.pair_at(row0 + r + 8 * t, (part * OWN_TILES * 2 + n) * 8 + 2 * c);
-                        const float2 own = Make<DTYPE>::floats(*at_tile);
-                        *at_tile = Make<DTYPE>::pair_of(own.x + read[n][2 * t], own.y + read[n][2 * t + 1]);
-                    }
+                    for (int t = 0; t < 2; t++)
+                        *value_tile.pair_at(row0, r + 8 * t, (part * OWN_TILES * 2 + n) * 8 + 2 * c) = Make<DTYPE>::pair_of(read[n][2 * t], read[n][2 * t + 1]);
                 meet();
                 constexpr int PIECES = VALUES / PIECE;
                 const int rows = min(CHUNK, count - row0);
                 DTYPE* to = o + (token0 + row0) * o_t;
                 if (p.o_pieces) {
+                    constexpr int STEP = 32 * GROUP / PIECES;
+                    const int first = group_thread / PIECES, piece = group_thread % PIECES;
 #pragma unroll
-                    for (int i = group_thread; i < CHUNK * PIECES; i += 32 * GROUP) {
-                        const int token = i / PIECES, piece = i % PIECES;
-                        if (token < rows && piece * PIECE < values)
-                            *reinterpret_cast<uint4*>(to + token * o_t + piece * PIECE) = *reinterpret_cast<const uint4*>(value_tile.piece(row0 + token, piece));
-                    }
+                    for (int i = 0; i < CHUNK; i += STEP)
+                        if (first + i < rows && piece * PIECE < values)
+                            *reinterpret_cast<uint4*>(to + (first + i) * o_t + piece * PIECE) = *reinterpret_cast<const uint4*>(value_tile.element(row0, first + i, piece * PIECE));
                 } else {
 #pragma unroll 1
                     for (int i = group_thread; i < CHUNK * VALUES; i += 32 * GROUP) {
@@ -459,8 +545,17 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                 }
             }
         }
+        STAMP(9);
         if constexpr (CLUSTER > 1) cluster_wait();
+        STAMP(10);
         at = next;
         if (!last) __syncthreads();
     } while (at < end);
+#ifdef PROFILE
+    if (lane == 0) {
+        float* to = p.final + (static_cast<int64_t>(sequence) * p.heads + head) * p.keys * p.values + (rank * WARPS + warp) * 12;
+        for (int i = 0; i < 12; i++)
+            if ((rank * WARPS + warp) * 12 + i < p.keys * p.values) to[i] = static_cast<float>(stamps[i]);
+    }
+#endif
 }

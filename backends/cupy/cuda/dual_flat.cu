@@ -5,14 +5,19 @@
 //   u = (I + stril(beta_i k_i k_j D_ij))^-1 X                  exact: blocks of 16 rows one after the other, the diagonal ones by substitution in float32
 //   u = X - stril(beta_i (k_i c_j) D_ij) X                     lam, with c_j = k_j - beta_j sum_{m<j} D_jm^2 (k_j k_m) k_m:
 //                                                              A A^T without its 128^3 products and without room for A
-// A block has one chunk, head and tile of 32 values; two warps have 16 rows and share the columns of blocks. Tiles are float32, products three times tf32
+// A cluster of CLUSTER blocks has one chunk, head and tile of 32 values. A block has ROW_SLOTS blocks of 16 rows: all of them, or in a cluster one from
+// the top and one from the bottom of the triangle; PARTS warps have 16 rows and share the columns of blocks. c and u go through the cluster's shared
+// memory, with no row computed twice. Tiles are float32, products three times tf32
 // (float32) or once (16-bit dtypes, which tf32 holds exactly). Chunk 128, head_dim 32, lam: 36 blocks of 16 x 16, 7 products of 2^14 FLOP each, 4 MFLOP a
 // head and chunk; 64 KB in, 16 KB out. One chunk of 12 heads moves 0.8 MB: the floor is a launch; what it takes is latency, about 4 us.
 //
-// DTYPE; KEYS: tile, 32, 64 or 128; CHUNK_BLOCKS: of 16 tokens, 1 to 8; TRANSFORM: 0 none, 1 exact, 2 lam; TF32_ONCE: products in one part.
+// DTYPE; KEYS: tile, 32, 64 or 128; CHUNK_BLOCKS: of 16 tokens, 1 to 8; TRANSFORM: 0 none, 1 exact, 2 lam; CLUSTER, PARTS;
+// TF32_ONCE: products in one part.
 #include "delta_chunk.cuh"
 
-constexpr int VALUES = 32, TOKENS = 16 * CHUNK_BLOCKS, KEY_BLOCKS = KEYS / 8, STEPS = KEYS / 16, THREADS = 64 * CHUNK_BLOCKS;
+constexpr int VALUES = 32, TOKENS = 16 * CHUNK_BLOCKS, KEY_BLOCKS = KEYS / 8, STEPS = KEYS / 16;
+constexpr int ROW_SLOTS = CHUNK_BLOCKS / CLUSTER, THREADS = 32 * PARTS * ROW_SLOTS;
+static_assert(CLUSTER == 1 || (ROW_SLOTS == 2 && TRANSFORM != 1), "a cluster's blocks have two blocks of rows");
 using Keys = Tile<float, KEYS>;
 using Values = Tile<float, VALUES>;
 using Sum = float[4];
@@ -36,6 +41,7 @@ template <int COLUMNS>
 DEVICE void load_tile(const Tile<float, COLUMNS>& to, const DTYPE* from, int64_t step, int rows, int columns, bool pieces) {
     if (pieces) {
         constexpr int PER = 16 / sizeof(DTYPE), PIECES = COLUMNS / PER;
+#pragma unroll 2
         for (int i = threadIdx.x; i < TOKENS * PIECES; i += THREADS) {
             const int row = i / PIECES, column = i % PIECES * PER;
             float x[PER] = {};
@@ -45,6 +51,7 @@ DEVICE void load_tile(const Tile<float, COLUMNS>& to, const DTYPE* from, int64_t
                 *reinterpret_cast<float4*>(to.element(row, column + part)) = make_float4(x[part], x[part + 1], x[part + 2], x[part + 3]);
         }
     } else {
+#pragma unroll 1
         for (int i = threadIdx.x; i < TOKENS * COLUMNS; i += THREADS) {
             const int row = i / COLUMNS, column = i % COLUMNS;
             *to.element(row, column) = row < rows && column < columns ? widen(from[row * step + column]) : 0.f;
@@ -87,15 +94,55 @@ template <int COLUMNS> DEVICE void read_rows(const Tile<float, COLUMNS>& from, i
     d[0] = x.x, d[1] = x.y, d[2] = y.x, d[3] = y.y;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) dual_flat(const __grid_constant__ Params p) {
+// 16 rows of sums of a warp, for the one that adds them up
+struct Partial {
+    float4* base;
+    DEVICE void write(int block, const Sum& d) const { base[32 * block] = make_float4(d[0], d[1], d[2], d[3]); }
+    DEVICE void add_to(int block, Sum& d) const {
+        const float4 four = base[32 * block];
+        d[0] += four.x, d[1] += four.y, d[2] += four.z, d[3] += four.w;
+    }
+};
+constexpr int WIDEST = TRANSFORM == 2 && KEY_BLOCKS > 4 ? KEY_BLOCKS : 4;  // blocks of a partial sum
+
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
+
+// Which block of a cluster has a block of rows; a block's two are `rank` and its mirror image.
+DEVICE int owner(int block) { return block < CLUSTER ? block : CHUNK_BLOCKS - 1 - block; }
+
+// What the cluster's other blocks have of the rows that this one's products need, into the same places here. Between two cluster barriers.
+template <int COLUMNS> DEVICE void gather(const Tile<float, COLUMNS>& tile, int rank) {
+    constexpr int PIECES = 16 * COLUMNS / 4;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < (CHUNK_BLOCKS - rank) * PIECES; i += THREADS) {
+        const int block = i / PIECES;
+        unsigned char* at = tile.base + 16 * static_cast<int64_t>(i);
+        if (owner(block) != rank) {
+            const uint4 there = cluster_load_16(at, owner(block));
+            *reinterpret_cast<uint4*>(at) = there;
+        }
+    }
+}
+
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS) dual_flat(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const Keys key_tile{memory}, mixed_tile{memory + TOKENS * Keys::ROW};
     const Values x_tile{memory + 2 * TOKENS * Keys::ROW}, u_tile{TRANSFORM ? x_tile.base + TOKENS * Values::ROW : x_tile.base};
     Lines& lines = *reinterpret_cast<Lines*>(x_tile.base + 2 * TOKENS * Values::ROW);
     PairScratch* scratches = reinterpret_cast<PairScratch*>(&lines + 1);
-    const int warp = threadIdx.x / 32, own = warp / 2, half = warp % 2, lane = lane_id(), r = lane / 4, c = lane % 4, row0 = 16 * own;
+    const int warp = threadIdx.x / 32, row_slot = warp / PARTS, part = warp % PARTS, lane = lane_id(), r = lane / 4, c = lane % 4;
+    const int rank = CLUSTER > 1 ? static_cast<int>(cluster_rank()) : 0;
+    const int own = CLUSTER == 1 ? row_slot : row_slot ? rank : CHUNK_BLOCKS - 1 - rank, row0 = 16 * own;
+    float4* partials = reinterpret_cast<float4*>(&lines + 1) + lane;  // the inversions' scratch is in the same place
+    const auto partial = [&](int which) { return Partial{partials + (row_slot * (PARTS - 1) + which - 1) * WIDEST * 32}; };
+    const int parts = min(PARTS, own + 1);  // that have columns
 
-    const int tiles = (p.values + VALUES - 1) / VALUES, tile = blockIdx.x % tiles, head = blockIdx.x / tiles % p.heads, slot = blockIdx.x / tiles / p.heads;
+    const int unit = blockIdx.x / CLUSTER, tiles = (p.values + VALUES - 1) / VALUES;
+    const int tile = unit % tiles, head = unit / tiles % p.heads, slot = unit / tiles / p.heads;
     int64_t row = 0;
     int begin = 0, end = p.tokens, first;
     if (p.bounds) {  // a sequence n owns the slots from (begin + n offset) / chunk + n on
@@ -120,24 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_flat(const __grid_con
     const DTYPE* q = p.q + row * p.q_b + first * p.q_t + head / p.group * p.q_h;
     load_tile(key_tile, p.k + row * p.k_b + first * p.k_t + head / p.group * p.k_h, p.k_t, count, p.keys, p.pieces);
     load_tile(x_tile, p.v + row * p.v_b + first * p.v_t + head * p.v_h + value0, p.v_t, count, values, p.pieces);
-    float2 query[2][KEY_BLOCKS], own_key[2][KEY_BLOCKS];
-#pragma unroll
-    for (int t = 0; t < 2; t++)
-#pragma unroll
-        for (int b = 0; b < KEY_BLOCKS; b++) {
-            const int token = row0 + r + 8 * t, column = 8 * b + 2 * c;
-            float x[2] = {};
-            if (token < count) {
-                const DTYPE* from = q + token * p.q_t + column;
-                if (p.pieces) {
-                    if (column < p.keys) load_run(x, from);
-                } else {
-                    if (column < p.keys) x[0] = widen(from[0]);
-                    if (column + 1 < p.keys) x[1] = widen(from[1]);
-                }
-            }
-            query[t][b] = make_float2(x[0], x[1]);
-        }
+#pragma unroll 1
     for (int token = threadIdx.x; token < TOKENS; token += THREADS) {
         const int64_t at = first + token;
         float beta = 0.f, log_decay = 0.f, fast = 0.f, slow = 0.f;
@@ -156,6 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_flat(const __grid_con
     // sums of the logarithms with what their rounding leaves out; lengths 1; X = beta V
     if (warp == 0 && p.g) {
         float carry = 0.f, carry_rest = 0.f;
+#pragma unroll 1
         for (int token = lane; token < TOKENS + lane; token += 32) {
             float sum = token < TOKENS ? lines.log_decay[token] : 0.f, rest = 0.f;
             const auto add = [&](float other, float other_rest, bool there) {
@@ -173,31 +204,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_flat(const __grid_con
         }
     }
     if (p.l2norm) {
-#pragma unroll
-        for (int t = 0; t < 2; t++) {
+#pragma unroll 1
+        for (int token = warp; token < TOKENS; token += THREADS / 32) {
             float square = 0.f;
 #pragma unroll
-            for (int b = 0; b < KEY_BLOCKS; b++) square += query[t][b].x * query[t][b].x + query[t][b].y * query[t][b].y;
-            square += __shfl_xor_sync(0xffffffffu, square, 1);
-            square += __shfl_xor_sync(0xffffffffu, square, 2);
-            const float inverse = rsqrtf(square + 1e-6f);
-#pragma unroll
-            for (int b = 0; b < KEY_BLOCKS; b++) query[t][b].x *= inverse, query[t][b].y *= inverse;
-        }
-        if (half == 0) {
-            for (int i = 0; i < 16; i++) {
-                float square = 0.f;
-#pragma unroll
-                for (int column = lane; column < KEYS; column += 32) {
-                    const float x = *key_tile.element(row0 + i, column);
-                    square += x * x;
-                }
-                const float inverse = rsqrtf(warp_sum(square) + 1e-6f);
-#pragma unroll
-                for (int column = lane; column < KEYS; column += 32) *key_tile.element(row0 + i, column) *= inverse;
+            for (int column = lane; column < KEYS; column += 32) {
+                const float x = *key_tile.element(token, column);
+                square += x * x;
             }
+            const float inverse = rsqrtf(warp_sum(square) + 1e-6f);
+#pragma unroll
+            for (int column = lane; column < KEYS; column += 32) *key_tile.element(token, column) *= inverse;
         }
     }
+#pragma unroll 2
     for (int i = threadIdx.x; i < TOKENS * VALUES / 4; i += THREADS) {
         const int token = i / (VALUES / 4);
         float4* at = reinterpret_cast<float4*>(x_tile.element(token, i % (VALUES / 4) * 4));
@@ -231,6 +251,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_flat(const __grid_con
             }
     };
 
+    float2 query[2][KEY_BLOCKS], own_key[2][KEY_BLOCKS];
+    const auto load_query = [&] {
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+            for (int b = 0; b < KEY_BLOCKS; b++) {
+                const int token = row0 + r + 8 * t, column = 8 * b + 2 * c;
+                float x[2] = {};
+                if (token < count) {
+                    const DTYPE* from = q + token * p.q_t + column;
+                    if (p.pieces) {
+                        if (column < p.keys) load_run(x, from);
+                    } else {
+                        if (column < p.keys) x[0] = widen(from[0]);
+                        if (column + 1 < p.keys) x[1] = widen(from[1]);
+                    }
+                }
+                query[t][b] = make_float2(x[0], x[1]);
+            }
+    };
     if constexpr (TRANSFORM != 0) {
 #pragma unroll
         for (int s = 0; s < STEPS; s++) key_tile.rows(own_key[0][2 * s], own_key[1][2 * s], own_key[0][2 * s + 1], own_key[1][2 * s + 1], row0, 16 * s);
@@ -238,56 +278,78 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_flat(const __grid_con
     if constexpr (TRANSFORM == 2) {
         {  // c = k - beta sum D^2 (k k_m) k_m; each warp takes every other block of columns
             Sum d[KEY_BLOCKS] = {};
-            for (int other = half; other <= own; other += 2) {
+            for (int other = part; other <= own; other += PARTS) {
                 float kk[2][4];
                 scores(kk, own_key, key_tile, 16 * other);
                 mask(kk, 16 * other, 2.f, true, true);
 #pragma unroll
                 for (int b = 0; b < KEY_BLOCKS; b += 2) apply(d[b], d[b + 1], kk, key_tile, 16 * other, 8 * b);
             }
-            if (half) {
+            if (part && part < parts) {
 #pragma unroll
-                for (int b = 0; b < KEY_BLOCKS; b++) write_rows(mixed_tile, row0, b, d[b]);
+                for (int b = 0; b < KEY_BLOCKS; b++) partial(part).write(b, d[b]);
             }
             __syncthreads();
-            if (!half) {
+            if (part == 0) {
+#pragma unroll 1
+            for (int which = 1; which < parts; which++) {
+#pragma unroll
+                    for (int b = 0; b < KEY_BLOCKS; b++) partial(which).add_to(b, d[b]);
+                }
 #pragma unroll
                 for (int b = 0; b < KEY_BLOCKS; b++) {
-                    Sum was, key;
-                    read_rows(mixed_tile, row0, b, was);
+                    Sum key;
                     read_rows(key_tile, row0, b, key);
 #pragma unroll
-                    for (int e = 0; e < 4; e++) key[e] -= was[e] + d[b][e];
+                    for (int e = 0; e < 4; e++) key[e] -= d[b][e];
                     write_rows(mixed_tile, row0, b, key);
                 }
+            }
+            if constexpr (CLUSTER > 1) {
+                __syncwarp();
+                cluster_arrive();
+                cluster_wait();
+                gather(mixed_tile, rank);
             }
             __syncthreads();
         }
         Sum d[4] = {};
-        for (int other = half; other <= own; other += 2) {
+        for (int other = part; other <= own; other += PARTS) {
             float kc[2][4];
             scores(kc, own_key, mixed_tile, 16 * other);
             mask(kc, 16 * other, 1.f, true, true);
             apply(d[0], d[1], kc, x_tile, 16 * other, 0);
             apply(d[2], d[3], kc, x_tile, 16 * other, 16);
         }
-        if (half) {
+        if (part && part < parts) {
 #pragma unroll
-            for (int b = 0; b < 4; b++) write_rows(u_tile, row0, b, d[b]);
+            for (int b = 0; b < 4; b++) partial(part).write(b, d[b]);
         }
+        load_query();
         __syncthreads();
-        if (!half) {
+        if (part == 0) {
+#pragma unroll 1
+    for (int which = 1; which < parts; which++) {
+#pragma unroll
+                for (int b = 0; b < 4; b++) partial(which).add_to(b, d[b]);
+            }
 #pragma unroll
             for (int b = 0; b < 4; b++) {
-                Sum was, x;
-                read_rows(u_tile, row0, b, was);
+                Sum x;
                 read_rows(x_tile, row0, b, x);
 #pragma unroll
-                for (int e = 0; e < 4; e++) x[e] -= was[e] + d[b][e];
+                for (int e = 0; e < 4; e++) x[e] -= d[b][e];
                 write_rows(u_tile, row0, b, x);
             }
         }
+        if constexpr (CLUSTER > 1) {
+            __syncwarp();
+            cluster_arrive();
+            cluster_wait();
+            gather(u_tile, rank);
+        }
         __syncthreads();
+        if constexpr (CLUSTER > 1) cluster_arrive();  // its counterpart at the end: nobody leaves while others read
     }
     if constexpr (TRANSFORM == 1) {
         // a warp has 16 of the columns; block after block of rows, what is done is taken from all rows below
@@ -300,24 +362,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_flat(const __grid_con
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) scratch.solve[(r + 8 * (e >> 1)) * SOLVE_ROW + 8 * n + 2 * c + (e & 1)] = kk[n][e];
-        invert(scratch);
+        invert(scratch, [] { __syncwarp(); });
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) inverse[n][e] = scratch.solve[(r + 8 * (e >> 1)) * SOLVE_ROW + 8 * n + 2 * c + (e & 1)];
         Sum left[2];
-        read_rows(x_tile, row0, 2 * half, left[0]);
-        read_rows(x_tile, row0, 2 * half + 1, left[1]);
+        read_rows(x_tile, row0, 2 * part, left[0]);
+        read_rows(x_tile, row0, 2 * part + 1, left[1]);
         for (int step = 0; step < CHUNK_BLOCKS; step++) {
             if (own == step) {
-                write_rows(u_tile, row0, 2 * half, left[0]);
-                write_rows(u_tile, row0, 2 * half + 1, left[1]);
+                write_rows(u_tile, row0, 2 * part, left[0]);
+                write_rows(u_tile, row0, 2 * part + 1, left[1]);
                 __syncwarp();
                 Sum u[2] = {};
-                apply(u[0], u[1], inverse, u_tile, row0, 16 * half);
+                apply(u[0], u[1], inverse, u_tile, row0, 16 * part);
                 __syncwarp();
-                write_rows(u_tile, row0, 2 * half, u[0]);
-                write_rows(u_tile, row0, 2 * half + 1, u[1]);
+                write_rows(u_tile, row0, 2 * part, u[0]);
+                write_rows(u_tile, row0, 2 * part + 1, u[1]);
             } else if (own > step) {
                 scores(kk, own_key, key_tile, 16 * step);
                 mask(kk, 16 * step, 1.f, true, true);
@@ -327,13 +389,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_flat(const __grid_con
                     for (int e = 0; e < 4; e++) kk[n][e] = -kk[n][e];
             }
             __syncthreads();
-            if (own > step) apply(left[0], left[1], kk, u_tile, 16 * step, 16 * half);
+            if (own > step) apply(left[0], left[1], kk, u_tile, 16 * step, 16 * part);
         }
     }
 
-    // what the tokens read; each warp takes every other block of columns
+    // what the tokens read
+    if constexpr (TRANSFORM != 2) load_query();
+    if (p.l2norm) {
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            float square = 0.f;
+#pragma unroll
+            for (int b = 0; b < KEY_BLOCKS; b++) square += query[t][b].x * query[t][b].x + query[t][b].y * query[t][b].y;
+            square += __shfl_xor_sync(0xffffffffu, square, 1);
+            square += __shfl_xor_sync(0xffffffffu, square, 2);
+            const float inverse = rsqrtf(square + 1e-6f);
+#pragma unroll
+            for (int b = 0; b < KEY_BLOCKS; b++) query[t][b].x *= inverse, query[t][b].y *= inverse;
+        }
+    }
     Sum fast[4] = {}, slow[4] = {};
-    for (int other = half; other <= own; other += 2) {
+    for (int other = part; other <= own; other += PARTS) {
         float qk[2][4];
         scores(qk, query, key_tile, 16 * other);
         mask(qk, 16 * other, 0.f, false, false);
@@ -350,23 +426,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_flat(const __grid_con
             const int token = row0 + r + 8 * (e >> 1);
             fast[b][e] = lines.fast[token] * fast[b][e] + lines.slow[token] * slow[b][e];
         }
-    if (half) {
+    if constexpr (TRANSFORM == 1) __syncthreads();  // the scratch has been read
+    if (part && part < parts) {
 #pragma unroll
-        for (int b = 0; b < 4; b++) write_rows(mixed_tile, row0, b, fast[b]);
+        for (int b = 0; b < 4; b++) partial(part).write(b, fast[b]);
     }
     __syncthreads();
-    if (half) return;
+    if constexpr (CLUSTER > 1 && TRANSFORM == 2) cluster_wait();
+    if (part) return;
+#pragma unroll 1
+    for (int which = 1; which < parts; which++) {
+#pragma unroll
+        for (int b = 0; b < 4; b++) partial(which).add_to(b, fast[b]);
+    }
     DTYPE* o = p.o + ((row * p.tokens + first) * p.heads + head) * p.values + value0;
 #pragma unroll
     for (int b = 0; b < 4; b++) {
-        Sum was;
-        read_rows(mixed_tile, row0, b, was);
 #pragma unroll
         for (int t = 0; t < 2; t++) {
             const int token = row0 + r + 8 * t, column = 8 * b + 2 * c;
             if (token >= count) continue;
             DTYPE* to = o + static_cast<int64_t>(token) * p.heads * p.values + column;
-            const float x = fast[b][2 * t] + was[2 * t], y = fast[b][2 * t + 1] + was[2 * t + 1];
+            const float x = fast[b][2 * t], y = fast[b][2 * t + 1];
             if (p.values % 2 == 0) {
                 if (column < values) *reinterpret_cast<Pair<DTYPE>*>(to) = Make<DTYPE>::pair_of(x, y);
             } else {

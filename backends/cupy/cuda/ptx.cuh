@@ -136,12 +136,21 @@ DEVICE uint32_t cluster_load_bits(const void* mine, uint32_t rank) {
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(bits) : "r"(there) : "memory");
     return bits;
 }
+// the same of 16 aligned bytes
+DEVICE uint4 cluster_load_16(const void* mine, uint32_t rank) {
+    uint32_t there;
+    uint4 x;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(mine)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(there) : "memory");
+    return x;
+}
 #else
 DEVICE uint32_t cluster_rank() { return 0; }
 DEVICE uint32_t cluster_size() { return 1; }
 DEVICE void cluster_arrive() {}
 DEVICE void cluster_wait() { __syncthreads(); }
 DEVICE uint32_t cluster_load_bits(const void* mine, uint32_t) { return *static_cast<const volatile uint32_t*>(mine); }
+DEVICE uint4 cluster_load_16(const void* mine, uint32_t) { return *static_cast<const uint4*>(mine); }
 #endif
 
 #endif

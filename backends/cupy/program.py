@@ -93,10 +93,13 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A recorded call. Owners: the tensors that it was given, then `kept` allocations, then one piece of scratch."""
+    """A recorded call. Owners: the tensors that it was given, then `kept` allocations, then one piece of scratch.
+
+    Of an allocation its shape, its dtype and the given tensor that is like it, or None: `empty_like` costs half of what `empty` does.
+    """
 
     given: tuple[int, ...]
-    kept: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    kept: tuple[tuple[tuple[int, ...], torch.dtype, int | None], ...]
     scratch: int
     device: torch.device
     stream: Callable[[int], int]
@@ -106,7 +109,8 @@ class Program:
     def __call__(self, values: tuple[object, ...]) -> Outputs:
         """The outputs of the same kernels on these tensors."""
         owners: list[Any] = [values[index] for index in self.given]
-        owners += [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.kept]
+        for shape, dtype, like in self.kept:
+            owners.append(torch.empty(shape, dtype=dtype, device=self.device) if like is None else torch.empty_like(owners[like]))
         if self.scratch:
             owners.append(torch.empty(self.scratch, dtype=torch.uint8, device=self.device))
         base = [owner.data_ptr() for owner in owners]
@@ -211,8 +215,14 @@ def _program(launches: list[launch.Taped], taken: list[Tensor], values: tuple[ob
         if not whole and out.dtype != owner.dtype:
             return None
         results.append(Output(index, tuple(out.shape), out.stride(), out.storage_offset(), whole))
-    shapes = tuple((tuple(one.shape), one.dtype) for one in kept)
+    shapes = tuple((tuple(one.shape), one.dtype, _like(one, tensors)) for one in kept)
     return Program(tuple(given), shapes, scratch, tensors[0].device, launch.current().stream, tuple(steps), tuple(results))
+
+
+def _like(made: Tensor, tensors: list[Tensor]) -> int | None:
+    """The first tensor whose `empty_like` is what was made."""
+    plain = [one.is_contiguous() and (one.shape, one.dtype, one.device) == (made.shape, made.dtype, made.device) for one in tensors]
+    return plain.index(True) if made.is_contiguous() and True in plain else None
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,6 @@
-"""What every test meets: `--backend`, a cache and an environment that are not the user's, and the golden files.
+"""What every test meets: `--backend`, a worker per core, a cache and an environment that are not the user's, and the golden files.
+
+The whole suite runs in pytest-xdist's workers, the slow modules first; named files, `--pdb` and `-n` run as they are asked to.
 
 A test that takes `backend_name` runs once per backend that the registry knows, or on those that `--backend` names and no other.
 A test that takes `golden_file` and is marked `golden("hf_*")` runs once per file that matches; without the files it is skipped, with the reason.
@@ -15,6 +17,8 @@ import pytest
 SHARED_GOLDEN = Path(__file__).parent.parent / "shared" / "golden"
 OWN_GOLDEN = Path(__file__).parent / "tests" / "golden"
 ABSENT = "../shared/golden is absent"
+MOST_WORKERS = 8
+"""Each has torch in its memory."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +29,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="run the tests that run on every backend on this one only; may be repeated, or hold several names with commas between",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Before pytest-xdist reads its options: a worker per core where the whole suite runs and nothing was said about workers."""
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist") or config.args_source is pytest.Config.ArgsSource.ARGS:
+        return  # a worker comes here too, and what a test starts: neither starts workers of its own
+    if config.option.numprocesses is None and not config.option.tx and config.option.dist == "no":
+        config.option.numprocesses, config.option.dist = "auto", "worksteal"
+        config.option.maxprocesses = config.option.maxprocesses or MOST_WORKERS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, so that no worker waits for it in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -73,11 +92,13 @@ def _golden_files(patterns: tuple[str, ...]) -> list[object]:
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A user's cache folder for this run alone, and none of our switches set; processes that a test starts inherit both."""
+    """A user's cache folder for this run alone, none of our switches set, no terminal's width; processes that a test starts inherit all three."""
     cache_home = tmp_path_factory.mktemp("xdg_cache")
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("TITANS_BACKENDS_")]:
             patch.delenv(name)
+        for name in ("COLUMNS", "LINES"):  # a worker of pytest-xdist has them, some shells too
+            patch.delenv(name, raising=False)
         patch.setenv("XDG_CACHE_HOME", str(cache_home))
         yield cache_home
 

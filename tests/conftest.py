@@ -1,4 +1,4 @@
-"""Fixtures that put a loopback backend in front of the others for one test; and Ctrl-C for the tests that send it."""
+"""Fixtures that put a loopback backend in front of the others for one test, or leave eager the first; and Ctrl-C for the tests that send it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ def interruptible() -> None:
     """A shell starts what it puts in the background with SIGINT ignored, and children inherit that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def eager_first(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Numba switched off, for tests of how a choice is made: its default on a CPU is then eager, whether Numba is installed or not."""
+    monkeypatch.setenv("TITANS_BACKENDS_DISABLE", "numba_cpu")
+    tb.reset()
+    yield
+    monkeypatch.undo()
+    tb.reset()
 
 
 @pytest.fixture

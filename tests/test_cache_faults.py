@@ -38,8 +38,8 @@ def start(target, *args):
 
 def _write_rows(path, streams, barrier):
     barrier.wait(60)
-    for first in range(1, 101, 4):
-        write(path, streams, range(first, first + 4))
+    for first in range(1, 101, 10):
+        write(path, streams, range(first, first + 10))
 
 
 @fork

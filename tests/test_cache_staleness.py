@@ -21,6 +21,7 @@ BUCKET = Bucket("slow_core", (("streams", 1),), 512)
         ({"driver": "600.0", "date": "2027-01-01", "titans_backends": "0.2", "cuda": "13.1"}, "1a2b", "fresh", ""),
         ({"torch": "2.12.0"}, "1a2b", "stale", "measured with torch 2.11.0, now 2.12.0"),
         ({"triton": None}, "1a2b", "stale", "measured with triton 3.6.0, now absent"),
+        ({"numba": "0.68.1"}, "1a2b", "stale", "measured with numba absent, now 0.68.1"),
         ({"torch": "2.12.0"}, "ffff", "ignored", "cupy/fused rows=64 has changed since (source 1a2b, now ffff)"),
         ({}, None, "ignored", "cupy/fused rows=64 is no longer there"),
     ],

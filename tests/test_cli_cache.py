@@ -35,7 +35,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def first_candidate() -> Candidate:
-    return offers(signature_of_bucket(SHORT), detect("cpu"))[0].forward[0]
+    (eager,) = offers(signature_of_bucket(SHORT), detect("cpu"), ["eager"])
+    return eager.forward[0]
 
 
 def entry(us: float = 100.0, *, source: str | None = None) -> Entry:

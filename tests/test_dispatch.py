@@ -21,6 +21,8 @@ from titans_backends.offers import Pair
 from titans_backends.plans import PLAIN
 from titans_backends.tables import current_environment
 
+pytestmark = pytest.mark.usefixtures("eager_first")
+
 OP = tb.get_op("uw_transform")
 ARGUMENTS = (torch.randn(1, 70, 2, 8), torch.randn(1, 70, 2, 8), torch.rand(1, 70, 2))
 

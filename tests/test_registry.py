@@ -30,8 +30,8 @@ def forget() -> object:
     tb.reset()
 
 
-def test_eager_is_there_and_first_on_a_cpu() -> None:
-    assert registry.order("cpu")[0].name == "eager"
+def test_eager_is_there_and_second_to_numba_on_a_cpu() -> None:
+    assert [backend.name for backend in registry.order("cpu")][:2] == ["numba_cpu", "eager"]
     assert registry.order("mps")[0].name == "eager"
 
 
@@ -71,6 +71,7 @@ def test_a_module_without_a_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         assert "has no BACKEND of type titans_backends.Backend, but NoneType" in registry.broken()["empty_plugin"].reason
 
 
+@pytest.mark.usefixtures("eager_first")
 def test_an_op_module_that_does_not_import_refuses_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         plugin(patch, "hollow", Backend("hollow", "", CONTRACT_VERSION, {"fast_core": "no_such_module_xyz"}, simplicity=1, rank={"cpu": -1}))
@@ -133,6 +134,7 @@ def test_an_installed_plugin_is_found_by_its_entry_point(tmp_path: Path) -> None
     assert done.stdout.startswith("dummy/matmul entry point of dummy-backend | importing no_such_module_at_all raised ModuleNotFoundError")
 
 
+@pytest.mark.usefixtures("eager_first")
 def test_a_backend_that_raises_when_asked_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def supports(signature: object, machine: object) -> object:
         raise ZeroDivisionError("oh")

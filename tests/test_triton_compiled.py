@@ -99,10 +99,14 @@ class _Compile(Protocol):
 
 @pytest.fixture(scope="module")
 def usage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Compile]:
-    """What a compiled form takes. Everything that the selected tests want is compiled side by side; under pytest-xdist one after the other."""
-    workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count()
+    """What a compiled form takes. Everything that the selected tests want is compiled side by side.
+
+    A worker of pytest-xdist compiles what it comes to, and finds what another has compiled in the cache that they share.
+    """
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    cache = (tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent) / "triton_compiled"
     started: dict[Compilation, Future[Usage]] = {}
-    with compiler_pool(tmp_path_factory.mktemp("triton"), workers) as pool:
+    with compiler_pool(cache, os.cpu_count() if alone else 1) as pool:
 
         def start(one: Compilation) -> Future[Usage]:
             if one not in started:
@@ -110,7 +114,7 @@ def usage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             return started[one]
 
         for item in request.session.items:
-            if item.path == request.path and "PYTEST_XDIST_WORKER" not in os.environ:
+            if alone and item.path == request.path:
                 wanted: Callable[[], list[Compilation]] = item.callspec.params["wanted"]  # type: ignore[attr-defined]
                 try:
                     for one in wanted():
@@ -164,14 +168,17 @@ BACKWARDS = [OfBackward(op, case.name) for op in TRAINED for case in TRAINING if
 
 @dataclass(frozen=True, slots=True)
 class OfTable:
-    """What the rows of a shipped table launch on their card."""
+    """What an op's rows of a shipped table launch on their card."""
 
     table: Table
+    op: str
 
     def __call__(self) -> list[Compilation]:
         machine = machine_of(self.table)
         found: dict[Compilation, None] = {}
         for bucket, entry in rows(self.table):
+            if bucket.op != self.op:
+                continue
             made = CONTRACTS[bucket.op]
             for candidate in candidates_of(bucket, entry, machine):
                 assert candidate is not None, f"gone: {named(bucket, entry)}"
@@ -179,7 +186,13 @@ class OfTable:
         return list(found)
 
     def __str__(self) -> str:
-        return self.table.device.slug
+        return f"{self.table.device.slug}-{self.op}"
+
+
+def tables() -> Iterator[OfTable]:
+    """Every op of every shipped table that has rows of ours."""
+    for table in shipped():
+        yield from (OfTable(table, op) for op in dict.fromkeys(bucket.op for bucket, _ in rows(table)))
 
 
 def wrong(one: Compilation, found: Usage, shared: int, spilled: int) -> list[str]:
@@ -217,7 +230,7 @@ def test_a_backwards_default_compiles_and_fits_the_card(wanted: OfBackward, usag
         pytest.fail("\n".join(lines), pytrace=False)
 
 
-@pytest.mark.parametrize("wanted", [OfTable(table) for table in shipped()] if find_spec("triton") else [], ids=str)
+@pytest.mark.parametrize("wanted", list(tables()) if find_spec("triton") else [], ids=str)
 def test_a_shipped_tables_kernels_compile_and_fit_its_card(wanted: OfTable, usage: _Compile) -> None:
     shared = machine_of(wanted.table).shared_memory_bytes
     assert shared is not None, f"what a block of {wanted.table.device.name} may have of shared memory is not in triton_machines.CARDS"

@@ -1,5 +1,5 @@
-"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, a process for each op's forward, one for all gradients, as many at once
-as there are cores."""
+"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, a process for each op's forward and one for its gradients, as many at
+once as there are cores."""
 
 from __future__ import annotations
 
@@ -21,24 +21,21 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = tuple(reversed(import_module("titans_backends.backends.triton").BACKEND.ops))
-FILES = {
-    "gradients": "tests/triton_interpreted_gradients.py",
-    **dict.fromkeys(OPS, "tests/triton_interpreted.py"),
-    "parts": "tests/triton_interpreted_parts.py",
+TRAINED = tuple(op for op in OPS if op != "gated_delta_step")
+PARTS = {
+    **{f"{op}, gradients": ("tests/triton_interpreted_gradients.py", "-k", f"{op}-") for op in TRAINED},
+    **{op: ("tests/triton_interpreted.py", "-k", f"{op}-") for op in OPS},
+    "parts": ("tests/triton_interpreted_parts.py",),
 }
-"""The longest first, so that the processes end together."""
+"""What pytest is to run. The longest first, so that the processes end together."""
 _LEFT_OUT = {"PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST"}
-
-
-def _command(part: str) -> tuple[str, ...]:
-    return (FILES[part], *(("-k", f"{part}-") if part in OPS else ()))
 
 
 def _run(part: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT and not name.startswith("PYTEST_XDIST")}
     options = ("-q", "--tb=short", "--no-header", "--color=no", "-p", "no:cacheprovider", "-p", "no:xdist")
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *_command(part), *options],
+        [sys.executable, "-m", "pytest", *PARTS[part], *options],
         cwd=ROOT,
         env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -58,9 +55,9 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess
             future.cancel()
 
 
-@pytest.mark.parametrize("part", FILES)
+@pytest.mark.parametrize("part", PARTS)
 def test_every_kernel_is_right_in_the_interpreter(part: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
     done = runs[part].result() if part in runs else _run(part)
     if done.returncode:
-        pytest.fail(f"TRITON_INTERPRET=1 pytest {' '.join(_command(part))}\n{done.stdout}\n{done.stderr}", pytrace=False)
+        pytest.fail(f"TRITON_INTERPRET=1 pytest {' '.join(PARTS[part])}\n{done.stdout}\n{done.stderr}", pytrace=False)
     assert " passed" in done.stdout

@@ -66,6 +66,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worksh
     (tmp_path / "marks").mkdir()
     monkeypatch.syspath_prepend(PLUGINS)
     monkeypatch.setenv("TITANS_BACKENDS_PLUGINS", "foresight")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setenv("FORESIGHT_MARKS", str(tmp_path / "marks"))
     monkeypatch.setattr(run, "processes", lambda: 2)
     importlib.invalidate_caches()

@@ -78,6 +78,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worksh
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path / "plugins")
     monkeypatch.setenv("TITANS_BACKENDS_PLUGINS", "faulty")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     importlib.invalidate_caches()
     yield Workshop(tmp_path, monkeypatch)
     monkeypatch.undo()

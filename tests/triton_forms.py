@@ -163,12 +163,11 @@ def compiled(one: Compilation) -> Usage:
 
 def _start(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
-    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     torch.set_num_threads(1)
 
 
 def compiler_pool(cache: Path, workers: int | None = None) -> ProcessPoolExecutor:
-    """Processes that compile, with a cache folder of their own."""
+    """Processes that compile what is not yet in this cache folder; in a fresh one that is everything."""
     return ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn"), _start, (str(cache),))
 
 

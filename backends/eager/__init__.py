@@ -15,5 +15,5 @@ BACKEND = Backend(
     contract_version=1,
     ops={op: f"titans_backends.backends.eager.{op}" for op in _OPS},
     simplicity=0,
-    rank={"cpu": 0, "cuda": 4, "*": 0},
+    rank={"cpu": 1, "cuda": 4, "*": 0},
 )

@@ -15,7 +15,7 @@ BACKEND = Backend(
     contract_version=1,
     ops={op: f"titans_backends.backends.inductor.{op}" for op in _OPS},
     simplicity=1,
-    rank={"cpu": 1, "cuda": 2},
+    rank={"cpu": 2, "cuda": 2},
     probe="titans_backends.backends.inductor.probe",
     quick=False,
 )

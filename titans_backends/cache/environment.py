@@ -20,12 +20,13 @@ _TRITON = ("triton", "pytorch-triton", "triton-windows")
 
 
 def current_environment(kind: str, today: datetime.date | None = None) -> Environment:
-    """This process's versions for a device kind; triton, cuda and driver are left out on a CPU, where no result depends on them."""
+    """This process's versions for a device kind: on a CPU numba's, elsewhere those of triton, cuda and the driver; no result depends on the others."""
     gpu = kind != "cpu"
     return Environment(
         titans_backends=__version__,
         torch=torch_version(torch.__version__),
-        triton=_triton_version() if gpu else None,
+        triton=_version(*_TRITON) if gpu else None,
+        numba=None if gpu else _version("numba"),
         cuda=torch.version.cuda if gpu else None,
         driver=_driver_version() if kind == "cuda" else None,
         python=".".join(platform.python_version_tuple()[:2]),
@@ -38,8 +39,9 @@ def torch_version(full: str) -> str:
     return re.sub(r"\+(cpu|cu\d+)\Z", "", str(full))
 
 
-def _triton_version() -> str | None:
-    for name in _TRITON:
+def _version(*distributions: str) -> str | None:
+    """The version of the first that is installed."""
+    for name in distributions:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -84,6 +84,7 @@ class Environment:
     titans_backends: str
     torch: str
     triton: str | None = None
+    numba: str | None = None
     cuda: str | None = None
     driver: str | None = None
     python: str | None = None

@@ -43,7 +43,11 @@ def grade(bucket: Bucket, entry: Entry | Measurement, environment: Environment, 
         return Staleness("ignored", f"{entry.label} has changed since ({was})", command)
     changed = [
         f"{name} {was or 'absent'}, now {now or 'absent'}"
-        for name, was, now in (("torch", environment.torch, current.torch), ("triton", environment.triton, current.triton))
+        for name, was, now in (
+            ("torch", environment.torch, current.torch),
+            ("triton", environment.triton, current.triton),
+            ("numba", environment.numba, current.numba),
+        )
         if was != now
     ]
     if changed:

@@ -127,7 +127,7 @@ def merge(
 
 @cache.command("prune")
 def prune(
-    stale: Annotated[bool, typer.Option("--stale", help="Also rows of another torch or triton, which still decide calls.")] = False,
+    stale: Annotated[bool, typer.Option("--stale", help="Also rows of another torch, triton or numba, which still decide calls.")] = False,
     device: DeviceOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,

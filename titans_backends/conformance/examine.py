@@ -45,14 +45,14 @@ def examine(item: Item) -> Result:
     """Runs one item. What a backend raises is its failure, with the candidate's name; a refusal is neither pass nor failure."""
     made, training = contract_of(item.op), item.regime == "training"
     call = build(made, item.case, item.device)
-    exam = exam_of(made, item.case, call, training=training)
-    limit = _limit(item, training)
-    ledger = Ledger()
-    bound, ran = tolerance_of(item), []
     try:
         choice = _choose(item, call, training)
     except BackendRefusedError as refusal:
         return Result(item, "refused", str(refusal))
+    exam = exam_of(made, item.case, call, training=training)
+    limit = _limit(item, training)
+    ledger = Ledger()
+    bound, ran = tolerance_of(item), list[str]()
     where = choice.pair.label
     try:
         ran.append(where)

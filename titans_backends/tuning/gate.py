@@ -123,10 +123,14 @@ def offered(candidate: Candidate, module: OpModule | TrainableOpModule, signatur
     return hasattr(module, "backward_candidates") and candidate in module.backward_candidates(signature, machine)
 
 
-def check_forward(made: Contract, candidate: Candidate, module: OpModule, exam: Exam, limit: Tolerance, ledger: Ledger, where: str) -> None:
-    """One exam of a forward candidate: layout, outputs, saved states, bits. Rejected says what is wrong."""
+def check_forward(
+    made: Contract, candidate: Candidate, module: OpModule, exam: Exam, limit: Tolerance, ledger: Ledger, where: str, *, again: bool = True
+) -> None:
+    """One exam of a forward candidate: layout, outputs, saved states, bits. Rejected says what is wrong. `again` False: called once, so no bits."""
     first = run_forward(made, candidate, module, exam.call, where)
     _compare_forward(made, first, exam, limit, ledger, where)
+    if not again:
+        return
     second = run_forward(made, candidate, module, exam.call, where, repeated=True)
     if candidate.deterministic:
         _same_bits(first, second, where)
@@ -196,9 +200,17 @@ def check_layout(made: Contract, call: Call, outputs: Outputs, wanted: Outputs, 
 
 
 def check_backward(
-    made: Contract, candidate: Candidate, module: OpModule | TrainableOpModule, exam: Exam, limit: Tolerance, ledger: Ledger, where: str
+    made: Contract,
+    candidate: Candidate,
+    module: OpModule | TrainableOpModule,
+    exam: Exam,
+    limit: Tolerance,
+    ledger: Ledger,
+    where: str,
+    *,
+    again: bool = True,
 ) -> None:
-    """One exam of a backward candidate: every gradient, with all cotangents and with that of o alone."""
+    """One exam of a backward candidate: every gradient, with all cotangents and with that of o alone. `again` False: called once for each, so no bits."""
     states = None
     if candidate.saves_states:
         if exam.states is None:
@@ -208,6 +220,8 @@ def check_backward(
         missing = "" if all(g is not None or o is None for g, o in zip(grads, exam.outputs, strict=True)) else ", with a gradient of o alone"
         found = run_backward(made, candidate, module, exam.call, grads, states, where + missing)
         _compare_backward(made, found, wanted, exam, limit, ledger, where + missing)
+        if not again:
+            continue
         second = run_backward(made, candidate, module, exam.call, grads, states, where + missing, repeated=True)
         if candidate.deterministic:
             _same_bits(found, second, where + missing)

@@ -55,7 +55,7 @@ class Store:
         return grade(bucket, entry, self.table.environment(entry), self.environment, source).kind == "fresh"
 
     def measurements(self, bucket: Bucket) -> tuple[Measurement, ...]:
-        """A bucket's measurements, those of another torch or triton left out."""
+        """A bucket's measurements, those of another torch, triton or numba left out."""
         if self.timings is None:
             return ()
         found = self.timings.rows.get(bucket, ())

@@ -310,7 +310,9 @@ def test_a_policy_asks_for_what_a_captured_graph_would_get(monkeypatch: pytest.M
     assert op.bind(q, k, v).choice.signature.launch == "eager"
     with tb.policy(launch="graph"):
         op(q.clone().requires_grad_(), k, v)
-    assert {plan.choice.signature.launch for plan in planner._memo.values() if plan.ran and plan.choice.signature.regime == "training"} == {"graph"}
+    assert {
+        entry.plan.choice.signature.launch for entry in planner._memo.values() if entry.plan.ran and entry.plan.choice.signature.regime == "training"
+    } == {"graph"}
     with pytest.raises(ValueError, match="launch must be one of eager, graph, got 'cuda'"):
         tb.policy(launch="cuda")  # type: ignore[arg-type]
     monkeypatch.undo()

@@ -20,6 +20,7 @@ from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import bind_arguments, check_indices
 from titans_backends.errors import BoundCallMismatchError
 from titans_backends.plans import Outputs, Plan, request
+from titans_backends.sameness import same_as
 from titans_backends.watching import watched
 
 if TYPE_CHECKING:
@@ -137,6 +138,10 @@ class BoundOp:
         self._numbers = {name: value for name, value in zip(names, values, strict=True) if not isinstance(value, Tensor)}
         self._planner = op._planner
         self._facts = op._planner.facts(call)
+        self._options = op._planner.options(call)
+        self._same = same_as(op._planner.tensors(call))
+        self._requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in values)
+        self._outputs = len(op.contract.outputs)
 
     def __repr__(self) -> str:
         return f"<{self.op!r} bound to {self.choice.pair.label}>"
@@ -144,23 +149,31 @@ class BoundOp:
     def __call__(self, *args: object, **kwargs: object) -> Outputs:
         """Runs the chosen kernel; BoundCallMismatchError names the first argument that differs."""
         call = self.op._call(args, kwargs)
-        if self._planner.facts(call) != self._facts:
-            raise self._mismatch(self._planner.values(call))
+        planner = self._planner
+        tensors = planner.tensors(call)
+        if self._same(tensors) and planner.options(call) == self._options:
+            training = self._requires_grad and torch.is_grad_enabled()
+        elif planner.facts(call) == self._facts:
+            training = _training(tensors)
+        else:
+            raise self._mismatch(planner.values(call))
         if self._plan.checks_indices:
             check_indices(self.op.contract, call)
-        tensors = self._planner.tensors(call)
-        if _training(tensors):
-            if not self._training:
-                raise BoundCallMismatchError(
-                    f"{self.op.name}: it was bound without gradients, but an input requires one; bind it again, or use torch.no_grad()"
-                )
-            pair = self.choice.pair
-            forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
-            invariant = self.choice.signature.batch_invariant
-            if watched(tensors):
-                return library.call(self.op.contract, self._planner.values(call), forced, invariant, True, True)
-            return differentiated(self.op.name, self._plan, call, forced, invariant)
-        return self._planner.execute(self._plan, call)[: len(self.op.contract.outputs)]
+        if training:
+            return self._differentiated(call, tensors)
+        return planner.execute(self._plan, call)[: self._outputs]
+
+    def _differentiated(self, call: Call, tensors: tuple[object, ...]) -> Outputs:
+        if not self._training:
+            raise BoundCallMismatchError(
+                f"{self.op.name}: it was bound without gradients, but an input requires one; bind it again, or use torch.no_grad()"
+            )
+        pair = self.choice.pair
+        forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
+        invariant = self.choice.signature.batch_invariant
+        if watched(tensors):
+            return library.call(self.op.contract, self._planner.values(call), forced, invariant, True, True)
+        return differentiated(self.op.name, self._plan, call, forced, invariant)
 
     def _mismatch(self, values: tuple[object, ...]) -> BoundCallMismatchError:
         told = dict(self.choice.signature.tensors)

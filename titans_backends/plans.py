@@ -1,7 +1,7 @@
 """The memo: one frozen plan per signature, found by one dictionary hit; a miss validates the call and asks `dispatch`.
 
 The key is everything that a choice may depend on: the tensors' facts, the options, torch's global settings and the request.
-On a hit nothing is validated but the values of index tensors that lie on the CPU.
+On a hit nothing is validated but the values of index tensors that lie on the CPU. The call after a call like it builds no key.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from titans_backends.errors import BackendRefusedError, SwitchError
 from titans_backends.facts import signature_of
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, run_modules
+from titans_backends.sameness import same_as
 from titans_backends.signature import Launch, Signature
 
 __all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "invalidate", "request"]
@@ -93,7 +94,9 @@ class Plan:
 
     def run(self, call: Call) -> Outputs:
         """The forward kernel, on the current stream of the inputs' device, outside autocast."""
-        return self._guarded(lambda: self._run(call)) if self._needs_guard() else self._run(call)
+        if self._needs_guard():
+            return self._guarded(lambda: self._run(call))
+        return self._run(call) if self.again is None else self.again(call)
 
     def _run(self, call: Call) -> Outputs:
         """What the module remembered of this plan's first call, or its `run`."""
@@ -144,6 +147,17 @@ class Plan:
             return kernel()
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A plan, and what tells a call like the one that it was made for: tensors, options with their types, settings and request."""
+
+    plan: Plan
+    same: Callable[[tuple[object, ...]], bool]
+    options: tuple[object, ...]
+    settings: tuple[object, ...]
+    on_cuda: bool
+
+
 class Planner:
     """One op's memo."""
 
@@ -152,23 +166,35 @@ class Planner:
         self.values = _getter(contract.parameters)
         self.tensors = _getter(tuple(a.name for a in contract.arguments))
         self._options = _getter(tuple(o.name for o in contract.options))
-        self._memo: dict[object, Plan] = {}
+        self._memo: dict[object, _Entry] = {}
+        self._recent: _Entry | None = None
         self._warmed: dict[object, set[Pair]] = {}
         _PLANNERS.add(self)
 
     def plan(self, call: Call, asked: Request) -> Plan:
         """The plan for a call, from the memo where it has one."""
-        key = self._key(call, asked)
-        plan = self._memo.get(key) if key is not None else None
-        if plan is None:
-            plan = self._decide(call, asked)
-            if key is not None:
-                if len(self._memo) >= _MEMO_LIMIT:
-                    self._memo.clear()
-                self._memo[key] = plan
-        elif plan.checks_indices:
+        entry = self._recent
+        if entry is None or not (
+            entry.same(self.tensors(call)) and entry.options == self.options(call) and entry.settings == _settings(asked, entry.on_cuda)
+        ):
+            key = self._key(call, asked)
+            entry = self._memo.get(key) if key is not None else None
+            if entry is None:
+                plan = self._decide(call, asked)
+                if key is not None:
+                    self._remember(key, plan, call, asked)
+                return plan
+            self._recent = entry
+        if entry.plan.checks_indices:
             check_indices(self.contract, call)
-        return plan
+        return entry.plan
+
+    def _remember(self, key: object, plan: Plan, call: Call, asked: Request) -> None:
+        if len(self._memo) >= _MEMO_LIMIT:
+            self._memo.clear()
+        on_cuda = plan.device.type == "cuda"
+        entry = _Entry(plan, same_as(self.tensors(call)), self.options(call), _settings(asked, on_cuda), on_cuda)
+        self._memo[key] = self._recent = entry
 
     def execute(self, plan: Plan, call: Call) -> Outputs:
         """Runs a plan's forward, and remembers that its kernels are loaded; what was bound eagerly must not run first inside a capture."""
@@ -197,14 +223,13 @@ class Planner:
     def clear(self) -> None:
         """Forgets every plan."""
         self._memo.clear()
+        self._recent = None
 
     def _key(self, call: Call, asked: Request) -> object:
         """None where something cannot be hashed or is no strided tensor: validation says what."""
         try:
             key = self.facts(call)
-            key += (None if asked is PLAIN else asked, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
-            if isinstance(key[3], torch.device) and key[3].type == "cuda":
-                key.append(torch.cuda.is_current_stream_capturing())
+            key += _settings(asked, isinstance(key[3], torch.device) and key[3].type == "cuda")
             found = tuple(key)
             hash(found)
         except (TypeError, RuntimeError, IndexError):
@@ -221,9 +246,13 @@ class Planner:
                 key.append(None)
             else:
                 key += (value.__class__, value)
-        options = self._options(call)
-        key += (options, tuple(map(type, options)))
+        key += self.options(call)
         return key
+
+    def options(self, call: Call) -> tuple[tuple[object, ...], tuple[type, ...]]:
+        """A call's options, and their types."""
+        options = self._options(call)
+        return options, tuple(map(type, options))
 
     def _device(self, call: Call) -> torch.device:
         device: torch.device = getattr(call, self.contract.operands[0]).device
@@ -250,6 +279,12 @@ class Planner:
             choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
         return Plan(choice, forward, backward, checks, device)
+
+
+def _settings(asked: Request, on_cuda: bool) -> tuple[object, ...]:
+    """What a choice depends on outside the call."""
+    capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+    return None if asked is PLAIN else asked, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), capturing
 
 
 def _compiled_for(signature: Signature) -> object:

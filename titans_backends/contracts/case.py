@@ -230,6 +230,9 @@ def cases(contract: Contract, dtype: torch.dtype = torch.float32) -> Iterator[Ca
     hostile.append(replace(base, name="T=200, correlated keys", T=200, B=1, keys="correlated"))
     for case in hostile:
         yield replace(case, name=f"{first.name}, {case.name}", options=first.options, given=first.given)
+    if "chunk_size" in contract.option_by_name:  # short chunks of wide heads take tiles that no other case takes
+        narrow = {**first.options, "chunk_size": 16}
+        yield replace(base, name=f"{first.name}, chunks of 16, heads of 128", T=40, B=1, G=1, H=2, K=128, V=128, options=narrow, given=first.given)
     for variant in contract.variants:
         packed = replace(base, lengths=(33, 0, 1, 66, 0), options=variant.options, given=variant.given)
         yield replace(packed, name=f"{variant.name}, packed with empty sequences")

@@ -1,0 +1,21 @@
+"""The CuPy backend's manifest: CUDA C++ in `cuda/`, compiled by NVRTC for the card at hand and kept on disk, launched with raw pointers."""
+
+from __future__ import annotations
+
+from titans_backends.backend import Backend
+
+_PACKAGE = "titans_backends.backends.cupy"
+_OPS = ("dual_core", "fast_core", "fused_uw", "gated_delta_rule", "gated_delta_step", "slow_core", "uw_transform")
+
+BACKEND = Backend(
+    name="cupy",
+    summary="CUDA C++ through CuPy's NVRTC: mma.sync from sm_80 on, cubins kept on disk, launches of few microseconds",
+    contract_version=1,
+    ops={op: f"{_PACKAGE}.{op}" for op in _OPS},
+    simplicity=3,
+    rank={"cuda": 1},
+    requires=("cupy",),
+    backward=(f"{_PACKAGE}.fused_uw_gradients",),
+    install="pip install 'titans-backends[cuda13]' (or [cuda12], as torch.version.cuda says)",
+    probe=f"{_PACKAGE}.probe",
+)

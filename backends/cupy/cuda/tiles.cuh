@@ -1,0 +1,86 @@
+// Tiles between device memory and shared memory, by all threads of a block: asynchronous copies where rows are aligned, else numbers one by one.
+#ifndef TITANS_TILES_CUH
+#define TITANS_TILES_CUH
+
+#include "fragments.cuh"
+
+// How far loops over a product's inner dimension are unrolled: float32's three products a step leave no registers for a second one.
+template <typename T> constexpr int STEPS_AT_ONCE = Dtype<T>::half ? 8 : 1;
+
+// ROWS rows; those from `rows` on and columns from `columns` on become zeros. WIDE: rows start on 16 bytes, and 16 divides those of `columns`.
+// To be followed by cp_async_commit, cp_async_wait and a barrier.
+template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
+DEVICE void load_tile(const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
+    constexpr int PER = Tile<T, COLUMNS>::PER, PIECES = Tile<T, COLUMNS>::PIECES;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+        const int row = i / PIECES, piece = i % PIECES;
+        const bool inside = row < rows && piece * PER < columns;
+        if constexpr (WIDE) {
+            cp_async_16(tile.piece(row, piece), inside ? from + row * stride + piece * PER : from, inside);
+        } else {
+            alignas(16) T x[PER];
+#pragma unroll
+            for (int j = 0; j < PER; j++) x[j] = inside && piece * PER + j < columns ? from[row * stride + piece * PER + j] : narrow<T>(0.0f);
+            *reinterpret_cast<uint4*>(tile.piece(row, piece)) = *reinterpret_cast<const uint4*>(x);
+        }
+    }
+}
+
+// A tile's rows below `rows` and columns below `columns` to device memory; WIDE: its rows are aligned as above.
+template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
+DEVICE void store_tile(const Tile<T, COLUMNS>& tile, T* to, int64_t stride, int rows, int columns) {
+    constexpr int PER = Tile<T, COLUMNS>::PER, PIECES = Tile<T, COLUMNS>::PIECES;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+        const int row = i / PIECES, piece = i % PIECES;
+        if (row >= rows || piece * PER >= columns) continue;
+        if constexpr (WIDE) {
+            *reinterpret_cast<uint4*>(to + row * stride + piece * PER) = *reinterpret_cast<const uint4*>(tile.piece(row, piece));
+        } else {
+            const T* x = reinterpret_cast<const T*>(tile.piece(row, piece));
+#pragma unroll
+            for (int j = 0; j < PER; j++)
+                if (piece * PER + j < columns) to[row * stride + piece * PER + j] = x[j];
+        }
+    }
+}
+
+// The blocks of a 16 x 8 sum as half of a product's left operand over those 8 columns, rounded.
+template <typename T> DEVICE void as_operand(Pair<T> (&to)[4], const float (&left)[4], const float (&right)[4]) {
+    to[0] = Make<T>::pair_of(left[0], left[1]), to[1] = Make<T>::pair_of(left[2], left[3]);
+    to[2] = Make<T>::pair_of(right[0], right[1]), to[3] = Make<T>::pair_of(right[2], right[3]);
+}
+
+// Two neighbours of a row to device memory, where `columns` are left of it; PAIRS: both at once.
+template <bool PAIRS, typename T> DEVICE void store_pair(T* to, float first, float second, int columns) {
+    if constexpr (PAIRS) {
+        if (columns > 0) *reinterpret_cast<Pair<T>*>(to) = Make<T>::pair_of(first, second);
+    } else {
+        if (columns > 0) to[0] = narrow<T>(first);
+        if (columns > 1) to[1] = narrow<T>(second);
+    }
+}
+
+// An 8 x 8 block of sums, (r, 2c) and (r, 2c + 1) in lane 4 r + c, turned around, to device memory: column r of its rows 2c and 2c + 1, below `rows` and
+// `columns`. PAIRS: two neighbours of a row may be stored at once.
+template <bool PAIRS, typename T> DEVICE void store_turned(T* to, int64_t stride, float first, float second, int rows, int columns) {
+    const int r = lane_id() / 4, c = lane_id() % 4;
+    if constexpr (Dtype<T>::half) {
+        const uint32_t both = transposed(pair<T>(first, second));
+        to += r * stride + 2 * c;
+        if (r < rows && 2 * c < columns) {
+            if constexpr (PAIRS) {
+                *reinterpret_cast<uint32_t*>(to) = both;
+            } else {
+                to[0].bits = static_cast<uint16_t>(both);
+                if (2 * c + 1 < columns) to[1].bits = static_cast<uint16_t>(both >> 16);
+            }
+        }
+    } else {
+        if (2 * c < rows && r < columns) to[2 * c * stride + r] = first;
+        if (2 * c + 1 < rows && r < columns) to[(2 * c + 1) * stride + r] = second;
+    }
+}
+
+#endif

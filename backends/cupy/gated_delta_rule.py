@@ -1,0 +1,37 @@
+"""gated_delta_rule in CUDA C++: segments side by side in one launch (delta_segments.py), for the tuner to race in several shapes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from titans_backends.backend import Candidate
+from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+from titans_backends.verdict import Verdict
+
+from .ahead import ahead_of
+from .delta_segments import segments, segments_candidates, widest_keys
+from .program import remembering
+from .serving import serves
+
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+
+
+def supports(signature: Signature, machine: Machine) -> Verdict:
+    """What `serving.serves` says; every option, at any chunk size: the rule is the same on every grid."""
+    return serves(signature, machine, widest_keys)
+
+
+def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """The shapes that fit the card."""
+    return segments_candidates(signature, machine)
+
+
+def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
+    """o and the final state."""
+    return segments(call, candidate)
+
+
+compile_ahead = ahead_of(run)
+remember = remembering(run)

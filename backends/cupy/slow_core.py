@@ -1,0 +1,109 @@
+"""slow_core: a sequence, head and slice of value columns per block, its state in registers from the first chunk to the last (SPEC.md 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_backends.backend import Candidate
+from titans_backends.contracts.slow_core import SlowCore
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+from titans_backends.verdict import Verdict, refused
+
+from .ahead import ahead_of
+from .bounds import bounds_on
+from .chunks import three_strides
+from .launch import DTYPES, Kernel
+from .program import remembering
+from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
+from .serving import candidate as _candidate
+from .strides import aligned_rows, unit_stride
+
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+
+SOURCE = "slow_core.cu"
+SLOW = Kernel(SOURCE, "slow_core", "11P21q8if")
+_LONGEST = 128
+_PLANS = ((4, 2), (2, 2), (1, 2), (8, 2), (4, 1), (2, 1), (8, 1))
+"""Warps, 16 value columns each, and chunks in shared memory."""
+_NARROW = ((2, 2), (1, 2), *_PLANS)
+"""The same where few heads and sequences leave processors idle: more blocks, fewer columns each."""
+
+
+def supports(signature: Signature, machine: Machine) -> Verdict:
+    """What `serving.serves` says, chunks that one tile holds, and tiles that fit the card."""
+    verdict = serves(signature, machine, WIDEST)
+    if _side(signature) > _LONGEST:
+        verdict &= refused(f"chunk_size={signature.option('chunk_size')} is above {_LONGEST} tokens; use backend='triton'")
+    if verdict and not candidates(signature, machine):
+        sizes = f"chunks of {signature.option('chunk_size')} with K={signature.dim('K')}, V={signature.dim('V')}"
+        dtype = str(signature.dtype).removeprefix("torch.")
+        verdict &= refused(f"{sizes} in {dtype} do not fit the shared memory of {machine.name}; use backend='triton' or a smaller chunk_size")
+    return verdict
+
+
+def _side(signature: Signature) -> int:
+    chunk = signature.option("chunk_size")
+    assert isinstance(chunk, int)
+    return padded(chunk if signature.batch_invariant else min(chunk, max(signature.dim("T"), 1)))
+
+
+def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """Warps and buffers that fit the card; the first is the default. A norm takes all value columns in one block."""
+    side, values = _side(signature), padded(signature.dim("V"))
+    whole = bool(signature.option("normalize_read")) or bool(signature.option("normalize_final"))
+    room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
+    found: dict[Candidate, None] = {}
+    streams = signature.dim("N") * signature.dim("H")
+    few = not signature.batch_invariant and streams * -(-values // 64) < 0.75 * (machine.sms or 108)
+    for warps, buffers in _NARROW if few else _PLANS:
+        warps = values // 16 if whole else min(warps, values // 16)
+        if shared_bytes(side, warps, buffers, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
+            found[_candidate("columns", (SOURCE,), side=side, warps=warps, buffers=buffers)] = None
+    return list(found)
+
+
+def shared_bytes(side: int, warps: int, buffers: int, keys: int, delta: bool, dtype: torch.dtype) -> int:
+    """Dynamic shared memory of a block: chunks of q, k, u and w, the scores, the updates, and the running decay."""
+    size, across = dtype.itemsize, max(side, 32)
+    chunk = side * ((3 if delta else 2) * padded(keys, 32) + max(32, 16 * warps)) * size
+    return buffers * chunk + (side + 16 * warps) * across * size + 8 * side + 4 * max(warps, 4)
+
+
+def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
+    """o `[B, T, H, V]` and, where asked for, the final state `[N, H, K, V]` in float32."""
+    q, k, u, w = unit_stride(call.q), unit_stride(call.k), unit_stride(call.u), unit_stride(call.w)
+    batch, tokens, heads, values = u.shape
+    groups, keys = k.shape[2:]
+    bounds = bounds_on(call.cu_seqlens, u)
+    sequences = batch if bounds is None else bounds.numel() - 1
+    initial = None if call.initial_state is None else call.initial_state.contiguous()
+    o = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    final = torch.empty((sequences, heads, keys, values), dtype=torch.float32, device=u.device) if call.output_final_state else None
+    if not tokens and final is None:
+        return o, None
+    side, warps, buffers = (int(candidate.param(name)) for name in ("side", "warps", "buffers"))
+    g, decay, gate = call.g, call.chunk_decay, call.gate
+    wide = [x is not None and x.dtype == torch.float32 for x in (g, decay, gate)]
+    SLOW(
+        (sequences * heads * -(-values // (16 * warps)), 1, 1),
+        32 * warps,
+        (
+            ("DTYPE", DTYPES[u.dtype]), ("KEYS", keys), ("VALUES", values), ("SIDE", side), ("WARPS", warps), ("BUFFERS", buffers),
+            ("DECAYED", g is not None), ("FACTORED", decay is not None), ("DELTA", bool(call.delta)), ("NORMALIZE_READ", bool(call.normalize_read)),
+            ("NORMALIZE_FINAL", bool(call.normalize_final)), ("ALIGNED", all(aligned_rows(x, whole=True) for x in (q, k, u, w))),
+        ),
+        (
+            q, k, u, w, g, decay, gate, initial, o, final, bounds,
+            *three_strides(q), *three_strides(k), *three_strides(u), *three_strides(w), *three_strides(g), *three_strides(decay), *three_strides(gate),
+            heads, heads // groups if groups else 1, *wide, bounds is not None and bounds.dtype == torch.int64, tokens, min(call.chunk_size, 2**30),
+            float(call.scale),
+        ),
+        shared_bytes(side, warps, buffers, keys, bool(call.delta), u.dtype),
+    )  # fmt: skip
+    return o, final
+
+
+compile_ahead = ahead_of(run)
+remember = remembering(run)

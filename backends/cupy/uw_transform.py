@@ -1,0 +1,95 @@
+"""uw_transform: a chunk and head per block in one launch, the triangle and its inverse on chip (SPEC.md 3); chunks of up to 128 tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_backends.backend import Candidate
+from titans_backends.contracts.uw_transform import UWTransform
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+from titans_backends.verdict import Verdict, refused
+
+from .ahead import ahead_of
+from .chunks import slots_of, three_strides
+from .launch import DTYPES, Kernel
+from .program import remembering
+from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
+from .serving import candidate as _candidate
+from .strides import aligned_rows, unit_stride
+
+__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+
+SOURCE = "uw_transform.cu"
+UW = Kernel(SOURCE, "uw_transform", "7P12q9i")
+_TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
+_LONGEST = 128
+_PLANS = ((64, 1), (128, 1), (64, 2), (32, 1), (128, 2), (32, 2))
+"""Columns of a slice, and warps for each 16 tokens of a chunk; the first was the fastest on an H100 for heads of 128."""
+
+
+def supports(signature: Signature, machine: Machine) -> Verdict:
+    """What `serving.serves` says, and chunks that one tile holds."""
+    verdict = serves(signature, machine, WIDEST)
+    if _side(signature) > _LONGEST:
+        verdict &= refused(f"chunk_size={signature.option('chunk_size')} is above {_LONGEST} tokens; use backend='triton'")
+    return verdict
+
+
+def _side(signature: Signature) -> int:
+    chunk = signature.option("chunk_size")
+    assert isinstance(chunk, int)
+    return padded(chunk if signature.batch_invariant else min(chunk, max(signature.dim("T"), 1)))
+
+
+def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """Slices of columns and warps whose tiles fit the card; the first is the default."""
+    side, transform = _side(signature), str(signature.option("transform"))
+    widest, room = padded(max(signature.dim("K"), signature.dim("V")), 32), machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
+    found: dict[Candidate, None] = {}
+    for columns, each in _PLANS:
+        columns, warps = min(columns, widest), max(1, side // 16) * each
+        if warps <= 8 and shared_bytes(side, columns, transform, signature.dtype) <= room:
+            found[_candidate("block", (SOURCE,), side=side, slice=columns, warps=warps)] = None
+    return list(found)
+
+
+def shared_bytes(side: int, columns: int, transform: str, dtype: torch.dtype) -> int:
+    """Dynamic shared memory of a block, as the kernel lays it out."""
+    size = dtype.itemsize
+    triangle = 0 if transform == "none" else side * max(side, 32) * size
+    exact = (side * 32 * size if size == 2 else 0) + side * 20 * 4 if transform == "exact" else 0
+    return 2 * side * columns * size + triangle + exact + side * 16
+
+
+def run(call: UWTransform, candidate: Candidate) -> tuple[Tensor | None, ...]:
+    """u `[B, T, H, V]` and w `[B, T, H, K]` in v's dtype."""
+    k, v = unit_stride(call.k), unit_stride(call.v)
+    batch, tokens, heads, values = v.shape
+    groups, keys = k.shape[2:]
+    u, w = torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty((batch, tokens, heads, keys), dtype=v.dtype, device=v.device)
+    slots = slots_of(v, call.chunk_size, call.cu_seqlens)
+    if not tokens:
+        return u, w
+    side, columns, warps = (int(candidate.param(name)) for name in ("side", "slice", "warps"))
+    UW(
+        (slots.count * heads, 1, 1),
+        32 * warps,
+        (
+            ("DTYPE", DTYPES[v.dtype]), ("KEYS", keys), ("VALUES", values), ("SIDE", side), ("TRANSFORM", _TRANSFORMS[call.transform]),
+            ("SLICE", columns), ("WARPS", warps), ("ALIGNED", aligned_rows(k, whole=True) and aligned_rows(v, whole=True)),
+        ),
+        (
+            k, v, call.beta, call.g, u, w, slots.cu_seqlens,
+            *three_strides(k), *three_strides(v), *three_strides(call.beta), *three_strides(call.g),
+            heads, heads // groups if groups else 1, call.beta.dtype == torch.float32, call.g is not None and call.g.dtype == torch.float32,
+            slots.wide, slots.sequences, tokens, min(call.chunk_size, 2**30), slots.each,
+        ),
+        shared_bytes(side, columns, call.transform, v.dtype),
+    )  # fmt: skip
+    return u, w
+
+
+compile_ahead = ahead_of(run)
+remember = remembering(run)

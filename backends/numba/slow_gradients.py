@@ -1,0 +1,54 @@
+"""slow_core backward (SPEC.md 10): the forward scan again for S~ and U', the scan from the last chunk, and for every chunk at once the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_backends.contracts.slow_core import SlowCore
+
+from .absent import given_or, nothing, unity
+from .chunk_gradients import arrived, by_group, key_gradient, query_gradient, update_gradient
+from .chunk_read import EACH_CHUNK, NO_STATE, read_chunks
+from .grid import Grid
+from .log_decay import running_log
+from .log_gradient import decay_gradient, row_dot
+from .serving import wide
+from .state_reverse import scan_back
+from .state_scan import scan
+
+__all__ = ["slow_gradients"]
+
+
+def slow_gradients(call: SlowCore, d_o: Tensor | None, d_final: Tensor | None, needs: frozenset[str]) -> dict[str, Tensor]:
+    """What of q, k, u, w, g, gate and initial_state `needs` names, in float32."""
+    q, k, u, w = wide(call.q), wide(call.k), wide(call.u), wide(call.w)
+    grid = Grid(u, call.chunk_size, call.cu_seqlens)
+    log = running_log(call.g, grid, u)
+    gate = given_or(call.gate, unity(u, *u.shape[:3]))
+    d_read = arrived(d_o, u)
+    states, updates, final = scan(k, u, w, log, None, call.initial_state, grid, delta=call.delta, normalize=False)
+    rate = gate * call.scale
+    du = update_gradient(q, k, updates, d_read, rate, log, grid, None, NO_STATE)
+    d_states, d_start = scan_back(q, k, w, d_read, gate, log, d_final, grid, du, delta=call.delta, scale=call.scale)
+    found = {"u": du, "initial_state": d_start}
+    if needs & {"q", "g", "gate"}:
+        dq, found["gate"] = query_gradient(q, k, updates, d_read, gate, log, grid, call.scale, states, EACH_CHUNK)
+        found["q"] = by_group(dq, q.shape[2])
+    if needs & {"k", "g"}:
+        dk = key_gradient(q, k, updates, d_read, rate, log, grid, d_states, EACH_CHUNK)
+        found["k"] = by_group(dk, k.shape[2])
+    if "w" in needs:
+        found["w"] = _key_side(du, states, grid) if call.delta else torch.zeros_like(w)
+    if "g" in needs:
+        d_log = row_dot(k, dk, row_dot(q, dq), -1.0)
+        found["g"] = decay_gradient(d_log, grid, final, given_or(d_final, nothing(u, *final.shape)), states, d_states)
+    return found
+
+
+def _key_side(du: Tensor, states: Tensor, grid: Grid) -> Tensor:
+    """dw = -dU' S~^T: a read of the states alone, without decay."""
+    dw = du.new_empty(*du.shape[:3], states.shape[2])
+    none = nothing(du, *du.shape[:3])
+    log = nothing(du, *du.shape[:3], dtype=torch.float64)
+    return read_chunks(du, du, dw.new_zeros(1).expand(dw.shape), log, grid, dw, scale=-1.0, rate=none, states=states.mT, which=EACH_CHUNK)

@@ -1,0 +1,164 @@
+"""The CuPy backend's kernels compile with NVRTC without a GPU, each `.cu` for four architectures, and what its defaults spill is bounded.
+
+What is compiled is what the ops' defaults would launch, with heads of 128 and of 32: in bfloat16 and float32 for sm_90a, in bfloat16 for sm_80; one form
+of every file for sm_89 and sm_120. The compiler is the package nvidia-cuda-nvrtc through cuda.core; CuPy is not needed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import product
+
+import pytest
+import torch
+from titans_backends.backends.cupy import compile as cubins
+from titans_backends.backends.cupy import sources
+from titans_backends.backends.cupy.ahead import arriving, collected
+from titans_backends.backends.cupy.launch import Form
+
+from tests.triton_machines import CARDS
+from titans_backends.backend import Candidate
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import Case, build
+from titans_backends.contracts.contract import Call
+from titans_backends.contracts.validate import validate
+from titans_backends.facts import signature_of
+
+OPS = tuple(import_module("titans_backends.backends.cupy").BACKEND.ops)
+MOST_SPILLED = 16
+"""Bytes a thread: NVRTC 13.0 puts a pair of numbers into local memory here and there where 13.5 does not."""
+SPILLING = {"dual_core": 5120, "gated_delta_rule": 320, "slow_core": 32}
+"""What these spill at most, heads of 128 in dual_core, float32 in the others: known, slow, and not to grow."""
+
+
+def _missing() -> str | None:
+    """Why nothing can be compiled here; None where it can."""
+    if find_spec("cuda") is None or find_spec("cuda.core") is None:
+        return "the package cuda-core is not installed: pip install -c constraints.txt -e '.[test]'"
+    from cuda.bindings import nvrtc
+
+    try:
+        nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        return f"NVRTC cannot be loaded ({str(error).splitlines()[0]}): pip install -c constraints.txt -e '.[test]'"
+    return None
+
+
+compiles = pytest.mark.skipif(_missing() is not None, reason=str(_missing()))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a compiled kernel takes: registers and spilled bytes of a thread, the worst kernel of its file."""
+
+    registers: int
+    spilled: int
+
+
+def production(op: str) -> Iterator[Case]:
+    """The sizes that an op is for, in its first variant that the backend serves: heads of 128 and of 32, in bfloat16 and float32."""
+    made = CONTRACTS[op]
+    variant = next(each for each in made.variants if offered(op, Case("", B=1, T=1, K=32, V=32, options=each.options, given=each.given), 90))
+    for size, dtype in product((128, 32), (torch.bfloat16, torch.float32)):
+        tokens = 1 if op == "gated_delta_step" else 2048
+        case = Case(f"{variant.name}, {size}", B=1, T=tokens, G=32, H=32, K=size, V=size, dtype=dtype, options=variant.options, given=variant.given)
+        if offered(op, case, 90):
+            yield case
+
+
+def offered(op: str, case: Case, sm: int, *, backward: bool = False) -> list[Candidate]:
+    """What an op offers a card for a case, forward or backward; none where it refuses."""
+    made, module = CONTRACTS[op], import_module(f"titans_backends.backends.cupy.{op}")
+    call: Call = build(made, case, "meta")
+    signature = signature_of(made, call, validate(made, call))
+    if not module.supports(signature, CARDS[sm]):
+        return []
+    if backward:
+        return list(module.backward_candidates(signature, CARDS[sm])) if hasattr(module, "backward_candidates") else []
+    return list(module.candidates(signature, CARDS[sm]))
+
+
+def forms(op: str, case: Case, sm: int, *, every: bool = False) -> list[Form]:
+    """What an op's defaults, forward and backward, or every candidate, launch for a case, each once."""
+    call, module = build(CONTRACTS[op], case, "meta"), import_module(f"titans_backends.backends.cupy.{op}")
+
+    def run(call: Call, candidate: Candidate) -> object:
+        if candidate.direction == "forward":
+            return module.run(call, candidate)
+        return module.run_backward(call, *arriving(op, call, candidate), candidate)
+
+    either = [offered(op, case, sm, backward=backward) for backward in (False, True)]
+    chosen = [candidate for found in either for candidate in (found if every else found[:1])]
+    return list(dict.fromkeys(form for candidate in chosen for form in collected(run, call, candidate)))
+
+
+def compiled(form: Form, sm: int) -> Usage:
+    """NVRTC's work on a form; what it refuses fails the test with its log."""
+    from cuda.core import Program, ProgramOptions
+
+    log = io.StringIO()
+    macros = [(name, str(int(value)) if isinstance(value, bool) else str(value)) for name, value in form.macros]
+    options = ProgramOptions(
+        arch=cubins.architecture(sm), std="c++17", include_path=[str(sources.FOLDER)], define_macro=macros, ptxas_options=["-v"], name=form.source
+    )
+    program = Program(sources.closure(form.source)[form.source], "c++", options)
+    program.compile("cubin", logs=log)
+    said = log.getvalue()
+    registers, spilled = re.findall(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill stores", said)
+    assert registers, f"the compiler's log has no registers: {said[:1000]}"
+    return Usage(max(map(int, registers)), max(map(int, spilled), default=0))
+
+
+def files(sm: int) -> dict[str, Form]:
+    """For every `.cu` that a default launches on a card, one of its forms: the last one, of narrow heads."""
+    return {form.source: form for op in OPS for case in production(op) for form in forms(op, case, sm)}
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("op", OPS)
+def test_the_defaults_compile_and_keep_to_registers(op: str, sm: int, record_property: Callable[[str, object], None]) -> None:
+    done: set[tuple[str, object]] = set()
+    for case in production(op):
+        if sm == 80 and case.dtype == torch.float32:
+            continue
+        for form in forms(op, case, sm):
+            if (form.source, form.macros) not in done:  # a file's kernels are compiled together
+                done.add((form.source, form.macros))
+                used = compiled(form, sm)
+                record_property(f"{op} {case.name} {case.dtype} sm_{sm}", f"{used.registers} registers, {used.spilled} bytes spilled")
+                assert used.spilled <= SPILLING.get(op, MOST_SPILLED), (
+                    f"{case.name}: {form.source} {dict(form.macros)} spills {used.spilled} bytes a thread with {used.registers} registers"
+                )
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [89, 120])
+def test_every_file_compiles_for_consumer_cards(sm: int) -> None:
+    for form in files(sm).values():
+        compiled(form, sm)
+
+
+def test_every_cuda_file_is_launched_by_a_default_that_is_compiled_here() -> None:
+    kernels = {path.name for path in sources.FOLDER.glob("*.cu")}
+    assert kernels == set(files(90)), "a .cu that no op's default launches would never be compiled in the tests"
+    included = {name for kernel in kernels for name in sources.closure(kernel)}
+    assert {path.name for path in sources.FOLDER.iterdir() if path.is_file()} == included, "a header that no kernel includes"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_candidate_asks_for_more_shared_memory_than_a_card_has(op: str) -> None:
+    for sm, machine in CARDS.items():
+        for variant in CONTRACTS[op].variants:
+            for size, dtype in product((128, 64, 32), (torch.bfloat16, torch.float32)):
+                tokens = 1 if op == "gated_delta_step" else 2048
+                case = Case("", B=1, T=tokens, G=32, H=32, K=size, V=size, dtype=dtype, options=variant.options, given=variant.given)
+                for form in forms(op, case, sm, every=True):
+                    assert form.shared <= (machine.shared_memory_bytes or 0), f"{variant.name} on sm_{sm}: {form}"

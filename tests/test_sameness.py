@@ -1,0 +1,122 @@
+"""A bound op's comparison in one call: what is the same passes, whatever differs does not, and without torch's guard the answer is "unknown"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import titans_backends as tb
+from titans_backends import sameness
+from titans_backends.errors import BoundCallMismatchError
+
+
+def values() -> tuple[object, ...]:
+    return torch.zeros(2, 6, 4), torch.zeros(2, 6), None
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    return torch.zeros(x.numel() + 1)[1:].view(x.shape)
+
+
+class Other(Tensor):
+    """A subclass."""
+
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "dtype": lambda x: x.double(),
+    "shape": lambda x: torch.zeros(2, 6, 5),
+    "stride": lambda x: torch.zeros(6, 2, 4).transpose(0, 1),
+    "alignment": _misaligned,
+    "lazily negated": lambda x: torch._neg_view(x),
+    "requires_grad": lambda x: x.clone().requires_grad_(),
+    "device": lambda x: x.to("meta"),
+    "subclass": lambda x: x.as_subclass(Other),
+    "absent": lambda x: None,
+    "a number": lambda x: 1.0,
+}
+
+
+def test_other_tensors_of_the_same_facts_are_the_same() -> None:
+    """The point of the guard: without it every bound call compares fact by fact."""
+    assert sameness.same_as(values())(values())
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_a_tensor_that_differs_is_not_the_same(change: str) -> None:
+    first, *rest = values()
+    assert isinstance(first, Tensor)
+    assert not sameness.same_as(values())((CHANGES[change](first), *rest))
+
+
+def test_a_tensor_where_there_was_none_is_not_the_same() -> None:
+    first, second, _ = values()
+    assert not sameness.same_as(values())((first, second, torch.zeros(1)))
+
+
+def _bound() -> tuple[tb.BoundOp, list[Tensor]]:
+    given = [torch.randn(1, 20, 2, 8) for _ in range(3)]
+    return tb.get_op("fast_core").bind(*given, chunk_size=16), given
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_bound_op_answers_the_same_with_and_without_the_guard(guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not guarded:
+        monkeypatch.setattr(sameness, "_guard", lambda tensors: None)
+    bound, (q, k, v) = _bound()
+    want = tb.get_op("fast_core")(q, k, v, chunk_size=16)[0]
+    assert want is not None
+    for given in ((q, k, v), (q.clone(), k.clone(), v.clone())):
+        got = bound(*given, chunk_size=16)[0]
+        assert got is not None
+        assert torch.equal(got, want)
+    with torch.inference_mode():  # other dispatch keys: compared fact by fact, and the same
+        got = bound(q, k, v, chunk_size=16)[0]
+        assert got is not None
+        assert torch.equal(got, want)
+    for wrong, what in (
+        ((q, k.double(), v), "k has dtype"),
+        ((q, k, v[:, :10]), "v has shape"),
+        ((q, torch._neg_view(k), v), "k is a lazily negated"),
+    ):
+        with pytest.raises(BoundCallMismatchError, match=what):
+            bound(*wrong, chunk_size=16)
+    with pytest.raises(BoundCallMismatchError, match="chunk_size is 8"):
+        bound(q, k, v, chunk_size=8)
+    with pytest.raises(BoundCallMismatchError, match="bound without gradients"):
+        bound(q.clone().requires_grad_(), k, v, chunk_size=16)
+    with torch.no_grad():
+        assert bound(q.clone().requires_grad_(), k, v, chunk_size=16)[0] is not None
+
+
+def test_a_bound_op_that_trains_gives_gradients_with_the_guard_and_none_without_grad() -> None:
+    given = [torch.randn(1, 20, 2, 8, requires_grad=True) for _ in range(3)]
+    bound = tb.get_op("fast_core").bind(*given, chunk_size=16)
+    out = bound(*given, chunk_size=16)[0]
+    assert out is not None
+    out.sum().backward()
+    assert all(x.grad is not None for x in given)
+    with torch.no_grad():
+        out = bound(*given, chunk_size=16)[0]
+        assert out is not None
+        assert not out.requires_grad
+
+
+def test_the_call_after_a_call_like_it_gets_its_plan_without_a_key_and_another_call_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = tb.get_op("fast_core")
+    planner = op._planner
+    first, second = ([torch.randn(1, length, 2, 8) for _ in range(3)] for length in (20, 24))
+    op(*first, chunk_size=16)
+    recent = planner._recent
+    assert recent is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(type(planner), "_key", lambda *_: pytest.fail("a key was built"))
+        op(*first, chunk_size=16)
+        op(*(x.clone() for x in first), chunk_size=16)
+    for changed in (lambda: op(*second, chunk_size=16), lambda: op(*first, chunk_size=8), lambda: op(*first, chunk_size=16, backend="eager")):
+        changed()
+        assert planner._recent is not recent
+        op(*first, chunk_size=16)
+        assert planner._recent is recent

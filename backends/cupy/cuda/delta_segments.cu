@@ -175,16 +175,14 @@ template <int COLUMNS> struct Copy {
         const int piece = thread % PIECES;
         to = tile.piece(row, piece), piece_from = first + row * step + piece * PIECE, there = piece * PIECE < columns;
     }
-    DEVICE void pair(const Tile<DTYPE, COLUMNS>& tile, int row0, int count, int rows, int thread) {
+    DEVICE void pair(const Tile<DTYPE, COLUMNS>& tile, int row0, int count, int rows, int thread) const {
         if (whole) {
 #pragma unroll
             for (int i = 0; i < COPIES; i++) {
                 if (i * STEP >= CHUNK && rows <= CHUNK) break;
                 const bool valid = there && row0 + row + i * STEP < count;
-                cp_async_16(to + i * STEP * Tile<DTYPE, COLUMNS>::ROW, valid ? piece_from : from, valid);
-                piece_from += STEP * step;
+                cp_async_16(to + (row0 + i * STEP) * Tile<DTYPE, COLUMNS>::ROW, valid ? piece_from + (row0 + i * STEP) * step : from, valid);
             }
-            to += 32 * Tile<DTYPE, COLUMNS>::ROW;
         } else {
 #pragma unroll 1
             for (int i = thread; i < rows * COLUMNS; i += 32 * GROUP) {
@@ -272,33 +270,23 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         const int token0 = at + (rank * SEGMENTS + segment) * length, count = max(0, min(length, end - token0));
         const int pairs = (count + 31) / 32;
 
-        {
-            Copy<KEYS> keys(key_tile, k + static_cast<int64_t>(token0) * p.k_t, p.k_t, p.keys, p.pieces, group_thread);
-            Copy<VALUES> given(value_tile, v + static_cast<int64_t>(token0) * p.v_t, p.v_t, values, p.pieces, group_thread);
-            Copy<KEYS> queries(query_tile, q + static_cast<int64_t>(token0) * p.q_t, p.q_t, p.keys, p.pieces, group_thread);
-#pragma unroll 1
-            for (int pair = 0; pair < pairs; pair++) {
-                const int rows = min(32, length - 32 * pair);
-                keys.pair(key_tile, 32 * pair, count, rows, group_thread);
-                given.pair(value_tile, 32 * pair, count, rows, group_thread);
-                queries.pair(query_tile, 32 * pair, count, rows, group_thread);
-                cp_async_commit();
+        // the copies of a pair of chunks, and the loads of its gates: nothing here waits for what is read
+        uint32_t decay_word = 0, beta_word = 0, out_word = 0;
+        const int64_t token = token0 + lane;
+        const int64_t beta_at = row * p.beta_b + token * p.beta_t + head * p.beta_h, g_at = row * p.g_b + token * p.g_t + head * p.g_h;
+        const int64_t gate_at = row * p.gate_b + token * p.gate_t + head * p.gate_h;
+        const auto fetch = [&](int pair) {
+            const int row0 = 32 * pair, rows = min(32, length - row0);
+            if (row0 + lane < count) {
+                beta_word = gate_word<DTYPE>(p.beta, beta_at + row0 * p.beta_t, p.beta_wide);
+                if (p.g) decay_word = gate_word<DTYPE>(p.g, g_at + row0 * p.g_t, p.g_wide);
+                if (p.gate) out_word = gate_word<DTYPE>(p.gate, gate_at + row0 * p.gate_t, p.gate_wide);
             }
-        }
-        float log_decay = 0.f, beta = 0.f, out = 0.f;
-        int64_t beta_at = row * p.beta_b + (token0 + lane) * p.beta_t + head * p.beta_h, g_at = row * p.g_b + (token0 + lane) * p.g_t + head * p.g_h;
-        int64_t gate_at = row * p.gate_b + (token0 + lane) * p.gate_t + head * p.gate_h;
-        const auto read_gates = [&](int pair) {
-            log_decay = 0.f, beta = 0.f, out = 0.f;
-            if (32 * pair + lane < count) {
-                beta = load_gate<DTYPE>(p.beta, beta_at, p.beta_wide);
-                if (p.g) log_decay = 1.4426950408889634f * load_gate<DTYPE>(p.g, g_at, p.g_wide);
-                out = p.gate ? p.scale * load_gate<DTYPE>(p.gate, gate_at, p.gate_wide) : p.scale;
-            }
-            beta_at += 32 * p.beta_t, g_at += 32 * p.g_t, gate_at += 32 * p.gate_t;
+            Copy<KEYS>(key_tile, k + static_cast<int64_t>(token0) * p.k_t, p.k_t, p.keys, p.pieces, group_thread).pair(key_tile, row0, count, rows, group_thread);
+            Copy<KEYS>(query_tile, q + static_cast<int64_t>(token0) * p.q_t, p.q_t, p.keys, p.pieces, group_thread).pair(query_tile, row0, count, rows, group_thread);
+            Copy<VALUES>(value_tile, v + static_cast<int64_t>(token0) * p.v_t, p.v_t, values, p.pieces, group_thread).pair(value_tile, row0, count, rows, group_thread);
+            cp_async_commit();
         };
-        read_gates(0);
-        STAMP(1);
 
         // A: chunk after chunk from an empty state and from the identity
         float x[MT][BLOCKS][4] = {};
@@ -312,17 +300,24 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                     if (on_diagonal(m, b, e)) x[m][b][e] = 1.f;
         float gamma = 1.f;
 #pragma unroll 1
-        for (int pair = 0; pair < pairs; pair++) {
-            switch (pairs - 1 - pair) {
-                case 0: cp_async_wait<0>(); break;
-                case 1: cp_async_wait<1>(); break;
-                case 2: cp_async_wait<2>(); break;
-                default: cp_async_wait<3>();
-            }
-            meet();
+        for (int pair = -1; pair < pairs; pair++) {
             const int row0 = 32 * pair, chunks = count - row0 > CHUNK ? 2 : 1;
-            write_lines(scratch, log_decay, beta, out, p.l2norm, key_tile, query_tile, row0, CHUNK * chunks);
-            if (pair + 1 < pairs) read_gates(pair + 1);
+            if (pair >= 0) {
+                float log_decay = 0.f, beta = 0.f, out = 0.f;
+                if (row0 + lane < count) {
+                    beta = gate_of<DTYPE>(beta_word, p.beta, beta_at + row0 * p.beta_t, p.beta_wide);
+                    if (p.g) log_decay = 1.4426950408889634f * gate_of<DTYPE>(decay_word, p.g, g_at + row0 * p.g_t, p.g_wide);
+                    out = p.gate ? p.scale * gate_of<DTYPE>(out_word, p.gate, gate_at + row0 * p.gate_t, p.gate_wide) : p.scale;
+                }
+                cp_async_wait<0>();
+                meet();
+                write_lines(scratch, log_decay, beta, out, p.l2norm, key_tile, query_tile, row0, CHUNK * chunks);
+            }
+            if (pair + 1 < pairs) fetch(pair + 1);  // on their way while this pair is worked on
+            if (pair < 0) {
+                STAMP(1);
+                continue;
+            }
             Scores<DTYPE> kept_first, kept_second;
 #pragma unroll 1
             for (int which = 0; which < chunks; which++) {

@@ -20,6 +20,7 @@
 
 constexpr int SEGMENTS = WARPS / GROUP, ROWS = VALUES + KEYS, MT = ROWS / 16 / GROUP, BLOCKS = KEYS / 8, STEPS = KEYS / 16, VALUE_TILES = VALUES / 16;
 constexpr int OWN_TILES = VALUE_TILES / GROUP > 0 ? VALUE_TILES / GROUP : 1;  // of the values, in the last pass
+constexpr int ROW_TILES = ROWS / 16, SHARE = (SEGMENTS / 2 * ROW_TILES + WARPS - 1) / WARPS > 0 ? (SEGMENTS / 2 * ROW_TILES + WARPS - 1) / WARPS : 1;
 constexpr bool HALF = Dtype<DTYPE>::half;
 constexpr int PIECE = 16 / sizeof(DTYPE), WORDS = sizeof(DTYPE) / 2;  // of 16 bytes, for four pairs
 constexpr int MAP_BYTES = ROWS * KEYS * 4, PUBLISHED_BYTES = KEYS * KEYS * sizeof(DTYPE), START_BYTES = VALUES * KEYS * 4;
@@ -350,64 +351,71 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                     if (on_diagonal(m, b, e)) x[m][b][e] -= gamma;
         STAMP(5);
 
-        // B: the maps of the segments up to each one of this block
-        const auto write_map = [&] {
+        // B: the maps of the segments, composed in a tree: a segment's place ends with the map of the largest power of two of segments that ends there
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                const int row0 = first_row + 16 * m;
-                if (row0 < VALUES) map.offset(row0 / 16).write(x[m]);
-                else map.write(row0 - VALUES, x[m]);
-            }
-            if (group_thread == 0) gammas[segment] = gamma;
-        };
+        for (int m = 0; m < MT; m++) {
+            const int row0 = first_row + 16 * m;
+            if (row0 < VALUES) map.offset(row0 / 16).write(x[m]);
+            else map.write(row0 - VALUES, x[m]);
+        }
+        if (group_thread == 0) gammas[segment] = gamma;
+        __syncthreads();
 #pragma unroll 1
-        for (int step = 1;; step *= 2) {
-            write_map();
-            __syncthreads();
-            if (step >= SEGMENTS) break;
-            if (segment >= step) {
-                const Map earlier{memory + (segment - step) * place};
-                const float before = gammas[segment - step];
+        for (int step = 1; step < SEGMENTS; step *= 2) {
+            const int joined = SEGMENTS / (2 * step);  // maps of this step, their rows shared among all warps
+            Sums composed[SHARE];
 #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    Rounded<DTYPE, BLOCKS> a;
-                    Sums was;
-                    const int row0 = first_row + 16 * m;
-                    const bool maps = row0 >= VALUES;
-                    if (maps) {
-                        earlier.read(row0 - VALUES, a, was);
-                    } else {
-                        earlier.offset(row0 / 16).read(was);
-                        a.take(was);
-                    }
-#pragma unroll
-                    for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++) x[m][b][e] = gamma * was[b][e] + (maps ? before * x[m][b][e] : x[m][b][e]);
-                    add_product(x[m], a, map.high());
+            for (int i = 0; i < SHARE; i++) {
+                const int item = warp + i * WARPS;
+                if (item >= joined * ROW_TILES) continue;
+                const int later_segment = item / ROW_TILES * 2 * step + 2 * step - 1, row0 = item % ROW_TILES * 16;
+                const Map later{memory + later_segment * place}, earlier{memory + (later_segment - step) * place};
+                const float after = gammas[later_segment], before = gammas[later_segment - step];
+                Rounded<DTYPE, BLOCKS> a, unused;
+                Sums was;
+                if (row0 >= VALUES) {
+                    earlier.read(row0 - VALUES, a, was), later.read(row0 - VALUES, unused, composed[i]);
+                } else {
+                    earlier.offset(row0 / 16).read(was), later.offset(row0 / 16).read(composed[i]);
+                    a.take(was);
                 }
-                gamma *= before;
+                const float kept = row0 >= VALUES ? before : 1.f;
+#pragma unroll
+                for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) composed[i][b][e] = after * was[b][e] + kept * composed[i][b][e];
+                add_product(composed[i], a, later.high());
             }
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < SHARE; i++) {
+                const int item = warp + i * WARPS;
+                if (item >= joined * ROW_TILES) continue;
+                const int later_segment = item / ROW_TILES * 2 * step + 2 * step - 1, row0 = item % ROW_TILES * 16;
+                const Map later{memory + later_segment * place};
+                if (row0 < VALUES) later.offset(row0 / 16).write(composed[i]);
+                else later.write(row0 - VALUES, composed[i]);
+            }
+            if (static_cast<int>(threadIdx.x) < joined) gammas[threadIdx.x * 2 * step + 2 * step - 1] *= gammas[threadIdx.x * 2 * step + step - 1];
             __syncthreads();
         }
         STAMP(6);
 
         // the block's map for its successors, in the place of the scratch
         if constexpr (CLUSTER > 1) {
-            if (segment == SEGMENTS - 1) {
+            const Map whole{memory + (SEGMENTS - 1) * place};
 #pragma unroll
-                for (int s = 0; s < STEPS; s++)
+            for (int s = 0; s < STEPS; s++)
 #pragma unroll
-                    for (int b = 0; b < BLOCKS; b += 2) {
-                        if ((s * (BLOCKS / 2) + b / 2) % GROUP != part) continue;
-                        Pair<DTYPE> n[4];
-                        uint4 words[WORDS];
-                        map.high().right_columns(n[0], n[1], n[2], n[3], 8 * b, 16 * s);
-                        to_words(words, n);
+                for (int b = 0; b < BLOCKS; b += 2) {
+                    if ((s * (BLOCKS / 2) + b / 2) % WARPS != warp) continue;
+                    Pair<DTYPE> n[4];
+                    uint4 words[WORDS];
+                    whole.high().right_columns(n[0], n[1], n[2], n[3], 8 * b, 16 * s);
+                    to_words(words, n);
 #pragma unroll
-                        for (int i = 0; i < WORDS; i++) *published.word(s, b, i) = words[i];
-                    }
-            }
+                    for (int i = 0; i < WORDS; i++) *published.word(s, b, i) = words[i];
+                }
             __syncwarp();
             cluster_arrive();
             cluster_wait();
@@ -479,16 +487,20 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                 Sums state;
                 Rows(start, value_tile_index).read(state);
                 entering[m].take(state);
-                if (segment) {
-                    const Map before{memory + (segment - 1) * place};
-                    const float decay = gammas[segment - 1];
+                int before = 0;  // so many segments are in the state
+#pragma unroll 1
+                for (int step = SEGMENTS / 2; step > 0; step /= 2) {
+                    if (!(segment & step)) continue;
+                    before += step;
+                    const Map earlier{memory + (before - 1) * place};
+                    const float decay = gammas[before - 1];
                     Sums own;
-                    before.offset(value_tile_index).read(own);
+                    earlier.offset(value_tile_index).read(own);
 #pragma unroll
                     for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
                         for (int e = 0; e < 4; e++) state[b][e] = decay * state[b][e] + own[b][e];
-                    add_product(state, entering[m], before.high());
+                    add_product(state, entering[m], earlier.high());
                     entering[m].take(state);
                 }
             }

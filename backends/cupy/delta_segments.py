@@ -42,17 +42,20 @@ def _tile(keys: int) -> int:
     return 32 if keys <= 32 else 64
 
 
-def _shared_bytes(tile: int, size: int, warps: int, group: int, longest: int) -> int:
+def _shared_bytes(tile: int, size: int, cluster: int, warps: int, group: int, longest: int) -> int:
     """Of a block, as the kernel lays it out."""
     row, count = tile * size, warps // group
+    published, start = tile * tile * size, tile * tile * 4
+    if cluster > 1 and size == 2 and tile == 32:  # gathered from the cluster: 16 rows of an offset in each segment's place, the others beside the maps
+        start = (cluster - 1) * published + max(0, (cluster - 1) * (tile // 16) - count) * 16 * tile * 4
     place = max(longest * row, 2 * tile * tile * 4) + longest * 2 * row
-    return count * place + max(count * _PAIR_SCRATCH, tile * tile * size + tile * tile * 4) + tile * tile * 4 + 4 * count + 12 & ~15
+    return count * place + max(count * _PAIR_SCRATCH, published + start) + tile * tile * 4 + 4 * count + 12 & ~15
 
 
-def _fits(tile: int, size: int, warps: int, group: int, room: int) -> int:
+def _fits(tile: int, size: int, cluster: int, warps: int, group: int, room: int) -> int:
     """The longest segments whose block fits, 0 if none does."""
     for longest in range(_LONGEST, 0, -_CHUNK):
-        if _shared_bytes(tile, size, warps, group, longest) <= room:
+        if _shared_bytes(tile, size, cluster, warps, group, longest) <= room:
             return longest
     return 0
 
@@ -73,7 +76,7 @@ def segments_candidates(signature: Signature, machine: Machine) -> list[Candidat
         shapes += [(8, 8, group), (4, 8, group), (2, 8, group)] + ([(8, 4, 1), (4, 4, 1), (8, 16, 2), (4, 16, 2)] if group == 1 else [])
     plans = []
     for cluster, warps, group in shapes:
-        longest = _fits(tile, size, warps, group, room)
+        longest = _fits(tile, size, cluster, warps, group, room)
         if longest:
             rounds = -(-tokens // (warps // group * cluster * longest))
             waves = -(-streams * cluster // (machine.sms or 108))
@@ -122,6 +125,6 @@ def segments(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor, Tensor
             keys * size % 16 == 0 and values * size % 16 == 0 and aligned_rows(q) and aligned_rows(k) and aligned_rows(v), values * size % 16 == 0,
             keys**-0.5 if call.scale is None else float(call.scale),
         ),
-        _shared_bytes(tile, size, warps, group, longest),
+        _shared_bytes(tile, size, cluster, warps, group, longest),
     )  # fmt: skip
     return o, final

@@ -24,6 +24,13 @@ constexpr int ROW_TILES = ROWS / 16, SHARE = (SEGMENTS / 2 * ROW_TILES + WARPS -
 constexpr bool HALF = Dtype<DTYPE>::half;
 constexpr int PIECE = 16 / sizeof(DTYPE), WORDS = sizeof(DTYPE) / 2;  // of 16 bytes, for four pairs
 constexpr int MAP_BYTES = ROWS * KEYS * 4, PUBLISHED_BYTES = KEYS * KEYS * sizeof(DTYPE), START_BYTES = VALUES * KEYS * 4;
+// Small maps of all predecessors are fetched at once, by all warps, and folded from the block's own memory: N into the scratch, R into the second parts of
+// the segments' maps, which nobody needs any more, and what of it is left into the scratch too.
+constexpr bool GATHERED = CLUSTER > 1 && HALF && KEYS == 32;
+constexpr int LINE = 512, MAP_LINES = PUBLISHED_BYTES / LINE, OFFSET_LINES = VALUE_TILES * BLOCKS;  // what a warp copies at once
+constexpr int OFFSET_SHARE = (OFFSET_LINES + WARPS - 1) / WARPS, MAP_SHARE = ((CLUSTER - 1) * MAP_LINES + WARPS - 1) / WARPS;
+constexpr int OFFSETS_LEFT = (CLUSTER - 1) * VALUE_TILES > SEGMENTS ? (CLUSTER - 1) * VALUE_TILES - SEGMENTS : 0;
+constexpr int SHARED_BY_BLOCKS = PUBLISHED_BYTES + (GATHERED ? (CLUSTER - 1) * PUBLISHED_BYTES + OFFSETS_LEFT * BLOCKS * LINE : START_BYTES);
 static_assert(ROWS % (16 * GROUP) == 0 && VALUE_TILES % GROUP == 0 && WARPS % GROUP == 0 && WARPS >= VALUE_TILES, "rows of a segment's warps");
 using Keys = Tile<DTYPE, KEYS>;
 using Values = Tile<DTYPE, VALUES>;
@@ -111,7 +118,8 @@ DEVICE void add_product(Sums& x, const Rounded<DTYPE, BLOCKS>& a, const Keys& n)
 // N of a block's last map as its successors read it: for every pair of blocks what a lane needs.
 struct Published {
     unsigned char* base;
-    DEVICE uint4* word(int s, int b, int part) const { return reinterpret_cast<uint4*>(base) + ((s * (BLOCKS / 2) + b / 2) * WORDS + part) * 32 + lane_id(); }
+    DEVICE uint4* lines() const { return reinterpret_cast<uint4*>(base) + lane_id(); }
+    DEVICE uint4* word(int s, int b, int part) const { return lines() + ((s * (BLOCKS / 2) + b / 2) * WORDS + part) * 32; }
 };
 DEVICE void to_words(uint4 (&words)[1], const uint32_t (&p)[4]) { words[0] = make_uint4(p[0], p[1], p[2], p[3]); }
 DEVICE void to_words(uint4 (&words)[2], const float2 (&p)[4]) {
@@ -128,39 +136,27 @@ DEVICE void from_words(float2 (&p)[4], const uint4 (&words)[2]) {
     }
 }
 
-// What a warp needs of a predecessor's map, on its way.
-struct Fetched {
-    uint4 words[STEPS][BLOCKS / 2][WORDS], offset[BLOCKS];
-    float gamma;
-    DEVICE void fetch(const Published& published, const Rows& rows, const float* decay, int block) {
+// x becomes gamma x + x N + offset for 16 rows, N in published words
+DEVICE void apply(Sums& x, const uint4 (&words)[STEPS * BLOCKS / 2 * WORDS], const uint4 (&offset)[BLOCKS], float gamma) {
+    Rounded<DTYPE, BLOCKS> a;
+    a.take(x);
 #pragma unroll
-        for (int s = 0; s < STEPS; s++)
-#pragma unroll
-            for (int b = 0; b < BLOCKS; b += 2)
-#pragma unroll
-                for (int i = 0; i < WORDS; i++) words[s][b / 2][i] = cluster_load_16(published.word(s, b, i), block);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) offset[b] = cluster_load_16(rows.base + 32 * b, block);
-        gamma = cluster_load(decay, block);
+    for (int b = 0; b < BLOCKS; b++) {
+        x[b][0] = gamma * x[b][0] + __uint_as_float(offset[b].x), x[b][1] = gamma * x[b][1] + __uint_as_float(offset[b].y);
+        x[b][2] = gamma * x[b][2] + __uint_as_float(offset[b].z), x[b][3] = gamma * x[b][3] + __uint_as_float(offset[b].w);
     }
-    DEVICE void apply(Sums& x) const {
-        Rounded<DTYPE, BLOCKS> a;
-        a.take(x);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            x[b][0] = gamma * x[b][0] + __uint_as_float(offset[b].x), x[b][1] = gamma * x[b][1] + __uint_as_float(offset[b].y);
-            x[b][2] = gamma * x[b][2] + __uint_as_float(offset[b].z), x[b][3] = gamma * x[b][3] + __uint_as_float(offset[b].w);
+    for (int s = 0; s < STEPS; s++)
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b += 2) {
+            Pair<DTYPE> n[4];
+            uint4 four[WORDS];
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) four[i] = words[(s * (BLOCKS / 2) + b / 2) * WORDS + i];
+            from_words(n, four);
+            a.times(x[b], s, n[0], n[1]), a.times(x[b + 1], s, n[2], n[3]);
         }
-#pragma unroll
-        for (int s = 0; s < STEPS; s++)
-#pragma unroll
-            for (int b = 0; b < BLOCKS; b += 2) {
-                Pair<DTYPE> n[4];
-                from_words(n, words[s][b / 2]);
-                a.times(x[b], s, n[0], n[1]), a.times(x[b + 1], s, n[2], n[3]);
-            }
-    }
-};
+}
 
 // Copies rows of `columns` numbers into a tile, 32 a step; rows from `count` on are zeros. Whole pieces asynchronously, others now.
 template <int COLUMNS> struct Copy {
@@ -233,8 +229,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
     unsigned char* scratches = memory + SEGMENTS * place;
     PairScratch& scratch = reinterpret_cast<PairScratch*>(scratches)[segment];
     const Published published{scratches};
-    unsigned char* start = scratches + PUBLISHED_BYTES;
-    unsigned char* round_start = scratches + max(SEGMENTS * static_cast<int>(sizeof(PairScratch)), PUBLISHED_BYTES + START_BYTES);
+    unsigned char* gathered = scratches + PUBLISHED_BYTES;  // N of the other blocks
+    const auto gathered_offset = [&](int index) {  // 16 rows of R
+        if (index < SEGMENTS) return Rows(memory + index * place + KEYS * Keys::ROW, 0);
+        return Rows(gathered + (CLUSTER - 1) * PUBLISHED_BYTES, index - SEGMENTS);
+    };
+    // 16 rows of the state where the block starts, where the warp that writes them has read a predecessor's
+    const auto start = [&](int tile_index) { return GATHERED ? gathered_offset(tile_index) : Rows(gathered, tile_index); };
+    unsigned char* round_start = scratches + max(SEGMENTS * static_cast<int>(sizeof(PairScratch)), SHARED_BY_BLOCKS);
     float* gammas = reinterpret_cast<float*>(round_start + START_BYTES);
 
 #ifdef PROFILE
@@ -423,32 +425,80 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         STAMP(7);
 
         // the state where this block starts, and for a next round or as the final state where the round ends
+        const bool ends = !last || (p.final && rank == CLUSTER - 1);
+        const int blocks = ends ? CLUSTER : rank;
+        const Map whole{memory + (SEGMENTS - 1) * place};
+        float decays = 0.f;  // lane l: of block l
+        if constexpr (GATHERED) {
+            const uint4* offset = reinterpret_cast<const uint4*>(whole.offset(0).base);
+            const int others = ends ? CLUSTER - 1 : rank;  // counted from the nearest predecessor back, so that not all of a cluster read from one block
+            const auto other_block = [&](int other) { return (rank - 1 - other + CLUSTER) % CLUSTER; };
+            uint4 offset_lines[CLUSTER - 1][OFFSET_SHARE], map_lines[MAP_SHARE];
+#pragma unroll
+            for (int other = 0; other < CLUSTER - 1; other++)
+#pragma unroll
+                for (int i = 0; i < OFFSET_SHARE; i++)
+                    if (other < others && i * WARPS + warp < OFFSET_LINES) offset_lines[other][i] = cluster_load_16(offset + (i * WARPS + warp) * 32, other_block(other));
+#pragma unroll
+            for (int i = 0; i < MAP_SHARE; i++) {
+                const int line = i * WARPS + warp;
+                if (line < others * MAP_LINES) map_lines[i] = cluster_load_16(published.lines() + line % MAP_LINES * 32, other_block(line / MAP_LINES));
+            }
+            if (lane < blocks) decays = cluster_load(gammas + SEGMENTS - 1, lane);
+#pragma unroll
+            for (int other = 0; other < CLUSTER - 1; other++)
+#pragma unroll
+                for (int i = 0; i < OFFSET_SHARE; i++) {
+                    const int line = i * WARPS + warp;
+                    if (other < others && line < OFFSET_LINES)
+                        reinterpret_cast<uint4*>(gathered_offset(other * VALUE_TILES + line / BLOCKS).base)[line % BLOCKS * 32] = offset_lines[other][i];
+                }
+#pragma unroll
+            for (int i = 0; i < MAP_SHARE; i++) {
+                const int line = i * WARPS + warp;
+                if (line < others * MAP_LINES) Published{gathered}.lines()[line * 32] = map_lines[i];
+            }
+            __syncthreads();
+        }
         if (warp < VALUE_TILES) {
-            const bool ends = !last || (p.final && rank == CLUSTER - 1);
-            const int blocks = ends ? CLUSTER : rank;
-            const Map whole{memory + (SEGMENTS - 1) * place};
             const Rows offset = whole.offset(warp);
             Sums carried;
             Rows(round_start, warp).read(carried);
-            if (CLUSTER == 1 || rank == 0) Rows(start, warp).write(carried);
+            if (!GATHERED && rank == 0) start(warp).write(carried);
             if constexpr (CLUSTER > 1) {
-                if constexpr (HALF && KEYS == 32) {  // the next map is on its way while one is applied
-                    Fetched now, later;
-                    if (blocks > 0) now.fetch(published, offset, gammas + SEGMENTS - 1, 0);
-#pragma unroll 1
-                    for (int block = 0; block < blocks; block++) {
-                        if (block + 1 < blocks) later.fetch(published, offset, gammas + SEGMENTS - 1, block + 1);
-                        now.apply(carried);
-                        if (block + 1 == rank) Rows(start, warp).write(carried);
-                        now = later;
-                    }
+                if constexpr (GATHERED) {
+                    const auto through = [&](int from, int to) {
+#pragma unroll 2
+                        for (int block = from; block < to; block++) {
+                            const int other = (rank - 1 - block + CLUSTER) % CLUSTER;
+                            const unsigned char* n = block == rank ? published.base : gathered + other * PUBLISHED_BYTES;
+                            const Rows r = block == rank ? offset : gathered_offset(other * VALUE_TILES + warp);
+                            uint4 words[STEPS * BLOCKS / 2 * WORDS], there[BLOCKS];
+#pragma unroll
+                            for (int i = 0; i < STEPS * BLOCKS / 2 * WORDS; i++) words[i] = Published{const_cast<unsigned char*>(n)}.lines()[32 * i];
+#pragma unroll
+                            for (int b = 0; b < BLOCKS; b++) there[b] = reinterpret_cast<const uint4*>(r.base)[32 * b];
+                            apply(carried, words, there, __shfl_sync(0xffffffffu, decays, block));
+                        }
+                    };
+                    through(0, rank);
+                    Sums entering;
+#pragma unroll
+                    for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) entering[b][e] = carried[b][e];
+                    if (ends) through(rank, CLUSTER);
+                    start(warp).write(entering);
                 } else {
 #pragma unroll 1
                     for (int block = 0; block < blocks; block++) {
-                        Fetched now;
-                        now.fetch(published, offset, gammas + SEGMENTS - 1, block);
-                        now.apply(carried);
-                        if (block + 1 == rank) Rows(start, warp).write(carried);
+                        uint4 words[STEPS * BLOCKS / 2 * WORDS], there[BLOCKS];
+#pragma unroll
+                        for (int i = 0; i < STEPS * BLOCKS / 2 * WORDS; i++) words[i] = cluster_load_16(published.lines() + 32 * i, block);
+#pragma unroll
+                        for (int b = 0; b < BLOCKS; b++) there[b] = cluster_load_16(offset.base + 32 * b, block);
+                        apply(carried, words, there, cluster_load(gammas + SEGMENTS - 1, block));
+                        if (block + 1 == rank) start(warp).write(carried);
                     }
                 }
             } else if (ends) {
@@ -475,7 +525,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
             }
         }
         __syncthreads();
-        if constexpr (CLUSTER > 1) cluster_arrive();  // its counterpart below: nobody leaves or publishes again while others read
+        if constexpr (CLUSTER > 1) cluster_arrive_relaxed();  // its counterpart below: nobody leaves or publishes again while others read
         STAMP(8);
 
         // C: the state where this warp's segment starts, then every token's read of it
@@ -485,7 +535,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
             for (int m = 0; m < OWN_TILES; m++) {
                 const int value_tile_index = part * OWN_TILES + m;
                 Sums state;
-                Rows(start, value_tile_index).read(state);
+                start(value_tile_index).read(state);
                 entering[m].take(state);
                 int before = 0;  // so many segments are in the state
 #pragma unroll 1

@@ -28,7 +28,8 @@ constexpr int MAP_BYTES = ROWS * KEYS * 4, PUBLISHED_BYTES = KEYS * KEYS * sizeo
 // the segments' maps, which nobody needs any more, and what of it is left into the scratch too.
 constexpr bool GATHERED = CLUSTER > 1 && HALF && KEYS == 32;
 constexpr int LINE = 512, MAP_LINES = PUBLISHED_BYTES / LINE, OFFSET_LINES = VALUE_TILES * BLOCKS;  // what a warp copies at once
-constexpr int OFFSET_SHARE = (OFFSET_LINES + WARPS - 1) / WARPS, MAP_SHARE = ((CLUSTER - 1) * MAP_LINES + WARPS - 1) / WARPS;
+constexpr int AT_ONCE = CLUSTER > 4 ? 4 : CLUSTER > 1 ? CLUSTER - 1 : 1;  // maps
+constexpr int OFFSET_SHARE = (OFFSET_LINES + WARPS - 1) / WARPS, MAP_SHARE = (AT_ONCE * MAP_LINES + WARPS - 1) / WARPS;
 constexpr int OFFSETS_LEFT = (CLUSTER - 1) * VALUE_TILES > SEGMENTS ? (CLUSTER - 1) * VALUE_TILES - SEGMENTS : 0;
 constexpr int SHARED_BY_BLOCKS = PUBLISHED_BYTES + (GATHERED ? (CLUSTER - 1) * PUBLISHED_BYTES + OFFSETS_LEFT * BLOCKS * LINE : START_BYTES);
 static_assert(ROWS % (16 * GROUP) == 0 && VALUE_TILES % GROUP == 0 && WARPS % GROUP == 0 && WARPS >= VALUE_TILES, "rows of a segment's warps");
@@ -230,9 +231,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
     PairScratch& scratch = reinterpret_cast<PairScratch*>(scratches)[segment];
     const Published published{scratches};
     unsigned char* gathered = scratches + PUBLISHED_BYTES;  // N of the other blocks
+    const int offsets_left = static_cast<int>(gathered - memory) + (CLUSTER - 1) * PUBLISHED_BYTES;
     const auto gathered_offset = [&](int index) {  // 16 rows of R
-        if (index < SEGMENTS) return Rows(memory + index * place + KEYS * Keys::ROW, 0);
-        return Rows(gathered + (CLUSTER - 1) * PUBLISHED_BYTES, index - SEGMENTS);
+        return Rows(memory + (index < SEGMENTS ? index * place + KEYS * Keys::ROW : offsets_left + (index - SEGMENTS) * BLOCKS * LINE), 0);
     };
     // 16 rows of the state where the block starts, where the warp that writes them has read a predecessor's
     const auto start = [&](int tile_index) { return GATHERED ? gathered_offset(tile_index) : Rows(gathered, tile_index); };
@@ -433,30 +434,34 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
             const uint4* offset = reinterpret_cast<const uint4*>(whole.offset(0).base);
             const int others = ends ? CLUSTER - 1 : rank;  // counted from the nearest predecessor back, so that not all of a cluster read from one block
             const auto other_block = [&](int other) { return (rank - 1 - other + CLUSTER) % CLUSTER; };
-            uint4 offset_lines[CLUSTER - 1][OFFSET_SHARE], map_lines[MAP_SHARE];
-#pragma unroll
-            for (int other = 0; other < CLUSTER - 1; other++)
-#pragma unroll
-                for (int i = 0; i < OFFSET_SHARE; i++)
-                    if (other < others && i * WARPS + warp < OFFSET_LINES) offset_lines[other][i] = cluster_load_16(offset + (i * WARPS + warp) * 32, other_block(other));
-#pragma unroll
-            for (int i = 0; i < MAP_SHARE; i++) {
-                const int line = i * WARPS + warp;
-                if (line < others * MAP_LINES) map_lines[i] = cluster_load_16(published.lines() + line % MAP_LINES * 32, other_block(line / MAP_LINES));
-            }
             if (lane < blocks) decays = cluster_load(gammas + SEGMENTS - 1, lane);
+#pragma unroll 1
+            for (int first = 0; first < others; first += AT_ONCE) {
+                uint4 offset_lines[AT_ONCE][OFFSET_SHARE], map_lines[MAP_SHARE];
 #pragma unroll
-            for (int other = 0; other < CLUSTER - 1; other++)
+                for (int other = 0; other < AT_ONCE; other++)
 #pragma unroll
-                for (int i = 0; i < OFFSET_SHARE; i++) {
-                    const int line = i * WARPS + warp;
-                    if (other < others && line < OFFSET_LINES)
-                        reinterpret_cast<uint4*>(gathered_offset(other * VALUE_TILES + line / BLOCKS).base)[line % BLOCKS * 32] = offset_lines[other][i];
+                    for (int i = 0; i < OFFSET_SHARE; i++)
+                        if (first + other < others && i * WARPS + warp < OFFSET_LINES)
+                            offset_lines[other][i] = cluster_load_16(offset + (i * WARPS + warp) * 32, other_block(first + other));
+#pragma unroll
+                for (int i = 0; i < MAP_SHARE; i++) {
+                    const int line = first * MAP_LINES + i * WARPS + warp;
+                    if (line < others * MAP_LINES) map_lines[i] = cluster_load_16(published.lines() + line % MAP_LINES * 32, other_block(line / MAP_LINES));
                 }
 #pragma unroll
-            for (int i = 0; i < MAP_SHARE; i++) {
-                const int line = i * WARPS + warp;
-                if (line < others * MAP_LINES) Published{gathered}.lines()[line * 32] = map_lines[i];
+                for (int other = 0; other < AT_ONCE; other++)
+#pragma unroll
+                    for (int i = 0; i < OFFSET_SHARE; i++) {
+                        const int line = i * WARPS + warp;
+                        if (first + other < others && line < OFFSET_LINES)
+                            reinterpret_cast<uint4*>(gathered_offset((first + other) * VALUE_TILES + line / BLOCKS).base)[line % BLOCKS * 32] = offset_lines[other][i];
+                    }
+#pragma unroll
+                for (int i = 0; i < MAP_SHARE; i++) {
+                    const int line = first * MAP_LINES + i * WARPS + warp;
+                    if (line < others * MAP_LINES) Published{gathered}.lines()[line * 32] = map_lines[i];
+                }
             }
             __syncthreads();
         }
@@ -471,11 +476,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
 #pragma unroll 2
                         for (int block = from; block < to; block++) {
                             const int other = (rank - 1 - block + CLUSTER) % CLUSTER;
-                            const unsigned char* n = block == rank ? published.base : gathered + other * PUBLISHED_BYTES;
-                            const Rows r = block == rank ? offset : gathered_offset(other * VALUE_TILES + warp);
+                            const Published n{memory + (block == rank ? static_cast<int>(scratches - memory) : static_cast<int>(gathered - memory) + other * PUBLISHED_BYTES)};
+                            const int index = other * VALUE_TILES + warp, own = static_cast<int>(reinterpret_cast<unsigned char*>(offset.base - lane) - memory);
+                            const Rows r(memory + (block == rank ? own : index < SEGMENTS ? index * place + KEYS * Keys::ROW : offsets_left + (index - SEGMENTS) * BLOCKS * LINE), 0);
                             uint4 words[STEPS * BLOCKS / 2 * WORDS], there[BLOCKS];
 #pragma unroll
-                            for (int i = 0; i < STEPS * BLOCKS / 2 * WORDS; i++) words[i] = Published{const_cast<unsigned char*>(n)}.lines()[32 * i];
+                            for (int i = 0; i < STEPS * BLOCKS / 2 * WORDS; i++) words[i] = n.lines()[32 * i];
 #pragma unroll
                             for (int b = 0; b < BLOCKS; b++) there[b] = reinterpret_cast<const uint4*>(r.base)[32 * b];
                             apply(carried, words, there, __shfl_sync(0xffffffffu, decays, block));

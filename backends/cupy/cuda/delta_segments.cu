@@ -1,19 +1,22 @@
 // The exact gated delta rule with a sequence cut into segments that run side by side, in one launch (SPEC.md 4; chunks of 16: delta_chunk.cuh).
 //
 // A cluster of CLUSTER blocks has one sequence, head and tile of values; a block has SEGMENTS segments in a row, a segment of up to `longest` tokens
-// GROUP warps, which share the rows of [transposed state; map]. Tokens are read once, by cp.async, and stay in shared memory.
+// GROUP warps, which share the rows of [transposed state; map]. Tokens are read once, by cp.async, two chunks while the two before are worked on, and stay
+// in shared memory.
 //   A  Every segment runs its chunks from an empty state and, beside it, from the identity: what it adds to the state (R), what it does to a state that
 //      enters it (gamma I - D), what its tokens read of their own segment (over v in place), and what they would read of that state: q_eff (over q).
-//   B  The maps are composed over the block's segments (log2 steps through shared memory, 16-bit operands in two parts), the blocks' maps over the
-//      cluster: after one barrier a block reads its predecessors' maps from their shared memory and applies them to the initial state one by one.
+//   B  A block's maps are composed in a tree (log2 steps through shared memory, 16-bit operands in two parts, rows shared among all warps). After a barrier
+//      of the cluster a block fetches its predecessors' maps from their shared memory, all warps at once, and applies them to the initial state in turn;
+//      a segment's start follows from the block's by the nodes of the tree before it, log2 of the segments at most.
 //   C  Every segment's tokens add q_eff S_start to what they have: no chain any more, and the only write of o.
 // Sequences longer than SEGMENTS * CLUSTER * longest go in rounds; the state between rounds is computed by every block for itself.
 //
 // Floor, bf16, head_dim 32, 12 heads, 1 x 8192: 25 MB, 8 us on an H100. FLOP of a chunk: 80 mma of 4096, 2.1 times the plain recurrence's, 0.16 GFLOP each
-// 8192 tokens and head: 2 GFLOP, 4 us at a tenth of the tensor cores' rate. What remains is latency: about 1 us for a segment's first chunk, 0.3 us for
-// each further one, 0.5 us for a composition step, 0.15 us for a predecessor, and the launch.
+// 8192 tokens and head: 2 GFLOP, 4 us at a tenth of the tensor cores' rate. What remains is latency: about 3 us for a pair of chunks with eight warps (most
+// of it the chain of products and the inversion), 0.7 us for a composition step or the cluster's barrier, and the launch.
 //
-// Shared memory: a segment's keys (whose place its map takes when it is done), values, queries; the warps' scratch, which the published map shares.
+// Shared memory: a segment's keys (whose place its map takes when it is done), values, queries; the warps' scratch, which the published map and the
+// predecessors' maps share.
 //
 // DTYPE; KEYS, VALUES: tile sizes, 32 or 64; WARPS, GROUP, CLUSTER.
 #include "delta_chunk.cuh"

@@ -50,9 +50,11 @@ template <typename T> DEVICE uint32_t gate_word(const void* gate, int64_t at, in
     return *reinterpret_cast<const uint32_t*>(gate_address<T>(gate, at, wide) & ~static_cast<uint64_t>(3));
 }
 template <typename T> DEVICE float gate_of(uint32_t word, const void* gate, int64_t at, int wide) {
-    if (!Dtype<T>::half || wide) return __uint_as_float(word);
-    const float2 both = unpair<T>(word);
-    return gate_address<T>(gate, at, wide) & 2 ? both.y : both.x;
+    if constexpr (Dtype<T>::half) {
+        const float2 both = unpair<T>(word);
+        if (!wide) return gate_address<T>(gate, at, wide) & 2 ? both.y : both.x;
+    }
+    return __uint_as_float(word);
 }
 
 // element `at` of an index tensor: int64 where `wide`, else int32

@@ -26,7 +26,7 @@ SEGMENTS = Kernel(SOURCE, "delta_segments", "10P18q13if")
 
 _CHUNK = 16
 _LONGEST = 128
-"""Most tokens of a segment: four copies of 32 are in flight."""
+"""Most tokens of a segment: beyond, all warps' segments would not fit a block."""
 _PAIR_SCRATCH = 4 * (2 * (_CHUNK * 20 + 16) + 9 * 32)
 _CLUSTERS = 90
 """The compute capability from which blocks form clusters."""
@@ -42,17 +42,22 @@ def _tile(keys: int) -> int:
     return 32 if keys <= 32 else 64
 
 
-def _shared_bytes(tile: int, size: int, warps: int, group: int, longest: int) -> int:
+def _shared_bytes(tile: int, size: int, cluster: int, warps: int, group: int, longest: int) -> int:
     """Of a block, as the kernel lays it out."""
     row, count = tile * size, warps // group
+    published, start = tile * tile * size, tile * tile * 4
+    if (
+        cluster > 1 and size == 2 and tile == 32
+    ):  # gathered from the cluster: 16 rows of an offset in each segment's place, the others beside the maps
+        start = (cluster - 1) * published + max(0, (cluster - 1) * (tile // 16) - count) * 16 * tile * 4
     place = max(longest * row, 2 * tile * tile * 4) + longest * 2 * row
-    return count * place + max(count * _PAIR_SCRATCH, tile * tile * size + tile * tile * 4) + tile * tile * 4 + 4 * count + 12 & ~15
+    return count * place + max(count * _PAIR_SCRATCH, published + start) + tile * tile * 4 + 4 * count + 12 & ~15
 
 
-def _fits(tile: int, size: int, warps: int, group: int, room: int) -> int:
+def _fits(tile: int, size: int, cluster: int, warps: int, group: int, room: int) -> int:
     """The longest segments whose block fits, 0 if none does."""
     for longest in range(_LONGEST, 0, -_CHUNK):
-        if _shared_bytes(tile, size, warps, group, longest) <= room:
+        if _shared_bytes(tile, size, cluster, warps, group, longest) <= room:
             return longest
     return 0
 
@@ -70,21 +75,19 @@ def segments_candidates(signature: Signature, machine: Machine) -> list[Candidat
     streams = signature.dim("N") * signature.dim("H") * -(-signature.dim("V") // tile)
     shapes = [(1, 8, group), (1, 4, group)] + ([(1, 2, group)] if group < 4 else [])
     if clusters:
-        shapes += [(8, 8, group), (4, 8, group), (2, 8, group)] + ([(8, 4, 1), (4, 4, 1), (8, 16, 2), (4, 16, 2)] if group == 1 else [])
+        shapes += [(8, 8, group), (4, 8, group), (2, 8, group)] + ([(8, 4, 1), (4, 4, 1)] if group == 1 else [])
     plans = []
     for cluster, warps, group in shapes:
-        longest = _fits(tile, size, warps, group, room)
+        longest = _fits(tile, size, cluster, warps, group, room)
         if longest:
-            rounds = -(-tokens // (warps // group * cluster * longest))
+            segments_of_all = warps // group * cluster
+            rounds = -(-tokens // (segments_of_all * longest))
             waves = -(-streams * cluster // (machine.sms or 108))
-            chunks = min(longest, -(-tokens // (warps // group * cluster))) / _CHUNK
+            chunks = max(1, min(longest // _CHUNK, -(-tokens // (segments_of_all * _CHUNK))))
             steps = (warps // group).bit_length() - 1
-            cost = (
-                (1.1 if warps > 8 else 1.0)
-                * rounds
-                * waves
-                * (1.0 + 0.4 * max(chunks, 1) + 0.4 * steps + (0.5 + 0.15 * cluster if cluster > 1 else 0))
-            )
+            # cycles, from an H100's: pairs of chunks and their chunks, the joins in a block, the cluster's barrier and the maps fetched
+            work = 1500 * (-(-chunks // 2)) + (1200 + 30 * warps) * chunks + (500 + 100 * warps) * steps
+            cost = rounds * waves * (work + (1500 + 350 * cluster if cluster > 1 else 0))
             plans.append((cost, cluster, warps, group, longest))
     if not signature.batch_invariant:
         plans.sort()
@@ -122,6 +125,6 @@ def segments(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor, Tensor
             keys * size % 16 == 0 and values * size % 16 == 0 and aligned_rows(q) and aligned_rows(k) and aligned_rows(v), values * size % 16 == 0,
             keys**-0.5 if call.scale is None else float(call.scale),
         ),
-        _shared_bytes(tile, size, warps, group, longest),
+        _shared_bytes(tile, size, cluster, warps, group, longest),
     )  # fmt: skip
     return o, final

@@ -442,6 +442,7 @@ inline void cluster_arrive() {
     emulator::now->cluster_seen = emulator::cluster.generation;
     emulator::arrive(emulator::cluster, emulator::cluster_live);
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() { emulator::wait_for(emulator::cluster.generation, emulator::now->cluster_seen); }
 template <typename T> inline T emulator_cluster_load(const void* mine, uint32_t rank) {
     emulator::inside(mine, sizeof(T), "cluster_load"), emulator::aligned(mine, sizeof(T), "cluster_load");

@@ -1,28 +1,40 @@
 // The exact gated delta rule with a sequence cut into segments that run side by side, in one launch (SPEC.md 4; chunks of 16: delta_chunk.cuh).
 //
 // A cluster of CLUSTER blocks has one sequence, head and tile of values; a block has SEGMENTS segments in a row, a segment of up to `longest` tokens
-// GROUP warps, which share the rows of [transposed state; map]. Tokens are read once, by cp.async, and stay in shared memory.
+// GROUP warps, which share the rows of [transposed state; map]. Tokens are read once, by cp.async, two chunks while the two before are worked on, and stay
+// in shared memory.
 //   A  Every segment runs its chunks from an empty state and, beside it, from the identity: what it adds to the state (R), what it does to a state that
 //      enters it (gamma I - D), what its tokens read of their own segment (over v in place), and what they would read of that state: q_eff (over q).
-//   B  The maps are composed over the block's segments (log2 steps through shared memory, 16-bit operands in two parts), the blocks' maps over the
-//      cluster: after one barrier a block reads its predecessors' maps from their shared memory and applies them to the initial state one by one.
+//   B  A block's maps are composed in a tree (log2 steps through shared memory, 16-bit operands in two parts, rows shared among all warps). After a barrier
+//      of the cluster a block fetches its predecessors' maps from their shared memory, all warps at once, and applies them to the initial state in turn;
+//      a segment's start follows from the block's by the nodes of the tree before it, log2 of the segments at most.
 //   C  Every segment's tokens add q_eff S_start to what they have: no chain any more, and the only write of o.
 // Sequences longer than SEGMENTS * CLUSTER * longest go in rounds; the state between rounds is computed by every block for itself.
 //
 // Floor, bf16, head_dim 32, 12 heads, 1 x 8192: 25 MB, 8 us on an H100. FLOP of a chunk: 80 mma of 4096, 2.1 times the plain recurrence's, 0.16 GFLOP each
-// 8192 tokens and head: 2 GFLOP, 4 us at a tenth of the tensor cores' rate. What remains is latency: about 1 us for a segment's first chunk, 0.3 us for
-// each further one, 0.5 us for a composition step, 0.15 us for a predecessor, and the launch.
+// 8192 tokens and head: 2 GFLOP, 4 us at a tenth of the tensor cores' rate. What remains is latency: about 3 us for a pair of chunks with eight warps (most
+// of it the chain of products and the inversion), 0.7 us for a composition step or the cluster's barrier, and the launch.
 //
-// Shared memory: a segment's keys (whose place its map takes when it is done), values, queries; the warps' scratch, which the published map shares.
+// Shared memory: a segment's keys (whose place its map takes when it is done), values, queries; the warps' scratch, which the published map and the
+// predecessors' maps share.
 //
 // DTYPE; KEYS, VALUES: tile sizes, 32 or 64; WARPS, GROUP, CLUSTER.
 #include "delta_chunk.cuh"
 
 constexpr int SEGMENTS = WARPS / GROUP, ROWS = VALUES + KEYS, MT = ROWS / 16 / GROUP, BLOCKS = KEYS / 8, STEPS = KEYS / 16, VALUE_TILES = VALUES / 16;
 constexpr int OWN_TILES = VALUE_TILES / GROUP > 0 ? VALUE_TILES / GROUP : 1;  // of the values, in the last pass
+constexpr int ROW_TILES = ROWS / 16, SHARE = (SEGMENTS / 2 * ROW_TILES + WARPS - 1) / WARPS > 0 ? (SEGMENTS / 2 * ROW_TILES + WARPS - 1) / WARPS : 1;
 constexpr bool HALF = Dtype<DTYPE>::half;
 constexpr int PIECE = 16 / sizeof(DTYPE), WORDS = sizeof(DTYPE) / 2;  // of 16 bytes, for four pairs
 constexpr int MAP_BYTES = ROWS * KEYS * 4, PUBLISHED_BYTES = KEYS * KEYS * sizeof(DTYPE), START_BYTES = VALUES * KEYS * 4;
+// Small maps of all predecessors are fetched at once, by all warps, and folded from the block's own memory: N into the scratch, R into the second parts of
+// the segments' maps, which nobody needs any more, and what of it is left into the scratch too.
+constexpr bool GATHERED = CLUSTER > 1 && HALF && KEYS == 32;
+constexpr int LINE = 512, MAP_LINES = PUBLISHED_BYTES / LINE, OFFSET_LINES = VALUE_TILES * BLOCKS;  // what a warp copies at once
+constexpr int AT_ONCE = CLUSTER > 4 ? 4 : CLUSTER > 1 ? CLUSTER - 1 : 1;  // maps
+constexpr int OFFSET_SHARE = (OFFSET_LINES + WARPS - 1) / WARPS, MAP_SHARE = (AT_ONCE * MAP_LINES + WARPS - 1) / WARPS;
+constexpr int OFFSETS_LEFT = (CLUSTER - 1) * VALUE_TILES > SEGMENTS ? (CLUSTER - 1) * VALUE_TILES - SEGMENTS : 0;
+constexpr int SHARED_BY_BLOCKS = PUBLISHED_BYTES + (GATHERED ? (CLUSTER - 1) * PUBLISHED_BYTES + OFFSETS_LEFT * BLOCKS * LINE : START_BYTES);
 static_assert(ROWS % (16 * GROUP) == 0 && VALUE_TILES % GROUP == 0 && WARPS % GROUP == 0 && WARPS >= VALUE_TILES, "rows of a segment's warps");
 using Keys = Tile<DTYPE, KEYS>;
 using Values = Tile<DTYPE, VALUES>;
@@ -110,7 +122,8 @@ DEVICE void add_product(Sums& x, const Rounded<DTYPE, BLOCKS>& a, const Keys& n)
 // N of a block's last map as its successors read it: for every pair of blocks what a lane needs.
 struct Published {
     unsigned char* base;
-    DEVICE uint4* word(int s, int b, int part) const { return reinterpret_cast<uint4*>(base) + ((s * (BLOCKS / 2) + b / 2) * WORDS + part) * 32 + lane_id(); }
+    DEVICE uint4* lines() const { return reinterpret_cast<uint4*>(base) + lane_id(); }
+    DEVICE uint4* word(int s, int b, int part) const { return lines() + ((s * (BLOCKS / 2) + b / 2) * WORDS + part) * 32; }
 };
 DEVICE void to_words(uint4 (&words)[1], const uint32_t (&p)[4]) { words[0] = make_uint4(p[0], p[1], p[2], p[3]); }
 DEVICE void to_words(uint4 (&words)[2], const float2 (&p)[4]) {
@@ -127,39 +140,27 @@ DEVICE void from_words(float2 (&p)[4], const uint4 (&words)[2]) {
     }
 }
 
-// What a warp needs of a predecessor's map, on its way.
-struct Fetched {
-    uint4 words[STEPS][BLOCKS / 2][WORDS], offset[BLOCKS];
-    float gamma;
-    DEVICE void fetch(const Published& published, const Rows& rows, const float* decay, int block) {
+// x becomes gamma x + x N + offset for 16 rows, N in published words
+DEVICE void apply(Sums& x, const uint4 (&words)[STEPS * BLOCKS / 2 * WORDS], const uint4 (&offset)[BLOCKS], float gamma) {
+    Rounded<DTYPE, BLOCKS> a;
+    a.take(x);
 #pragma unroll
-        for (int s = 0; s < STEPS; s++)
-#pragma unroll
-            for (int b = 0; b < BLOCKS; b += 2)
-#pragma unroll
-                for (int i = 0; i < WORDS; i++) words[s][b / 2][i] = cluster_load_16(published.word(s, b, i), block);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) offset[b] = cluster_load_16(rows.base + 32 * b, block);
-        gamma = cluster_load(decay, block);
+    for (int b = 0; b < BLOCKS; b++) {
+        x[b][0] = gamma * x[b][0] + __uint_as_float(offset[b].x), x[b][1] = gamma * x[b][1] + __uint_as_float(offset[b].y);
+        x[b][2] = gamma * x[b][2] + __uint_as_float(offset[b].z), x[b][3] = gamma * x[b][3] + __uint_as_float(offset[b].w);
     }
-    DEVICE void apply(Sums& x) const {
-        Rounded<DTYPE, BLOCKS> a;
-        a.take(x);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            x[b][0] = gamma * x[b][0] + __uint_as_float(offset[b].x), x[b][1] = gamma * x[b][1] + __uint_as_float(offset[b].y);
-            x[b][2] = gamma * x[b][2] + __uint_as_float(offset[b].z), x[b][3] = gamma * x[b][3] + __uint_as_float(offset[b].w);
+    for (int s = 0; s < STEPS; s++)
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b += 2) {
+            Pair<DTYPE> n[4];
+            uint4 four[WORDS];
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) four[i] = words[(s * (BLOCKS / 2) + b / 2) * WORDS + i];
+            from_words(n, four);
+            a.times(x[b], s, n[0], n[1]), a.times(x[b + 1], s, n[2], n[3]);
         }
-#pragma unroll
-        for (int s = 0; s < STEPS; s++)
-#pragma unroll
-            for (int b = 0; b < BLOCKS; b += 2) {
-                Pair<DTYPE> n[4];
-                from_words(n, words[s][b / 2]);
-                a.times(x[b], s, n[0], n[1]), a.times(x[b + 1], s, n[2], n[3]);
-            }
-    }
-};
+}
 
 // Copies rows of `columns` numbers into a tile, 32 a step; rows from `count` on are zeros. Whole pieces asynchronously, others now.
 template <int COLUMNS> struct Copy {
@@ -175,16 +176,14 @@ template <int COLUMNS> struct Copy {
         const int piece = thread % PIECES;
         to = tile.piece(row, piece), piece_from = first + row * step + piece * PIECE, there = piece * PIECE < columns;
     }
-    DEVICE void pair(const Tile<DTYPE, COLUMNS>& tile, int row0, int count, int rows, int thread) {
+    DEVICE void pair(const Tile<DTYPE, COLUMNS>& tile, int row0, int count, int rows, int thread) const {
         if (whole) {
 #pragma unroll
             for (int i = 0; i < COPIES; i++) {
                 if (i * STEP >= CHUNK && rows <= CHUNK) break;
                 const bool valid = there && row0 + row + i * STEP < count;
-                cp_async_16(to + i * STEP * Tile<DTYPE, COLUMNS>::ROW, valid ? piece_from : from, valid);
-                piece_from += STEP * step;
+                cp_async_16(to + (row0 + i * STEP) * Tile<DTYPE, COLUMNS>::ROW, valid ? piece_from + (row0 + i * STEP) * step : from, valid);
             }
-            to += 32 * Tile<DTYPE, COLUMNS>::ROW;
         } else {
 #pragma unroll 1
             for (int i = thread; i < rows * COLUMNS; i += 32 * GROUP) {
@@ -234,8 +233,14 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
     unsigned char* scratches = memory + SEGMENTS * place;
     PairScratch& scratch = reinterpret_cast<PairScratch*>(scratches)[segment];
     const Published published{scratches};
-    unsigned char* start = scratches + PUBLISHED_BYTES;
-    unsigned char* round_start = scratches + max(SEGMENTS * static_cast<int>(sizeof(PairScratch)), PUBLISHED_BYTES + START_BYTES);
+    unsigned char* gathered = scratches + PUBLISHED_BYTES;  // N of the other blocks
+    const int offsets_left = static_cast<int>(gathered - memory) + (CLUSTER - 1) * PUBLISHED_BYTES;
+    const auto gathered_offset = [&](int index) {  // 16 rows of R
+        return Rows(memory + (index < SEGMENTS ? index * place + KEYS * Keys::ROW : offsets_left + (index - SEGMENTS) * BLOCKS * LINE), 0);
+    };
+    // 16 rows of the state where the block starts, where the warp that writes them has read a predecessor's
+    const auto start = [&](int tile_index) { return GATHERED ? gathered_offset(tile_index) : Rows(gathered, tile_index); };
+    unsigned char* round_start = scratches + max(SEGMENTS * static_cast<int>(sizeof(PairScratch)), SHARED_BY_BLOCKS);
     float* gammas = reinterpret_cast<float*>(round_start + START_BYTES);
 
 #ifdef PROFILE
@@ -272,33 +277,23 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         const int token0 = at + (rank * SEGMENTS + segment) * length, count = max(0, min(length, end - token0));
         const int pairs = (count + 31) / 32;
 
-        {
-            Copy<KEYS> keys(key_tile, k + static_cast<int64_t>(token0) * p.k_t, p.k_t, p.keys, p.pieces, group_thread);
-            Copy<VALUES> given(value_tile, v + static_cast<int64_t>(token0) * p.v_t, p.v_t, values, p.pieces, group_thread);
-            Copy<KEYS> queries(query_tile, q + static_cast<int64_t>(token0) * p.q_t, p.q_t, p.keys, p.pieces, group_thread);
-#pragma unroll 1
-            for (int pair = 0; pair < pairs; pair++) {
-                const int rows = min(32, length - 32 * pair);
-                keys.pair(key_tile, 32 * pair, count, rows, group_thread);
-                given.pair(value_tile, 32 * pair, count, rows, group_thread);
-                queries.pair(query_tile, 32 * pair, count, rows, group_thread);
-                cp_async_commit();
+        // the copies of a pair of chunks, and the loads of its gates: nothing here waits for what is read
+        uint32_t decay_word = 0, beta_word = 0, out_word = 0;
+        const int64_t token = token0 + lane;
+        const int64_t beta_at = row * p.beta_b + token * p.beta_t + head * p.beta_h, g_at = row * p.g_b + token * p.g_t + head * p.g_h;
+        const int64_t gate_at = row * p.gate_b + token * p.gate_t + head * p.gate_h;
+        const auto fetch = [&](int pair) {
+            const int row0 = 32 * pair, rows = min(32, length - row0);
+            if (row0 + lane < count) {
+                beta_word = gate_word<DTYPE>(p.beta, beta_at + row0 * p.beta_t, p.beta_wide);
+                if (p.g) decay_word = gate_word<DTYPE>(p.g, g_at + row0 * p.g_t, p.g_wide);
+                if (p.gate) out_word = gate_word<DTYPE>(p.gate, gate_at + row0 * p.gate_t, p.gate_wide);
             }
-        }
-        float log_decay = 0.f, beta = 0.f, out = 0.f;
-        int64_t beta_at = row * p.beta_b + (token0 + lane) * p.beta_t + head * p.beta_h, g_at = row * p.g_b + (token0 + lane) * p.g_t + head * p.g_h;
-        int64_t gate_at = row * p.gate_b + (token0 + lane) * p.gate_t + head * p.gate_h;
-        const auto read_gates = [&](int pair) {
-            log_decay = 0.f, beta = 0.f, out = 0.f;
-            if (32 * pair + lane < count) {
-                beta = load_gate<DTYPE>(p.beta, beta_at, p.beta_wide);
-                if (p.g) log_decay = 1.4426950408889634f * load_gate<DTYPE>(p.g, g_at, p.g_wide);
-                out = p.gate ? p.scale * load_gate<DTYPE>(p.gate, gate_at, p.gate_wide) : p.scale;
-            }
-            beta_at += 32 * p.beta_t, g_at += 32 * p.g_t, gate_at += 32 * p.gate_t;
+            Copy<KEYS>(key_tile, k + static_cast<int64_t>(token0) * p.k_t, p.k_t, p.keys, p.pieces, group_thread).pair(key_tile, row0, count, rows, group_thread);
+            Copy<KEYS>(query_tile, q + static_cast<int64_t>(token0) * p.q_t, p.q_t, p.keys, p.pieces, group_thread).pair(query_tile, row0, count, rows, group_thread);
+            Copy<VALUES>(value_tile, v + static_cast<int64_t>(token0) * p.v_t, p.v_t, values, p.pieces, group_thread).pair(value_tile, row0, count, rows, group_thread);
+            cp_async_commit();
         };
-        read_gates(0);
-        STAMP(1);
 
         // A: chunk after chunk from an empty state and from the identity
         float x[MT][BLOCKS][4] = {};
@@ -312,17 +307,24 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                     if (on_diagonal(m, b, e)) x[m][b][e] = 1.f;
         float gamma = 1.f;
 #pragma unroll 1
-        for (int pair = 0; pair < pairs; pair++) {
-            switch (pairs - 1 - pair) {
-                case 0: cp_async_wait<0>(); break;
-                case 1: cp_async_wait<1>(); break;
-                case 2: cp_async_wait<2>(); break;
-                default: cp_async_wait<3>();
-            }
-            meet();
+        for (int pair = -1; pair < pairs; pair++) {
             const int row0 = 32 * pair, chunks = count - row0 > CHUNK ? 2 : 1;
-            write_lines(scratch, log_decay, beta, out, p.l2norm, key_tile, query_tile, row0, CHUNK * chunks);
-            if (pair + 1 < pairs) read_gates(pair + 1);
+            if (pair >= 0) {
+                float log_decay = 0.f, beta = 0.f, out = 0.f;
+                if (row0 + lane < count) {
+                    beta = gate_of<DTYPE>(beta_word, p.beta, beta_at + row0 * p.beta_t, p.beta_wide);
+                    if (p.g) log_decay = 1.4426950408889634f * gate_of<DTYPE>(decay_word, p.g, g_at + row0 * p.g_t, p.g_wide);
+                    out = p.gate ? p.scale * gate_of<DTYPE>(out_word, p.gate, gate_at + row0 * p.gate_t, p.gate_wide) : p.scale;
+                }
+                cp_async_wait<0>();
+                meet();
+                write_lines(scratch, log_decay, beta, out, p.l2norm, key_tile, query_tile, row0, CHUNK * chunks);
+            }
+            if (pair + 1 < pairs) fetch(pair + 1);  // on their way while this pair is worked on
+            if (pair < 0) {
+                STAMP(1);
+                continue;
+            }
             Scores<DTYPE> kept_first, kept_second;
 #pragma unroll 1
             for (int which = 0; which < chunks; which++) {
@@ -355,64 +357,71 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                     if (on_diagonal(m, b, e)) x[m][b][e] -= gamma;
         STAMP(5);
 
-        // B: the maps of the segments up to each one of this block
-        const auto write_map = [&] {
+        // B: the maps of the segments, composed in a tree: a segment's place ends with the map of the largest power of two of segments that ends there
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                const int row0 = first_row + 16 * m;
-                if (row0 < VALUES) map.offset(row0 / 16).write(x[m]);
-                else map.write(row0 - VALUES, x[m]);
-            }
-            if (group_thread == 0) gammas[segment] = gamma;
-        };
+        for (int m = 0; m < MT; m++) {
+            const int row0 = first_row + 16 * m;
+            if (row0 < VALUES) map.offset(row0 / 16).write(x[m]);
+            else map.write(row0 - VALUES, x[m]);
+        }
+        if (group_thread == 0) gammas[segment] = gamma;
+        __syncthreads();
 #pragma unroll 1
-        for (int step = 1;; step *= 2) {
-            write_map();
-            __syncthreads();
-            if (step >= SEGMENTS) break;
-            if (segment >= step) {
-                const Map earlier{memory + (segment - step) * place};
-                const float before = gammas[segment - step];
+        for (int step = 1; step < SEGMENTS; step *= 2) {
+            const int joined = SEGMENTS / (2 * step);  // maps of this step, their rows shared among all warps
+            Sums composed[SHARE];
 #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    Rounded<DTYPE, BLOCKS> a;
-                    Sums was;
-                    const int row0 = first_row + 16 * m;
-                    const bool maps = row0 >= VALUES;
-                    if (maps) {
-                        earlier.read(row0 - VALUES, a, was);
-                    } else {
-                        earlier.offset(row0 / 16).read(was);
-                        a.take(was);
-                    }
-#pragma unroll
-                    for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++) x[m][b][e] = gamma * was[b][e] + (maps ? before * x[m][b][e] : x[m][b][e]);
-                    add_product(x[m], a, map.high());
+            for (int i = 0; i < SHARE; i++) {
+                const int item = warp + i * WARPS;
+                if (item >= joined * ROW_TILES) continue;
+                const int later_segment = item / ROW_TILES * 2 * step + 2 * step - 1, row0 = item % ROW_TILES * 16;
+                const Map later{memory + later_segment * place}, earlier{memory + (later_segment - step) * place};
+                const float after = gammas[later_segment], before = gammas[later_segment - step];
+                Rounded<DTYPE, BLOCKS> a, unused;
+                Sums was;
+                if (row0 >= VALUES) {
+                    earlier.read(row0 - VALUES, a, was), later.read(row0 - VALUES, unused, composed[i]);
+                } else {
+                    earlier.offset(row0 / 16).read(was), later.offset(row0 / 16).read(composed[i]);
+                    a.take(was);
                 }
-                gamma *= before;
+                const float kept = row0 >= VALUES ? before : 1.f;
+#pragma unroll
+                for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) composed[i][b][e] = after * was[b][e] + kept * composed[i][b][e];
+                add_product(composed[i], a, later.high());
             }
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < SHARE; i++) {
+                const int item = warp + i * WARPS;
+                if (item >= joined * ROW_TILES) continue;
+                const int later_segment = item / ROW_TILES * 2 * step + 2 * step - 1, row0 = item % ROW_TILES * 16;
+                const Map later{memory + later_segment * place};
+                if (row0 < VALUES) later.offset(row0 / 16).write(composed[i]);
+                else later.write(row0 - VALUES, composed[i]);
+            }
+            if (static_cast<int>(threadIdx.x) < joined) gammas[threadIdx.x * 2 * step + 2 * step - 1] *= gammas[threadIdx.x * 2 * step + step - 1];
             __syncthreads();
         }
         STAMP(6);
 
         // the block's map for its successors, in the place of the scratch
         if constexpr (CLUSTER > 1) {
-            if (segment == SEGMENTS - 1) {
+            const Map whole{memory + (SEGMENTS - 1) * place};
 #pragma unroll
-                for (int s = 0; s < STEPS; s++)
+            for (int s = 0; s < STEPS; s++)
 #pragma unroll
-                    for (int b = 0; b < BLOCKS; b += 2) {
-                        if ((s * (BLOCKS / 2) + b / 2) % GROUP != part) continue;
-                        Pair<DTYPE> n[4];
-                        uint4 words[WORDS];
-                        map.high().right_columns(n[0], n[1], n[2], n[3], 8 * b, 16 * s);
-                        to_words(words, n);
+                for (int b = 0; b < BLOCKS; b += 2) {
+                    if ((s * (BLOCKS / 2) + b / 2) % WARPS != warp) continue;
+                    Pair<DTYPE> n[4];
+                    uint4 words[WORDS];
+                    whole.high().right_columns(n[0], n[1], n[2], n[3], 8 * b, 16 * s);
+                    to_words(words, n);
 #pragma unroll
-                        for (int i = 0; i < WORDS; i++) *published.word(s, b, i) = words[i];
-                    }
-            }
+                    for (int i = 0; i < WORDS; i++) *published.word(s, b, i) = words[i];
+                }
             __syncwarp();
             cluster_arrive();
             cluster_wait();
@@ -420,32 +429,85 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         STAMP(7);
 
         // the state where this block starts, and for a next round or as the final state where the round ends
+        const bool ends = !last || (p.final && rank == CLUSTER - 1);
+        const int blocks = ends ? CLUSTER : rank;
+        const Map whole{memory + (SEGMENTS - 1) * place};
+        float decays = 0.f;  // lane l: of block l
+        if constexpr (GATHERED) {
+            const uint4* offset = reinterpret_cast<const uint4*>(whole.offset(0).base);
+            const int others = ends ? CLUSTER - 1 : rank;  // counted from the nearest predecessor back, so that not all of a cluster read from one block
+            const auto other_block = [&](int other) { return (rank - 1 - other + CLUSTER) % CLUSTER; };
+            if (lane < blocks) decays = cluster_load(gammas + SEGMENTS - 1, lane);
+#pragma unroll 1
+            for (int first = 0; first < others; first += AT_ONCE) {
+                uint4 offset_lines[AT_ONCE][OFFSET_SHARE], map_lines[MAP_SHARE];
+#pragma unroll
+                for (int other = 0; other < AT_ONCE; other++)
+#pragma unroll
+                    for (int i = 0; i < OFFSET_SHARE; i++)
+                        if (first + other < others && i * WARPS + warp < OFFSET_LINES)
+                            offset_lines[other][i] = cluster_load_16(offset + (i * WARPS + warp) * 32, other_block(first + other));
+#pragma unroll
+                for (int i = 0; i < MAP_SHARE; i++) {
+                    const int line = first * MAP_LINES + i * WARPS + warp;
+                    if (line < others * MAP_LINES) map_lines[i] = cluster_load_16(published.lines() + line % MAP_LINES * 32, other_block(line / MAP_LINES));
+                }
+#pragma unroll
+                for (int other = 0; other < AT_ONCE; other++)
+#pragma unroll
+                    for (int i = 0; i < OFFSET_SHARE; i++) {
+                        const int line = i * WARPS + warp;
+                        if (first + other < others && line < OFFSET_LINES)
+                            reinterpret_cast<uint4*>(gathered_offset((first + other) * VALUE_TILES + line / BLOCKS).base)[line % BLOCKS * 32] = offset_lines[other][i];
+                    }
+#pragma unroll
+                for (int i = 0; i < MAP_SHARE; i++) {
+                    const int line = first * MAP_LINES + i * WARPS + warp;
+                    if (line < others * MAP_LINES) Published{gathered}.lines()[line * 32] = map_lines[i];
+                }
+            }
+            __syncthreads();
+        }
         if (warp < VALUE_TILES) {
-            const bool ends = !last || (p.final && rank == CLUSTER - 1);
-            const int blocks = ends ? CLUSTER : rank;
-            const Map whole{memory + (SEGMENTS - 1) * place};
             const Rows offset = whole.offset(warp);
             Sums carried;
             Rows(round_start, warp).read(carried);
-            if (CLUSTER == 1 || rank == 0) Rows(start, warp).write(carried);
+            if (!GATHERED && rank == 0) start(warp).write(carried);
             if constexpr (CLUSTER > 1) {
-                if constexpr (HALF && KEYS == 32) {  // the next map is on its way while one is applied
-                    Fetched now, later;
-                    if (blocks > 0) now.fetch(published, offset, gammas + SEGMENTS - 1, 0);
-#pragma unroll 1
-                    for (int block = 0; block < blocks; block++) {
-                        if (block + 1 < blocks) later.fetch(published, offset, gammas + SEGMENTS - 1, block + 1);
-                        now.apply(carried);
-                        if (block + 1 == rank) Rows(start, warp).write(carried);
-                        now = later;
-                    }
+                if constexpr (GATHERED) {
+                    const auto through = [&](int from, int to) {
+#pragma unroll 2
+                        for (int block = from; block < to; block++) {
+                            const int other = (rank - 1 - block + CLUSTER) % CLUSTER;
+                            const Published n{memory + (block == rank ? static_cast<int>(scratches - memory) : static_cast<int>(gathered - memory) + other * PUBLISHED_BYTES)};
+                            const int index = other * VALUE_TILES + warp, own = static_cast<int>(reinterpret_cast<unsigned char*>(offset.base - lane) - memory);
+                            const Rows r(memory + (block == rank ? own : index < SEGMENTS ? index * place + KEYS * Keys::ROW : offsets_left + (index - SEGMENTS) * BLOCKS * LINE), 0);
+                            uint4 words[STEPS * BLOCKS / 2 * WORDS], there[BLOCKS];
+#pragma unroll
+                            for (int i = 0; i < STEPS * BLOCKS / 2 * WORDS; i++) words[i] = n.lines()[32 * i];
+#pragma unroll
+                            for (int b = 0; b < BLOCKS; b++) there[b] = reinterpret_cast<const uint4*>(r.base)[32 * b];
+                            apply(carried, words, there, __shfl_sync(0xffffffffu, decays, block));
+                        }
+                    };
+                    through(0, rank);
+                    Sums entering;
+#pragma unroll
+                    for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) entering[b][e] = carried[b][e];
+                    if (ends) through(rank, CLUSTER);
+                    start(warp).write(entering);
                 } else {
 #pragma unroll 1
                     for (int block = 0; block < blocks; block++) {
-                        Fetched now;
-                        now.fetch(published, offset, gammas + SEGMENTS - 1, block);
-                        now.apply(carried);
-                        if (block + 1 == rank) Rows(start, warp).write(carried);
+                        uint4 words[STEPS * BLOCKS / 2 * WORDS], there[BLOCKS];
+#pragma unroll
+                        for (int i = 0; i < STEPS * BLOCKS / 2 * WORDS; i++) words[i] = cluster_load_16(published.lines() + 32 * i, block);
+#pragma unroll
+                        for (int b = 0; b < BLOCKS; b++) there[b] = cluster_load_16(offset.base + 32 * b, block);
+                        apply(carried, words, there, cluster_load(gammas + SEGMENTS - 1, block));
+                        if (block + 1 == rank) start(warp).write(carried);
                     }
                 }
             } else if (ends) {
@@ -472,7 +534,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
             }
         }
         __syncthreads();
-        if constexpr (CLUSTER > 1) cluster_arrive();  // its counterpart below: nobody leaves or publishes again while others read
+        if constexpr (CLUSTER > 1) cluster_arrive_relaxed();  // its counterpart below: nobody leaves or publishes again while others read
         STAMP(8);
 
         // C: the state where this warp's segment starts, then every token's read of it
@@ -482,18 +544,22 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
             for (int m = 0; m < OWN_TILES; m++) {
                 const int value_tile_index = part * OWN_TILES + m;
                 Sums state;
-                Rows(start, value_tile_index).read(state);
+                start(value_tile_index).read(state);
                 entering[m].take(state);
-                if (segment) {
-                    const Map before{memory + (segment - 1) * place};
-                    const float decay = gammas[segment - 1];
+                int before = 0;  // so many segments are in the state
+#pragma unroll 1
+                for (int step = SEGMENTS / 2; step > 0; step /= 2) {
+                    if (!(segment & step)) continue;
+                    before += step;
+                    const Map earlier{memory + (before - 1) * place};
+                    const float decay = gammas[before - 1];
                     Sums own;
-                    before.offset(value_tile_index).read(own);
+                    earlier.offset(value_tile_index).read(own);
 #pragma unroll
                     for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
                         for (int e = 0; e < 4; e++) state[b][e] = decay * state[b][e] + own[b][e];
-                    add_product(state, entering[m], before.high());
+                    add_product(state, entering[m], earlier.high());
                     entering[m].take(state);
                 }
             }

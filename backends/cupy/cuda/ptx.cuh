@@ -128,6 +128,8 @@ DEVICE uint32_t cluster_size() {
     return size;
 }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// the same where what was written need not be seen by the others: they may only go on
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // what lies in the block `rank` of this cluster where `mine` lies in this one; 4 bytes
 DEVICE uint32_t cluster_load_bits(const void* mine, uint32_t rank) {
@@ -148,6 +150,7 @@ DEVICE uint4 cluster_load_16(const void* mine, uint32_t rank) {
 DEVICE uint32_t cluster_rank() { return 0; }
 DEVICE uint32_t cluster_size() { return 1; }
 DEVICE void cluster_arrive() {}
+DEVICE void cluster_arrive_relaxed() {}
 DEVICE void cluster_wait() { __syncthreads(); }
 DEVICE uint32_t cluster_load_bits(const void* mine, uint32_t) { return *static_cast<const volatile uint32_t*>(mine); }
 DEVICE uint4 cluster_load_16(const void* mine, uint32_t) { return *static_cast<const uint4*>(mine); }

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import titans_backends as tb
 from titans_backends import sameness
@@ -120,3 +123,65 @@ def test_the_call_after_a_call_like_it_gets_its_plan_without_a_key_and_another_c
         assert planner._recent is not recent
         op(*first, chunk_size=16)
         assert planner._recent is recent
+
+
+def _rule() -> tuple[tb.BoundOp, list[Tensor], Tensor]:
+    q, k, v = torch.nn.functional.normalize(torch.randn(3, 2, 8, 2, 16), dim=-1).unbind(0)
+    given = [q, k, v, torch.rand(2, 8, 2)]
+    bound = tb.get_op("gated_delta_rule").bind(*given)
+    out = bound(*given)[0]
+    assert out is not None
+    return bound, given, out
+
+
+def test_a_nested_tensor_is_refused_with_the_contracts_sentence_also_after_a_call_that_was_remembered() -> None:
+    """torch's own guard ends the process there."""
+    bound, (q, k, v, beta), _ = _rule()
+    nested = torch.nested.nested_tensor([q[0], q[1]])
+    tb.get_op("gated_delta_rule")(q, k, v, beta)
+    for call in (tb.get_op("gated_delta_rule"), bound):
+        with pytest.raises(TypeError, match="q must be an ordinary tensor, got a nested one"):
+            call(nested, k, v, beta)
+
+
+def test_a_bound_op_is_seen_by_what_traces_and_intercepts() -> None:
+    bound, given, want = _rule()
+    with FakeTensorMode() as mode:
+        assert isinstance(bound(*(mode.from_tensor(x) for x in given))[0], FakeTensor)
+    traced = make_fx(lambda *x: bound(*x)[0])(*given)
+    assert "titans_backends.gated_delta_rule" in traced.code
+    assert torch.equal(traced(*given), want)
+    assert type(bound(given[0].as_subclass(Other), *given[1:])[0]) is Other
+    shorter = [x[:, :5] for x in given]
+    with pytest.raises(BoundCallMismatchError, match="q has shape"), FakeTensorMode() as mode:
+        bound(*(mode.from_tensor(x) for x in shorter))
+
+
+def test_a_dual_tensor_is_refused_and_loses_no_tangent_without_a_word() -> None:
+    bound, (q, k, v, beta), _ = _rule()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(v, torch.ones_like(v))
+        for call in (tb.get_op("gated_delta_rule"), bound):
+            assert call(q, k, v, beta)[0] is not None, "a level that is open touches no plain call"
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                call(q, k, dual, beta)
+
+
+@pytest.mark.parametrize("bind", [False, True])
+def test_autograd_knows_of_a_state_that_was_changed_in_place(bind: bool) -> None:
+    q, k, v = torch.randn(3, 2, 1, 2, 16).unbind(0)
+    given, state = {"q": q, "k": k, "v": v, "beta": torch.rand(2, 1, 2)}, torch.randn(2, 2, 16, 16)
+    weight = torch.randn_like(state, requires_grad=True)
+    kept = (weight * state).sum()
+    step = tb.get_op("gated_delta_step")
+    call = step.bind(**given, state=state, inplace=True) if bind else step
+    before = state._version
+    call(**given, state=state, inplace=True)
+    assert state._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    with torch.inference_mode():
+        frozen = torch.randn(2, 2, 16, 16)
+        step(**given, state=frozen, inplace=True)
+    with pytest.raises(RuntimeError, match="inference tensor outside"):
+        step(**given, state=frozen, inplace=True)

@@ -12,6 +12,7 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
@@ -85,6 +86,7 @@ def _width(op_name: str) -> int:
 
 def call(op: Contract, values: Sequence[object], backend: str | None, batch_invariant: bool, training: bool, may_save: bool) -> Outputs:
     """The registered op, for autograd and tracers to see; returns the contract's outputs without the saved states."""
+    _refuse_duals(op, values)
     namespace = torch.ops.titans_backends
     if "inplace" in op.parameters and values[op.parameters.index("inplace")]:
         kept = [v for name, v in zip(op.parameters, values, strict=True) if name != "inplace"]
@@ -96,6 +98,16 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
         return transformed[: len(op.outputs)]
     outputs: Outputs = getattr(namespace, op.name)(*flat)
     return outputs[: len(op.outputs)]
+
+
+def _refuse_duals(op: Contract, values: Sequence[object]) -> None:
+    """Forward-mode differentiation would lose its tangents without a word."""
+    if forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():  # torch.func.jvp has its own sentence
+        return
+    if any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values):
+        raise NotImplementedError(
+            f"{op.name}: it has no forward-mode derivative (dual tensors, jvp); use reverse mode: torch.autograd.grad, torch.func.grad"
+        )
 
 
 # --- what runs below the dispatcher

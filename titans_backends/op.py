@@ -17,10 +17,10 @@ from titans_backends import library, registry
 from titans_backends.autograd import differentiated
 from titans_backends.contracts import CONTRACTS, contract
 from titans_backends.contracts.contract import Call, Contract
-from titans_backends.contracts.validate import bind_arguments, check_indices
+from titans_backends.contracts.validate import bind_arguments, check_indices, validate
 from titans_backends.errors import BoundCallMismatchError
 from titans_backends.plans import Outputs, Plan, request
-from titans_backends.sameness import same_as
+from titans_backends.sameness import never, same_as
 from titans_backends.watching import watched
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ class BoundOp:
         self._planner = op._planner
         self._facts = op._planner.facts(call)
         self._options = op._planner.options(call)
-        self._same = same_as(op._planner.tensors(call))
+        tensors = op._planner.tensors(call)
+        self._same = never if watched(tensors) else same_as(tensors)
         self._requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in values)
         self._outputs = len(op.contract.outputs)
 
@@ -153,27 +154,61 @@ class BoundOp:
         tensors = planner.tensors(call)
         if self._same(tensors) and planner.options(call) == self._options:
             training = self._requires_grad and torch.is_grad_enabled()
-        elif planner.facts(call) == self._facts:
+        elif watched(tensors):
+            return self._seen(call, tensors)
+        elif self._fits(call):
             training = _training(tensors)
         else:
             raise self._mismatch(planner.values(call))
         if self._plan.checks_indices:
             check_indices(self.op.contract, call)
         if training:
-            return self._differentiated(call, tensors)
+            self._expect_training()
+            return differentiated(self.op.name, self._plan, call, self._forced, self.choice.signature.batch_invariant)
         return planner.execute(self._plan, call)[: self._outputs]
 
-    def _differentiated(self, call: Call, tensors: tuple[object, ...]) -> Outputs:
+    def _fits(self, call: Call) -> bool:
+        """Whether the call's facts are those that were bound. TypeError or ValueError for a tensor that has none (a sparse or nested one, say)."""
+        try:
+            return self._planner.facts(call) == self._facts
+        except RuntimeError:
+            validate(self.op.contract, call)
+            raise
+
+    @property
+    def _forced(self) -> str | None:
+        """The backend whose pair this is, None where forward and backward are of two."""
+        pair = self.choice.pair
+        return pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
+
+    def _seen(self, call: Call, tensors: tuple[object, ...]) -> Outputs:
+        """A call that torch's dispatcher must see, on the backend that was bound: what its memory holds may mean nothing."""
+        values = self._planner.values(call)
+        if not self._alike(values):
+            raise self._mismatch(values)
+        training = _training(tensors)
+        if training:
+            self._expect_training()
+        _refuse_in_place(self.op.contract, call, torch._C._are_functorch_transforms_active())
+        return library.call(self.op.contract, values, self._forced, self.choice.signature.batch_invariant, training, training)
+
+    def _expect_training(self) -> None:
         if not self._training:
             raise BoundCallMismatchError(
                 f"{self.op.name}: it was bound without gradients, but an input requires one; bind it again, or use torch.no_grad()"
             )
-        pair = self.choice.pair
-        forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
-        invariant = self.choice.signature.batch_invariant
-        if watched(tensors):
-            return library.call(self.op.contract, self._planner.values(call), forced, invariant, True, True)
-        return differentiated(self.op.name, self._plan, call, forced, invariant)
+
+    def _alike(self, values: tuple[object, ...]) -> bool:
+        """Whether sizes, dtypes, device and options are those that were bound."""
+        told = dict(self.choice.signature.tensors)
+        for name, value in zip(self.op.contract.parameters, values, strict=True):
+            bound = told.get(name)
+            if isinstance(value, Tensor) and bound is not None:
+                if value.is_neg() or (value.dtype, tuple(value.shape), value.stride()) != (bound.dtype, bound.shape, bound.stride):
+                    return False
+            elif isinstance(value, Tensor) or bound is not None or (type(value), value) != (type(self._numbers[name]), self._numbers[name]):
+                return False
+        return True
 
     def _mismatch(self, values: tuple[object, ...]) -> BoundCallMismatchError:
         told = dict(self.choice.signature.tensors)
@@ -182,16 +217,19 @@ class BoundOp:
             if isinstance(value, Tensor) and bound is not None:
                 if value.is_neg():
                     return BoundCallMismatchError(f"{self.op.name}: {name} is a lazily negated view; pass {name}.resolve_neg()")
-                got = (value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % 16 == 0)
-                want = (bound.dtype, bound.shape, bound.stride, bound.aligned)
-                for what, mine, theirs in zip(("dtype", "shape", "stride", "16-byte alignment"), got, want, strict=True):
+                device = self._plan.device if name != "cu_seqlens" else value.device
+                got = (value.dtype, tuple(value.shape), value.stride(), value.device)
+                want = (bound.dtype, bound.shape, bound.stride, device)
+                for what, mine, theirs in zip(("dtype", "shape", "stride", "device"), got, want, strict=True):
                     if mine != theirs:
                         return BoundCallMismatchError(f"{self.op.name}: {name} has {what} {mine}, but it was bound to {theirs}; bind it again")
             elif isinstance(value, Tensor) or bound is not None:
                 return BoundCallMismatchError(f"{self.op.name}: it was bound {'with' if bound else 'without'} {name}; bind it again for this call")
             elif (type(value), value) != (type(self._numbers[name]), self._numbers[name]):
                 return BoundCallMismatchError(f"{self.op.name}: {name} is {value!r}, but it was bound to {self._numbers[name]!r}; bind it again")
-        return BoundCallMismatchError(f"{self.op.name}: a tensor's data starts elsewhere within 16 bytes than when it was bound; bind it again")
+        return BoundCallMismatchError(
+            f"{self.op.name}: a tensor has another 16-byte alignment than when it was bound, or lies on another device; bind it again"
+        )
 
 
 def autocast(op: Contract, call: Call) -> Call:

@@ -166,6 +166,7 @@ class Planner:
         self.values = _getter(contract.parameters)
         self.tensors = _getter(tuple(a.name for a in contract.arguments))
         self._options = _getter(tuple(o.name for o in contract.options))
+        self._may_change = "inplace" in contract.option_by_name
         self._memo: dict[object, _Entry] = {}
         self._recent: _Entry | None = None
         self._warmed: dict[object, set[Pair]] = {}
@@ -202,6 +203,8 @@ class Planner:
             raise BackendRefusedError(
                 f"{self.contract.name}: a graph is being captured, and this bound op has not run yet; call it once before the capture"
             )
+        if self._may_change and call.inplace:  # type: ignore[attr-defined]
+            _announce_change(self.contract.name, call.state)  # type: ignore[attr-defined]
         outputs = plan.run(call)
         if not plan.ran:
             self._warmed.setdefault(_compiled_for(plan.choice.signature), set()).add(plan.choice.pair)
@@ -279,6 +282,16 @@ class Planner:
             choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
         return Plan(choice, forward, backward, checks, device)
+
+
+def _announce_change(op: str, state: Tensor) -> None:
+    """Tells autograd that a kernel writes this tensor, which it cannot see: what was saved of it for a backward is refused there."""
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    elif not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{op}: inplace=True would change an inference tensor outside torch.inference_mode(); pass state.clone(), or inplace=False"
+        )
 
 
 def _settings(asked: Request, on_cuda: bool) -> tuple[object, ...]:

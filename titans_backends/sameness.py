@@ -11,9 +11,11 @@ import operator
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["same_as"]
+__all__ = ["never", "same_as"]
 
 _ALIGNMENT = 16
 Values = tuple[object, ...]
@@ -26,7 +28,7 @@ def same_as(values: Values) -> Callable[[Values], bool]:
     tensors = [cast(Tensor, values[place]) for place in at]
     check = _guard(tensors)
     if check is None or len(at) + len(absent) < len(values) or len(at) < 2:
-        return _unknown
+        return never
     taken = cast(Callable[[Values], tuple[Tensor, ...]], operator.itemgetter(*at))
     offsets = [tensor.data_ptr() % _ALIGNMENT for tensor in tensors]
 
@@ -34,8 +36,13 @@ def same_as(values: Values) -> Callable[[Values], bool]:
         for place in absent:
             if later[place] is not None:
                 return False
+        if (
+            forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack()
+        ):  # a dual tensor looks like any other, and so does one that is traced
+            return False
         for place in at:
-            if not isinstance(later[place], Tensor):
+            value = later[place]
+            if not isinstance(value, Tensor) or value.is_nested:  # torch's guard ends the process at nested ones
                 return False
         given = taken(later)
         return check(*given) and [tensor.data_ptr() & (_ALIGNMENT - 1) for tensor in given] == offsets
@@ -43,7 +50,8 @@ def same_as(values: Values) -> Callable[[Values], bool]:
     return same
 
 
-def _unknown(later: Values) -> bool:
+def never(later: Values) -> bool:
+    """Nothing is known to be the same."""
     return False
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["watched"]
 
@@ -13,8 +14,14 @@ _OTHERS = (type(None), float, int, bool, str)
 
 
 def watched(values: Iterable[object]) -> bool:
-    """A dispatch mode, a functorch transform, `torch.jit.trace`, a tensor subclass, or a lazily negated view (of a conjugated tensor's imaginary part, say)."""
+    """Whether one of these holds.
+
+    A dispatch mode, a functorch transform, `torch.jit.trace`, forward-mode differentiation, a tensor subclass, or a lazily negated view (of a
+    conjugated tensor's imaginary part, say).
+    """
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
+    if forward_ad._current_level >= 0:
         return True
     for value in values:  # a loop costs a third of any(), and this is in every call
         kind = value.__class__

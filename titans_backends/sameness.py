@@ -36,10 +36,8 @@ def same_as(values: Values) -> Callable[[Values], bool]:
         for place in absent:
             if later[place] is not None:
                 return False
-        if (
-            forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack()
-        ):  # a dual tensor looks like any other, and so does one that is traced
-            return False
+        if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
+            return False  # a dual tensor looks like any other, and so does one that is traced
         for place in at:
             value = later[place]
             if not isinstance(value, Tensor) or value.is_nested:  # torch's guard ends the process at nested ones

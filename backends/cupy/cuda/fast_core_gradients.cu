@@ -16,7 +16,8 @@
 
 constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, VALUE_WIDTH = VALUES <= 32 ? 32 : VALUES <= 64 ? 64 : 128;
 constexpr int WIDEST = KEY_WIDTH > VALUE_WIDTH ? KEY_WIDTH : VALUE_WIDTH;
-constexpr int BANDS = SIDE / 16, THREADS = 64 * BANDS, SIZE = sizeof(DTYPE), MOST = SIDE < 32 ? SIDE : 32, FEW = SIDE < 32 ? SIDE : 32;
+constexpr int BANDS = SIDE / 16, THREADS = 64 * BANDS, SIZE = sizeof(DTYPE), MOST = SIDE < 32 ? SIDE : 32, FEW = SIDE < 16 ? SIDE : 16;
+constexpr int RESIDENT = SIZE == 2 ? 512 / THREADS : 1;  // blocks that registers must allow: 16 warps of 128 registers
 constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * VALUE_WIDTH * SIZE, PAIR_BYTES = KEY_BYTES + VALUE_BYTES;
 
 struct Params {
@@ -155,33 +156,33 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
     const int rows = chunk.length - from, tiles = AS_KEYS ? (rows + SIDE - 1) / SIDE : from / SIDE + 1, first = AS_KEYS ? from : 0;
     const bool idle = 16 * band >= rows || (scores_of_keys ? (AS_KEYS ? !p.dv : !p.dgate && !p.outflow) : (AS_KEYS ? !p.dk && !FLOWING : !p.dq));
     const int64_t key_t = AS_KEYS ? p.k_t : p.q_t, met_key_t = AS_KEYS ? p.q_t : p.k_t, value_t = AS_KEYS ? p.v_t : p.do_t, met_value_t = AS_KEYS ? p.do_t : p.v_t;
-    const DTYPE* const q = p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + shared_head * p.q_h;
-    const DTYPE* const k = p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + shared_head * p.k_h;
-    load_tile<SIDE, THREADS, ALIGNED>(own_key, (AS_KEYS ? k : q) + from * key_t, key_t, rows, KEYS);
+    const int batch = static_cast<int>(chunk.batch), begin = static_cast<int>(chunk.begin);
+    // a tensor's first number of a token of the chunk and of a head: addresses are made anew where they are needed, registers are scarcer than products
+    const auto place = [&](int64_t b, int64_t t, int64_t h, int token, int head) { return fresh(batch) * b + static_cast<int64_t>(fresh(begin) + token) * t + head * h; };
+    const DTYPE* const key = AS_KEYS ? p.k + place(p.k_b, p.k_t, p.k_h, from, shared_head) : p.q + place(p.q_b, p.q_t, p.q_h, from, shared_head);
+    load_rounds<SIDE, THREADS, ALIGNED>(own_key, key, key_t, rows, KEYS);
 
     float acc[WIDEST / 8][4] = {};
 #pragma unroll 1
     for (int member = 0; member < p.group; member++) {
         const int head = shared_head * p.group + member;
-        const DTYPE* const v = p.v + chunk.batch * p.v_b + chunk.begin * p.v_t + head * p.v_h;
-        const DTYPE* const d_o = p.d_o + chunk.batch * p.do_b + chunk.begin * p.do_t + head * p.do_h;
-        load_tile<SIDE, THREADS, ALIGNED>(own_value, (AS_KEYS ? v : d_o) + from * value_t, value_t, rows, VALUES);
+        const DTYPE* const value = AS_KEYS ? p.v + place(p.v_b, p.v_t, p.v_h, from, head) : p.d_o + place(p.do_b, p.do_t, p.do_h, from, head);
+        load_rounds<SIDE, THREADS, ALIGNED>(own_value, value, value_t, rows, VALUES);
         cp_async_commit();
         const auto load = [&](int i) {
             if (i < tiles) {
                 const int at = first + i * SIDE, left = chunk.length - at;
-                load_tile<SIDE, THREADS, ALIGNED>(key_met(i), (AS_KEYS ? q : k) + at * met_key_t, met_key_t, left, KEYS);
-                load_tile<SIDE, THREADS, ALIGNED>(value_met(i), (AS_KEYS ? d_o : v) + at * met_value_t, met_value_t, left, VALUES);
+                const DTYPE* const key = AS_KEYS ? p.q + place(p.q_b, p.q_t, p.q_h, at, shared_head) : p.k + place(p.k_b, p.k_t, p.k_h, at, shared_head);
+                const DTYPE* const value = AS_KEYS ? p.d_o + place(p.do_b, p.do_t, p.do_h, at, head) : p.v + place(p.v_b, p.v_t, p.v_h, at, head);
+                load_rounds<SIDE, THREADS, ALIGNED>(key_met(i), key, met_key_t, left, KEYS);
+                load_rounds<SIDE, THREADS, ALIGNED>(value_met(i), value, met_value_t, left, VALUES);
             }
             cp_async_commit();
         };
-        if (DECAYED && warp == 0) {
-            const int64_t at = chunk.batch * p.g_b + (chunk.begin + first) * p.g_t + head * p.g_h;
-            running_log<DTYPE>(logs, tiles * SIDE, p.g, at, p.g_t, p.g_wide, chunk.length - first);
-        }
+        if (DECAYED && warp == 0) running_log<DTYPE>(logs, tiles * SIDE, p.g, place(p.g_b, p.g_t, p.g_h, first, head), p.g_t, p.g_wide, chunk.length - first);
         for (int t = threadIdx.x; t < (AS_KEYS ? tiles * SIDE : SIDE); t += THREADS) {
-            const int64_t at = chunk.batch * p.gate_b + (chunk.begin + from + t) * p.gate_t + head * p.gate_h;
-            rates[t] = t < rows ? p.scale * (p.gate ? load_gate<DTYPE>(p.gate, at, p.gate_wide) : 1.0f) : 0.0f;
+            const float gate = p.gate && t < rows ? load_gate<DTYPE>(p.gate, place(p.gate_b, p.gate_t, p.gate_h, from + t, head), p.gate_wide) : 1.0f;
+            rates[t] = t < rows ? p.scale * gate : 0.0f;
         }
         float flow[2] = {}, diagonal[2] = {};
         if (scores_of_keys && AS_KEYS) {
@@ -296,20 +297,20 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
             __syncthreads();
             load(i + BUFFERS);
         }
-        const int64_t token = chunk.batch * p.tokens + chunk.begin + from + 16 * band;
+        const int64_t token = static_cast<int64_t>(fresh(batch)) * p.tokens + fresh(begin) + from + 16 * band;
         if (!idle && scores_of_keys && AS_KEYS)
             store_rows<VALUE_WIDTH>(p.dv + (token * p.heads + head) * VALUES, static_cast<int64_t>(p.heads) * VALUES, acc, rows - 16 * band, VALUES);
         if (!idle && (AS_KEYS ? FLOWING && !scores_of_keys : scores_of_keys)) {
-            const int64_t place = (chunk.batch * p.heads + head) * p.tokens + chunk.begin + from + 16 * band;
+            const int64_t line = (static_cast<int64_t>(fresh(batch)) * p.heads + head) * p.tokens + fresh(begin) + from + 16 * band;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float sum = row_sum(flow[half]), apart = row_sum(diagonal[half]);
                 const int row = r + 8 * half;
                 if (c || 16 * band + row >= rows) continue;
                 if (AS_KEYS) {
-                    p.inflow[place + row] = sum;
+                    p.inflow[line + row] = sum;
                 } else {
-                    if (p.outflow) p.outflow[place + row] = sum * rates[16 * band + row];
+                    if (p.outflow) p.outflow[line + row] = sum * rates[16 * band + row];
                     if (p.dgate) store_gate(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
                 }
             }
@@ -319,12 +320,12 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
     DTYPE* const to = AS_KEYS ? p.dk : p.dq;
     if (!idle && !scores_of_keys && to) {
         const int groups = p.heads / p.group;
-        const int64_t token = chunk.batch * p.tokens + chunk.begin + from + 16 * band;
+        const int64_t token = static_cast<int64_t>(fresh(batch)) * p.tokens + fresh(begin) + from + 16 * band;
         store_rows<KEY_WIDTH>(to + (token * groups + shared_head) * KEYS, static_cast<int64_t>(groups) * KEYS, acc, rows - 16 * band, KEYS);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) fast_core_gradients(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) fast_core_gradients(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const int sweeps = p.as_queries + p.as_keys, groups = p.heads / p.group, part = blockIdx.x % (p.tiles * sweeps), stream = blockIdx.x / (p.tiles * sweeps);
     const int from = part / sweeps * SIDE;

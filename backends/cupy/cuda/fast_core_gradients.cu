@@ -151,7 +151,7 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
     const auto value_met = [&](int i) { return ValueTile{memory + (1 + i % BUFFERS) * PAIR_BYTES + KEY_BYTES}; };
     Log* const logs = reinterpret_cast<Log*>(memory + (1 + BUFFERS) * PAIR_BYTES);  // of the tokens from `first` on
     float* const rates = reinterpret_cast<float*>(logs + p.tiles * SIDE);  // scale times gate of the tokens from `from` on
-    const int warp = threadIdx.x / 32, band = warp % BANDS, lane = lane_id(), r = lane / 4, c = lane % 4;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), band = warp % BANDS, lane = lane_id(), r = lane / 4, c = lane % 4;
     const bool scores_of_keys = warp >= BANDS;  // P's half of the warps
     const int rows = chunk.length - from, tiles = AS_KEYS ? (rows + SIDE - 1) / SIDE : from / SIDE + 1, first = AS_KEYS ? from : 0;
     const bool idle = 16 * band >= rows || (scores_of_keys ? (AS_KEYS ? !p.dv : !p.dgate && !p.outflow) : (AS_KEYS ? !p.dk && !FLOWING : !p.dq));

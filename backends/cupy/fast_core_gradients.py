@@ -96,8 +96,14 @@ def _launch(call: FastCore, grads: tuple[Tensor | None, ...], into: dict[str, Te
         slots.wide, slots.sequences, tokens, min(call.chunk_size, 2**30), call.chunk_offset, slots.each, tiles, as_queries, as_keys, float(call.scale),
     )  # fmt: skip
     shared = shared_bytes(side, buffers, keys, values, tiles * side, v.dtype)
-    GRADIENTS((slots.count * groups * tiles * (as_queries + as_keys), 1, 1), 4 * side, macros, args, shared)
+    GRADIENTS((slots.count * groups * tiles * (as_queries + as_keys), 1, 1), 4 * side, (*macros, ("WORK", 0)), args, shared)
     if d_initial is not None or total is not None:
-        START((slots.sequences * heads, 1, 1), 2 * padded(keys, 32), macros, args, shared_bytes(side, 0, keys, values, tiles * side, v.dtype))
+        START(
+            (slots.sequences * heads, 1, 1),
+            2 * padded(keys, 32),
+            (*macros, ("WORK", 2)),
+            args,
+            shared_bytes(side, 0, keys, values, tiles * side, v.dtype),
+        )
     if dg is not None:
-        RUNNING((slots.count * heads, 1, 1), 32, macros, args)
+        RUNNING((slots.count * heads, 1, 1), 32, (*macros, ("WORK", 1)), args)

@@ -10,7 +10,7 @@
 // so that no score passes from one warp to another. fast_core_running sums for dg, fast_core_start makes dW at the start.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE; BUFFERS, 1 or 2 tiles of what is met; DECAYED: g is given; FLOWING: dg is wanted; STARTED: W is given; ENDED: dW is;
-// ALIGNED: 16-byte copies can take the rows of q, k, v and dO.
+// ALIGNED: 16-byte copies can take the rows of q, k, v and dO; WORK: which kernel is compiled, 0 gradients, 1 running, 2 start.
 #include "chunks.cuh"
 #include "tiles.cuh"
 
@@ -325,6 +325,7 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
     }
 }
 
+#if WORK == 0
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) fast_core_gradients(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const int sweeps = p.as_queries + p.as_keys, groups = p.heads / p.group, part = blockIdx.x % (p.tiles * sweeps), stream = blockIdx.x / (p.tiles * sweeps);
@@ -335,6 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) fast_core_gradie
     else sweep<false>(p, memory, chunk, stream % groups, from);
 }
 
+#elif WORK == 1
 // dg of a chunk and head: a warp sums what flows in less what flows out before each token.
 extern "C" __global__ void __launch_bounds__(32) fast_core_running(const __grid_constant__ Params p) {
     const int head = blockIdx.x % p.heads, lane = lane_id();
@@ -355,6 +357,7 @@ extern "C" __global__ void __launch_bounds__(32) fast_core_running(const __grid_
     }
 }
 
+#else
 // The gradient of a sequence's initial state for one head: 16 keys a warp, the first chunk's tokens in tiles of SIDE.
 constexpr int STATE_THREADS = 2 * KEY_WIDTH;
 
@@ -444,3 +447,4 @@ extern "C" __global__ void __launch_bounds__(STATE_THREADS) fast_core_start(cons
         }
     }
 }
+#endif

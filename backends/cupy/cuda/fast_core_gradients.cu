@@ -11,46 +11,11 @@
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE; BUFFERS, 1 or 2 tiles of what is met; DECAYED: g is given; FLOWING: dg is wanted; STARTED: W is given; ENDED: dW is;
 // ALIGNED: 16-byte copies can take the rows of q, k, v and dO; WORK: which kernel is compiled, 0 gradients, 1 running, 2 start.
-#include "chunks.cuh"
-#include "tiles.cuh"
+#include "fast_gradients.cuh"
 
-constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, VALUE_WIDTH = VALUES <= 32 ? 32 : VALUES <= 64 ? 64 : 128;
-constexpr int WIDEST = KEY_WIDTH > VALUE_WIDTH ? KEY_WIDTH : VALUE_WIDTH;
 constexpr int BANDS = SIDE / 16, THREADS = 64 * BANDS, SIZE = sizeof(DTYPE), MOST = SIDE < 64 ? SIDE : 64, USUAL = SIDE < 32 ? SIDE : 32, FEW = 16;
 constexpr int RESIDENT = SIZE == 2 ? 512 / THREADS : 1;  // blocks that registers must allow: 16 warps of 128 registers
 constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * VALUE_WIDTH * SIZE, PAIR_BYTES = KEY_BYTES + VALUE_BYTES;
-
-struct Params {
-    const DTYPE *q, *k, *v;
-    const void *gate, *g;
-    const DTYPE* d_o;
-    const float *initial, *d_final;
-    DTYPE *dq, *dk, *dv;
-    void *dgate, *dg;
-    float *inflow, *outflow;  // [B, H, T]: colsum and rowsum of F P D
-    float *d_initial, *total;  // total [N, H]: <W, dW at the start>, dg before the first token
-    const void* cu_seqlens;
-    int64_t q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h, g_b, g_t, g_h, do_b, do_t, do_h;
-    int heads, group, gate_wide, g_wide, cu_wide, sequences, tokens, chunk_size, offset, slots;
-    int tiles, as_queries, as_keys;  // tiles of a chunk; which sweeps are launched
-    float scale;
-};
-
-using KeyTile = Tile<DTYPE, KEY_WIDTH>;
-using ValueTile = Tile<DTYPE, VALUE_WIDTH>;
-
-DEVICE Grid grid_of(const Params& p) { return Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, p.chunk_size, p.offset, p.slots}; }
-
-DEVICE void store_gate(void* gate, int64_t at, float x, int wide) {
-    if (wide) static_cast<float*>(gate)[at] = x;
-    else static_cast<DTYPE*>(gate)[at] = narrow<DTYPE>(x);
-}
-
-// the sum over the four lanes that hold a row
-DEVICE float row_sum(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // x (16 x 8 N) += 16 rows of `own` times rows of `met` from 16 at on, of blocks of 16 those from `low` to below `high`
 template <int WIDTH, int N>
@@ -82,20 +47,6 @@ DEVICE void add_product(float (&acc)[WIDEST / 8][4], const float (&x)[N][4], con
             met.right_columns(b[0], b[1], b[2], b[3], 16 * n, 16 * (at + j));
             Product<DTYPE>::add(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
             Product<DTYPE>::add(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
-    }
-}
-
-// 16 rows of a gradient, those below `rows`
-template <int WIDTH> DEVICE void store_rows(DTYPE* to, int64_t stride, const float (&acc)[WIDEST / 8][4], int rows, int columns) {
-    const int r = lane_id() / 4, c = lane_id() % 4;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (r + 8 * half >= rows) break;
-#pragma unroll
-        for (int n = 0; n < WIDTH / 8; n++) {
-            const int at = 8 * n + 2 * c;
-            store_pair<KEYS % 2 == 0 && VALUES % 2 == 0>(to + (r + 8 * half) * stride + at, acc[n][2 * half], acc[n][2 * half + 1], columns - at);
         }
     }
 }

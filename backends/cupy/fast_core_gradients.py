@@ -44,9 +44,8 @@ def ways(signature: Signature, machine: Machine, reach: int) -> list[Candidate]:
         if shared_bytes(side, used, keys, values, reach, signature.dtype) <= room:
             params = (("side", side), ("buffers", used))
             found[Candidate("cupy", "tiles", params, "backward", sources=source_names(SOURCE))] = None
-    stateless = not dict(signature.options).get("output_final_state") and not signature.has("initial_state")
-    side = padded(reach)
-    if stateless and side <= _LONGEST_CHUNK and signature.dtype.itemsize == 2 and chunk_bytes(side, keys, values, signature.dtype) <= room:
+    side, states = padded(reach), bool(dict(signature.options).get("output_final_state")) or signature.has("initial_state")
+    if side <= _LONGEST_CHUNK and signature.dtype.itemsize == 2 and chunk_bytes(side, keys, values, signature.dtype, states) <= room:
         chunk = Candidate("cupy", "chunk", (("side", side),), "backward", sources=source_names(CHUNK_SOURCE))
         late = side > 64 and max(keys, values) > 64  # one block an SM then, which loads and computes in turn
         return [*list(found)[:1], chunk, *list(found)[1:]] if late else [chunk, *found]
@@ -58,9 +57,9 @@ def shared_bytes(side: int, buffers: int, keys: int, values: int, reach: int, dt
     return (1 + buffers) * side * dtype.itemsize * (padded(keys, 32) + padded(values, 32)) + 12 * (-(-reach // side) * side)
 
 
-def chunk_bytes(side: int, keys: int, values: int, dtype: torch.dtype) -> int:
-    """The same where a block holds a chunk: q, k, v, dO, a square of scores, and its sums."""
-    return side * dtype.itemsize * (2 * padded(keys, 32) + 2 * padded(values, 32) + max(side, 32)) + side * (16 + side // 4)
+def chunk_bytes(side: int, keys: int, values: int, dtype: torch.dtype, states: bool) -> int:
+    """The same where a block holds a chunk: q, k, v, dO, a square of scores, its sums, and rows of a state where there are any."""
+    return side * dtype.itemsize * (2 * padded(keys, 32) + (2 + states) * padded(values, 32) + max(side, 32)) + side * (16 + side // 4)
 
 
 def gradients(call: FastCore, grads: tuple[Tensor | None, ...], needs: frozenset[str], candidate: Candidate) -> tuple[Tensor | None, ...]:
@@ -110,22 +109,18 @@ def _launch(call: FastCore, grads: tuple[Tensor | None, ...], into: dict[str, Te
         heads, heads // groups, call.gate is not None and call.gate.dtype == torch.float32, call.g is not None and call.g.dtype == torch.float32,
         slots.wide, slots.sequences, tokens, min(call.chunk_size, 2**30), call.chunk_offset, slots.each, tiles, as_queries, as_keys, float(call.scale),
     )  # fmt: skip
-    if whole:
-        if d_initial is not None or d_final is not None or initial is not None:
-            raise ValueError(f"fast_core: {candidate.label} takes no states; use the variant 'tiles'")
-        if any(name in into for name in _INPUTS[:5]):
-            CHUNK((slots.count * groups, 1, 1), 2 * side, (*given, ("GROUPED", heads > groups)), args, chunk_bytes(side, keys, values, v.dtype))
+    macros = (*given, ("BUFFERS", max(buffers, 1)), ("STARTED", carried), ("ENDED", d_final is not None))
+    if d_initial is not None or total is not None:
+        shared = shared_bytes(side, 0, keys, values, tiles * side, v.dtype)
+        START((slots.sequences * heads, 1, 1), 2 * padded(keys, 32), (*macros, ("WORK", 2)), args, shared)
+    if not as_queries and not as_keys:
         return
-    macros = (*given, ("BUFFERS", buffers), ("STARTED", carried), ("ENDED", d_final is not None))
+    if whole:
+        shared = chunk_bytes(side, keys, values, v.dtype, carried or d_final is not None)
+        macros = (*given, ("STARTED", carried), ("ENDED", d_final is not None), ("GROUPED", heads > groups))
+        CHUNK((slots.count * groups, 1, 1), 2 * side, macros, args, shared)
+        return
     shared = shared_bytes(side, buffers, keys, values, tiles * side, v.dtype)
     GRADIENTS((slots.count * groups * tiles * (as_queries + as_keys), 1, 1), 4 * side, (*macros, ("WORK", 0)), args, shared)
-    if d_initial is not None or total is not None:
-        START(
-            (slots.sequences * heads, 1, 1),
-            2 * padded(keys, 32),
-            (*macros, ("WORK", 2)),
-            args,
-            shared_bytes(side, 0, keys, values, tiles * side, v.dtype),
-        )
     if dg is not None:
         RUNNING((slots.count * heads, 1, 1), 32, (*macros, ("WORK", 1)), args)

@@ -1,10 +1,10 @@
-// The gradients of S_fast where one block holds a whole chunk (SPEC.md 10; formulas and cost: fast_core_gradients.cu), for calls without states.
+// The gradients of S_fast where one block holds a whole chunk (SPEC.md 10; formulas, those of states among them, and cost: fast_core_gradients.cu).
 // A warp takes 16 queries: P = Q K^T and D = dO V^T are computed once; F P and F D stay in its registers, rounded, as the operand of dq = (F D) K. Through
 // one square in shared memory, F P first, they become what a warp needs as 16 keys: dv = (F P)^T dO, dk = (F D)^T Q. dg is summed on the spot.
 // 5 products of a triangle of C^2 (K or V) where the tiles of fast_core_gradients take 8; the v heads of a q/k head come one after the other.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens, 16 to 128; DECAYED: g is given; FLOWING: dg is wanted; GROUPED: several v heads share a q/k head;
-// ALIGNED: 16-byte copies can take the rows of q, k, v and dO.
+// STARTED: a state is carried into the first chunk; ENDED: a gradient of the last state arrives; ALIGNED: 16-byte copies can take the rows of q, k, v and dO.
 #include "fast_gradients.cuh"
 
 constexpr int BANDS = SIDE / 16, THREADS = 32 * BANDS, SIZE = sizeof(DTYPE), SQUARE = SIDE < 32 ? 32 : SIDE;
@@ -45,6 +45,36 @@ template <int WIDTH> DEVICE void add_turned(float (&acc)[WIDEST / 8][4], const S
     }
 }
 
+// SIDE rows of a state, from `key` on, rounded
+DEVICE void load_state(const ValueTile& state, const float* w, int key) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) {
+        const int row = i / VALUE_WIDTH, column = i % VALUE_WIDTH;
+        *state.element(row, column) = narrow<DTYPE>(key + row < KEYS && column < VALUES ? w[(key + row) * VALUES + column] : 0.0f);
+    }
+    __syncthreads();
+}
+
+// What a state adds to a gradient of keys' width: by own state^T, `rate` times it to acc, and its product with the rows of `met` to `sum`
+DEVICE void add_state(float (&acc)[WIDEST / 8][4], float (&sum)[2], const Pair<DTYPE> (&own)[VALUE_WIDTH / 16][4], const ValueTile& state, int key,
+                      const KeyTile& met, int row0, const float (&by)[2], const float (&rate)[2]) {
+#pragma unroll
+    for (int j = 0; j < SIDE / 16; j++) {
+        if (key + 16 * j >= KEY_WIDTH) break;
+        float x[2][4] = {};
+        score(x, own, state, 16 * j);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float more = by[e / 2] * x[n][e];
+                sum[e / 2] += more * widen(*met.element(row0 + lane_id() / 4 + e / 2 * 8, key + 16 * j + 8 * n + lane_id() % 4 * 2 + e % 2));
+                acc[(key + 16 * j) / 8 + n][e] += rate[e / 2] * more;
+            }
+        }
+    }
+}
+
 DEVICE void clear(float (&acc)[WIDEST / 8][4]) {
 #pragma unroll
     for (int n = 0; n < WIDEST / 8; n++)
@@ -59,6 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
     const Scores scores{memory + 2 * (KEY_BYTES + VALUE_BYTES)};
     Log* const logs = reinterpret_cast<Log*>(scores.base + SIDE * SQUARE * SIZE);
     float *const rates = reinterpret_cast<float*>(logs + SIDE), *const flows = rates + SIDE, *const parts = flows + SIDE;
+    const ValueTile state{reinterpret_cast<unsigned char*>(parts + BANDS * SIDE)};
 
     const int groups = p.heads / p.group, shared_head = blockIdx.x % groups, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     const int lane = lane_id(), r = lane / 4, c = lane % 4;
@@ -86,6 +117,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
         __syncthreads();
 
         const int64_t token = static_cast<int64_t>(fresh(batch)) * p.tokens + fresh(begin) + 16 * warp;
+        const int64_t memory_of = (static_cast<int64_t>(chunk.sequence) * p.heads + head) * (KEYS * VALUES);
+        float flow[2] = {}, diagonal[2] = {}, left[2] = {};
+        if (!GROUPED) clear(dq);
+        if constexpr (STARTED) {
+            if (chunk.first && p.offset > 0) {
+                const int row = 16 * warp + r;
+                const float by[2] = {DECAYED ? exp_log(logs[row]) : 1.0f, DECAYED ? exp_log(logs[row + 8]) : 1.0f}, rate[2] = {rates[row], rates[row + 8]};
+                Pair<DTYPE> own[VALUE_WIDTH / 16][4];
+#pragma unroll
+                for (int s = 0; s < VALUE_WIDTH / 16; s++) d_outputs.rows(own[s][0], own[s][1], own[s][2], own[s][3], 16 * warp, 16 * s);
+#pragma unroll
+                for (int key = 0; key < KEY_WIDTH; key += SIDE) {
+                    load_state(state, p.initial + memory_of, key);
+                    add_state(dq, flow, own, state, key, queries, 16 * warp, by, rate);
+                }
+            }
+        }
         Pair<DTYPE> kept[BANDS][4];  // F D
         if (rows > 0) {
             Pair<DTYPE> own_key[KEY_WIDTH / 16][4], own_value[VALUE_WIDTH / 16][4];
@@ -94,7 +142,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
 #pragma unroll
             for (int s = 0; s < VALUE_WIDTH / 16; s++) d_outputs.rows(own_value[s][0], own_value[s][1], own_value[s][2], own_value[s][3], 16 * warp, 16 * s);
             const float rate[2] = {rates[16 * warp + r], rates[16 * warp + r + 8]};
-            float flow[2] = {}, diagonal[2] = {};
 #pragma unroll
             for (int j = 0; j < BANDS; j++) {
                 if (j > warp) break;
@@ -144,6 +191,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
             if (p.dq && (!GROUPED || member == p.group - 1))
                 store_rows<KEY_WIDTH>(p.dq + (token * groups + shared_head) * KEYS, static_cast<int64_t>(groups) * KEYS, dq, rows, KEYS);
         }
+        float dv[WIDEST / 8][4] = {};
+        if constexpr (ENDED) {
+            if (!GROUPED) clear(dk);
+            if (chunk.last) {
+                const Log last = logs[SIDE - 1];
+                const int row = 16 * warp + r;
+                const float by[2] = {DECAYED ? exp_between(last, logs[row]) : 1.0f, DECAYED ? exp_between(last, logs[row + 8]) : 1.0f}, one[2] = {1.0f, 1.0f};
+                Pair<DTYPE> own[VALUE_WIDTH / 16][4];
+#pragma unroll
+                for (int s = 0; s < VALUE_WIDTH / 16; s++) values.rows(own[s][0], own[s][1], own[s][2], own[s][3], 16 * warp, 16 * s);
+#pragma unroll
+                for (int key = 0; key < KEY_WIDTH; key += SIDE) {
+                    load_state(state, p.d_final + memory_of, key);
+                    add_state(dk, left, own, state, key, keys, 16 * warp, by, one);
+#pragma unroll
+                    for (int s = 0; s < SIDE / 16; s++) {
+                        if (key + 16 * s >= KEY_WIDTH) break;
+                        Pair<DTYPE> a[4];
+                        keys.rows(a[0], a[1], a[2], a[3], 16 * warp, key + 16 * s);
+                        add_rows(dv, a, state, 16 * s);
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < VALUE_WIDTH / 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) dv[n][e] *= by[e / 2];
+                if constexpr (FLOWING) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        left[half] = row_sum(left[half]);
+                        if (c == 0 && r + 8 * half < rows) flows[row + 8 * half] -= left[half];
+                    }
+                }
+            }
+        }
         __syncthreads();
         if constexpr (FLOWING) {  // before token t the sum of what flows in less what flows out
             for (int t = threadIdx.x; t < length; t += THREADS) {
@@ -153,14 +235,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
             }
         }
         if (p.dv && rows > 0) {
-            float dv[WIDEST / 8][4] = {};
             add_turned(dv, scores, d_outputs, warp, bands);
             store_rows<VALUE_WIDTH>(p.dv + (token * p.heads + head) * VALUES, static_cast<int64_t>(p.heads) * VALUES, dv, rows, VALUES);
         }
         if (!p.dk && !FLOWING && !GROUPED) return;
         __syncthreads();
         if (FLOWING && warp == 0) {
-            float before = 0.0f;
+            float before = STARTED && p.total && chunk.first && p.offset > 0 ? p.total[chunk.sequence * p.heads + head] : 0.0f;
             for (int base = 0; base < length; base += 32) {
                 const int t = base + lane;
                 const float own = t < length ? flows[t] : 0.0f;
@@ -185,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
         }
         __syncthreads();
         if (p.dk && rows > 0) {
-            if (!GROUPED) clear(dk);
+            if (!GROUPED && !ENDED) clear(dk);
             add_turned(dk, scores, queries, warp, bands);
             if (!GROUPED || member == p.group - 1)
                 store_rows<KEY_WIDTH>(p.dk + (token * groups + shared_head) * KEYS, static_cast<int64_t>(groups) * KEYS, dk, rows, KEYS);

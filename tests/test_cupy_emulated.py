@@ -222,7 +222,7 @@ def test_a_consumer_card_has_a_candidate_of_every_size(op: str) -> None:
 def test_a_remembered_call_repeats_on_other_tensors(op: str) -> None:
     made = CONTRACTS[op]
     case = replace(next(one(made)), dtype=torch.float32)
-    first, second = build(made, case), build(made, replace(case, seed=1))
+    first, second = build(made, case), build(made, replace(case, seed=3))  # the seed picks the shape of an argument that has up to three
     candidate, module = offered(made, first)[0], cast(RememberingOpModule, module_of(op))
     outputs, again = module.remember(first, candidate)
     assert again is not None, "the call was not remembered"

@@ -1,6 +1,6 @@
 """dual_core's recurrent mode; its variants, each of which ends with the fast core added in place (dual_fast.py):
 
-segments   the exact rule with heads of up to 64 keys: gated_delta_rule's segments, two launches in all
+rule       the exact rule: gated_delta_rule's launches; two in all where its segments are one
 composed   uw_transform and slow_core: every option
 flat       one launch, where every sequence is one chunk and no state comes or goes: then no memory is read
 """
@@ -20,7 +20,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict, refused
 
-from . import delta_segments, dual_fast, dual_joins, slow_core, uw_transform
+from . import dual_fast, dual_joins, gated_delta_rule, slow_core, uw_transform
 from .bounds import bounds_on
 from .dual_fast import fast_plans, merge_fast
 from .dual_flat import flat, flat_candidates, serves_flat
@@ -32,7 +32,8 @@ __all__ = ["EXACT_CHUNK", "is_exact", "on_chunks_of", "recurrent", "recurrent_ca
 
 EXACT_CHUNK = 64
 """Tokens of the slow core's chunks where it is the exact rule, for which any will do."""
-_MOST = 4
+_SMALL = 64
+"""Keys up to which the exact rule is not composed: its segments are much faster."""
 
 
 def serves_recurrent(signature: Signature, machine: Machine) -> Verdict:
@@ -79,23 +80,23 @@ def recurrent_candidates(signature: Signature, machine: Machine) -> list[Candida
     found: list[Candidate] = []
     if _is_one_chunk(signature) and serves_flat(signature, machine):
         found += flat_candidates(signature, machine)
-    if is_exact(signature):
-        slow = delta_segments.segments_candidates(signature, machine)
-        found += [_joined("segments", (delta_segments.SOURCE,), {"slow": way}, plans[0]) for way in slow[:_MOST]]
-        found += [_joined("segments", (delta_segments.SOURCE,), {"slow": slow[0]}, plan) for plan in plans[1:2] if slow]
     inner = _inner(signature)
-    transforms, scans = uw_transform.candidates(inner, machine), slow_core.candidates(inner, machine)
-    sources = (uw_transform.SOURCE, slow_core.SOURCE)
-    found += [_joined("composed", sources, {"transform": transforms[0], "slow": scan}, plans[0]) for scan in scans[:_MOST]]
-    found += [_joined("composed", sources, {"transform": way, "slow": scans[0]}, plans[-1]) for way in transforms[1:2]]
+    rules = gated_delta_rule.candidates(signature, machine) if is_exact(signature) else []
+    found += [_joined("rule", {"slow": way}, plans[0]) for way in rules]
+    found += [_joined("rule", {"slow": rules[0]}, plan) for plan in plans[1:2] if rules]
+    if not rules or signature.dim("K") > _SMALL:
+        transforms, scans = uw_transform.candidates(inner, machine), slow_core.candidates(inner, machine)
+        found += [_joined("composed", {"transform": transforms[0], "slow": scan}, plans[0]) for scan in scans]
+        found += [_joined("composed", {"transform": way, "slow": scans[0]}, plans[-1]) for way in transforms[1:2]]
     return list(dict.fromkeys(found))
 
 
-def _joined(variant: str, sources: tuple[str, ...], parts: dict[str, Candidate], plan: tuple[int, int]) -> Candidate:
+def _joined(variant: str, parts: dict[str, Candidate], plan: tuple[int, int]) -> Candidate:
     params: dict[str, Param] = {"fast_side": plan[0], "fast_buffers": plan[1]}
     for name, part in parts.items():
         params |= {f"{name}_variant": part.variant, **{f"{name}_{key}": value for key, value in part.params}}
-    return candidate(variant, (*sources, dual_fast.SOURCE, dual_joins.SOURCE), **params)
+    made = candidate(variant, (dual_fast.SOURCE, dual_joins.SOURCE), **params)
+    return replace(made, sources=tuple(dict.fromkeys((*made.sources, *(name for part in parts.values() for name in part.sources)))))
 
 
 def _part(joined: Candidate, name: str) -> Candidate:
@@ -109,19 +110,20 @@ def recurrent(call: DualCore, chosen: Candidate) -> tuple[Tensor | None, ...]:
     if chosen.variant == "flat":
         return flat(call, chosen), None, None
     call = replace(call, q=unit_stride(call.q), k=unit_stride(call.k), v=unit_stride(call.v), cu_seqlens=bounds_on(call.cu_seqlens, call.v))
-    o, final = _by_segments(call, chosen) if chosen.variant == "segments" else _composed(call, chosen)
+    o, final = _by_rule(call, chosen) if chosen.variant == "rule" else _composed(call, chosen)
     fast_final = None
     if o.numel() or call.output_final_state:
         fast_final = merge_fast(call, o, int(chosen.param("fast_side")), int(chosen.param("fast_buffers")))
     return o, final, fast_final
 
 
-def _by_segments(call: DualCore, chosen: Candidate) -> tuple[Tensor, Tensor | None]:
+def _by_rule(call: DualCore, chosen: Candidate) -> tuple[Tensor, Tensor | None]:
     rule = GatedDeltaRule(
         call.q, call.k, call.v, call.beta, call.g, gate=call.slow_gate, scale=call.scale, initial_state=call.initial_state,
         output_final_state=call.output_final_state, qk_l2norm=call.qk_l2norm, cu_seqlens=call.cu_seqlens,
     )  # fmt: skip
-    o, final = delta_segments.segments(rule, _part(chosen, "slow"))
+    o, final = gated_delta_rule.run(rule, _part(chosen, "slow"))
+    assert o is not None
     if final is not None and call.normalize_final:
         normalize_states(call, final)
     return o, final

@@ -35,6 +35,9 @@ MOST_SPILLED = 16
 SPILLING = {"dual_core": 5120, "gated_delta_rule": 96, "slow_core": 32}
 """What these spill at most, heads of 128 in dual_core, float32 in the others: known, slow, and not to grow."""
 
+ALSO = {"dual_core": ("flat",)}
+"""Variants that are compiled beside an op's first one: other kernels."""
+
 
 def _missing() -> str | None:
     """Why nothing can be compiled here; None where it can."""
@@ -61,10 +64,11 @@ class Usage:
 
 
 def production(op: str) -> Iterator[Case]:
-    """The sizes that an op is for, in its first variant that the backend serves: heads of 128 and of 32, in bfloat16 and float32."""
+    """The sizes that an op is for, in the variants that its modes need: heads of 128 and of 32, in bfloat16 and float32."""
     made = CONTRACTS[op]
-    variant = next(each for each in made.variants if offered(op, Case("", B=1, T=1, K=32, V=32, options=each.options, given=each.given), 90))
-    for size, dtype in product((128, 32), (torch.bfloat16, torch.float32)):
+    served = [each for each in made.variants if offered(op, Case("", B=1, T=1, K=32, V=32, options=each.options, given=each.given), 90)]
+    also = [each for each in served[1:] if each.name in ALSO.get(op, ())]
+    for variant, size, dtype in product((served[0], *also), (128, 32), (torch.bfloat16, torch.float32)):
         tokens = 1 if op == "gated_delta_step" else 2048
         case = Case(f"{variant.name}, {size}", B=1, T=tokens, G=32, H=32, K=size, V=size, dtype=dtype, options=variant.options, given=variant.given)
         if offered(op, case, 90):

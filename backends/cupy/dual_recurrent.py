@@ -2,7 +2,7 @@
 
 rule       the exact rule: gated_delta_rule's launches; two in all where its segments are one
 composed   uw_transform and slow_core: every option
-flat       one launch, where every sequence is one chunk and no state comes or goes: then no memory is read
+flat, prefix  one launch, where every sequence is one chunk and no state comes or goes: then no memory is read
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from titans_backends.verdict import Verdict, refused
 from . import dual_fast, dual_joins, gated_delta_rule, slow_core, uw_transform
 from .bounds import bounds_on
 from .dual_fast import fast_plans, merge_fast
-from .dual_flat import flat, flat_candidates, serves_flat
+from .dual_flat import FLAT_VARIANTS, flat, flat_candidates, serves_flat
 from .dual_joins import normalize_states, unit_operands
 from .serving import WIDEST, candidate, serves
 from .strides import unit_stride
@@ -107,7 +107,7 @@ def _part(joined: Candidate, name: str) -> Candidate:
 
 def recurrent(call: DualCore, chosen: Candidate) -> tuple[Tensor | None, ...]:
     """`o` `[B, T, H, V]` in v's dtype, and both final states `[N, H, K, V]` in float32, None unless asked."""
-    if chosen.variant == "flat":
+    if chosen.variant in FLAT_VARIANTS:
         return flat(call, chosen), None, None
     call = replace(call, q=unit_stride(call.q), k=unit_stride(call.k), v=unit_stride(call.v), cu_seqlens=bounds_on(call.cu_seqlens, call.v))
     o, final = _by_rule(call, chosen) if chosen.variant == "rule" else _composed(call, chosen)

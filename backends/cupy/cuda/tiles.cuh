@@ -27,6 +27,26 @@ DEVICE void load_tile(const Tile<T, COLUMNS>& tile, const T* from, int64_t strid
     }
 }
 
+// load_tile where the threads are a multiple of a row's pieces and load all rows in whole rounds: a thread's column stays, so that few addresses are held.
+template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
+DEVICE void load_rounds(const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
+    if constexpr (WIDE) {
+        constexpr int PER = Tile<T, COLUMNS>::PER, PIECES = Tile<T, COLUMNS>::PIECES, STEP = THREADS / PIECES;
+        static_assert(THREADS % PIECES == 0 && ROWS % STEP == 0, "the threads do not load the tile in whole rounds");
+        const int thread = fresh(threadIdx.x), row = thread / PIECES, piece = thread % PIECES, left = piece * PER < columns ? rows - row : 0;
+        unsigned char* const to = tile.piece(row, piece);
+        const T* at = from + row * stride + piece * PER;
+#pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++) {
+            const bool inside = i * STEP < left;
+            cp_async_16(STEP % 8 ? tile.piece(row + i * STEP, piece) : to + i * STEP * Tile<T, COLUMNS>::ROW, inside ? at : from, inside);
+            at += STEP * stride;
+        }
+    } else {
+        load_tile<ROWS, THREADS, WIDE>(tile, from, stride, rows, columns);
+    }
+}
+
 // A tile's rows below `rows` and columns below `columns` to device memory; WIDE: its rows are aligned as above.
 template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
 DEVICE void store_tile(const Tile<T, COLUMNS>& tile, T* to, int64_t stride, int rows, int columns) {

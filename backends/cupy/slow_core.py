@@ -15,12 +15,13 @@ from .ahead import ahead_of
 from .bounds import bounds_on
 from .chunks import three_strides
 from .launch import DTYPES, Kernel
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
 from .serving import candidate as _candidate
+from .slow_core_gradients import backward_candidates, run_backward
 from .strides import aligned_rows, unit_stride
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 SOURCE = "slow_core.cu"
 SLOW = Kernel(SOURCE, "slow_core", "11P21q8if")
@@ -105,5 +106,5 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return o, final
 
 
-compile_ahead = ahead_of(run)
-remember = remembering(run)
+compile_ahead = ahead_of(run, "slow_core", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

@@ -185,7 +185,10 @@ def test_a_frozen_input_launches_nothing_of_its_own(op: str, engine: cuda_emulat
     before = engine.launches
     assert module.run_backward(call, grads, None, frozenset(), candidate) == tuple(None for _ in whole)
     assert engine.launches == before
+    given = made.tensors(call)
     for place, name in enumerate(made.differentiable):
+        if name not in given:
+            continue
         alone = module.run_backward(call, grads, None, frozenset({name}), candidate)
         assert [x is not None for x in alone] == [at == place for at in range(len(alone))]
         assert torch.equal(cast(Tensor, alone[place]), cast(Tensor, whole[place])), name

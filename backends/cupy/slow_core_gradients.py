@@ -128,7 +128,7 @@ def _fill(call: SlowCore, grads: tuple[Tensor | None, ...], into: dict[str, Tens
     )  # fmt: skip
     vectors = wanted & {"g", "gate", "chunk_decay"}
     parts: Macros = (
-        *shared, ("KEY_SLICE", key_slice), ("VALUE_SLICE", value_slice), ("DECAYED", g is not None),
+        *shared, ("KEY_SLICE", key_slice), ("VALUE_SLICE", value_slice), ("DECAYED", g is not None), ("GROUPED", heads != groups),
         ("READ", bool(wanted & {"q", "g", "gate", "chunk_decay"})), ("ERASE", bool(wanted & {"w", "chunk_decay"})), ("WRITE", bool(wanted & {"k", "g"})),
     )  # fmt: skip
     walked: Macros = (*shared, ("PIECE", piece), ("STAGES", stages), ("WARPS", warps))

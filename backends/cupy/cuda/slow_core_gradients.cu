@@ -10,7 +10,7 @@
 // A block has a chunk, a q/k head and KEY_SLICE columns of keys, and goes through the v heads of that head in order: what they share is summed in registers.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a chunk at most, 16 a warp; KEY_SLICE, VALUE_SLICE: columns at once; DECAYED: g; FACTORED: chunk_decay;
-// DELTA; READ, ERASE, WRITE: dq or a vector, dw or dd, dk or dg are wanted; ALIGNED: 16-byte copies can take all rows.
+// DELTA; GROUPED: several v heads to a q/k head; READ, ERASE, WRITE: dq or a vector, dw or dd, dk or dg are wanted; ALIGNED: 16-byte copies can take all rows.
 #include "chunks.cuh"
 #include "tiles.cuh"
 
@@ -18,6 +18,7 @@ constexpr int KEY_BLOCKS = (KEYS + 15) / 16, VALUE_BLOCKS = (VALUES + 15) / 16, 
 constexpr int BLOCKS = SIDE / 16, THREADS = 2 * SIDE, TRIANGLE = SIDE < 32 ? 32 : SIDE, SIZE = sizeof(DTYPE), LINE = 2 * SIDE + 4;
 constexpr int KEY_BYTES = SIDE * KEY_SLICE * SIZE, VALUE_BYTES = SIDE * VALUE_SLICE * SIZE, STATE_BYTES = VALUE_SLICE * KEY_SLICE * SIZE;
 constexpr int WORK_BYTES = 3 * VALUE_BYTES + 2 * STATE_BYTES, SCORES_BYTES = SIDE * TRIANGLE * SIZE;
+constexpr int AT_ONCE = THREADS > 128 ? 1 : KEY_SLICE > 32 || GROUPED || (SIZE == 4 && KEYS > 32) ? 2 : 3;  // blocks of a processor, as registers allow
 constexpr int LOGS_AT = 2 * KEY_BYTES + (WORK_BYTES > SCORES_BYTES ? WORK_BYTES : SCORES_BYTES);
 
 struct Params {
@@ -243,7 +244,7 @@ DEVICE float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) slow_core_gradients(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradients(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const int slice = blockIdx.x % KEY_SLICES, shared_heads = p.heads / p.group, shared_head = blockIdx.x / KEY_SLICES % shared_heads;
     const int slot = blockIdx.x / KEY_SLICES / shared_heads, warp = threadIdx.x / 32, r = lane_id() / 4, c = lane_id() % 4;
@@ -259,9 +260,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) slow_core_gradients(const 
     load_tile<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + shared_head * p.q_h + key, p.q_t, length, keys_left);
     load_tile<SIDE, THREADS, ALIGNED>(keys, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + shared_head * p.k_h + key, p.k_t, length, keys_left);
     const int64_t factor_at = FACTORED ? factor_index(p, chunk) : 0;
-    float dq[KEY_SLICE / 8][4] = {}, dk[KEY_SLICE / 8][4] = {};
+    float dq[KEY_SLICE / 8][4] = {}, dk[KEY_SLICE / 8][4] = {};  // GROUPED: over the v heads
+    const int64_t key_t = static_cast<int64_t>(shared_heads) * KEYS, to_key = first * key_t + shared_head * KEYS + key;
 #pragma unroll 1
-    for (int member = 0; member < p.group; member++) {
+    for (int member = 0; member < (GROUPED ? p.group : 1); member++) {
         const int head = shared_head * p.group + member;
         const int64_t place = static_cast<int64_t>(slot) * p.heads + head, value_t = static_cast<int64_t>(p.heads) * VALUES;
         const DTYPE* d_o = p.d_o + chunk.batch * p.do_b + chunk.begin * p.do_t + head * p.do_h;
@@ -328,9 +330,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) slow_core_gradients(const 
             }
             row_products(told, queries, read, warp);
 #pragma unroll
-            for (int n = 0; n < KEY_SLICE / 8; n++)
+            for (int n = 0; n < KEY_SLICE / 8; n++) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) dq[n][e] += gates[e / 2] * read[n][e];
+                for (int e = 0; e < 4; e++) {
+                    if constexpr (GROUPED) dq[n][e] += gates[e / 2] * read[n][e];
+                    else read[n][e] *= gates[e / 2];
+                }
+            }
+            if (!GROUPED && p.dq) store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dq + to_key, key_t, read, warp, length, keys_left);
         }
         if (ERASE) {
             if (FACTORED && DELTA && p.pulled) {
@@ -349,8 +356,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) slow_core_gradients(const 
                 for (int n = 0; n < KEY_SLICE / 8; n++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) lost[n][e] *= -factor;
-                const int64_t key_t = static_cast<int64_t>(p.heads) * KEYS;
-                store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dw + first * key_t + head * KEYS + key, key_t, lost, warp, length, keys_left);
+                const int64_t w_t = static_cast<int64_t>(p.heads) * KEYS;
+                store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dw + first * w_t + head * KEYS + key, w_t, lost, warp, length, keys_left);
             }
         }
         __syncthreads();
@@ -365,10 +372,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) slow_core_gradients(const 
             }
             add_turned(written, scores, queries, warp, length);
             row_products(taken, keys, written, warp);
+            if constexpr (GROUPED) {
 #pragma unroll
-            for (int n = 0; n < KEY_SLICE / 8; n++)
+                for (int n = 0; n < KEY_SLICE / 8; n++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) dk[n][e] += written[n][e];
+                    for (int e = 0; e < 4; e++) dk[n][e] += written[n][e];
+            } else if (p.dk) {
+                store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dk + to_key, key_t, written, warp, length, keys_left);
+            }
         }
         if (!p.told && !p.bent && !p.pulled) continue;
         const float of_warp = warp_sum(extra);
@@ -386,9 +397,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) slow_core_gradients(const 
             if (c == 0 && p.bent) p.bent[at * SIDE + token] = token == length - 1 ? bent + whole : bent;
         }
     }
-    const int64_t key_t = static_cast<int64_t>(p.heads / p.group) * KEYS, to = first * key_t + shared_head * KEYS + key;
-    if (p.dq) store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dq + to, key_t, dq, warp, length, keys_left);
-    if (p.dk) store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dk + to, key_t, dk, warp, length, keys_left);
+    if constexpr (GROUPED) {
+        if (p.dq) store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dq + to_key, key_t, dq, warp, length, keys_left);
+        if (p.dk) store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dk + to_key, key_t, dk, warp, length, keys_left);
+    }
 }
 
 DEVICE void store_gate(void* to, int64_t at, float x, int wide) {

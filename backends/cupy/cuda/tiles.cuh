@@ -8,12 +8,12 @@
 template <typename T> constexpr int STEPS_AT_ONCE = Dtype<T>::half ? 8 : 1;
 
 // ROWS rows; those from `rows` on and columns from `columns` on become zeros. WIDE: rows start on 16 bytes, and 16 divides those of `columns`.
-// To be followed by cp_async_commit, cp_async_wait and a barrier.
+// To be followed by cp_async_commit, cp_async_wait and a barrier. `thread`: its number among the THREADS that load.
 template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
-DEVICE void load_tile(const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
+DEVICE void load_tile_by(int thread, const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
     constexpr int PER = Tile<T, COLUMNS>::PER, PIECES = Tile<T, COLUMNS>::PIECES;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+    for (int i = thread; i < ROWS * PIECES; i += THREADS) {
         const int row = i / PIECES, piece = i % PIECES;
         const bool inside = row < rows && piece * PER < columns;
         if constexpr (WIDE) {
@@ -25,6 +25,12 @@ DEVICE void load_tile(const Tile<T, COLUMNS>& tile, const T* from, int64_t strid
             *reinterpret_cast<uint4*>(tile.piece(row, piece)) = *reinterpret_cast<const uint4*>(x);
         }
     }
+}
+
+// The same by all threads of a block.
+template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
+DEVICE void load_tile(const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
+    load_tile_by<ROWS, THREADS, WIDE>(threadIdx.x, tile, from, stride, rows, columns);
 }
 
 // A tile's rows below `rows` and columns below `columns` to device memory; WIDE: its rows are aligned as above.

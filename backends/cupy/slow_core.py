@@ -117,7 +117,7 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
     if candidate.variant == "roles":
         depth = int(candidate.param("depth"))
-        threads = 32 * (warps + min(side // 16, 4) + 1)
+        threads = 32 * (warps + min(side // 16, 4) + 2)
         ROLES(blocks, threads, (*macros, ("DEPTH", depth)), args, roles_bytes(side, warps, depth, keys, bool(call.delta), u.dtype))
         return o, final
     buffers = int(candidate.param("buffers"))

@@ -2,7 +2,7 @@
 // S' = e^G_C S~ + (e^(G_C - G) k)^T U'.
 //   walkers   own 16 value columns of a state each, transposed, in registers: of a chunk only w S~ and k^T U' are on their way; S~ and U' they hand on, rounded
 //   readers   are a chunk behind: 16 tokens each of the scores, which stay in registers as the operand of their product with U', and of q S~: they write o
-//   the clerk is a chunk ahead: the running decay and the gates; it loads tiles together with the readers
+//   loaders   bring the tiles of chunks to come; one of them is the clerk: the next chunk's running decay and gates
 // All meet once a chunk. A token and head costs C (K + V) + 6 K V FLOP and moves 3 K + 2 V numbers (C K FLOP and 3 K again for each slice of columns); what
 // limits it is a walker's chain: for 64 tokens and K = 128 256 products of 16 x 8 x 8 after one another in a warp, about 1100 cycles.
 //
@@ -13,7 +13,7 @@
 
 constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, KEY_BLOCKS = (KEYS + 15) / 16, VALUE_BLOCKS = (VALUES + 15) / 16;
 constexpr int COLUMNS = WARPS < 2 ? 32 : 16 * WARPS, SLICES = (VALUE_BLOCKS + WARPS - 1) / WARPS, BLOCKS = SIDE / 16, SIZE = sizeof(DTYPE);
-constexpr int READERS = BLOCKS < 4 ? BLOCKS : 4, FIRST = READERS < 2 ? READERS : 2, THREADS = 32 * (WARPS + READERS + 1), LOADERS = 32 * (READERS + 1);
+constexpr int READERS = BLOCKS < 4 ? BLOCKS : 4, FIRST = READERS < 2 ? READERS : 2, THREADS = 32 * (WARPS + READERS + 2), LOADERS = 64;
 constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * COLUMNS * SIZE, READ_STAGE = 2 * KEY_BYTES, WALK_STAGE = DELTA * KEY_BYTES + VALUE_BYTES;
 constexpr int FRAGMENT = 256 * SIZE, HANDED = WARPS * (KEY_BLOCKS + BLOCKS) * FRAGMENT;  // of 16 x 16; S~ of every walker, then U'
 constexpr int WALK_AT = (DEPTH + 2) * READ_STAGE, HANDED_AT = WALK_AT + (DEPTH + 1) * WALK_STAGE, LINES_AT = HANDED_AT + 2 * HANDED;
@@ -32,7 +32,7 @@ struct Params {
     float scale;
 };
 
-struct Lines {
+struct alignas(16) Lines {
     Log log[SIDE];
     float left[SIDE], pull[SIDE], gate[SIDE], total, unused[3];  // e^(G_C - G), scale e^G; what the state decays by
 };
@@ -125,18 +125,18 @@ DEVICE void walk_chunk(float (&state)[2 * KEY_BLOCKS][4], int walker, int length
     }
 }
 
-// o of the 16 tokens from 16 row on, for all walkers' columns; `o`: the chunk's first token
-DEVICE void read_rows(int row, int length, float scale, const Lines& lines, const KeyTile& queries, const KeyTile& keys, const unsigned char* handed, DTYPE* o,
+// o of the 16 tokens from 16 row on, for all walkers' columns; `o`: the chunk's first token. REACH: blocks of 16 tokens from the chunk's first on, row among
+// them: a bound that the compiler knows.
+template <int REACH> DEVICE void read_rows(int row, int length, float scale, const Lines& lines, const KeyTile& queries, const KeyTile& keys, const unsigned char* handed, DTYPE* o,
                       int64_t stride, int columns) {
     const int r = lane_id() / 4, c = lane_id() % 4;
-    float scores[2 * BLOCKS][4] = {};
+    float scores[2 * REACH][4] = {};
 #pragma unroll(STEPS_AT_ONCE<DTYPE>)
     for (int s = 0; s < KEY_BLOCKS; s++) {
         Pair<DTYPE> a[4], b[4];
         queries.rows(a[0], a[1], a[2], a[3], 16 * row, 16 * s);
 #pragma unroll
-        for (int j = 0; j < BLOCKS; j++) {
-            if (j > row) break;
+        for (int j = 0; j < REACH; j++) {
             keys.right_rows(b[0], b[1], b[2], b[3], 16 * j, 16 * s);
             Product<DTYPE>::add(scores[2 * j], a[0], a[1], a[2], a[3], b[0], b[1]);
             Product<DTYPE>::add(scores[2 * j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
@@ -162,22 +162,22 @@ DEVICE void read_rows(int row, int length, float scale, const Lines& lines, cons
 #pragma unroll
             for (int e = 0; e < 2; e++) sums[walker][half][2 * e] *= by.x, sums[walker][half][2 * e + 1] *= by.y;
     }
+    Log of_rows[2];
+    if (DECAYED) of_rows[0] = lines.log[16 * row + r], of_rows[1] = lines.log[16 * row + 8 + r];
 #pragma unroll
-    for (int j = 0; j < BLOCKS; j++) {
-        if (j > row) break;
+    for (int j = 0; j < REACH; j++) {
         Pair<DTYPE> b[2][2];  // of 8 tokens of o, of 8 tokens that were written
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int n = 0; n < 2; n++) {
+            const int at = 16 * j + 8 * n + 2 * c;
+            float4 logs;
+            if (DECAYED) logs = *reinterpret_cast<const float4*>(lines.log + at);
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                const int token = 16 * row + 8 * half + r, at = 16 * j + 8 * n + 2 * c;
-                float x[2];
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    x[e] = at + e <= token ? scale * scores[2 * j + n][2 * half + e] : 0.0f;
-                    if (DECAYED && at + e <= token) x[e] *= exp_between(lines.log[token], lines.log[at + e]);
-                }
-                b[half][n] = Make<DTYPE>::pair_of(x[0], x[1]);
+            for (int half = 0; half < 2; half++) {
+                const int token = 16 * row + 8 * half + r;
+                float x[2] = {scale * scores[2 * j + n][2 * half], scale * scores[2 * j + n][2 * half + 1]};
+                if (DECAYED) x[0] *= exp_between(of_rows[half], Log{logs.x, logs.y}), x[1] *= exp_between(of_rows[half], Log{logs.z, logs.w});
+                b[half][n] = Make<DTYPE>::pair_of(at <= token ? x[0] : 0.0f, at < token ? x[1] : 0.0f);
             }
         }
 #pragma unroll
@@ -232,12 +232,13 @@ DEVICE void write_lines(Lines& lines, const Fetched& of, int length, float scale
     if (lane == 0) lines.total = FACTORED ? of.factor : DECAYED ? exp_log(carried) : 1.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) slow_core_roles(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) slow_core_roles(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const int slice = blockIdx.x % SLICES, stream = blockIdx.x / SLICES, head = stream % p.heads, sequence = stream / p.heads, shared_head = head / p.group;
     const int warp = threadIdx.x / 32, lane = lane_id(), r = lane / 4, c = lane % 4, column = slice * 16 * WARPS;
-    const bool walks = warp >= FIRST && warp < FIRST + WARPS, is_clerk = warp == WARPS + READERS;  // on a processor of four schedulers two walkers have one each
-    const int walker = warp - FIRST, reader = warp < FIRST ? warp : is_clerk ? READERS : READERS - 1 - (warp - FIRST - WARPS), loader = 32 * reader + lane;
+    // of a processor's four schedulers walkers and loaders share two, readers the others
+    const bool walks = warp >= FIRST && warp < FIRST + WARPS, loads = warp >= WARPS + READERS, is_clerk = warp == WARPS + READERS;
+    const int walker = warp - FIRST, reader = warp < FIRST ? warp : READERS - 1 - (warp - FIRST - WARPS), loader = threadIdx.x - 32 * (WARPS + READERS);
 
     int64_t start = 0, batch = sequence, count = p.tokens, factors = 0;
     if (p.cu_seqlens) {
@@ -293,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) slow_core_roles(const __gr
                 state[n][e] = p.initial && key < KEYS && value < VALUES ? p.initial[place + key * VALUES + value] : 0.0f;
             }
         }
-    } else {
+    } else if (loads) {
         for (int i = 0; i < DEPTH; i++) load(i);
         if (is_clerk && chunks) {
             fetch(later, 0);
@@ -304,17 +305,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) slow_core_roles(const __gr
     }
 #pragma unroll 1
     for (int chunk = 0; chunk <= chunks; chunk++) {
-        if (!walks) cp_async_wait<DEPTH - 1>();
+        if (loads) cp_async_wait<DEPTH - 1>();
         __syncthreads();
         if (walks) {
             if (chunk == chunks) break;
             unsigned char* const tiles = memory + WALK_AT + chunk % (DEPTH + 1) * WALK_STAGE;
             const KeyTile keys{memory + chunk % (DEPTH + 2) * READ_STAGE + KEY_BYTES};
             walk_chunk(state, walker, length_of(chunk), lines[chunk % 3], keys, KeyTile{tiles + VALUE_BYTES}, ValueTile{tiles}, memory + HANDED_AT + chunk % 2 * HANDED);
-            continue;
-        }
-        load(chunk + DEPTH);
-        if (is_clerk) {
+        } else if (loads) {
+            load(chunk + DEPTH);
+            if (!is_clerk) continue;
             if (chunk + 1 < chunks) write_lines(lines[(chunk + 1) % 3], next, length_of(chunk + 1), p.scale);
             next = later;
             fetch(later, chunk + 3);
@@ -325,7 +325,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) slow_core_roles(const __gr
             DTYPE* const o = p.o + ((batch * p.tokens + start + static_cast<int64_t>(behind) * p.chunk_size) * p.heads + head) * VALUES + column;
 #pragma unroll 1
             for (int row = reader; row < BLOCKS; row = BLOCKS > READERS && BLOCKS - 1 - row > row ? BLOCKS - 1 - row : BLOCKS) {
-                if (16 * row < length) read_rows(row, length, p.scale, lines[behind % 3], KeyTile{tiles}, KeyTile{tiles + KEY_BYTES}, memory + HANDED_AT + behind % 2 * HANDED, o, stride, mine);
+                if (16 * row >= length) continue;
+                constexpr int HALF = BLOCKS > 2 ? BLOCKS / 2 : BLOCKS;
+                const KeyTile queries{tiles}, keys{tiles + KEY_BYTES};
+                const unsigned char* const handed = memory + HANDED_AT + behind % 2 * HANDED;
+                if (row < HALF) read_rows<HALF>(row, length, p.scale, lines[behind % 3], queries, keys, handed, o, stride, mine);
+                else read_rows<BLOCKS>(row, length, p.scale, lines[behind % 3], queries, keys, handed, o, stride, mine);
             }
         }
     }

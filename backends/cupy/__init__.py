@@ -15,7 +15,7 @@ BACKEND = Backend(
     simplicity=3,
     rank={"cuda": 1},
     requires=("cupy",),
-    backward=(f"{_PACKAGE}.fused_uw_gradients",),
+    backward=(f"{_PACKAGE}.delta_backward", f"{_PACKAGE}.fused_uw_gradients"),
     install="pip install 'titans-backends[cuda13]' (or [cuda12], as torch.version.cuda says)",
     probe=f"{_PACKAGE}.probe",
 )

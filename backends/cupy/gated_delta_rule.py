@@ -11,12 +11,13 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
+from .delta_backward import backward_candidates, run_backward
 from .delta_segments import segments, segments_candidates
 from .delta_walk import run_walk, walk_candidates
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import WIDEST, serves
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -34,5 +35,5 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
     return segments(call, candidate) if candidate.variant == "segments" else run_walk(call, candidate)
 
 
-compile_ahead = ahead_of(run)
-remember = remembering(run)
+compile_ahead = ahead_of(run, "gated_delta_rule", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

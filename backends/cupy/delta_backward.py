@@ -47,7 +47,15 @@ class _Way(NamedTuple):
         return Plan(self.side, self.walkers, self.depth)
 
 
-_WAYS = (_Way(64, 2, 3, 2, 2), _Way(64, 2, 3, 4, 2), _Way(64, 2, 2, 2, 1), _Way(32, 2, 3, 4, 2), _Way(32, 1, 3, 2, 2), _Way(32, 2, 2, 2, 1), _Way(16, 2, 2, 2, 1))
+_WAYS = (
+    _Way(64, 2, 3, 2, 2),
+    _Way(64, 2, 3, 4, 2),
+    _Way(64, 2, 2, 2, 1),
+    _Way(32, 2, 3, 4, 2),
+    _Way(32, 1, 3, 2, 2),
+    _Way(32, 2, 2, 2, 1),
+    _Way(16, 2, 2, 2, 1),
+)
 _FLOAT_WAYS = (_Way(32, 2, 2, 4, 1), _Way(32, 1, 2, 4, 1), _Way(16, 2, 3, 4, 2), _Way(16, 2, 2, 4, 1), _Way(16, 1, 2, 2, 1))
 
 
@@ -77,7 +85,13 @@ def _gradient_bytes(way: _Way, keys: int, dtype: torch.dtype, grouped: bool) -> 
     """Dynamic shared memory of a block of the gradients."""
     side, parts, size, wide = way.side, way.parts, dtype.itemsize, padded(keys, 32)
     stage = (4 * side * 32 + 2 * 32 * wide) * size
-    return 2 * side * (wide + max(side, 32)) * size + way.stages * stage + side * (8 + 4 * (5 + 6 * parts)) + side // 4 * parts + 8 * side * wide * grouped
+    return (
+        side * (2 * wide + (3 if size == 2 else 2) * max(side, 32)) * size
+        + way.stages * stage
+        + side * (8 + 4 * (5 + 6 * parts))
+        + side // 4 * parts
+        + 8 * side * wide * grouped
+    )
 
 
 def run_backward(
@@ -127,7 +141,14 @@ def _macros(x: Rule, d_o: Tensor | None) -> tuple[tuple[str, int | str | bool], 
 
 
 def _walk_back(
-    x: Rule, made: Factors, plan: Plan, d_o: Tensor | None, d_final: Tensor | None, leaving: Tensor | None, errors: Tensor | None, into: dict[str, Tensor]
+    x: Rule,
+    made: Factors,
+    plan: Plan,
+    d_o: Tensor | None,
+    d_final: Tensor | None,
+    leaving: Tensor | None,
+    errors: Tensor | None,
+    into: dict[str, Tensor],
 ) -> None:
     arriving = x.v if d_o is None else d_o
     REVERSE(

@@ -19,7 +19,7 @@
 constexpr int WARPS = BLOCKS * PARTS, THREADS = 32 * WARPS, MINE = KEY_WIDTH / PARTS, SQUARES = (BLOCKS + PARTS - 1) / PARTS;
 constexpr int SLICE = 32, SLICES = (VALUES + SLICE - 1) / SLICE, STATE_BYTES = SLICE * KEY_WIDTH * SIZE, COLUMN_BYTES = SIDE * SLICE * SIZE;
 constexpr int STAGE_BYTES = 4 * COLUMN_BYTES + 2 * STATE_BYTES, ACROSS = 2 * PARTS;  // threads of a row
-constexpr bool PACKED = VALUES * SIZE % 16 == 0;
+constexpr bool HALF = Dtype<DTYPE>::half, PACKED = VALUES * SIZE % 16 == 0;
 static_assert(MINE % 16 == 0, "a part is whole squares");
 
 struct Params {
@@ -54,6 +54,23 @@ DEVICE void store_gate(void* to, int64_t at, int wide, float x) {
     else static_cast<DTYPE*>(to)[at] = narrow<DTYPE>(x);
 }
 
+// An operand in two parts of DTYPE, the second what rounding left out: dg is a small difference of sums over L's rows and columns, so both have to see the same L.
+struct Parts {
+    Pair<DTYPE> high[4], low[4];
+    DEVICE void scale(float2 a, float2 b) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2 x = Make<DTYPE>::floats(high[i]), rest = Make<DTYPE>::floats(low[i]), by = i < 2 ? a : b;
+            const float first = by.x * (HALF ? x.x + rest.x : x.x), second = by.y * (HALF ? x.y + rest.y : x.y);
+            high[i] = Make<DTYPE>::pair_of(first, second), low[i] = Make<DTYPE>::rest(first, second, high[i]);
+        }
+    }
+    DEVICE void without_rest() {
+#pragma unroll
+        for (int i = 0; i < 4; i++) low[i] = Make<DTYPE>::zero();
+    }
+};
+
 // sums += a b for MINE columns of a tile's rows from `row` on
 DEVICE void add_rows(Sums& sums, const Pair<DTYPE> (&a)[4], const KeyTile& tile, int column, int row) {
 #pragma unroll
@@ -62,6 +79,20 @@ DEVICE void add_rows(Sums& sums, const Pair<DTYPE> (&a)[4], const KeyTile& tile,
         tile.right_columns(b0, b1, b2, b3, column + 16 * n, row);
         Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b0, b1);
         Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b2, b3);
+    }
+}
+
+DEVICE void add_rows(Sums& sums, const Parts& a, const KeyTile& tile, int column, int row) {
+#pragma unroll
+    for (int n = 0; n < MINE / 16; n++) {
+        Pair<DTYPE> b0, b1, b2, b3;
+        tile.right_columns(b0, b1, b2, b3, column + 16 * n, row);
+        if constexpr (HALF) {
+            Product<DTYPE>::add(sums[2 * n], a.low[0], a.low[1], a.low[2], a.low[3], b0, b1);
+            Product<DTYPE>::add(sums[2 * n + 1], a.low[0], a.low[1], a.low[2], a.low[3], b2, b3);
+        }
+        Product<DTYPE>::add(sums[2 * n], a.high[0], a.high[1], a.high[2], a.high[3], b0, b1);
+        Product<DTYPE>::add(sums[2 * n + 1], a.high[0], a.high[1], a.high[2], a.high[3], b2, b3);
     }
 }
 
@@ -108,8 +139,8 @@ DEVICE void inverse_norms(float* norms, const KeyTile& tile) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const KeyTile keys{memory}, queries{memory + KEY_BYTES};
-    const Square scores{memory + 2 * KEY_BYTES}, links{memory + 2 * KEY_BYTES + SQUARE_BYTES};
-    unsigned char* const stages = links.base + SQUARE_BYTES;
+    const Square scores{memory + 2 * KEY_BYTES}, links{memory + 2 * KEY_BYTES + SQUARE_BYTES}, rests{links.base + (HALF ? SQUARE_BYTES : 0)};
+    unsigned char* const stages = rests.base + SQUARE_BYTES;
     Log* const logs = reinterpret_cast<Log*>(stages + STAGES * STAGE_BYTES);
     float *const beta = reinterpret_cast<float*>(logs + SIDE), *const through = beta + SIDE, *const key_norms = through + SIDE, *const query_norms = key_norms + SIDE;
     float *const direct = query_norms + SIDE, *const told = direct + SIDE, *const seen = told + PARTS * SIDE, *const taken = seen + PARTS * SIDE, *const gone = taken + PARTS * SIDE;
@@ -281,7 +312,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                         y[e] = first + e < token ? -between * bound[i][n][2 * half + e] : 0.0f;
                     }
                     if (asks || writes) *scores.pair_at(token, first) = Make<DTYPE>::pair_of(x[0], x[1]);
-                    if (erases) *links.pair_at(token, first) = Make<DTYPE>::pair_of(y[0], y[1]);
+                    if (erases) {
+                        const Pair<DTYPE> link = Make<DTYPE>::pair_of(y[0], y[1]);
+                        *links.pair_at(token, first) = link;
+                        if constexpr (HALF) *rests.pair_at(token, first) = Make<DTYPE>::rest(y[0], y[1], link);
+                    }
                 }
         }
         if (p.dbeta) {
@@ -300,10 +335,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
             scale_rows(read, p.scale * decay0, p.scale * decay1);
 #pragma unroll 1
             for (int j = 0; j <= block; j++) {
-                Pair<DTYPE> a[4];
-                scores.rows(a[0], a[1], a[2], a[3], row, 16 * j);
-                if (p.l2norm) scale_pairs(a, two(key_norms + 16 * j + 2 * c), two(key_norms + 16 * j + 8 + 2 * c));
-                add_rows(read, a, keys, column, 16 * j);
+                Parts a;
+                scores.rows(a.high[0], a.high[1], a.high[2], a.high[3], row, 16 * j);
+                if (p.l2norm) {
+                    a.without_rest();
+                    a.scale(two(key_norms + 16 * j + 2 * c), two(key_norms + 16 * j + 8 + 2 * c));
+                    add_rows(read, a, keys, column, 16 * j);
+                } else {
+                    add_rows(read, a.high, keys, column, 16 * j);
+                }
             }
             if (p.dgate || p.dg) row_sums(told + part * SIDE, read, queries, row, column);
             if (p.dq) {
@@ -315,9 +355,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
             scale_rows(lost, -decay0, -decay1);
 #pragma unroll 1
             for (int j = 0; j <= block; j++) {
-                Pair<DTYPE> a[4];
-                links.rows(a[0], a[1], a[2], a[3], row, 16 * j);
-                if (p.l2norm) scale_pairs(a, two(key_norms + 16 * j + 2 * c), two(key_norms + 16 * j + 8 + 2 * c));
+                Parts a;
+                links.rows(a.high[0], a.high[1], a.high[2], a.high[3], row, 16 * j);
+                if constexpr (HALF) rests.rows(a.low[0], a.low[1], a.low[2], a.low[3], row, 16 * j);
+                if (p.l2norm) a.scale(two(key_norms + 16 * j + 2 * c), two(key_norms + 16 * j + 8 + 2 * c));
                 add_rows(lost, a, keys, column, 16 * j);
             }
             if (p.dbeta || p.dg) row_sums(seen + part * SIDE, lost, keys, row, column);
@@ -328,16 +369,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
 #pragma unroll 1
             for (int i = block; i < BLOCKS; i++) {
                 const int at = 16 * i + 2 * c;
-                Pair<DTYPE> a[4];
-                scores.columns(a[0], a[1], a[2], a[3], row, 16 * i);
+                Parts a;
+                scores.columns(a.high[0], a.high[1], a.high[2], a.high[3], row, 16 * i);
                 if (p.l2norm || p.gate) {
+                    a.without_rest();
                     const float2 gate0 = two(through + at), gate1 = two(through + at + 8), norm0 = two(query_norms + at), norm1 = two(query_norms + at + 8);
-                    scale_pairs(a, make_float2(gate0.x * norm0.x, gate0.y * norm0.y), make_float2(gate1.x * norm1.x, gate1.y * norm1.y));
+                    a.scale(make_float2(gate0.x * norm0.x, gate0.y * norm0.y), make_float2(gate1.x * norm1.x, gate1.y * norm1.y));
+                    add_rows(right, a, queries, column, 16 * i);
+                } else {
+                    add_rows(right, a.high, queries, column, 16 * i);
                 }
-                add_rows(right, a, queries, column, 16 * i);
-                links.columns(a[0], a[1], a[2], a[3], row, 16 * i);
+                links.columns(a.high[0], a.high[1], a.high[2], a.high[3], row, 16 * i);
+                if constexpr (HALF) rests.columns(a.low[0], a.low[1], a.low[2], a.low[3], row, 16 * i);
                 const float2 beta0 = two(beta + at), beta1 = two(beta + at + 8), norm0 = two(key_norms + at), norm1 = two(key_norms + at + 8);
-                scale_pairs(a, make_float2(beta0.x * norm0.x, beta0.y * norm0.y), make_float2(beta1.x * norm1.x, beta1.y * norm1.y));
+                a.scale(make_float2(beta0.x * norm0.x, beta0.y * norm0.y), make_float2(beta1.x * norm1.x, beta1.y * norm1.y));
                 add_rows(right, a, keys, column, 16 * i);
             }
             if (p.dg) row_sums(taken + part * SIDE, right, keys, row, column);

@@ -33,7 +33,8 @@ _INPUTS = ("q", "k", "v", "beta", "g", "gate", "initial_state")
 
 
 class _Way(NamedTuple):
-    """A backward's tokens of a block; warps that walk and blocks in shared memory of both walks; and of the gradients warps that share rows and slices in shared memory."""
+    """A backward's tokens of a block; of both walks the warps that walk and the blocks in shared memory; of the gradients the warps that share rows and the
+    slices in shared memory."""
 
     side: int
     walkers: int
@@ -85,13 +86,8 @@ def _gradient_bytes(way: _Way, keys: int, dtype: torch.dtype, grouped: bool) -> 
     """Dynamic shared memory of a block of the gradients."""
     side, parts, size, wide = way.side, way.parts, dtype.itemsize, padded(keys, 32)
     stage = (4 * side * 32 + 2 * 32 * wide) * size
-    return (
-        side * (2 * wide + (3 if size == 2 else 2) * max(side, 32)) * size
-        + way.stages * stage
-        + side * (8 + 4 * (5 + 6 * parts))
-        + side // 4 * parts
-        + 8 * side * wide * grouped
-    )
+    tiles = side * (2 * wide + (3 if size == 2 else 2) * max(side, 32)) * size + way.stages * stage
+    return tiles + side * (28 + 24 * parts) + side // 4 * parts + 8 * side * wide * grouped
 
 
 def run_backward(

@@ -586,6 +586,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                         for (int half = 0; half < 2; half++)
                             Product<DTYPE>::add(read[2 * m + half], a0, a1, a2, a3, entering[m].p[half][2 * s], entering[m].p[half][2 * s + 1]);
                 }
+                __syncwarp();  // what other lanes read of these rows by ldmatrix comes before what is stored over them
 #pragma unroll
                 for (int n = 0; n < 2 * OWN_TILES; n++)
 #pragma unroll

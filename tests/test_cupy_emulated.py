@@ -235,8 +235,8 @@ def test_a_remembered_call_repeats_on_other_tensors(op: str) -> None:
     candidate, module = offered(made, first)[0], cast(RememberingOpModule, module_of(op))
     outputs, again = module.remember(first, candidate)
     assert again is not None, "the call was not remembered"
-    for spec, got, want in zip(made.outputs, again(second), module.run(second, candidate), strict=True):  # type: ignore[attr-defined]
+    for spec, got, want in zip(made.outputs, again(made.values(second)), module.run(second, candidate), strict=True):  # type: ignore[attr-defined]
         assert (got is None) == (want is None), spec.name
         assert got is None or torch.equal(got, cast(Tensor, want)), spec.name
-    for spec, got, want in zip(made.outputs, again(first), outputs, strict=True):
+    for spec, got, want in zip(made.outputs, again(made.values(first)), outputs, strict=True):
         assert got is None or torch.equal(got, cast(Tensor, want)), spec.name

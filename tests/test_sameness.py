@@ -18,7 +18,7 @@ from titans_backends.plans import Plan
 
 
 def values() -> tuple[object, ...]:
-    return torch.zeros(2, 6, 4), torch.zeros(2, 6), None
+    return torch.zeros(2, 6, 4), torch.zeros(2, 6), None, 16, True
 
 
 def _misaligned(x: Tensor) -> Tensor:
@@ -56,8 +56,15 @@ def test_a_tensor_that_differs_is_not_the_same(change: str) -> None:
 
 
 def test_a_tensor_where_there_was_none_is_not_the_same() -> None:
-    first, second, _ = values()
-    assert not sameness.same_as(values())((first, second, torch.zeros(1)))
+    first, second, _, *options = values()
+    assert not sameness.same_as(values())((first, second, torch.zeros(1), *options))
+    assert not sameness.same_as(values())((first, second, None, torch.zeros(2), True))
+
+
+@pytest.mark.parametrize("options", [(17, True), (16.0, True), (16, 1), (16, False), (None, True), ("16", True)], ids=str)
+def test_an_option_that_differs_in_value_or_type_is_not_the_same(options: tuple[object, ...]) -> None:
+    first, second, absent, *_ = values()
+    assert not sameness.same_as(values())((first, second, absent, *options))
 
 
 def _bound() -> tuple[tb.BoundOp, list[Tensor]]:
@@ -143,6 +150,24 @@ def test_a_nested_tensor_is_refused_with_the_contracts_sentence_also_after_a_cal
     for call in (tb.get_op("gated_delta_rule"), bound):
         with pytest.raises(TypeError, match="q must be an ordinary tensor, got a nested one"):
             call(nested, k, v, beta)
+
+
+def test_a_bound_op_takes_its_arguments_by_place_and_by_name_and_refuses_what_the_op_refuses() -> None:
+    bound, (q, k, v, beta), want = _rule()
+    for args, kwargs in (
+        ((q, k), {"v": v, "beta": beta}),
+        ((), {"beta": beta, "v": v, "k": k, "q": q}),
+        ((q, k, v, beta), {"g": None, "scale": None}),
+    ):
+        assert torch.equal(bound(*args, **kwargs)[0], want)  # type: ignore[arg-type]
+    for args, kwargs, what in (
+        ((q, k, v), {}, "beta"),
+        ((q, k, v, beta), {"beta": beta}, "beta"),
+        ((q, k, v, beta), {"betta": beta}, "betta"),
+        ((q, k, v, beta, *[None] * 20), {}, "argument"),
+    ):
+        with pytest.raises(TypeError, match=what):
+            bound(*args, **kwargs)
 
 
 def test_a_bound_op_is_seen_by_what_traces_and_intercepts() -> None:

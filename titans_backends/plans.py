@@ -27,7 +27,7 @@ from titans_backends.offers import Pair, run_modules
 from titans_backends.sameness import same_as
 from titans_backends.signature import Launch, Signature
 
-__all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "invalidate", "request"]
+__all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "announce_change", "invalidate", "request"]
 
 Outputs = tuple[Tensor | None, ...]
 _MEMO_LIMIT = 4096
@@ -87,21 +87,22 @@ class Plan:
     backward_module: TrainableOpModule | None
     checks_indices: bool
     device: torch.device
+    values: Callable[[Call], tuple[object, ...]]
     ran: bool = field(default=False)
-    again: Callable[[Call], Outputs] | None = field(default=None)
+    again: Callable[[tuple[object, ...]], Outputs] | None = field(default=None)
     fresh: bool = field(default=True)
-    again_backward: dict[object, tuple[Callable[[Call, Outputs, Tensor | None], Outputs] | None]] = field(default_factory=dict)
+    again_backward: dict[object, tuple[Callable[[tuple[object, ...], Outputs, Tensor | None], Outputs] | None]] = field(default_factory=dict)
 
     def run(self, call: Call) -> Outputs:
         """The forward kernel, on the current stream of the inputs' device, outside autocast."""
-        if self._needs_guard():
+        if self.needs_guard():
             return self._guarded(lambda: self._run(call))
-        return self._run(call) if self.again is None else self.again(call)
+        return self._run(call) if self.again is None else self.again(self.values(call))
 
     def _run(self, call: Call) -> Outputs:
         """What the module remembered of this plan's first call, or its `run`."""
         if self.again is not None:
-            return self.again(call)
+            return self.again(self.values(call))
         candidate = self.choice.pair.forward
         module = registry.remembering(self.forward_module) if self.fresh else None
         if module is None:
@@ -112,7 +113,7 @@ class Plan:
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
         """The backward kernel, where and as the forward's; the gradients follow `contract.differentiable`."""
-        if self._needs_guard():
+        if self.needs_guard():
             return self._guarded(lambda: self._run_backward(call, grads, states, needs))
         return self._run_backward(call, grads, states, needs)
 
@@ -133,10 +134,11 @@ class Plan:
             self.again_backward[key] = (again,)
             return found
         (again,) = known
-        return module.run_backward(call, grads, states, needs, backward) if again is None else again(call, grads, states)
+        return module.run_backward(call, grads, states, needs, backward) if again is None else again(self.values(call), grads, states)
 
-    def _needs_guard(self) -> bool:
-        return torch._C._is_any_autocast_enabled() or (self.device.type == "cuda" and self.device.index != torch.cuda.current_device())
+    def needs_guard(self) -> bool:
+        """Whether autocast is on, or another device than the inputs' is current."""
+        return torch._C._is_any_autocast_enabled() or (self.device.type == "cuda" and self.device.index != torch._C._cuda_getDevice())
 
     def _guarded(self, kernel: Callable[[], Outputs]) -> Outputs:
         """Runs with the inputs' device current and autocast off: a kernel sees the dtypes that it was promised."""
@@ -149,11 +151,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A plan, and what tells a call like the one that it was made for: tensors, options with their types, settings and request."""
+    """A plan, and what tells a call like the one that it was made for: its values, settings and request."""
 
     plan: Plan
     same: Callable[[tuple[object, ...]], bool]
-    options: tuple[object, ...]
     settings: tuple[object, ...]
     on_cuda: bool
 
@@ -175,9 +176,7 @@ class Planner:
     def plan(self, call: Call, asked: Request) -> Plan:
         """The plan for a call, from the memo where it has one."""
         entry = self._recent
-        if entry is None or not (
-            entry.same(self.tensors(call)) and entry.options == self.options(call) and entry.settings == _settings(asked, entry.on_cuda)
-        ):
+        if entry is None or not (entry.same(self.values(call)) and entry.settings == _settings(asked, entry.on_cuda)):
             key = self._key(call, asked)
             entry = self._memo.get(key) if key is not None else None
             if entry is None:
@@ -194,7 +193,7 @@ class Planner:
         if len(self._memo) >= _MEMO_LIMIT:
             self._memo.clear()
         on_cuda = plan.device.type == "cuda"
-        entry = _Entry(plan, same_as(self.tensors(call)), self.options(call), _settings(asked, on_cuda), on_cuda)
+        entry = _Entry(plan, same_as(self.values(call)), _settings(asked, on_cuda), on_cuda)
         self._memo[key] = self._recent = entry
 
     def execute(self, plan: Plan, call: Call) -> Outputs:
@@ -204,7 +203,7 @@ class Planner:
                 f"{self.contract.name}: a graph is being captured, and this bound op has not run yet; call it once before the capture"
             )
         if self._may_change and call.inplace:  # type: ignore[attr-defined]
-            _announce_change(self.contract.name, call.state)  # type: ignore[attr-defined]
+            announce_change(self.contract.name, call.state)  # type: ignore[attr-defined]
         outputs = plan.run(call)
         if not plan.ran:
             self._warmed.setdefault(_compiled_for(plan.choice.signature), set()).add(plan.choice.pair)
@@ -281,10 +280,10 @@ class Planner:
             tune_call(self.contract, call, signature, asked.tune_budget_s)
             choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
-        return Plan(choice, forward, backward, checks, device)
+        return Plan(choice, forward, backward, checks, device, self.values)
 
 
-def _announce_change(op: str, state: Tensor) -> None:
+def announce_change(op: str, state: Tensor) -> None:
     """Tells autograd that a kernel writes this tensor, which it cannot see: what was saved of it for a backward is refused there."""
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)

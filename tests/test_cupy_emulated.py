@@ -191,7 +191,6 @@ def test_a_frozen_input_launches_nothing_of_its_own(op: str, engine: cuda_emulat
     before = engine.launches
     assert module.run_backward(call, grads, None, frozenset(), candidate) == tuple(None for _ in whole)
     assert engine.launches == before
-    given = made.tensors(call)
     for place, name in enumerate(made.differentiable):
         if name not in made.tensors(call):
             continue

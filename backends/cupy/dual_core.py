@@ -11,12 +11,13 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
+from .dual_backward import backward_candidates, run_backward
 from .dual_flat import flat, flat_candidates, serves_flat
 from .dual_recurrent import recurrent, recurrent_candidates, serves_recurrent
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import serves
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -38,5 +39,5 @@ def run(call: DualCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return recurrent(call, candidate)
 
 
-compile_ahead = ahead_of(run)
-remember = remembering(run)
+compile_ahead = ahead_of(run, "dual_core", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

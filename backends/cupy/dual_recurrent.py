@@ -32,8 +32,6 @@ __all__ = ["EXACT_CHUNK", "is_exact", "on_chunks_of", "recurrent", "recurrent_ca
 
 EXACT_CHUNK = 64
 """Tokens of the slow core's chunks where it is the exact rule, for which any will do."""
-_SMALL = 64
-"""Keys up to which the exact rule is not composed: its segments are much faster."""
 
 
 def serves_recurrent(signature: Signature, machine: Machine) -> Verdict:
@@ -75,20 +73,19 @@ def _is_one_chunk(signature: Signature) -> bool:
 
 
 def recurrent_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """One launch where that will do, the exact rule's segments, then the composition; each slow core's plans with the fast core's default."""
+    """The exact rule's own launches, or the composition; one launch where that will do, first for other transforms. A slow core's ways have the fast core's
+    default."""
     plans = fast_plans(signature, machine)
-    found: list[Candidate] = []
-    if _is_one_chunk(signature) and serves_flat(signature, machine):
-        found += flat_candidates(signature, machine)
-    inner = _inner(signature)
+    single = flat_candidates(signature, machine) if _is_one_chunk(signature) and serves_flat(signature, machine) else []
     rules = gated_delta_rule.candidates(signature, machine) if is_exact(signature) else []
-    found += [_joined("rule", {"slow": way}, plans[0]) for way in rules]
-    found += [_joined("rule", {"slow": rules[0]}, plan) for plan in plans[1:2] if rules]
-    if not rules or signature.dim("K") > _SMALL:
-        transforms, scans = uw_transform.candidates(inner, machine), slow_core.candidates(inner, machine)
-        found += [_joined("composed", {"transform": transforms[0], "slow": scan}, plans[0]) for scan in scans]
-        found += [_joined("composed", {"transform": way, "slow": scans[0]}, plans[-1]) for way in transforms[1:2]]
-    return list(dict.fromkeys(found))
+    if rules:
+        ways = [_joined("rule", {"slow": way}, plans[0]) for way in rules]
+        return [*ways, *(_joined("rule", {"slow": rules[0]}, plan) for plan in plans[1:2]), *single]
+    inner = _inner(signature)
+    transforms, scans = uw_transform.candidates(inner, machine), slow_core.candidates(inner, machine)
+    found = [_joined("composed", {"transform": transforms[0], "slow": scan}, plans[0]) for scan in scans]
+    found += [_joined("composed", {"transform": way, "slow": scans[0]}, plans[-1]) for way in transforms[1:2]]
+    return [*single, *dict.fromkeys(found)]
 
 
 def _joined(variant: str, parts: dict[str, Candidate], plan: tuple[int, int]) -> Candidate:

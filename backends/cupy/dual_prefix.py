@@ -69,7 +69,7 @@ def prefix(call: DualCore, candidate: Candidate) -> Tensor:
     alpha = call.alpha if isinstance(call.alpha, Tensor) else None
     slots = slots_of(v, call.chunk_size, call.cu_seqlens, call.chunk_offset)
     width, blocks, size = int(candidate.param("width")), blocks_of(call.chunk_size, tokens), v.element_size()
-    pairs = all(aligned_rows(x) and x.shape[3] % 2 == 0 for x in (q, k, v))
+    aligned = all(aligned_rows(x) for x in (q, k, v)) and keys % 4 == 0 and values % 2 == 0
     once = (("TF32_ONCE", True),) if size == 2 or torch.get_float32_matmul_precision() != "highest" else ()
     wide = [x is not None and x.dtype == torch.float32 for x in (call.beta, call.g, call.fast_gate, call.slow_gate, alpha)]
     if not o.numel():
@@ -79,7 +79,7 @@ def prefix(call: DualCore, candidate: Candidate) -> Tensor:
         32 * blocks,
         (
             ("DTYPE", DTYPES[v.dtype]), ("KEYS", keys), ("VALUES", values), ("CHUNK_BLOCKS", blocks), ("TRANSFORM", _TRANSFORMS[call.transform]), ("SLICE", width),
-            ("DECAYED", call.g is not None), ("NORMED", bool(call.qk_l2norm)), ("ALIGNED", pairs), *once,
+            ("DECAYED", call.g is not None), ("NORMED", bool(call.qk_l2norm)), ("ALIGNED", aligned), *once,
         ),
         (
             q, k, v, call.beta, call.g, call.fast_gate, call.slow_gate, alpha, slots.cu_seqlens, o,

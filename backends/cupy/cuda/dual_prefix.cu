@@ -6,12 +6,12 @@
 // Each of the four sums over earlier tokens is split where blocks of 16 tokens begin: inside its block a product of 16 x 16, before it a matrix of keys by
 // columns, R = sum k k^T, S = sum c X^T, W = sum k X^T, U = sum k u^T, to which every block adds its tokens' part and which later blocks sum up themselves.
 // A warp has a block of 16 tokens, a thread block a chunk, a head and SLICE values: warps meet three times, R (with W), S and U, and nothing else leaves
-// them. Operands stay in registers in tf32's two parts (float32: three products, else one), split once.
+// them. Keys go in an order of their own, block b's number i being column 4 i + b, so that a lane's share of a row is one run of memory. Operands stay in registers in tf32's two parts (float32: three products, else one), split once.
 // Chunk 128, head_dim 32, SLICE 8: 282 products of 2^11 FLOP and about 1300 instructions a warp, a third of the products for R in every slice; the
 // floor is a launch, one read of memory and the products' latency: about 6 us. SLICE 32 costs half as many products for many chunks.
 //
 // DTYPE; KEYS, VALUES: head_dims; CHUNK_BLOCKS: of 16 tokens, 1 to 8; TRANSFORM: 0 none, 2 lam; SLICE: 8, 16 or 32 values; DECAYED: g; NORMED: rows of q and k become unit vectors;
-// ALIGNED: pairs of neighbours of q, k and v can be read at once; TF32_ONCE: products in one part.
+// ALIGNED: four neighbours of q and k and two of v can be read at once; TF32_ONCE: products in one part.
 #include "chunks.cuh"
 #include "fragments.cuh"
 
@@ -96,7 +96,26 @@ struct Rows {
     }
 };
 
-// two neighbours of a row, zeros from `limit` on
+// four neighbours of a row of q or k, zeros from KEYS on
+DEVICE float4 four(const DTYPE* row, int column, bool there) {
+    float x[4] = {};
+    if constexpr (ALIGNED) {
+        if (there && column < KEYS) load_run(x, row + column);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (there && column + i < KEYS) x[i] = widen(row[column + i]);
+    }
+    return make_float4(x[0], x[1], x[2], x[3]);
+}
+// x, of which the compiler knows nothing, as `nothing` is 0: what it does not know it does not move into place again for every product
+DEVICE float unknown(float x, uint32_t nothing) { return __uint_as_float(__float_as_uint(x) ^ nothing); }
+DEVICE void as_pairs(float2 (&to)[4], const float4& x, const float4& y, uint32_t nothing) {
+    const float first[4] = {x.x, x.y, x.z, x.w}, second[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int b = 0; b < 4; b++) to[b] = make_float2(unknown(first[b], nothing), unknown(second[b], nothing));
+}
+// two neighbours of a row of v, zeros from `limit` on
 DEVICE float2 neighbours(const DTYPE* row, int column, int limit, bool there) {
     float x[2] = {};
     if constexpr (ALIGNED) {
@@ -143,23 +162,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_prefix(const __grid_c
     const Chunk chunk = find_chunk(Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, p.chunk, p.offset, p.slots}, blockIdx.x / SLICES / p.heads);
     if (chunk.length <= 0) return;
     const int value0 = slice * SLICE, values = VALUES - value0, count = chunk.length - 16 * warp;  // tokens of this warp's block
+    const int shared = p.group == 1 ? head : head / p.group;
     const int64_t first = chunk.begin + 16 * warp;
+    const int earlier = count > 0 ? warp : 0;  // blocks whose parts this one sums up
+    const bool handed_on = count > 16;
 
     // everything is on its way before anything is waited for
-    const DTYPE* const q = p.q + chunk.batch * p.q_b + first * p.q_t + head / p.group * p.q_h;
-    const DTYPE* const k = p.k + chunk.batch * p.k_b + first * p.k_t + head / p.group * p.k_h;
+    const DTYPE* const q = p.q + chunk.batch * p.q_b + first * p.q_t + shared * p.q_h;
+    const DTYPE* const k = p.k + chunk.batch * p.k_b + first * p.k_t + shared * p.k_h;
     const DTYPE* const v = p.v + chunk.batch * p.v_b + first * p.v_t + head * p.v_h + value0;
     float2 key[2][4], query[2][4], x_rows[TILES][2], key_turned[2][4], x_turned[TILES][2];
 #pragma unroll
-    for (int t = 0; t < 2; t++)
-#pragma unroll
-        for (int b = 0; b < 4; b++) {
-            key[t][b] = neighbours(k + (r + 8 * t) * p.k_t, 8 * b + 2 * c, KEYS, r + 8 * t < count);
-            const DTYPE* const from = k + (2 * c + 8 * t) * p.k_t + 8 * b + r;
-            const bool there = 8 * b + r < KEYS;
-            key_turned[t][b].x = there && 2 * c + 8 * t < count ? widen(from[0]) : 0.0f;
-            key_turned[t][b].y = there && 2 * c + 8 * t + 1 < count ? widen(from[p.k_t]) : 0.0f;
-        }
+    for (int t = 0; t < 2; t++) {
+        const int row = r + 8 * t, token = 2 * c + 8 * t;
+        as_pairs(key_turned[t], four(k + token * p.k_t, 4 * r, token < count), four(k + (token + 1) * p.k_t, 4 * r, token + 1 < count), p.nothing);
+        as_pairs(key[t], four(k + row * p.k_t, 8 * c, row < count), four(k + row * p.k_t, 8 * c + 4, row < count), p.nothing);
+    }
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
@@ -179,9 +197,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_prefix(const __grid_c
     Log sum{0.0f, 0.0f};
     if constexpr (DECAYED) sum = log_of(gate(p.g, p.g_b, p.g_t, p.g_h, p.g_wide, lane % 16, 0.0f));
 #pragma unroll
-    for (int t = 0; t < 2; t++)
-#pragma unroll
-        for (int b = 0; b < 4; b++) query[t][b] = neighbours(q + (r + 8 * t) * p.q_t, 8 * b + 2 * c, KEYS, r + 8 * t < count);
+    for (int t = 0; t < 2; t++) {
+        const int row = r + 8 * t;
+        as_pairs(query[t], four(q + row * p.q_t, 8 * c, row < count), four(q + row * p.q_t, 8 * c + 4, row < count), 0);
+    }
 
     // of tokens: `row` r and r + 8, `column` 2c, 2c + 1, 2c + 8, 2c + 9
     const auto of_lane = [&](float x, int token) { return __shfl_sync(0xffffffffu, x, token); };
@@ -281,6 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_prefix(const __grid_c
         float4* const gram = reinterpret_cast<float4*>(r_parts) + lane;
 #pragma unroll
         for (int b = 0; b < 4; b++) {
+            if (!handed_on) break;
             float2 late[2];
 #pragma unroll
             for (int t = 0; t < 2; t++) late[t] = make_float2(tail[2 * t] * tail[2 * t] * key_turned[t][b].x, tail[2 * t + 1] * tail[2 * t + 1] * key_turned[t][b].y);
@@ -303,10 +323,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_prefix(const __grid_c
             for (int b = 0; b < 4; b++) add(mixed[b], left, Right(key_turned[0][b], key_turned[1][b]));
         }
         __syncthreads();
-        {
+        if (earlier) {
             float4 total[2][4] = {};
 #pragma unroll 1
-            for (int block = 0; block < warp; block++) {
+            for (int block = 0; block < earlier; block++) {
                 const float by = DECAYED ? totals[block] * totals[block] : 1.0f;
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
@@ -360,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_prefix(const __grid_c
             Sum inside = {}, entering = {};
             float2 state[4];
             add(inside, left, Right(x_turned[n][0], x_turned[n][1]));
-            load_state(state, s_parts, STATE, warp, 8 * n, totals, true);
+            load_state(state, s_parts, STATE, earlier, 8 * n, totals, true);
             keys.times(entering, state);
 #pragma unroll
             for (int e = 0; e < 4; e++) u[n][e] -= inside[e] + beta_row[e >> 1] * read[e >> 1] * entering[e];
@@ -405,9 +425,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_prefix(const __grid_c
         float2 state[4];
         add(fast, of_fast, Right(x_turned[n][0], x_turned[n][1]));
         add(slow, of_slow, Right(u_turned[n][0], u_turned[n][1]));
-        load_state(state, w_parts, STATE, warp, 8 * n, totals, false);
+        load_state(state, w_parts, STATE, earlier, 8 * n, totals, false);
         queries.times(fast, state);
-        load_state(state, r_parts, PLACE, warp, 8 * n, totals, true);
+        load_state(state, r_parts, PLACE, earlier, 8 * n, totals, true);
         queries.times(entering, state);
 #pragma unroll
         for (int t = 0; t < 2; t++) {

@@ -38,6 +38,7 @@ from .strides import unit_stride
 __all__ = ["backward_candidates", "run_backward"]
 
 _INPUTS = ("q", "k", "v", "beta", "g", "fast_gate", "slow_gate", "alpha", "chunk_decay", "initial_state", "initial_fast_state")
+_MOST = 3
 Found = dict[str, Tensor]
 
 
@@ -65,7 +66,7 @@ def _joined(variant: str, parts: Mapping[str, list[Candidate]]) -> list[Candidat
     if not all(parts.values()):
         return []
     made = []
-    for index in range(max(len(found) for found in parts.values())):
+    for index in range(min(_MOST, max(len(found) for found in parts.values()))):
         params: list[tuple[str, Param]] = []
         sources = dict.fromkeys(source_names(dual_joins.SOURCE))
         for name, found in parts.items():

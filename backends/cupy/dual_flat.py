@@ -67,7 +67,8 @@ def serves_flat(signature: Signature, machine: Machine) -> Verdict:
 def flat_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Prefix sums where they serve; a block for a chunk and head; and, where blocks form clusters, a cluster whose blocks have two blocks of rows each, which
     is the first of the others for few chunks."""
-    return [*prefix_candidates(signature, machine), *_block_candidates(signature, machine)]
+    sums, blocks = prefix_candidates(signature, machine), _block_candidates(signature, machine)
+    return [*sums, *(way for way in blocks if not sums or way.param("cluster") == 1)]
 
 
 def _block_candidates(signature: Signature, machine: Machine) -> list[Candidate]:

@@ -32,6 +32,7 @@ __all__ = ["EXACT_CHUNK", "is_exact", "on_chunks_of", "recurrent", "recurrent_ca
 
 EXACT_CHUNK = 64
 """Tokens of the slow core's chunks where it is the exact rule, for which any will do."""
+_MOST = 5
 
 
 def serves_recurrent(signature: Signature, machine: Machine) -> Verdict:
@@ -77,15 +78,15 @@ def recurrent_candidates(signature: Signature, machine: Machine) -> list[Candida
     default."""
     plans = fast_plans(signature, machine)
     single = flat_candidates(signature, machine) if _is_one_chunk(signature) and serves_flat(signature, machine) else []
-    rules = gated_delta_rule.candidates(signature, machine) if is_exact(signature) else []
+    rules = gated_delta_rule.candidates(signature, machine)[: _MOST - 1] if is_exact(signature) else []
     if rules:
-        ways = [_joined("rule", {"slow": way}, plans[0]) for way in rules]
-        return [*ways, *(_joined("rule", {"slow": rules[0]}, plan) for plan in plans[1:2]), *single]
+        other = single[:1] or [_joined("rule", {"slow": rules[0]}, plan) for plan in plans[1:2]]
+        return [*(_joined("rule", {"slow": way}, plans[0]) for way in rules), *other]
     inner = _inner(signature)
     transforms, scans = uw_transform.candidates(inner, machine), slow_core.candidates(inner, machine)
-    found = [_joined("composed", {"transform": transforms[0], "slow": scan}, plans[0]) for scan in scans]
+    found = [_joined("composed", {"transform": transforms[0], "slow": scan}, plans[0]) for scan in scans[: _MOST - 1]]
     found += [_joined("composed", {"transform": way, "slow": scans[0]}, plans[-1]) for way in transforms[1:2]]
-    return [*single, *dict.fromkeys(found)]
+    return [*single[:2], *dict.fromkeys(found)][:_MOST]
 
 
 def _joined(variant: str, parts: dict[str, Candidate], plan: tuple[int, int]) -> Candidate:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -168,6 +170,15 @@ def test_a_bound_op_takes_its_arguments_by_place_and_by_name_and_refuses_what_th
     ):
         with pytest.raises(TypeError, match=what):
             bound(*args, **kwargs)
+
+
+def test_a_bound_op_is_shared_by_a_copied_module_and_says_what_to_pickle_instead() -> None:
+    bound, given, want = _rule()
+    assert torch.equal(copy.deepcopy({"step": bound})["step"](*given)[0], want)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"store get_op\('gated_delta_rule'\)"):
+        pickle.dumps(bound)
+    with pytest.raises(TypeError, match=r"a bound op has its backend, .*bind\(\.\.\., backend=\.\.\.\)"):
+        bound(*given, backend="eager")
 
 
 def test_a_bound_op_is_seen_by_what_traces_and_intercepts() -> None:

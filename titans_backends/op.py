@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -150,6 +150,14 @@ class BoundOp:
     def __repr__(self) -> str:
         return f"<{self.op!r} bound to {self.choice.pair.label}>"
 
+    def __deepcopy__(self, memo: dict[int, object]) -> BoundOp:
+        """Itself: it holds a choice and no tensor, so a copied module may share it."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """What was chosen holds for this machine and process."""
+        raise TypeError(f"{self.op.name}: a bound op cannot be pickled; store get_op({self.op.name!r}), and bind it again where it is loaded")
+
     def __call__(self, *args: object, **kwargs: object) -> Outputs:
         """Runs the chosen kernel; BoundCallMismatchError names the first argument that differs."""
         values, plan = self._placed(args, kwargs), self._plan
@@ -157,6 +165,10 @@ class BoundOp:
             if self._state is not None:
                 announce_change(self.op.name, values[self._state])  # type: ignore[arg-type]  # the same as what was bound
             return plan.again(values)[: self._outputs]
+        if "backend" in kwargs:
+            raise TypeError(
+                f"{self.op.name}: a bound op has its backend, {self.choice.pair.forward.backend}; name another when you bind it: get_op({self.op.name!r}).bind(..., backend=...)"
+            )
         call = self.op._call(args, kwargs)
         planner = self._planner
         tensors = planner.tensors(call)

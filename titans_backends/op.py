@@ -166,9 +166,8 @@ class BoundOp:
                 announce_change(self.op.name, values[self._state])  # type: ignore[arg-type]  # the same as what was bound
             return plan.again(values)[: self._outputs]
         if "backend" in kwargs:
-            raise TypeError(
-                f"{self.op.name}: a bound op has its backend, {self.choice.pair.forward.backend}; name another when you bind it: get_op({self.op.name!r}).bind(..., backend=...)"
-            )
+            chosen, bind = self.choice.pair.forward.backend, f"get_op({self.op.name!r}).bind(..., backend=...)"
+            raise TypeError(f"{self.op.name}: a bound op has its backend, {chosen}; name another when you bind it: {bind}")
         call = self.op._call(args, kwargs)
         planner = self._planner
         tensors = planner.tensors(call)

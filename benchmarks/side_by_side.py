@@ -1,6 +1,6 @@
 """The GPU backends side by side on one card, and FLA beside them: which is fastest where, in a graph and called eagerly; outputs checked first.
 
-    python benchmarks/backends.py [--parts rule,flat,step,numba] [--seconds 6] [--json FILE]
+    python benchmarks/side_by_side.py [--parts rule,flat,step,numba] [--seconds 6] [--json FILE]
 
     rule   gated_delta_rule, bfloat16, 12 heads of 32 and 16/32 heads of 128, forward: every candidate of every backend in one race, with FLA
     flat   dual_core with flat memory, lam, float32, 12 heads of 32, 1x128: the graph, and the wall time of the bound op and of get_op
@@ -43,6 +43,7 @@ from titans_backends.contracts.contract import Call
 from titans_backends.contracts.tolerance import compare, tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
+from titans_backends.machine import Machine
 from titans_backends.offers import offer
 
 PARTS = ("rule", "flat", "step", "numba")
@@ -106,11 +107,11 @@ def compiled(wanted: Sequence[tuple[str, Call, Sequence[str]]]) -> float:
     return time.perf_counter() - start
 
 
-def _compile(job: tuple[str, Call, Candidate]) -> str:
-    op, call, candidate = job
+def _compile(job: tuple[str, Call, Candidate, Machine]) -> str:
+    op, call, candidate, machine = job
     try:
         module, _ = registry.module(registry.get(candidate.backend), op)
-        cast(AheadOpModule, module).compile_ahead(call, candidate, tb.detect("cuda"))
+        cast(AheadOpModule, module).compile_ahead(call, candidate, machine)
     except Exception as error:
         return f"{candidate.label}: {type(error).__name__}: {str(error)[:200]}"
     return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from titans_backends.contracts import CONTRACTS, contract
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import bind_arguments, check_indices, validate
 from titans_backends.errors import BoundCallMismatchError
-from titans_backends.plans import Outputs, Plan, announce_change, request
+from titans_backends.placing import Places
+from titans_backends.plans import Outputs, Plan, request
 from titans_backends.sameness import never, same_as
 from titans_backends.watching import watched
 
@@ -44,6 +45,8 @@ _DEFAULTS: Mapping[str, Mapping[str, object]] = {
     for name, op in CONTRACTS.items()
 }
 
+_PLACES: Mapping[str, Places] = {name: Places(op) for name, op in CONTRACTS.items()}
+
 
 class Op:
     """One op of the registry; `backend` set: every call of this object is forced to it."""
@@ -56,6 +59,7 @@ class Op:
         self._make = op.make_call
         self._planner = library.planner(op.name)
         self._defaults = _DEFAULTS[op.name]
+        self._places = _PLACES[op.name]
 
     def __repr__(self) -> str:
         forced = f", backend={self.backend!r}" if self.backend else ""
@@ -80,6 +84,11 @@ class Op:
             backend = self.backend
         if _is_compiling():
             return self._traced(args, kwargs, backend)
+        values = self._places(args, kwargs)
+        if values is not None:
+            outputs = self._planner.repeated(values, backend)
+            if outputs is not None:
+                return outputs
         call = self._call(args, kwargs)
         tensors = self._planner.tensors(call)
         if watched(tensors):
@@ -135,28 +144,33 @@ class BoundOp:
         self._plan = plan
         self._training = training
         names, values = op.contract.parameters, op._planner.values(call)
-        made = fields(op.contract.make_call)  # type: ignore[arg-type]  # a dataclass by contract
-        self._places = {name: place for place, name in enumerate(names)}
-        self._blank = [field.default for field in made]
-        self._most = sum(not field.kw_only for field in made)
-        self._state = self._places["state"] if getattr(call, "inplace", False) else None
         self._numbers = {name: value for name, value in zip(names, values, strict=True) if not isinstance(value, Tensor)}
         self._planner = op._planner
         self._facts = op._planner.facts(call)
         self._same = never if watched(op._planner.tensors(call)) else same_as(values)
         self._requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in values)
-        self._outputs = len(op.contract.outputs)
 
     def __repr__(self) -> str:
         return f"<{self.op!r} bound to {self.choice.pair.label}>"
 
+    def __deepcopy__(self, memo: dict[int, object]) -> BoundOp:
+        """Itself: it holds a choice and no tensor, so a copied module may share it."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """What was chosen holds for this machine and process."""
+        raise TypeError(f"{self.op.name}: a bound op cannot be pickled; store get_op({self.op.name!r}), and bind it again where it is loaded")
+
     def __call__(self, *args: object, **kwargs: object) -> Outputs:
         """Runs the chosen kernel; BoundCallMismatchError names the first argument that differs."""
-        values, plan = self._placed(args, kwargs), self._plan
-        if values is not None and plan.again is not None and self._same(values) and not self._needs_more():
-            if self._state is not None:
-                announce_change(self.op.name, values[self._state])  # type: ignore[arg-type]  # the same as what was bound
-            return plan.again(values)[: self._outputs]
+        values, plan = self.op._places(args, kwargs), self._plan
+        if values is not None and self._same(values) and not (self._requires_grad and torch.is_grad_enabled()):
+            outputs = plan.repeated(values)
+            if outputs is not None:
+                return outputs
+        if "backend" in kwargs:
+            chosen, bind = self.choice.pair.forward.backend, f"get_op({self.op.name!r}).bind(..., backend=...)"
+            raise TypeError(f"{self.op.name}: a bound op has its backend, {chosen}; name another when you bind it: {bind}")
         call = self.op._call(args, kwargs)
         planner = self._planner
         tensors = planner.tensors(call)
@@ -173,26 +187,7 @@ class BoundOp:
         if training:
             self._expect_training()
             return differentiated(self.op.name, plan, call, self._forced, self.choice.signature.batch_invariant)
-        return planner.execute(plan, call)[: self._outputs]
-
-    def _placed(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, ...] | None:
-        """The arguments in the order of the op's parameters; None where a name is unknown, given twice, or one too many: the argument class says which."""
-        given = len(args)
-        if given > self._most:
-            return None
-        values = self._blank.copy()
-        values[:given] = args
-        places = self._places
-        for name, value in kwargs.items():
-            place = places.get(name)
-            if place is None or place < given:
-                return None
-            values[place] = value
-        return tuple(values)
-
-    def _needs_more(self) -> bool:
-        """Whether a call that is the bound one in every value still has to do more than launch."""
-        return self._plan.checks_indices or (self._requires_grad and torch.is_grad_enabled()) or self._plan.needs_guard()
+        return planner.execute(plan, call)[: len(self.op.contract.outputs)]
 
     def _fits(self, call: Call) -> bool:
         """Whether the call's facts are those that were bound. TypeError or ValueError for a tensor that has none (a sparse or nested one, say)."""

@@ -78,6 +78,7 @@ def request(backend: str | None, *, training: bool, may_save: bool = True) -> Re
 class Plan:
     """A frozen choice with the modules that run it. `ran` says that its kernels are loaded, which graph capture needs to know.
 
+    `values` gives a call's, `outputs` counts the contract's, `written` is the place of a state that the call changes.
     `again` is what the module remembered of the first call: every call of a plan has the same facts. `fresh`: it was not asked yet. `again_backward`
     holds the same of backwards, by what was needed and the facts of what arrived; None: that cannot be repeated.
     """
@@ -88,6 +89,8 @@ class Plan:
     checks_indices: bool
     device: torch.device
     values: Callable[[Call], tuple[object, ...]]
+    outputs: int = field(default=0)
+    written: int | None = field(default=None)
     ran: bool = field(default=False)
     again: Callable[[tuple[object, ...]], Outputs] | None = field(default=None)
     fresh: bool = field(default=True)
@@ -110,6 +113,14 @@ class Plan:
         outputs, self.again = module.remember(call, candidate)
         self.fresh = False  # a first call that raised, for want of memory perhaps, leaves the next one to be remembered
         return outputs
+
+    def repeated(self, values: tuple[object, ...]) -> Outputs | None:
+        """What the module remembered, of values that are like those of the plan's first call; None where it remembered nothing or a call has to do more."""
+        if self.again is None or self.checks_indices or self.needs_guard():
+            return None
+        if self.written is not None:
+            announce_change(self.choice.signature.op, values[self.written])  # type: ignore[arg-type]  # a tensor, as in the first call
+        return self.again(values)[: self.outputs]
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
         """The backward kernel, where and as the forward's; the gradients follow `contract.differentiable`."""
@@ -151,10 +162,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A plan, and what tells a call like the one that it was made for: its values, settings and request."""
+    """A plan, and what tells a call like the one that it was made for: its values, settings and request. `differentiable`: a tensor asks for its gradient."""
 
     plan: Plan
     same: Callable[[tuple[object, ...]], bool]
+    differentiable: bool
     settings: tuple[object, ...]
     on_cuda: bool
 
@@ -189,11 +201,22 @@ class Planner:
             check_indices(self.contract, call)
         return entry.plan
 
+    def repeated(self, values: tuple[object, ...], backend: str | None) -> Outputs | None:
+        """A call just like the last one, repeated; None where it may be another, or something stands between it and the kernel."""
+        entry = self._recent
+        if entry is None or not entry.same(values) or (entry.differentiable and torch.is_grad_enabled()):
+            return None
+        if entry.settings != _settings(request(backend, training=False), entry.on_cuda):
+            return None
+        return entry.plan.repeated(values)
+
     def _remember(self, key: object, plan: Plan, call: Call, asked: Request) -> None:
         if len(self._memo) >= _MEMO_LIMIT:
             self._memo.clear()
         on_cuda = plan.device.type == "cuda"
-        entry = _Entry(plan, same_as(self.values(call)), _settings(asked, on_cuda), on_cuda)
+        values = self.values(call)
+        differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in values)
+        entry = _Entry(plan, same_as(values), differentiable, _settings(asked, on_cuda), on_cuda)
         self._memo[key] = self._recent = entry
 
     def execute(self, plan: Plan, call: Call) -> Outputs:
@@ -280,7 +303,8 @@ class Planner:
             tune_call(self.contract, call, signature, asked.tune_budget_s)
             choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
-        return Plan(choice, forward, backward, checks, device, self.values)
+        written = self.contract.parameters.index("state") if self._may_change and call.inplace else None  # type: ignore[attr-defined]
+        return Plan(choice, forward, backward, checks, device, self.values, len(self.contract.outputs), written)
 
 
 def announce_change(op: str, state: Tensor) -> None:

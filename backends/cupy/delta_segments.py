@@ -75,8 +75,7 @@ def segments_candidates(signature: Signature, machine: Machine) -> list[Candidat
     streams = signature.dim("N") * signature.dim("H") * -(-signature.dim("V") // tile)
     shapes = [(1, 8, group), (1, 4, group)] + ([(1, 2, group)] if group < 4 else [])
     if clusters:
-        shapes += [(8, 8, group), (4, 8, group), (2, 8, group)] + ([(8, 4, 1), (4, 4, 1), (8, 16, 2), (4, 16, 2)] if group == 1 else [])
-        shapes += [(8, 16, 4)] if group == 4 and size == 2 else []
+        shapes += [(8, 8, group), (4, 8, group), (2, 8, group)] + ([(8, 4, 1), (4, 4, 1)] if group == 1 else [])
     plans = []
     for cluster, warps, group in shapes:
         longest = _fits(tile, size, cluster, warps, group, room)

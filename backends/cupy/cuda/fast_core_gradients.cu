@@ -10,47 +10,12 @@
 // so that no score passes from one warp to another. fast_core_running sums for dg, fast_core_start makes dW at the start.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE; BUFFERS, 1 or 2 tiles of what is met; DECAYED: g is given; FLOWING: dg is wanted; STARTED: W is given; ENDED: dW is;
-// ALIGNED: 16-byte copies can take the rows of q, k, v and dO.
-#include "chunks.cuh"
-#include "tiles.cuh"
+// ALIGNED: 16-byte copies can take the rows of q, k, v and dO; WORK: which kernel is compiled, 0 gradients, 1 running, 2 start.
+#include "fast_gradients.cuh"
 
-constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, VALUE_WIDTH = VALUES <= 32 ? 32 : VALUES <= 64 ? 64 : 128;
-constexpr int WIDEST = KEY_WIDTH > VALUE_WIDTH ? KEY_WIDTH : VALUE_WIDTH;
-constexpr int BANDS = SIDE / 16, THREADS = 64 * BANDS, SIZE = sizeof(DTYPE), MOST = SIDE < 32 ? SIDE : 32, FEW = SIDE < 16 ? SIDE : 16;
+constexpr int BANDS = SIDE / 16, THREADS = 64 * BANDS, SIZE = sizeof(DTYPE), MOST = SIDE < 64 ? SIDE : 64, USUAL = SIDE < 32 ? SIDE : 32, FEW = 16;
 constexpr int RESIDENT = SIZE == 2 ? 512 / THREADS : 1;  // blocks that registers must allow: 16 warps of 128 registers
 constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * VALUE_WIDTH * SIZE, PAIR_BYTES = KEY_BYTES + VALUE_BYTES;
-
-struct Params {
-    const DTYPE *q, *k, *v;
-    const void *gate, *g;
-    const DTYPE* d_o;
-    const float *initial, *d_final;
-    DTYPE *dq, *dk, *dv;
-    void *dgate, *dg;
-    float *inflow, *outflow;  // [B, H, T]: colsum and rowsum of F P D
-    float *d_initial, *total;  // total [N, H]: <W, dW at the start>, dg before the first token
-    const void* cu_seqlens;
-    int64_t q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, gate_b, gate_t, gate_h, g_b, g_t, g_h, do_b, do_t, do_h;
-    int heads, group, gate_wide, g_wide, cu_wide, sequences, tokens, chunk_size, offset, slots;
-    int tiles, as_queries, as_keys;  // tiles of a chunk; which sweeps are launched
-    float scale;
-};
-
-using KeyTile = Tile<DTYPE, KEY_WIDTH>;
-using ValueTile = Tile<DTYPE, VALUE_WIDTH>;
-
-DEVICE Grid grid_of(const Params& p) { return Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, p.chunk_size, p.offset, p.slots}; }
-
-DEVICE void store_gate(void* gate, int64_t at, float x, int wide) {
-    if (wide) static_cast<float*>(gate)[at] = x;
-    else static_cast<DTYPE*>(gate)[at] = narrow<DTYPE>(x);
-}
-
-// the sum over the four lanes that hold a row
-DEVICE float row_sum(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // x (16 x 8 N) += 16 rows of `own` times rows of `met` from 16 at on, of blocks of 16 those from `low` to below `high`
 template <int WIDTH, int N>
@@ -82,20 +47,6 @@ DEVICE void add_product(float (&acc)[WIDEST / 8][4], const float (&x)[N][4], con
             met.right_columns(b[0], b[1], b[2], b[3], 16 * n, 16 * (at + j));
             Product<DTYPE>::add(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
             Product<DTYPE>::add(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
-    }
-}
-
-// 16 rows of a gradient, those below `rows`
-template <int WIDTH> DEVICE void store_rows(DTYPE* to, int64_t stride, const float (&acc)[WIDEST / 8][4], int rows, int columns) {
-    const int r = lane_id() / 4, c = lane_id() % 4;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (r + 8 * half >= rows) break;
-#pragma unroll
-        for (int n = 0; n < WIDTH / 8; n++) {
-            const int at = 8 * n + 2 * c;
-            store_pair<KEYS % 2 == 0 && VALUES % 2 == 0>(to + (r + 8 * half) * stride + at, acc[n][2 * half], acc[n][2 * half + 1], columns - at);
         }
     }
 }
@@ -143,18 +94,18 @@ template <bool AS_KEYS> struct Pairs {
     }
 };
 
-// SIDE tokens of a chunk from `from` on, as its keys or as its queries
-template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory, const Chunk& chunk, int shared_head, int from) {
+// SIDE tokens of a chunk from `from` on, as its keys or as its queries, and what half of the warps makes of them: OF_KEYS P's part, else D's. Both halves meet
+// at the same barriers, each from its own code, so that neither holds the other's registers.
+template <bool AS_KEYS, bool OF_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory, const Chunk& chunk, int shared_head, int from) {
     const KeyTile own_key{memory};
     const ValueTile own_value{memory + KEY_BYTES};
     const auto key_met = [&](int i) { return KeyTile{memory + (1 + i % BUFFERS) * PAIR_BYTES}; };
     const auto value_met = [&](int i) { return ValueTile{memory + (1 + i % BUFFERS) * PAIR_BYTES + KEY_BYTES}; };
     Log* const logs = reinterpret_cast<Log*>(memory + (1 + BUFFERS) * PAIR_BYTES);  // of the tokens from `first` on
     float* const rates = reinterpret_cast<float*>(logs + p.tiles * SIDE);  // scale times gate of the tokens from `from` on
-    const int warp = threadIdx.x / 32, band = warp % BANDS, lane = lane_id(), r = lane / 4, c = lane % 4;
-    const bool scores_of_keys = warp >= BANDS;  // P's half of the warps
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), band = warp % BANDS, lane = lane_id(), r = lane / 4, c = lane % 4;
     const int rows = chunk.length - from, tiles = AS_KEYS ? (rows + SIDE - 1) / SIDE : from / SIDE + 1, first = AS_KEYS ? from : 0;
-    const bool idle = 16 * band >= rows || (scores_of_keys ? (AS_KEYS ? !p.dv : !p.dgate && !p.outflow) : (AS_KEYS ? !p.dk && !FLOWING : !p.dq));
+    const bool idle = 16 * band >= rows || (OF_KEYS ? (AS_KEYS ? !p.dv : !p.dgate && !p.outflow) : (AS_KEYS ? !p.dk && !FLOWING : !p.dq));
     const int64_t key_t = AS_KEYS ? p.k_t : p.q_t, met_key_t = AS_KEYS ? p.q_t : p.k_t, value_t = AS_KEYS ? p.v_t : p.do_t, met_value_t = AS_KEYS ? p.do_t : p.v_t;
     const int batch = static_cast<int>(chunk.batch), begin = static_cast<int>(chunk.begin);
     // a tensor's first number of a token of the chunk and of a head: addresses are made anew where they are needed, registers are scarcer than products
@@ -185,7 +136,7 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
             rates[t] = t < rows ? p.scale * gate : 0.0f;
         }
         float flow[2] = {}, diagonal[2] = {};
-        if (scores_of_keys && AS_KEYS) {
+        if constexpr (OF_KEYS && AS_KEYS) {
 #pragma unroll
             for (int n = 0; n < WIDEST / 8; n++)
 #pragma unroll
@@ -203,7 +154,7 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
                         const int row = i / VALUE_WIDTH, column = i % VALUE_WIDTH;
                         *state.element(row, column) = narrow<DTYPE>(key + row < KEYS && column < VALUES ? w[(key + row) * VALUES + column] : 0.0f);
                     }
-                    __syncthreads();
+                    barrier_sync(1, THREADS);
                     if (DECAYED && key == 0) {
 #pragma unroll
                         for (int half = 0; half < 2; half++) {
@@ -211,7 +162,8 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
                             by[half] = AS_KEYS ? exp_between(logs[tiles * SIDE - 1], mine) : exp_log(mine);
                         }
                     }
-                    if (!idle && scores_of_keys && AS_KEYS) {
+                    if (idle) {
+                    } else if constexpr (OF_KEYS && AS_KEYS) {
 #pragma unroll
                         for (int s = 0; s < SIDE / 16; s++) {
                             if (key + 16 * s >= KEY_WIDTH) break;
@@ -224,7 +176,7 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
                                 Product<DTYPE>::add(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
                             }
                         }
-                    } else if (!idle) {
+                    } else {
 #pragma unroll
                         for (int j = 0; j < SIDE / 16; j++) {
                             if (key + 16 * j >= KEY_WIDTH) break;
@@ -236,15 +188,15 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
                                 for (int e = 0; e < 4; e++) {
                                     const int row = 16 * band + r + e / 2 * 8, column = key + 16 * j + 8 * n + 2 * c + e % 2;
                                     const float more = by[e / 2] * x[n][e];
-                                    if (scores_of_keys || (AS_KEYS && FLOWING)) flow[e / 2] += more * widen(*own_key.element(row, column));
-                                    if (!scores_of_keys) acc[(key + 16 * j) / 8 + n][e] += AS_KEYS ? more : rates[row] * more;
+                                    if (OF_KEYS || (AS_KEYS && FLOWING)) flow[e / 2] += more * widen(*own_key.element(row, column));
+                                    if (!OF_KEYS) acc[(key + 16 * j) / 8 + n][e] += AS_KEYS ? more : rates[row] * more;
                                 }
                             }
                         }
                     }
-                    __syncthreads();
+                    barrier_sync(1, THREADS);
                 }
-                if (scores_of_keys && AS_KEYS) {
+                if constexpr (OF_KEYS && AS_KEYS) {
 #pragma unroll
                     for (int n = 0; n < VALUE_WIDTH / 8; n++)
 #pragma unroll
@@ -257,30 +209,31 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
 #pragma unroll 1
         for (int i = 0; i < tiles; i++) {
             cp_async_wait<BUFFERS - 1>();
-            __syncthreads();
+            barrier_sync(1, THREADS);
             const int at = first + i * SIDE, left = (min(chunk.length - at, SIDE) + 15) / 16;
             const bool own = at == from;
             const int low = own && AS_KEYS ? band : 0, high = own && !AS_KEYS ? band + 1 : left;
             const Pairs<AS_KEYS> pairs{logs - first, rates - from, from + 16 * band, at, own};
-            if (!idle && scores_of_keys && AS_KEYS) {
+            if (idle) {
+            } else if constexpr (OF_KEYS && AS_KEYS) {
 #pragma unroll 1
-                for (int block = 0; block < BANDS; block += MOST / 16) {
-                    float x[MOST / 8][4] = {};
+                for (int block = 0; block < BANDS; block += USUAL / 16) {
+                    float x[USUAL / 8][4] = {};
                     add_scores(x, own_key, 16 * band, key_met(i), block, low, high);
                     pairs.weigh(x, block);
                     add_product(acc, x, value_met(i), block, low, high);
                 }
-            } else if (!idle && scores_of_keys) {
+            } else if constexpr (OF_KEYS) {
 #pragma unroll 1
-                for (int block = 0; block < BANDS; block += FEW / 16) {
-                    float x[FEW / 8][4] = {}, y[FEW / 8][4] = {};
+                for (int block = 0; block < BANDS; block += MOST / 16) {
+                    float x[MOST / 8][4] = {}, y[MOST / 8][4] = {};
                     add_scores(x, own_key, 16 * band, key_met(i), block, low, high);
                     add_scores(y, own_value, 16 * band, value_met(i), block, low, high);
                     pairs.decay(x, block);
                     pairs.sum_up(flow, diagonal, x, y, block);
                 }
-            } else if (!idle) {
-                constexpr int WIDE = AS_KEYS && FLOWING ? FEW : MOST;
+            } else {
+                constexpr int WIDE = AS_KEYS && FLOWING ? FEW : USUAL;
 #pragma unroll 1
                 for (int block = 0; block < BANDS; block += WIDE / 16) {
                     float x[WIDE / 8][4] = {};
@@ -294,13 +247,13 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
                     add_product(acc, x, key_met(i), block, low, high);
                 }
             }
-            __syncthreads();
+            barrier_sync(1, THREADS);
             load(i + BUFFERS);
         }
         const int64_t token = static_cast<int64_t>(fresh(batch)) * p.tokens + fresh(begin) + from + 16 * band;
-        if (!idle && scores_of_keys && AS_KEYS)
+        if (OF_KEYS && AS_KEYS && !idle)
             store_rows<VALUE_WIDTH>(p.dv + (token * p.heads + head) * VALUES, static_cast<int64_t>(p.heads) * VALUES, acc, rows - 16 * band, VALUES);
-        if (!idle && (AS_KEYS ? FLOWING && !scores_of_keys : scores_of_keys)) {
+        if ((AS_KEYS ? FLOWING && !OF_KEYS : OF_KEYS) && !idle) {
             const int64_t line = (static_cast<int64_t>(fresh(batch)) * p.heads + head) * p.tokens + fresh(begin) + from + 16 * band;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -315,26 +268,34 @@ template <bool AS_KEYS> DEVICE void sweep(const Params& p, unsigned char* memory
                 }
             }
         }
-        if (p.group > 1) __syncthreads();
+        if (p.group > 1) barrier_sync(1, THREADS);
     }
     DTYPE* const to = AS_KEYS ? p.dk : p.dq;
-    if (!idle && !scores_of_keys && to) {
+    if (!OF_KEYS && !idle && to) {
         const int groups = p.heads / p.group;
         const int64_t token = static_cast<int64_t>(fresh(batch)) * p.tokens + fresh(begin) + from + 16 * band;
         store_rows<KEY_WIDTH>(to + (token * groups + shared_head) * KEYS, static_cast<int64_t>(groups) * KEYS, acc, rows - 16 * band, KEYS);
     }
 }
 
+#if WORK == 0
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) fast_core_gradients(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const int sweeps = p.as_queries + p.as_keys, groups = p.heads / p.group, part = blockIdx.x % (p.tiles * sweeps), stream = blockIdx.x / (p.tiles * sweeps);
     const int from = part / sweeps * SIDE;
     const Chunk chunk = find_chunk(grid_of(p), stream / groups);
     if (chunk.length <= from) return;
-    if (p.as_keys && part % sweeps == 0) sweep<true>(p, memory, chunk, stream % groups, from);
-    else sweep<false>(p, memory, chunk, stream % groups, from);
+    const bool of_keys = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) >= BANDS;
+    if (p.as_keys && part % sweeps == 0) {
+        if (of_keys) sweep<true, true>(p, memory, chunk, stream % groups, from);
+        else sweep<true, false>(p, memory, chunk, stream % groups, from);
+    } else {
+        if (of_keys) sweep<false, true>(p, memory, chunk, stream % groups, from);
+        else sweep<false, false>(p, memory, chunk, stream % groups, from);
+    }
 }
 
+#elif WORK == 1
 // dg of a chunk and head: a warp sums what flows in less what flows out before each token.
 extern "C" __global__ void __launch_bounds__(32) fast_core_running(const __grid_constant__ Params p) {
     const int head = blockIdx.x % p.heads, lane = lane_id();
@@ -355,6 +316,7 @@ extern "C" __global__ void __launch_bounds__(32) fast_core_running(const __grid_
     }
 }
 
+#else
 // The gradient of a sequence's initial state for one head: 16 keys a warp, the first chunk's tokens in tiles of SIDE.
 constexpr int STATE_THREADS = 2 * KEY_WIDTH;
 
@@ -444,3 +406,4 @@ extern "C" __global__ void __launch_bounds__(STATE_THREADS) fast_core_start(cons
         }
     }
 }
+#endif

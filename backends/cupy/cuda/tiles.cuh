@@ -27,12 +27,11 @@ DEVICE void load_tile(const Tile<T, COLUMNS>& tile, const T* from, int64_t strid
     }
 }
 
-// load_tile where the threads are a multiple of a row's pieces and load all rows in whole rounds: a thread's column stays, so that few addresses are held.
+// load_tile, where the threads load the rows in whole rounds: a thread's column stays, so that few addresses are held.
 template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
 DEVICE void load_rounds(const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
-    if constexpr (WIDE) {
-        constexpr int PER = Tile<T, COLUMNS>::PER, PIECES = Tile<T, COLUMNS>::PIECES, STEP = THREADS / PIECES;
-        static_assert(THREADS % PIECES == 0 && ROWS % STEP == 0, "the threads do not load the tile in whole rounds");
+    constexpr int PER = Tile<T, COLUMNS>::PER, PIECES = Tile<T, COLUMNS>::PIECES, STEP = THREADS < PIECES ? 1 : THREADS / PIECES;
+    if constexpr (WIDE && THREADS % PIECES == 0 && ROWS % STEP == 0) {
         const int thread = fresh(threadIdx.x), row = thread / PIECES, piece = thread % PIECES, left = piece * PER < columns ? rows - row : 0;
         unsigned char* const to = tile.piece(row, piece);
         const T* at = from + row * stride + piece * PER;

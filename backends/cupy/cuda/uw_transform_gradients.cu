@@ -17,7 +17,8 @@ constexpr int NONE = 0, EXACT = 1, LAM = 2;
 constexpr int BLOCKS = SIDE / 16, THREADS = 32 * WARPS, TRIANGLE = SIDE < 32 ? 32 : SIDE, LINE = 20, PARTS = WARPS / BLOCKS, COLUMNS = (BLOCKS + PARTS - 1) / PARTS;
 constexpr int KEY_GROUPS = (KEYS + 15) / 16, VALUE_GROUPS = (VALUES + 15) / 16, KEY_ROUNDS = (KEY_GROUPS + WARPS - 1) / WARPS, GROUPS = SLICE / 16;
 constexpr int KEY_SLICES = (KEYS + SLICE - 1) / SLICE, VALUE_SLICES = (VALUES + SLICE - 1) / SLICE;
-constexpr int SIZE = sizeof(DTYPE), SLICE_BYTES = SIDE * SLICE * SIZE, SQUARE_BYTES = SIDE * TRIANGLE * SIZE, LINES_BYTES = BLOCKS * 16 * LINE * 4;
+constexpr int SIZE = sizeof(DTYPE), AT_ONCE = SIZE == 4 || SIDE > 64 ? 1 : COLUMNS > 2 ? 384 / THREADS : 512 / THREADS;  // blocks that registers must allow
+constexpr int SLICE_BYTES = SIDE * SLICE * SIZE, SQUARE_BYTES = SIDE * TRIANGLE * SIZE, LINES_BYTES = BLOCKS * 16 * LINE * 4;
 constexpr int TILES_BYTES = (RESIDENT ? 5 : 3) * SLICE_BYTES, TRIANGLE_BYTES = TRANSFORM == NONE ? 0 : SQUARE_BYTES;
 constexpr int OTHER_BYTES = TRANSFORM == LAM ? SQUARE_BYTES : TRANSFORM == EXACT && SIZE == 2 ? SIDE * 32 * SIZE : 0;
 constexpr int SYMMETRIC_BYTES = TRANSFORM == NONE ? 0 : SQUARE_BYTES > LINES_BYTES ? SQUARE_BYTES : LINES_BYTES;
@@ -208,7 +209,7 @@ DEVICE void keep_symmetric(const Square& symmetric, const Sums& x, int band, int
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) uw_transform_gradients(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_gradients(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     // resident: K, V, du, dw and w (lam: dZ) lie side by side; else V and K take turns, and so do du and dw
     const Right keys{memory}, values{memory + (RESIDENT ? SLICE_BYTES : 0)}, into_u{memory + (RESIDENT ? 2 : 1) * SLICE_BYTES};
@@ -220,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) uw_transform_gradients(con
     float *const beta = reinterpret_cast<float*>(log_decay + SIDE), *const decayed = beta + SIDE, *const flows = decayed + SIDE;
     float *const met_u = flows + SIDE, *const met_w = met_u + VALUE_GROUPS * SIDE, *const row_parts = met_w + KEY_GROUPS * SIDE, *const column_parts = row_parts + PARTS * SIDE;
 
-    const int groups = p.heads / p.group, shared_head = blockIdx.x % groups, warp = threadIdx.x / 32, lane = lane_id(), r = lane / 4, c = lane % 4;
+    const int groups = p.heads / p.group, shared_head = blockIdx.x % groups, warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     const int band = warp % BLOCKS, part = warp / BLOCKS;
     const Chunk chunk = find_chunk(Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, p.chunk_size, p.offset, p.slots}, blockIdx.x / groups);
     if (chunk.length == 0) return;
@@ -228,14 +229,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) uw_transform_gradients(con
     const int batch = static_cast<int>(chunk.batch), begin = static_cast<int>(chunk.begin), length = chunk.length;
     const auto place = [&](int64_t b, int64_t t, int64_t h, int head) { return fresh(batch) * b + static_cast<int64_t>(fresh(begin)) * t + head * h; };
     const auto load_keys = [&](int slice) {
-        load_tile<SIDE, THREADS, ALIGNED>(keys, p.k + place(p.k_b, p.k_t, p.k_h, shared_head) + slice * SLICE, p.k_t, length, KEYS - slice * SLICE);
+        load_rounds<SIDE, THREADS, ALIGNED>(keys, p.k + place(p.k_b, p.k_t, p.k_h, shared_head) + slice * SLICE, p.k_t, length, KEYS - slice * SLICE);
     };
     const auto load_values = [&](int slice, int head) {
-        load_tile<SIDE, THREADS, ALIGNED>(values, p.v + place(p.v_b, p.v_t, p.v_h, head) + slice * SLICE, p.v_t, length, VALUES - slice * SLICE);
-        load_tile<SIDE, THREADS, ALIGNED>(into_u, p.du + place(p.du_b, p.du_t, p.du_h, head) + slice * SLICE, p.du_t, length, VALUES - slice * SLICE);
+        load_rounds<SIDE, THREADS, ALIGNED>(values, p.v + place(p.v_b, p.v_t, p.v_h, head) + slice * SLICE, p.v_t, length, VALUES - slice * SLICE);
+        load_rounds<SIDE, THREADS, ALIGNED>(into_u, p.du + place(p.du_b, p.du_t, p.du_h, head) + slice * SLICE, p.du_t, length, VALUES - slice * SLICE);
     };
     const auto load_into_w = [&](int slice, int head) {
-        load_tile<SIDE, THREADS, ALIGNED>(into_w, p.dw + place(p.dw_b, p.dw_t, p.dw_h, head) + slice * SLICE, p.dw_t, length, KEYS - slice * SLICE);
+        load_rounds<SIDE, THREADS, ALIGNED>(into_w, p.dw + place(p.dw_b, p.dw_t, p.dw_h, head) + slice * SLICE, p.dw_t, length, KEYS - slice * SLICE);
     };
     const auto arrived = [&]() {
         cp_async_commit();
@@ -267,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) uw_transform_gradients(con
     float kept[GROUPED ? KEY_ROUNDS : 1][2 * BLOCKS][4] = {};  // dk of this warp's columns, summed over the v heads
 #pragma unroll 1
     for (int member = 0; member < (GROUPED ? p.group : 1); member++) {
-        const int head = shared_head * p.group + member;
+        const int head = shared_head * p.group + member, lane = fresh(lane_id()), r = lane / 4, c = lane % 4;
         if (RESIDENT && GROUPED && member > 0) load_member(head);
         if (warp == 0) running_log<DTYPE>(log_decay, SIDE, p.g, place(p.g_b, p.g_t, p.g_h, head), p.g_t, p.g_wide, length);
         __syncthreads();

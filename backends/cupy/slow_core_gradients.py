@@ -28,10 +28,8 @@ PREPARE, GRADIENTS, VECTORS = (Kernel(SOURCE, f"slow_core_{name}", _LAYOUT) for 
 UNNORMED = Kernel(SOURCE, "slow_core_unnormed", "3Pi")
 FORWARD, REVERSE = (Kernel(WALKS, f"slow_core_{name}", "5P2P2P1P1P15q6i") for name in ("forward", "reverse"))
 _LONGEST = 128
-_WALKS = ((32, 4, 2), (32, 3, 2), (32, 4, 1), (32, 2, 2), (32, 2, 1), (16, 3, 2), (16, 2, 1))
+_WALKS = ((64, 3, 2), (32, 4, 2), (32, 3, 2), (64, 3, 1), (32, 3, 1), (32, 2, 2), (16, 3, 2), (16, 2, 1))
 """Tokens of a piece, pieces in shared memory, warps."""
-_FEWEST = 2
-"""Pieces in shared memory: one computed on, one arriving."""
 
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -45,12 +43,12 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     grouped = signature.dim("H") > signature.dim("G")
     wide = padded(keys, 32) if dtype.itemsize == 2 and side <= 64 and not grouped else 32
+    longest = 128 if dtype.itemsize == 2 else 32 if keys <= 64 else 16  # what registers hold of a piece beside the state
     found: dict[Candidate, None] = {}
-    for piece, stages, warps in _WALKS:
-        for key_slice in dict.fromkeys((min(wide, 64), 32)):
-            piece, warps = min(piece, side), min(warps, padded(values) // 16)
-            fits = max(walk_bytes(piece, stages, warps, keys, dtype), gradient_bytes(side, key_slice, 32, dtype)) <= room
-            if fits:
+    for key_slice in dict.fromkeys((min(wide, 64), 32)):
+        for piece, stages, warps in _WALKS:
+            piece, warps = min(piece, side, longest), min(warps, padded(values) // 16)
+            if max(walk_bytes(piece, stages, warps, keys, dtype), gradient_bytes(side, key_slice, 32, dtype)) <= room:
                 params = (("side", side), ("piece", piece), ("stages", stages), ("warps", warps), ("key_slice", key_slice), ("value_slice", 32))
                 found[Candidate("cupy", "walks", params, "backward", sources=source_names(SOURCE, WALKS))] = None
     return list(found)
@@ -148,7 +146,7 @@ def _fill(call: SlowCore, grads: tuple[Tensor | None, ...], into: dict[str, Tens
     if parallel or ended:
         final = room(slots.sequences * heads * keys * values, torch.float32, when=ended)
         FORWARD(
-            (blocks, 1, 1), 32 * warps, walked,
+            (blocks, 1, 1), 32 * warps + 64, walked,
             (q, k, w, u, None, lines, initial, starts, updates, final, bounds, *strides, *three_strides(u), 0, 0, 0, *sizes),
             walk_bytes(piece, stages, warps, keys, dtype, reverse=False, delta=bool(call.delta)),
         )  # fmt: skip
@@ -159,7 +157,7 @@ def _fill(call: SlowCore, grads: tuple[Tensor | None, ...], into: dict[str, Tens
             d_final = behind
     if back:
         REVERSE(
-            (blocks, 1, 1), 32 * warps, walked,
+            (blocks, 1, 1), 32 * warps + 64, walked,
             (q, k, w, None, d_o, lines, d_final, leaving, errors, into.get("initial_state"), bounds, *strides, *rows, *three_strides(d_o), *sizes),
             walk_bytes(piece, stages, warps, keys, dtype, delta=bool(call.delta)),
         )  # fmt: skip

@@ -34,8 +34,8 @@ _PLANS = ((4, 2), (2, 2), (1, 2), (8, 2), (4, 1), (2, 1), (8, 1))
 """Warps, 16 value columns each, and chunks in shared memory."""
 _NARROW = ((2, 2), (1, 2), *_PLANS)
 """The same where few heads and sequences leave processors idle: more blocks, fewer columns each."""
-_ROLES = ((2, 2), (2, 1), (1, 2), (4, 1), (1, 1), (2, 4))
-"""Walking warps, 16 value columns each, and chunks loaded ahead."""
+_ROLES = ((2, 2, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2), (4, 1, 1), (1, 1, 2))
+"""Walking warps, 16 value columns each, chunks loaded ahead, and blocks that a processor's registers are to hold."""
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -64,10 +64,12 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     found: dict[Candidate, None] = {}
     streams = signature.dim("N") * signature.dim("H")
     few = not signature.batch_invariant and streams * -(-values // 64) < 0.75 * (machine.sms or 108)
-    for warps, depth in () if whole else _ROLES:
+    for warps, depth, resident in () if whole else _ROLES:
+        if (warps > 2 or resident > 1) and signature.dim("K") > 64:
+            continue  # registers
         warps = min(warps, values // 16)
-        if roles_bytes(side, warps, depth, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
-            found[_candidate("roles", (ROLES_SOURCE,), side=side, warps=warps, depth=depth)] = None
+        if resident * roles_bytes(side, warps, depth, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
+            found[_candidate("roles", (ROLES_SOURCE,), side=side, warps=warps, depth=depth, resident=resident)] = None
     for warps, buffers in _NARROW if few else _PLANS:
         warps = values // 16 if whole else min(warps, values // 16)
         if shared_bytes(side, warps, buffers, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
@@ -118,7 +120,7 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     if candidate.variant == "roles":
         depth = int(candidate.param("depth"))
         threads = 32 * (warps + min(side // 16, 4) + 2)
-        ROLES(blocks, threads, (*macros, ("DEPTH", depth)), args, roles_bytes(side, warps, depth, keys, bool(call.delta), u.dtype))
+        ROLES(blocks, threads, (*macros, ("DEPTH", depth), ("RESIDENT", int(candidate.param("resident")))), args, roles_bytes(side, warps, depth, keys, bool(call.delta), u.dtype))
         return o, final
     buffers = int(candidate.param("buffers"))
     norms = (("BUFFERS", buffers), ("NORMALIZE_READ", bool(call.normalize_read)), ("NORMALIZE_FINAL", bool(call.normalize_final)))

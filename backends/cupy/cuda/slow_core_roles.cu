@@ -2,18 +2,19 @@
 // S' = e^G_C S~ + (e^(G_C - G) k)^T U'.
 //   walkers   own 16 value columns of a state each, transposed, in registers: of a chunk only w S~ and k^T U' are on their way; S~ and U' they hand on, rounded
 //   readers   are a chunk behind: 16 tokens each of the scores, which stay in registers as the operand of their product with U', and of q S~: they write o
-//   loaders   bring the tiles of chunks to come; one of them is the clerk: the next chunk's running decay and gates
+//   a loader  brings the tiles of chunks to come, and the clerk the next chunk's running decay and gates
 // All meet once a chunk. A token and head costs C (K + V) + 6 K V FLOP and moves 3 K + 2 V numbers (C K FLOP and 3 K again for each slice of columns); what
 // limits it is a walker's chain: for 64 tokens and K = 128 256 products of 16 x 8 x 8 after one another in a warp, about 1100 cycles.
 //
-// DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; WARPS: walkers; DEPTH: chunks loaded ahead; DECAYED: g; FACTORED: chunk_decay;
+// DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; WARPS: walkers; DEPTH: chunks loaded ahead; RESIDENT: blocks of a processor; DECAYED: g; FACTORED: chunk_decay;
 // DELTA; ALIGNED: 16-byte copies can take all rows.
 #include "chunks.cuh"
 #include "tiles.cuh"
 
 constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, KEY_BLOCKS = (KEYS + 15) / 16, VALUE_BLOCKS = (VALUES + 15) / 16;
 constexpr int COLUMNS = WARPS < 2 ? 32 : 16 * WARPS, SLICES = (VALUE_BLOCKS + WARPS - 1) / WARPS, BLOCKS = SIDE / 16, SIZE = sizeof(DTYPE);
-constexpr int READERS = BLOCKS < 4 ? BLOCKS : 4, FIRST = READERS < 2 ? READERS : 2, THREADS = 32 * (WARPS + READERS + 2), LOADERS = 64;
+constexpr int READERS = BLOCKS < 4 ? BLOCKS : 4, FIRST = READERS < 2 ? READERS : 2, THREADS = 32 * (WARPS + READERS + 2);
+constexpr int LOADERS = KEYS <= 64 ? 32 : 64;  // wide heads: the clerk loads as well
 constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * COLUMNS * SIZE, READ_STAGE = 2 * KEY_BYTES, WALK_STAGE = DELTA * KEY_BYTES + VALUE_BYTES;
 constexpr int FRAGMENT = 256 * SIZE, HANDED = WARPS * (KEY_BLOCKS + BLOCKS) * FRAGMENT;  // of 16 x 16; S~ of every walker, then U'
 constexpr int WALK_AT = (DEPTH + 2) * READ_STAGE, HANDED_AT = WALK_AT + (DEPTH + 1) * WALK_STAGE, LINES_AT = HANDED_AT + 2 * HANDED;
@@ -232,13 +233,14 @@ DEVICE void write_lines(Lines& lines, const Fetched& of, int length, float scale
     if (lane == 0) lines.total = FACTORED ? of.factor : DECAYED ? exp_log(carried) : 1.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) slow_core_roles(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) slow_core_roles(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const int slice = blockIdx.x % SLICES, stream = blockIdx.x / SLICES, head = stream % p.heads, sequence = stream / p.heads, shared_head = head / p.group;
     const int warp = threadIdx.x / 32, lane = lane_id(), r = lane / 4, c = lane % 4, column = slice * 16 * WARPS;
     // of a processor's four schedulers walkers and loaders share two, readers the others
-    const bool walks = warp >= FIRST && warp < FIRST + WARPS, loads = warp >= WARPS + READERS, is_clerk = warp == WARPS + READERS;
-    const int walker = warp - FIRST, reader = warp < FIRST ? warp : READERS - 1 - (warp - FIRST - WARPS), loader = threadIdx.x - 32 * (WARPS + READERS);
+    const int walker = warp - FIRST, reader = warp < FIRST ? warp : READERS - 1 - (warp - FIRST - WARPS);
+    const int loader = static_cast<int>(threadIdx.x) - 32 * (WARPS + READERS);
+    const bool walks = warp >= FIRST && warp < FIRST + WARPS, is_clerk = loader >= 32, loads = loader >= 0 && loader < LOADERS;
 
     int64_t start = 0, batch = sequence, count = p.tokens, factors = 0;
     if (p.cu_seqlens) {
@@ -294,8 +296,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slow_core_roles(const _
                 state[n][e] = p.initial && key < KEYS && value < VALUES ? p.initial[place + key * VALUES + value] : 0.0f;
             }
         }
-    } else if (loads) {
-        for (int i = 0; i < DEPTH; i++) load(i);
+    } else if (loader >= 0) {
+        for (int i = 0; i < DEPTH && loads; i++) load(i);
         if (is_clerk && chunks) {
             fetch(later, 0);
             fetch(next, 1);
@@ -312,8 +314,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slow_core_roles(const _
             unsigned char* const tiles = memory + WALK_AT + chunk % (DEPTH + 1) * WALK_STAGE;
             const KeyTile keys{memory + chunk % (DEPTH + 2) * READ_STAGE + KEY_BYTES};
             walk_chunk(state, walker, length_of(chunk), lines[chunk % 3], keys, KeyTile{tiles + VALUE_BYTES}, ValueTile{tiles}, memory + HANDED_AT + chunk % 2 * HANDED);
-        } else if (loads) {
-            load(chunk + DEPTH);
+        } else if (loader >= 0) {
+            if (loads) load(chunk + DEPTH);
             if (!is_clerk) continue;
             if (chunk + 1 < chunks) write_lines(lines[(chunk + 1) % 3], next, length_of(chunk + 1), p.scale);
             next = later;

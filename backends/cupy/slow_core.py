@@ -25,7 +25,7 @@ from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
 from .serving import candidate as _candidate
 from .slow_core_gradients import backward_candidates, run_backward
 from .slow_core_walks import SOURCES as WALK_SOURCES
-from .slow_core_walks import longest_piece, output_bytes, run_walks, walk_bytes
+from .slow_core_walks import divide_by_norm, longest_piece, output_bytes, run_walks, walk_bytes
 from .strides import aligned_rows, unit_stride
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
@@ -37,9 +37,9 @@ _PLANS = ((4, 2), (2, 2), (1, 2), (8, 2), (4, 1), (2, 1), (8, 1))
 """Warps, 16 value columns each, and chunks in shared memory."""
 _NARROW = ((2, 2), (1, 2), *_PLANS)
 """The same where few heads and sequences leave processors idle: more blocks, fewer columns each."""
-_ROLES = ((2, 2, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2), (4, 1, 1), (1, 1, 2))
+_ROLES = ((2, 2, 1), (4, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 2))
 """Walking warps, 16 value columns each, chunks loaded ahead, and blocks that a processor's registers are to hold."""
-_WALKS = ((64, 3, 2), (32, 3, 2), (32, 3, 1), (16, 3, 2))
+_WALKS = ((64, 3, 2), (32, 3, 2), (32, 3, 4), (32, 3, 1), (16, 3, 2))
 """Tokens of a piece, pieces in shared memory, warps."""
 
 
@@ -69,8 +69,8 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     found: dict[Candidate, None] = {}
     streams = signature.dim("N") * signature.dim("H")
     few = not signature.batch_invariant and streams * -(-values // 64) < 0.75 * (machine.sms or 108)
-    for warps, depth, resident in () if whole else _ROLES:
-        if (warps > 2 or resident > 1) and signature.dim("K") > 64:
+    for warps, depth, resident in () if signature.option("normalize_read") else _ROLES:
+        if resident > 1 and signature.dim("K") > 64:
             continue  # registers
         warps = min(warps, values // 16)
         if resident * roles_bytes(side, warps, depth, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
@@ -137,13 +137,10 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     if candidate.variant == "roles":
         depth = int(candidate.param("depth"))
         threads = 32 * (warps + min(side // 16, 4) + 2)
-        ROLES(
-            blocks,
-            threads,
-            (*macros, ("DEPTH", depth), ("RESIDENT", int(candidate.param("resident")))),
-            args,
-            roles_bytes(side, warps, depth, keys, bool(call.delta), u.dtype),
-        )
+        tiles = (("DEPTH", depth), ("RESIDENT", int(candidate.param("resident"))))
+        ROLES(blocks, threads, (*macros, *tiles), args, roles_bytes(side, warps, depth, keys, bool(call.delta), u.dtype))
+        if final is not None and call.normalize_final:
+            divide_by_norm(final, (*macros, ("KEY_SLICE", padded(keys, 32)), ("VALUE_SLICE", 32)))
         return o, final
     buffers = int(candidate.param("buffers"))
     norms = (("BUFFERS", buffers), ("NORMALIZE_READ", bool(call.normalize_read)), ("NORMALIZE_FINAL", bool(call.normalize_final)))

@@ -27,7 +27,7 @@ _LAYOUT = "4P3P4P3P3P3P21qP11if"
 GRADIENTS, VECTORS = (Kernel(SOURCE, f"slow_core_{name}", _LAYOUT) for name in ("gradients", "vectors"))
 UNNORMED = Kernel(SOURCE, "slow_core_unnormed", "3Pi")
 _LONGEST = 128
-_WALKS = ((64, 3, 2), (32, 4, 2), (32, 3, 2), (64, 3, 1), (32, 3, 1), (32, 2, 2), (16, 3, 2), (16, 2, 1))
+_WALKS = ((64, 3, 2), (32, 3, 4), (32, 4, 2), (32, 3, 2), (64, 3, 1), (32, 3, 1), (32, 2, 2), (16, 3, 2), (16, 2, 1))
 """Tokens of a piece, pieces in shared memory, warps."""
 
 
@@ -41,13 +41,22 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
         return []
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     grouped = signature.dim("H") > signature.dim("G")
-    wide = padded(keys, 32) if dtype.itemsize == 2 and side <= 64 and not grouped else 32
+    half = dtype.itemsize == 2
+    wide = min(padded(keys, 32), 64) if half and side <= 64 else 32
+    value_slice = min(padded(values, 32), 64) if half and side <= 64 else 32
     found: dict[Candidate, None] = {}
-    for key_slice in dict.fromkeys((min(wide, 64), 32)):
-        for piece, stages, warps in _WALKS:
+    for key_slice in dict.fromkeys((32, wide) if grouped else (wide, 32)):  # v heads to sum over take registers
+        for piece, stages, warps in _WALKS if not found else _WALKS[:2]:
             piece, warps = min(piece, side, longest_piece(keys, dtype)), min(warps, padded(values) // 16)
-            if max(walk_bytes(piece, stages, warps, keys, dtype, reverse=True), gradient_bytes(side, key_slice, 32, dtype)) <= room:
-                params = (("side", side), ("piece", piece), ("stages", stages), ("warps", warps), ("key_slice", key_slice), ("value_slice", 32))
+            if max(walk_bytes(piece, stages, warps, keys, dtype, reverse=True), gradient_bytes(side, key_slice, value_slice, dtype)) <= room:
+                params = (
+                    ("side", side),
+                    ("piece", piece),
+                    ("stages", stages),
+                    ("warps", warps),
+                    ("key_slice", key_slice),
+                    ("value_slice", value_slice),
+                )
                 found[Candidate("cupy", "walks", params, "backward", sources=source_names(SOURCE, *SOURCES[:2]))] = None
     return list(found)
 

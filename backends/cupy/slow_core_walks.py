@@ -19,7 +19,7 @@ from .launch import DTYPES, Kernel, Macros
 from .serving import padded
 from .strides import aligned_rows, unit_stride
 
-__all__ = ["SOURCES", "Walks", "longest_piece", "output_bytes", "run_walks", "walk_bytes"]
+__all__ = ["SOURCES", "Walks", "divide_by_norm", "longest_piece", "output_bytes", "run_walks", "walk_bytes"]
 
 SOURCES = ("slow_core_prepare.cu", "slow_core_walks.cu", "slow_core_outputs.cu")
 PREPARE = Kernel(SOURCES[0], "slow_core_prepare", "3P3P2P18qP10if")
@@ -171,4 +171,9 @@ def run_walks(call: SlowCore, candidate: Candidate, o: Tensor, final: Tensor | N
         output_bytes(x.side, keys, value_slice, x.u.dtype),
     )  # fmt: skip
     if final is not None and call.normalize_final:
-        NORMED((final.shape[0] * final.shape[1], 1, 1), 256, (*macros, *tiles), (final, final.shape[2] * final.shape[3]), 64)
+        divide_by_norm(final, (*macros, *tiles))
+
+
+def divide_by_norm(final: Tensor, macros: Macros) -> None:
+    """States `[N, H, K, V]` by their Frobenius norm + 1e-8, in place; `macros`: of a call's outputs."""
+    NORMED((final.shape[0] * final.shape[1], 1, 1), 256, macros, (final, final.shape[2] * final.shape[3]), 64)

@@ -18,7 +18,8 @@ constexpr int LOADERS = KEYS <= 64 ? 32 : 64;  // wide heads: the clerk loads as
 constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * COLUMNS * SIZE, READ_STAGE = 2 * KEY_BYTES, WALK_STAGE = DELTA * KEY_BYTES + VALUE_BYTES;
 constexpr int FRAGMENT = 256 * SIZE, HANDED = WARPS * (KEY_BLOCKS + BLOCKS) * FRAGMENT;  // of 16 x 16; S~ of every walker, then U'
 constexpr int WALK_AT = (DEPTH + 2) * READ_STAGE, HANDED_AT = WALK_AT + (DEPTH + 1) * WALK_STAGE, LINES_AT = HANDED_AT + 2 * HANDED;
-constexpr int TOKENS_AT_ONCE = SIZE == 4 || BLOCKS < 4 ? (BLOCKS < 2 ? 1 : 2) : 4;  // blocks of 16 whose products a walker mixes
+constexpr int TOKENS_AT_ONCE = BLOCKS < 2 ? 1 : SIZE == 4 || BLOCKS < 4 || THREADS > 256 ? 2 : 4;  // blocks of 16 whose products a walker mixes
+constexpr int TOGETHER = WARPS < 2 ? 1 : 2;  // walkers whose columns a reader has at once
 constexpr int LANES = (SIDE + 31) / 32;
 
 struct Params {
@@ -143,31 +144,11 @@ template <int REACH> DEVICE void read_rows(int row, int length, float scale, con
             Product<DTYPE>::add(scores[2 * j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
         }
     }
-    float sums[WARPS][2][4] = {};
-#pragma unroll(STEPS_AT_ONCE<DTYPE>)
-    for (int s = 0; s < KEY_BLOCKS; s++) {
-        Pair<DTYPE> a[4], b[4];
-        queries.right_rows(b[0], b[1], b[2], b[3], 16 * row, 16 * s);
-#pragma unroll
-        for (int walker = 0; walker < WARPS; walker++) {
-            load_fragment(a, handed + (walker * KEY_BLOCKS + s) * FRAGMENT);
-            Product<DTYPE>::add(sums[walker][0], a[0], a[1], a[2], a[3], b[0], b[1]);
-            Product<DTYPE>::add(sums[walker][1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float2 by = *reinterpret_cast<const float2*>(lines.pull + 16 * row + 8 * half + 2 * c);
-#pragma unroll
-        for (int walker = 0; walker < WARPS; walker++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) sums[walker][half][2 * e] *= by.x, sums[walker][half][2 * e + 1] *= by.y;
-    }
     Log of_rows[2];
     if (DECAYED) of_rows[0] = lines.log[16 * row + r], of_rows[1] = lines.log[16 * row + 8 + r];
+    Pair<DTYPE> factors[REACH][2][2];  // of 16 tokens that were written: for 8 tokens of o, of the first and the last 8
 #pragma unroll
     for (int j = 0; j < REACH; j++) {
-        Pair<DTYPE> b[2][2];  // of 8 tokens of o, of 8 tokens that were written
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const int at = 16 * j + 8 * n + 2 * c;
@@ -178,28 +159,54 @@ template <int REACH> DEVICE void read_rows(int row, int length, float scale, con
                 const int token = 16 * row + 8 * half + r;
                 float x[2] = {scale * scores[2 * j + n][2 * half], scale * scores[2 * j + n][2 * half + 1]};
                 if (DECAYED) x[0] *= exp_between(of_rows[half], Log{logs.x, logs.y}), x[1] *= exp_between(of_rows[half], Log{logs.z, logs.w});
-                b[half][n] = Make<DTYPE>::pair_of(at <= token ? x[0] : 0.0f, at < token ? x[1] : 0.0f);
+                factors[j][half][n] = Make<DTYPE>::pair_of(at <= token ? x[0] : 0.0f, at < token ? x[1] : 0.0f);
+            }
+        }
+    }
+#pragma unroll 1
+    for (int walker = 0; walker < WARPS; walker += TOGETHER) {
+        float sums[TOGETHER][2][4] = {};
+#pragma unroll(STEPS_AT_ONCE<DTYPE>)
+        for (int s = 0; s < KEY_BLOCKS; s++) {
+            Pair<DTYPE> a[4], b[4];
+            queries.right_rows(b[0], b[1], b[2], b[3], 16 * row, 16 * s);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                load_fragment(a, handed + ((walker + i) * KEY_BLOCKS + s) * FRAGMENT);
+                Product<DTYPE>::add(sums[i][0], a[0], a[1], a[2], a[3], b[0], b[1]);
+                Product<DTYPE>::add(sums[i][1], a[0], a[1], a[2], a[3], b[2], b[3]);
             }
         }
 #pragma unroll
-        for (int walker = 0; walker < WARPS; walker++) {
-            Pair<DTYPE> a[4];
-            load_fragment(a, handed + (WARPS * KEY_BLOCKS + walker * BLOCKS + j) * FRAGMENT);
+        for (int half = 0; half < 2; half++) {
+            const float2 by = *reinterpret_cast<const float2*>(lines.pull + 16 * row + 8 * half + 2 * c);
 #pragma unroll
-            for (int half = 0; half < 2; half++) Product<DTYPE>::add(sums[walker][half], a[0], a[1], a[2], a[3], b[half][0], b[half][1]);
+            for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) sums[i][half][2 * e] *= by.x, sums[i][half][2 * e + 1] *= by.y;
         }
-    }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int token = 16 * row + 8 * half;
-        const float2 gate = *reinterpret_cast<const float2*>(lines.gate + token + 2 * c);
+        for (int j = 0; j < REACH; j++) {
 #pragma unroll
-        for (int walker = 0; walker < WARPS; walker++) {
+            for (int i = 0; i < TOGETHER; i++) {
+                Pair<DTYPE> a[4];
+                load_fragment(a, handed + (WARPS * KEY_BLOCKS + (walker + i) * BLOCKS + j) * FRAGMENT);
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int value = 16 * walker + 8 * e;
-                const float one = gate.x * sums[walker][half][2 * e], other = gate.y * sums[walker][half][2 * e + 1];
-                store_turned<VALUES % 2 == 0>(o + token * stride + value, stride, one, other, length - token, columns - value);
+                for (int half = 0; half < 2; half++) Product<DTYPE>::add(sums[i][half], a[0], a[1], a[2], a[3], factors[j][half][0], factors[j][half][1]);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int token = 16 * row + 8 * half;
+            const float2 gate = *reinterpret_cast<const float2*>(lines.gate + token + 2 * c);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int value = 16 * (walker + i) + 8 * e;
+                    const float one = gate.x * sums[i][half][2 * e], other = gate.y * sums[i][half][2 * e + 1];
+                    store_turned<VALUES % 2 == 0>(o + token * stride + value, stride, one, other, length - token, columns - value);
+                }
             }
         }
     }

@@ -77,6 +77,15 @@ def production(op: str) -> Iterator[Case]:
             yield case
 
 
+def variants(op: str) -> Iterator[Case]:
+    """Every variant with narrow heads: some options take other kernels."""
+    for variant in CONTRACTS[op].variants:
+        tokens = 1 if op == "gated_delta_step" else 2048
+        case = Case(variant.name, B=1, T=tokens, G=32, H=32, K=32, V=32, dtype=torch.bfloat16, options=variant.options, given=variant.given)
+        if offered(op, case, 90):
+            yield case
+
+
 def offered(op: str, case: Case, sm: int, *, backward: bool = False) -> list[Candidate]:
     """What an op offers a card for a case, forward or backward; none where it refuses."""
     made, module = CONTRACTS[op], import_module(f"titans_backends.backends.cupy.{op}")
@@ -121,8 +130,8 @@ def compiled(form: Form, sm: int) -> Usage:
 
 
 def files(sm: int) -> dict[str, Form]:
-    """For every `.cu` that a default launches on a card, one of its forms: the last one, of narrow heads."""
-    return {form.source: form for op in OPS for case in production(op) for form in forms(op, case, sm)}
+    """For every `.cu` that a default launches on a card, in any variant, one of its forms: the last one, of narrow heads."""
+    return {form.source: form for op in OPS for case in (*production(op), *variants(op)) for form in forms(op, case, sm)}
 
 
 @compiles

@@ -1,7 +1,8 @@
 """slow_core: a sequence, head and slice of value columns per block, its state in registers from the first chunk to the last (SPEC.md 4).
 
 roles      warps that carry the state from chunk to chunk, beside warps that read it for the outputs (slow_core_roles.cu)
-columns    every warp does both for its columns, with less shared memory, and with norms (slow_core.cu)
+walks      a launch that carries the state and stores it for every chunk, then one for all outputs: less shared memory (slow_core_walks)
+columns    every warp does both for its columns, and knows the state's norm (slow_core.cu)
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
 from .serving import candidate as _candidate
 from .slow_core_gradients import backward_candidates, run_backward
+from .slow_core_walks import SOURCES as WALK_SOURCES
+from .slow_core_walks import divide_by_norm, longest_piece, output_bytes, run_walks, walk_bytes
 from .strides import aligned_rows, unit_stride
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
@@ -34,8 +37,10 @@ _PLANS = ((4, 2), (2, 2), (1, 2), (8, 2), (4, 1), (2, 1), (8, 1))
 """Warps, 16 value columns each, and chunks in shared memory."""
 _NARROW = ((2, 2), (1, 2), *_PLANS)
 """The same where few heads and sequences leave processors idle: more blocks, fewer columns each."""
-_ROLES = ((2, 2), (2, 1), (1, 2), (4, 1), (1, 1), (2, 4))
-"""Walking warps, 16 value columns each, and chunks loaded ahead."""
+_ROLES = ((2, 2, 1), (4, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 2))
+"""Walking warps, 16 value columns each, chunks loaded ahead, and blocks that a processor's registers are to hold."""
+_WALKS = ((64, 3, 2), (32, 3, 2), (32, 3, 4), (32, 3, 1), (16, 3, 2))
+"""Tokens of a piece, pieces in shared memory, warps."""
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -64,10 +69,21 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     found: dict[Candidate, None] = {}
     streams = signature.dim("N") * signature.dim("H")
     few = not signature.batch_invariant and streams * -(-values // 64) < 0.75 * (machine.sms or 108)
-    for warps, depth in () if whole else _ROLES:
+    for warps, depth, resident in () if signature.option("normalize_read") else _ROLES:
+        if resident > 1 and signature.dim("K") > 64:
+            continue  # registers
         warps = min(warps, values // 16)
-        if roles_bytes(side, warps, depth, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
-            found[_candidate("roles", (ROLES_SOURCE,), side=side, warps=warps, depth=depth)] = None
+        if resident * roles_bytes(side, warps, depth, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
+            found[_candidate("roles", (ROLES_SOURCE,), side=side, warps=warps, depth=depth, resident=resident)] = None
+    for piece, stages, warps in () if signature.option("normalize_read") else _WALKS:
+        piece, value_slice = min(piece, side, longest_piece(signature.dim("K"), signature.dtype)), min(values, 128 // signature.dtype.itemsize)
+        warps, value_slice = min(warps, values // 16), max(value_slice, 32)
+        sizes = (
+            walk_bytes(piece, stages, warps, signature.dim("K"), signature.dtype, reverse=False),
+            output_bytes(side, signature.dim("K"), value_slice, signature.dtype),
+        )
+        if max(sizes) <= room:
+            found[_candidate("walks", WALK_SOURCES, side=side, piece=piece, stages=stages, warps=warps, value_slice=value_slice)] = None
     for warps, buffers in _NARROW if few else _PLANS:
         warps = values // 16 if whole else min(warps, values // 16)
         if shared_bytes(side, warps, buffers, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
@@ -104,6 +120,9 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     side, warps = int(candidate.param("side")), int(candidate.param("warps"))
     g, decay, gate = call.g, call.chunk_decay, call.gate
     wide = [x is not None and x.dtype == torch.float32 for x in (g, decay, gate)]
+    if candidate.variant == "walks":
+        run_walks(call, candidate, o, final)
+        return o, final
     blocks = (sequences * heads * -(-values // (16 * warps)), 1, 1)
     macros: Macros = (
         ("DTYPE", DTYPES[u.dtype]), ("KEYS", keys), ("VALUES", values), ("SIDE", side), ("WARPS", warps), ("DECAYED", g is not None),
@@ -118,7 +137,10 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     if candidate.variant == "roles":
         depth = int(candidate.param("depth"))
         threads = 32 * (warps + min(side // 16, 4) + 2)
-        ROLES(blocks, threads, (*macros, ("DEPTH", depth)), args, roles_bytes(side, warps, depth, keys, bool(call.delta), u.dtype))
+        tiles = (("DEPTH", depth), ("RESIDENT", int(candidate.param("resident"))))
+        ROLES(blocks, threads, (*macros, *tiles), args, roles_bytes(side, warps, depth, keys, bool(call.delta), u.dtype))
+        if final is not None and call.normalize_final:
+            divide_by_norm(final, (*macros, ("KEY_SLICE", padded(keys, 32)), ("VALUE_SLICE", 32)))
         return o, final
     buffers = int(candidate.param("buffers"))
     norms = (("BUFFERS", buffers), ("NORMALIZE_READ", bool(call.normalize_read)), ("NORMALIZE_FINAL", bool(call.normalize_final)))

@@ -13,25 +13,22 @@ from titans_backends.contracts.slow_core import SlowCore
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from .bounds import bounds_on
-from .chunks import slots_of, three_strides
-from .launch import DTYPES, Kernel, Macros
+from .chunks import three_strides
+from .launch import Kernel, Macros
 from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded
+from .slow_core_walks import SOURCES, Walks, longest_piece, walk_bytes
 from .sources import source_names
-from .strides import aligned_rows, unit_stride
+from .strides import unit_stride
 
 __all__ = ["backward_candidates", "run_backward"]
 
-SOURCE, WALKS = "slow_core_gradients.cu", "slow_core_walks.cu"
-_LAYOUT = "4P3P4P4P4P3P21qP11if"
-PREPARE, GRADIENTS, VECTORS = (Kernel(SOURCE, f"slow_core_{name}", _LAYOUT) for name in ("prepare", "gradients", "vectors"))
+SOURCE = "slow_core_gradients.cu"
+_LAYOUT = "4P3P4P3P3P3P21qP11if"
+GRADIENTS, VECTORS = (Kernel(SOURCE, f"slow_core_{name}", _LAYOUT) for name in ("gradients", "vectors"))
 UNNORMED = Kernel(SOURCE, "slow_core_unnormed", "3Pi")
-FORWARD, REVERSE = (Kernel(WALKS, f"slow_core_{name}", "5P2P2P1P1P15q6i") for name in ("forward", "reverse"))
 _LONGEST = 128
-_WALKS = ((32, 4, 2), (32, 3, 2), (32, 4, 1), (32, 2, 2), (32, 2, 1), (16, 3, 2), (16, 2, 1))
+_WALKS = ((64, 3, 2), (32, 3, 4), (32, 4, 2), (32, 3, 2), (64, 3, 1), (32, 3, 1), (32, 2, 2), (16, 3, 2), (16, 2, 1))
 """Tokens of a piece, pieces in shared memory, warps."""
-_FEWEST = 2
-"""Pieces in shared memory: one computed on, one arriving."""
 
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -44,26 +41,28 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
         return []
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     grouped = signature.dim("H") > signature.dim("G")
-    wide = padded(keys, 32) if dtype.itemsize == 2 and side <= 64 and not grouped else 32
+    half = dtype.itemsize == 2
+    wide = min(padded(keys, 32), 64) if half and side <= 64 else 32
+    value_slice = min(padded(values, 32), 64) if half and side <= 64 else 32
     found: dict[Candidate, None] = {}
-    for piece, stages, warps in _WALKS:
-        for key_slice in dict.fromkeys((min(wide, 64), 32)):
-            piece, warps = min(piece, side), min(warps, padded(values) // 16)
-            fits = max(walk_bytes(piece, stages, warps, keys, dtype), gradient_bytes(side, key_slice, 32, dtype)) <= room
-            if fits:
-                params = (("side", side), ("piece", piece), ("stages", stages), ("warps", warps), ("key_slice", key_slice), ("value_slice", 32))
-                found[Candidate("cupy", "walks", params, "backward", sources=source_names(SOURCE, WALKS))] = None
+    for key_slice in dict.fromkeys((32, wide) if grouped else (wide, 32)):  # v heads to sum over take registers
+        for piece, stages, warps in _WALKS if not found else _WALKS[:2]:
+            piece, warps = min(piece, side, longest_piece(keys, dtype)), min(warps, padded(values) // 16)
+            if max(walk_bytes(piece, stages, warps, keys, dtype, reverse=True), gradient_bytes(side, key_slice, value_slice, dtype)) <= room:
+                params = (
+                    ("side", side),
+                    ("piece", piece),
+                    ("stages", stages),
+                    ("warps", warps),
+                    ("key_slice", key_slice),
+                    ("value_slice", value_slice),
+                )
+                found[Candidate("cupy", "walks", params, "backward", sources=source_names(SOURCE, *SOURCES[:2]))] = None
     return list(found)
 
 
-def walk_bytes(piece: int, stages: int, warps: int, keys: int, dtype: torch.dtype, *, reverse: bool = True, delta: bool = True) -> int:
-    """Dynamic shared memory of a block of a walk: pieces of k, w and, in reverse, q, of value columns, and their lines."""
-    tiles, columns = 1 + reverse + delta, max(32, 16 * warps)
-    return stages * (piece * (tiles * padded(keys, 32) + (1 + reverse) * columns) * dtype.itemsize + 4 * (2 * piece + 4))
-
-
 def gradient_bytes(side: int, key_slice: int, value_slice: int, dtype: torch.dtype) -> int:
-    """Dynamic shared memory of a block of the parallel launches: q and k, and over the same place slices of values and states or the scores."""
+    """Dynamic shared memory of a block of the last parallel launch: q and k, and over the same place slices of values and states or the scores."""
     work = 3 * side * value_slice + 2 * value_slice * key_slice
     return (2 * side * key_slice + max(work, side * max(side, 32))) * dtype.itemsize + 8 * side + 4 * (side // 16)
 
@@ -89,81 +88,57 @@ def run_backward(
 
 def _fill(call: SlowCore, grads: tuple[Tensor | None, ...], into: dict[str, Tensor], candidate: Candidate) -> None:
     """Runs the launches that the wanted gradients ask for."""
-    q, k, u, w = unit_stride(call.q), unit_stride(call.k), unit_stride(call.u), unit_stride(call.w)
-    d_o = torch.zeros_like(u) if grads[0] is None else unit_stride(grads[0])
+    x, wanted = Walks.of(call, candidate), set(into)
+    d_o = torch.zeros_like(x.u) if grads[0] is None else unit_stride(grads[0])
     d_final = None if grads[1] is None else grads[1].contiguous()
-    batch, tokens, heads, values = u.shape
-    groups, keys, device, dtype = k.shape[2], k.shape[3], u.device, u.dtype
-    bounds = bounds_on(call.cu_seqlens, u)
-    chunk_size, wanted = min(call.chunk_size, 2**30), set(into)
-    slots = slots_of(u, chunk_size, bounds)
-    initial = None if call.initial_state is None else call.initial_state.contiguous()
-    side, piece, stages, warps = (int(candidate.param(name)) for name in ("side", "piece", "stages", "warps"))
-    key_slice, value_slice = int(candidate.param("key_slice")), int(candidate.param("value_slice"))
-    places, key_blocks, value_blocks = slots.count * heads, -(-keys // 16), -(-values // 16)
-    g, decay, gate = call.g, call.chunk_decay, call.gate
+    heads, keys, device = x.u.shape[2], x.k.shape[3], x.u.device
+    used = wanted if call.delta else wanted - {"w"}  # without the correction w's gradient is zero
+    inner = bool(used & {"q", "k", "w", "g", "chunk_decay", "gate"})  # these need the states
+    back = bool(used & {"k", "u", "w", "g", "chunk_decay", "initial_state"})  # these the gradients of the states
+    starts, updates = (x.room(fragments=True), x.room(fragments=False)) if inner else (None, None)
+    leaving = x.room(fragments=True) if inner and back else None
+    errors = into["u"] if "u" in into else x.room(fragments=False) if back else None
+    macros = x.macros(d_o)
+    lines = x.prepare(macros, d_o if back else None, errors)
+    ended = d_final is not None and bool(call.normalize_final) and back
+    final = torch.empty(x.slots.sequences * heads * keys * x.u.shape[3], dtype=torch.float32, device=device) if ended else None
+    if inner or ended:
+        x.forward(macros, lines, starts, updates, final)
+    parts = _macros(x, macros, wanted, candidate)
+    if final is not None:
+        behind = torch.empty_like(final)
+        UNNORMED((x.slots.sequences * heads, 1, 1), 256, parts, (final, d_final, behind, keys * x.u.shape[3]), 64)
+        d_final = behind
+    if errors is not None and back:
+        x.reverse(macros, lines, d_o, d_final, leaving, errors, into.get("initial_state"))
+    if wanted - {"u", "initial_state"}:
+        _run_parallel(x, parts, d_o, (starts, leaving, updates, errors), into, candidate)
 
-    parallel = wanted & {"q", "k", "w", "g", "chunk_decay", "gate"} - ({"w"} if not call.delta else set())
-    back = bool(wanted & {"k", "u", "w", "g", "chunk_decay", "initial_state"} - ({"w"} if not call.delta else set()))
-    ended = bool(call.normalize_final) and d_final is not None and back
-    kept = wanted & {"q", "k", "w", "g", "chunk_decay", "gate"}
-    fragments = places * key_blocks * value_blocks * 256
 
-    def room(count: int, kind: torch.dtype, *, when: bool = True) -> Tensor | None:
-        return torch.empty(count, dtype=kind, device=device) if when else None
-
-    starts, updates = room(fragments, dtype, when=bool(parallel)), room(u.numel(), dtype, when=bool(parallel))
-    leaving = room(fragments, dtype, when=back and bool(parallel))
-    errors = into["u"] if "u" in into else room(u.numel(), dtype, when=back)
-    slices = -(-keys // key_slice)
-    lines = room(places * (2 * side + 4), torch.float32)
-    told = room(slices * places * side, torch.float32, when="gate" in wanted)
-    bent = room(slices * places * side, torch.float32, when="g" in wanted)
-    pulled = room(slices * places, torch.float32, when="chunk_decay" in wanted)
-    wide = [x is not None and x.dtype == torch.float32 for x in (g, decay, gate)]
-    aligned = all(aligned_rows(x, whole=True) for x in (q, k, u, w, d_o))
-    shared: Macros = (
-        ("DTYPE", DTYPES[dtype]), ("KEYS", keys), ("VALUES", values), ("SIDE", side), ("FACTORED", decay is not None), ("DELTA", bool(call.delta)),
-        ("ALIGNED", aligned),
+def _macros(x: Walks, macros: Macros, wanted: set[str], candidate: Candidate) -> Macros:
+    """What the last launches are compiled for."""
+    return (
+        *macros, ("KEY_SLICE", int(candidate.param("key_slice"))), ("VALUE_SLICE", int(candidate.param("value_slice"))), ("DECAYED", x.call.g is not None),
+        ("GROUPED", x.group > 1), ("READ", bool(wanted & {"q", "g", "gate", "chunk_decay"})), ("ERASE", bool(wanted & {"w", "chunk_decay"})),
+        ("WRITE", bool(wanted & {"k", "g"})),
     )  # fmt: skip
-    vectors = wanted & {"g", "gate", "chunk_decay"}
-    parts: Macros = (
-        *shared, ("KEY_SLICE", key_slice), ("VALUE_SLICE", value_slice), ("DECAYED", g is not None), ("GROUPED", heads != groups),
-        ("READ", bool(wanted & {"q", "g", "gate", "chunk_decay"})), ("ERASE", bool(wanted & {"w", "chunk_decay"})), ("WRITE", bool(wanted & {"k", "g"})),
-    )  # fmt: skip
-    walked: Macros = (*shared, ("PIECE", piece), ("STAGES", stages), ("WARPS", warps))
+
+
+def _run_parallel(x: Walks, macros: Macros, d_o: Tensor, left: tuple[Tensor | None, ...], into: dict[str, Tensor], candidate: Candidate) -> None:
+    """dq, dk and dw from what the walks left, and the vectors from what that launch sums over slices of keys."""
+    call, heads, key_slice = x.call, x.u.shape[2], int(candidate.param("key_slice"))
+    slices = -(-x.k.shape[3] // key_slice)
+
+    def sums(name: str, each: int) -> Tensor | None:
+        return torch.empty(slices * x.places * each, dtype=torch.float32, device=x.u.device) if name in into else None
+
     args = (
-        q, k, w, d_o, g, decay, gate, starts, leaving, updates, errors, lines, told, bent, pulled,
-        errors if back else None, into.get("q"), into.get("k"), into.get("w"), into.get("g"), into.get("gate"), into.get("chunk_decay"),
-        *three_strides(q), *three_strides(k), *three_strides(w), *three_strides(d_o), *three_strides(g), *three_strides(decay), *three_strides(gate),
-        bounds, slots.wide, slots.sequences, tokens, chunk_size, slots.each, heads, heads // groups if groups else 1, places, *wide, float(call.scale),
+        x.q, x.k, x.w, d_o, call.g, call.chunk_decay, call.gate, *left, sums("gate", x.side), sums("g", x.side), sums("chunk_decay", 1),
+        into.get("q"), into.get("k"), into.get("w"), into.get("g"), into.get("gate"), into.get("chunk_decay"),
+        *three_strides(x.q), *three_strides(x.k), *three_strides(x.w), *three_strides(d_o), *x.strides,
+        x.bounds, *x.grid, x.places, *x.wide, float(call.scale),
     )  # fmt: skip
-    memory = gradient_bytes(side, key_slice, value_slice, dtype)
-    rows = (heads * values * tokens, heads * values, values)
-    strides = (*three_strides(q), *three_strides(k), *three_strides(w))
-    sizes = (heads, heads // groups if groups else 1, slots.wide, tokens, chunk_size, slots.each)
-    blocks = slots.sequences * heads * -(-value_blocks // warps)
-
-    PREPARE((places, 1, 1), 2 * side, parts, args, memory)
-    if parallel or ended:
-        final = room(slots.sequences * heads * keys * values, torch.float32, when=ended)
-        FORWARD(
-            (blocks, 1, 1), 32 * warps, walked,
-            (q, k, w, u, None, lines, initial, starts, updates, final, bounds, *strides, *three_strides(u), 0, 0, 0, *sizes),
-            walk_bytes(piece, stages, warps, keys, dtype, reverse=False, delta=bool(call.delta)),
-        )  # fmt: skip
-        if final is not None:
-            assert d_final is not None
-            behind = torch.empty_like(final)
-            UNNORMED((slots.sequences * heads, 1, 1), 256, parts, (final, d_final, behind, keys * values), 64)
-            d_final = behind
-    if back:
-        REVERSE(
-            (blocks, 1, 1), 32 * warps, walked,
-            (q, k, w, None, d_o, lines, d_final, leaving, errors, into.get("initial_state"), bounds, *strides, *rows, *three_strides(d_o), *sizes),
-            walk_bytes(piece, stages, warps, keys, dtype, delta=bool(call.delta)),
-        )  # fmt: skip
-    if kept:
-        GRADIENTS((slots.count * groups * slices, 1, 1), 2 * side, parts, args, memory)
-    if vectors:
-        VECTORS((places, 1, 1), 32, parts, args)
+    memory = gradient_bytes(x.side, key_slice, int(candidate.param("value_slice")), x.u.dtype)
+    GRADIENTS((x.slots.count * (heads // x.group) * slices, 1, 1), 2 * x.side, macros, args, memory)
+    if into.keys() & {"g", "gate", "chunk_decay"}:
+        VECTORS((x.places, 1, 1), 32, macros, args)

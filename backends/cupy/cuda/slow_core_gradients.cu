@@ -1,21 +1,18 @@
-// slow_core's gradients, what is parallel over chunks (SPEC.md 10); slow_core_walks.cu walks between the first and the second launch. With P = scale
-// tril(q k^T) * Gamma, S the state at a chunk's start, E the gradient of the state that leaves it, U' and dU' from the walks:
-//   slow_core_prepare:   lines e^(G_C - G), scale gate e^G, e^G_C or d; and D = (gate P)^T dO, where dU' will be;
+// slow_core's gradients, what is parallel over chunks after the walks (SPEC.md 10). With S the state at a chunk's start, E the gradient of the state that
+// leaves it, U' and dU' from the walks:
 //   slow_core_gradients: X = scale tril(dO U'^T) * Gamma:   dq / gate = scale e^G d (dO S^T) + X k,   dw = -d (dU' S^T),
 //                        dk = e^(G_C - G) (U' E^T) + (gate X)^T q
 //   slow_core_vectors:   dgate_i = q_i . (dq / gate)_i,   dG_i = q_i . dq_i - k_i . dk_i of one v head, and of a chunk's last token also
 //                        <k, e^(G_C - G) U' E^T> + e^G_C <S, E>;   dg its sum from the chunk's end on;   dd = <S, E> + <dq, q> - <w, dU' S^T> of S
 //   slow_core_unnormed:  the gradient of S through S / (its norm + 1e-8).
-// A token and v head costs C (K + V) + C (2 K + V) + 6 K V FLOP and moves 3 V + 2 K V / C and a share of 4 K + K (dw) numbers: bound by memory.
+// A token and v head costs C (2 K + V) + 6 K V FLOP and moves 3 V + 2 K V / C and a share of 4 K + K (dw) numbers: bound by memory.
 // A block has a chunk, a q/k head and KEY_SLICE columns of keys, and goes through the v heads of that head in order: what they share is summed in registers.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a chunk at most, 16 a warp; KEY_SLICE, VALUE_SLICE: columns at once; DECAYED: g; FACTORED: chunk_decay;
 // DELTA; GROUPED: several v heads to a q/k head; READ, ERASE, WRITE: dq or a vector, dw or dd, dk or dg are wanted; ALIGNED: 16-byte copies can take all rows.
-#include "chunks.cuh"
-#include "tiles.cuh"
+#include "slow_chunks.cuh"
 
-constexpr int KEY_BLOCKS = (KEYS + 15) / 16, VALUE_BLOCKS = (VALUES + 15) / 16, KEY_SLICES = (KEYS + KEY_SLICE - 1) / KEY_SLICE;
-constexpr int BLOCKS = SIDE / 16, THREADS = 2 * SIDE, TRIANGLE = SIDE < 32 ? 32 : SIDE, SIZE = sizeof(DTYPE), LINE = 2 * SIDE + 4;
+constexpr int KEY_SLICES = (KEYS + KEY_SLICE - 1) / KEY_SLICE;
 constexpr int KEY_BYTES = SIDE * KEY_SLICE * SIZE, VALUE_BYTES = SIDE * VALUE_SLICE * SIZE, STATE_BYTES = VALUE_SLICE * KEY_SLICE * SIZE;
 constexpr int WORK_BYTES = 3 * VALUE_BYTES + 2 * STATE_BYTES, SCORES_BYTES = SIDE * TRIANGLE * SIZE;
 constexpr int AT_ONCE = THREADS > 128 ? 1 : KEY_SLICE > 32 || GROUPED || (SIZE == 4 && KEYS > 32) ? 2 : 3;  // blocks of a processor, as registers allow
@@ -25,8 +22,8 @@ struct Params {
     const DTYPE *q, *k, *w, *d_o;
     const void *g, *decay, *gate;  // may be absent
     const DTYPE *states, *leaving, *updates, *errors;  // fragments of S and E, rows of U' and dU'
-    float *lines, *told, *bent, *pulled;  // [places, LINE], [KEY_SLICES, places, SIDE] twice, [KEY_SLICES, places]; places: slots and v heads
-    DTYPE *direct, *dq, *dk, *dw;  // D; the gradients
+    float *told, *bent, *pulled;  // [KEY_SLICES, places, SIDE] twice, [KEY_SLICES, places]; places: slots and v heads
+    DTYPE *dq, *dk, *dw;
     void *dg, *d_gate, *d_decay;
     int64_t q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, do_b, do_t, do_h, g_b, g_t, g_h, decay_b, decay_m, decay_h, gate_b, gate_t, gate_h;
     const void* cu_seqlens;
@@ -34,25 +31,9 @@ struct Params {
     float scale;
 };
 
-using KeyTile = Tile<DTYPE, KEY_SLICE>;
 using ValueTile = Tile<DTYPE, VALUE_SLICE>;
-using TokenTile = Tile<DTYPE, TRIANGLE>;
 
-DEVICE Chunk chunk_of(const Params& p, int slot) { return find_chunk(Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, p.chunk_size, 0, p.slots}, slot); }
-
-// Which of chunk_decay's chunks it is: they are counted through all sequences. By all lanes of a warp.
-DEVICE int64_t factor_index(const Params& p, const Chunk& chunk) {
-    int before = 0;
-    if (p.cu_seqlens) {
-        for (int i = lane_id(); i < chunk.sequence; i += 32) {
-            const int64_t length = load_index(p.cu_seqlens, i + 1, p.cu_wide) - load_index(p.cu_seqlens, i, p.cu_wide);
-            before += static_cast<int>((length + p.chunk_size - 1) / p.chunk_size);
-        }
-#pragma unroll
-        for (int lanes = 16; lanes; lanes /= 2) before += __shfl_xor_sync(0xffffffffu, before, lanes);
-    }
-    return before + chunk.index;
-}
+DEVICE Grid grid_of(const Params& p) { return Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, p.chunk_size, 0, p.slots}; }
 
 DEVICE float gate_at(const Params& p, const Chunk& chunk, int head, int token) {
     if (!p.gate || token >= chunk.length) return 1.0f;
@@ -61,157 +42,6 @@ DEVICE float gate_at(const Params& p, const Chunk& chunk, int head, int token) {
 
 DEVICE void logs_of(const Params& p, const Chunk& chunk, int head, Log* logs) {
     if (DECAYED && threadIdx.x < 32) running_log<DTYPE>(logs, SIDE, p.g, chunk.batch * p.g_b + chunk.begin * p.g_t + head * p.g_h, p.g_t, p.g_wide, chunk.length);
-}
-
-// The scores of the warp's 16 rows, all but those above the diagonal, plus those over this slice of columns
-template <int COLUMNS> DEVICE void add_scores(float (&sums)[2 * BLOCKS][4], const Tile<DTYPE, COLUMNS>& left, const Tile<DTYPE, COLUMNS>& right, int warp) {
-#pragma unroll(STEPS_AT_ONCE<DTYPE>)
-    for (int s = 0; s < COLUMNS / 16; s++) {
-        Pair<DTYPE> a[4], b[4];
-        left.rows(a[0], a[1], a[2], a[3], 16 * warp, 16 * s);
-#pragma unroll
-        for (int j = 0; j < BLOCKS; j++) {
-            if (j > warp) break;
-            right.right_rows(b[0], b[1], b[2], b[3], 16 * j, 16 * s);
-            Product<DTYPE>::add(sums[2 * j], a[0], a[1], a[2], a[3], b[0], b[1]);
-            Product<DTYPE>::add(sums[2 * j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
-    }
-}
-
-// The warp's 16 rows of scores: scaled, decayed, zero above the diagonal.
-DEVICE void mask_scores(float (&sums)[2 * BLOCKS][4], const Log* logs, float scale, int warp) {
-    const int r = lane_id() / 4, c = lane_id() % 4;
-#pragma unroll
-    for (int n = 0; n < 2 * BLOCKS; n++) {
-        if (n / 2 > warp) break;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int row = 16 * warp + r + e / 2 * 8, at = 8 * n + 2 * c + e % 2;
-            float x = at <= row ? scale * sums[n][e] : 0.0f;
-            if (DECAYED && at <= row) x *= exp_between(logs[row], logs[at]);
-            sums[n][e] = x;
-        }
-    }
-}
-
-// The same to shared memory, each row times its gate.
-DEVICE void store_scores(const TokenTile& to, const float (&sums)[2 * BLOCKS][4], const float (&gates)[2], int warp) {
-    const int r = lane_id() / 4, c = lane_id() % 4;
-#pragma unroll
-    for (int n = 0; n < 2 * BLOCKS; n++) {
-        if (n / 2 > warp) break;
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            *to.pair_at(16 * warp, 8 * half + r, 8 * n + 2 * c) = Make<DTYPE>::pair_of(gates[half] * sums[n][2 * half], gates[half] * sums[n][2 * half + 1]);
-    }
-}
-
-// sums += (scores^T rows) for the warp's 16 columns of the scores
-template <int COLUMNS> DEVICE void add_turned(float (&sums)[COLUMNS / 8][4], const TokenTile& scores, const Tile<DTYPE, COLUMNS>& rows, int warp, int length) {
-#pragma unroll 1
-    for (int i = warp; i < BLOCKS; i++) {
-        if (16 * i >= length) break;
-        Pair<DTYPE> a[4], b[4];
-        scores.columns(a[0], a[1], a[2], a[3], 16 * warp, 16 * i);
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 16; n++) {
-            rows.right_columns(b[0], b[1], b[2], b[3], 16 * n, 16 * i);
-            Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-            Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
-    }
-}
-
-// The warp's 16 rows of sums to device memory, `columns` of them
-template <int COLUMNS, bool PAIRS> DEVICE void store_rows(DTYPE* to, int64_t stride, const float (&sums)[COLUMNS / 8][4], int warp, int length, int columns) {
-    const int r = lane_id() / 4, c = lane_id() % 4;
-#pragma unroll
-    for (int n = 0; n < COLUMNS / 8; n++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int token = 16 * warp + 8 * half + r, at = 8 * n + 2 * c;
-            if (token < length) store_pair<PAIRS>(to + token * stride + at, sums[n][2 * half], sums[n][2 * half + 1], columns - at);
-        }
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) slow_core_prepare(const __grid_constant__ Params p) {
-    SHARED_MEMORY(memory);
-    const int head = blockIdx.x % p.heads, slot = blockIdx.x / p.heads, shared_head = head / p.group, warp = threadIdx.x / 32, r = lane_id() / 4;
-    const Chunk chunk = chunk_of(p, slot);
-    if (!chunk.length) return;
-    const KeyTile queries{memory}, keys{memory + KEY_BYTES};
-    const TokenTile scores{memory + 2 * KEY_BYTES};
-    const ValueTile d_os{memory};  // once the scores are there
-    Log* const logs = reinterpret_cast<Log*>(memory + LOGS_AT);
-    logs_of(p, chunk, head, logs);
-    float factor = 1.0f;
-    if (FACTORED) factor = load_gate<DTYPE>(p.decay, chunk.batch * p.decay_b + factor_index(p, chunk) * p.decay_m + head * p.decay_h, p.decay_wide);
-    __syncthreads();
-    float* const line = p.lines + (static_cast<int64_t>(slot) * p.heads + head) * LINE;
-    for (int i = threadIdx.x; i < SIDE; i += THREADS) {
-        line[i] = DECAYED ? exp_between(logs[SIDE - 1], logs[i]) : 1.0f;
-        line[SIDE + i] = p.scale * gate_at(p, chunk, head, i) * (DECAYED ? exp_log(logs[i]) : 1.0f);
-    }
-    if (threadIdx.x < 4) line[2 * SIDE + threadIdx.x] = DECAYED ? exp_log(logs[SIDE - 1]) : factor;
-    if (!p.direct) return;
-    const DTYPE* q = p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + shared_head * p.q_h;
-    const DTYPE* k = p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + shared_head * p.k_h;
-    const DTYPE* d_o = p.d_o + chunk.batch * p.do_b + chunk.begin * p.do_t + head * p.do_h;
-    float sums[2 * BLOCKS][4] = {};
-    for (int column = 0; column < KEYS; column += KEY_SLICE) {
-        if (column) __syncthreads();
-        load_tile<SIDE, THREADS, ALIGNED>(queries, q + column, p.q_t, chunk.length, KEYS - column);
-        load_tile<SIDE, THREADS, ALIGNED>(keys, k + column, p.k_t, chunk.length, KEYS - column);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        add_scores(sums, queries, keys, warp);
-    }
-    const float gates[2] = {gate_at(p, chunk, head, 16 * warp + r), gate_at(p, chunk, head, 16 * warp + 8 + r)};
-    mask_scores(sums, logs, p.scale, warp);
-    store_scores(scores, sums, gates, warp);
-    const int64_t stride = static_cast<int64_t>(p.heads) * VALUES;
-    DTYPE* const direct = p.direct + (chunk.batch * p.tokens + chunk.begin) * stride + head * VALUES;
-    for (int column = 0; column < VALUES; column += VALUE_SLICE) {
-        __syncthreads();
-        load_tile<SIDE, THREADS, ALIGNED>(d_os, d_o + column, p.do_t, chunk.length, VALUES - column);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        float found[VALUE_SLICE / 8][4] = {};
-        add_turned(found, scores, d_os, warp, chunk.length);
-        store_rows<VALUE_SLICE, VALUES % 2 == 0>(direct + column, stride, found, warp, chunk.length, VALUES - column);
-    }
-}
-
-// Fragments of a slice of S, of E, of both, as tiles of value rows; their product's sum of this thread, where both are there.
-DEVICE float load_states(const KeyTile& to, const DTYPE* from, const KeyTile& other_to, const DTYPE* other, int value_block, int key_block) {
-    constexpr int KEY_PARTS = KEY_SLICE / 16;
-    float sum = 0.0f;
-#pragma unroll 2
-    for (int i = threadIdx.x / 32; i < VALUE_SLICE / 16 * KEY_PARTS; i += THREADS / 32) {
-        const int value = i / KEY_PARTS, key = i % KEY_PARTS, r = lane_id() / 4, c = lane_id() % 4;
-        const bool inside = value_block + value < VALUE_BLOCKS && key_block + key < KEY_BLOCKS;
-        const int64_t at = (static_cast<int64_t>(value_block + value) * KEY_BLOCKS + key_block + key) * 256;
-        alignas(16) Pair<DTYPE> x[4] = {Make<DTYPE>::zero(), Make<DTYPE>::zero(), Make<DTYPE>::zero(), Make<DTYPE>::zero()}, y[4] = {x[0], x[1], x[2], x[3]};
-        if (inside) {
-#pragma unroll
-            for (int part = 0; part < SIZE / 2; part++) {
-                if (from) reinterpret_cast<uint4*>(x)[part] = reinterpret_cast<const uint4*>(from + at)[32 * part + lane_id()];
-                if (other) reinterpret_cast<uint4*>(y)[part] = reinterpret_cast<const uint4*>(other + at)[32 * part + lane_id()];
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (from) *to.pair_at(16 * value + j % 2 * 8 + r, 16 * key + j / 2 * 8 + 2 * c) = x[j];
-            if (other) *other_to.pair_at(16 * value + j % 2 * 8 + r, 16 * key + j / 2 * 8 + 2 * c) = y[j];
-            const float2 one = Make<DTYPE>::floats(x[j]), two = Make<DTYPE>::floats(y[j]);
-            sum += one.x * two.x + one.y * two.y;
-        }
-    }
-    return sum;
 }
 
 // sums += (the warp's 16 rows) (the tile's rows), over a slice of values
@@ -248,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
     SHARED_MEMORY(memory);
     const int slice = blockIdx.x % KEY_SLICES, shared_heads = p.heads / p.group, shared_head = blockIdx.x / KEY_SLICES % shared_heads;
     const int slot = blockIdx.x / KEY_SLICES / shared_heads, warp = threadIdx.x / 32, r = lane_id() / 4, c = lane_id() % 4;
-    const Chunk chunk = chunk_of(p, slot);
+    const Chunk chunk = find_chunk(grid_of(p), slot);
     if (!chunk.length) return;
     const int length = chunk.length, key = slice * KEY_SLICE, keys_left = KEYS - key;
     const int64_t first = chunk.batch * p.tokens + chunk.begin;
@@ -259,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
     float* const parts = reinterpret_cast<float*>(logs + SIDE);
     load_tile<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + shared_head * p.q_h + key, p.q_t, length, keys_left);
     load_tile<SIDE, THREADS, ALIGNED>(keys, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + shared_head * p.k_h + key, p.k_t, length, keys_left);
-    const int64_t factor_at = FACTORED ? factor_index(p, chunk) : 0;
+    const int64_t factor_at = FACTORED ? factor_index(grid_of(p), chunk) : 0;
     float dq[KEY_SLICE / 8][4] = {}, dk[KEY_SLICE / 8][4] = {};  // GROUPED: over the v heads
     const int64_t key_t = static_cast<int64_t>(shared_heads) * KEYS, to_key = first * key_t + shared_head * KEYS + key;
 #pragma unroll 1
@@ -281,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
             cp_async_commit();
             const DTYPE* const from = READ || ERASE ? p.states + place * (VALUE_BLOCKS * KEY_BLOCKS * 256) : nullptr;
             const DTYPE* const to = WRITE || p.pulled ? p.leaving + place * (VALUE_BLOCKS * KEY_BLOCKS * 256) : nullptr;
-            meeting += load_states(starts, from, ends, to, value / 16, key / 16);
+            meeting += load_states<VALUE_SLICE>(starts, from, ends, to, value / 16, key / 16);
             cp_async_wait<0>();
             __syncthreads();
             if (READ || WRITE) add_scores(scored, d_os, updates, warp);
@@ -411,13 +241,13 @@ DEVICE void store_gate(void* to, int64_t at, float x, int wide) {
 // A warp a chunk and v head: the slices' sums in order, and G's gradient summed from the chunk's end on.
 extern "C" __global__ void __launch_bounds__(32) slow_core_vectors(const __grid_constant__ Params p) {
     const int place = blockIdx.x, head = place % p.heads, lane = lane_id();
-    const Chunk chunk = chunk_of(p, place / p.heads);
+    const Chunk chunk = find_chunk(grid_of(p), place / p.heads);
     if (!chunk.length) return;
     const int64_t first = (chunk.batch * p.tokens + chunk.begin) * p.heads + head;
     if (p.d_decay) {
         float sum = 0.0f;
         for (int slice = 0; slice < KEY_SLICES; slice++) sum += p.pulled[slice * static_cast<int64_t>(p.places) + place];
-        const int64_t at = factor_index(p, chunk);
+        const int64_t at = factor_index(grid_of(p), chunk);
         if (lane == 0) store_gate(p.d_decay, (chunk.batch * p.slots + at) * p.heads + head, sum, p.decay_wide);
     }
     float behind = 0.0f;

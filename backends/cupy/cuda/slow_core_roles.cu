@@ -2,22 +2,24 @@
 // S' = e^G_C S~ + (e^(G_C - G) k)^T U'.
 //   walkers   own 16 value columns of a state each, transposed, in registers: of a chunk only w S~ and k^T U' are on their way; S~ and U' they hand on, rounded
 //   readers   are a chunk behind: 16 tokens each of the scores, which stay in registers as the operand of their product with U', and of q S~: they write o
-//   loaders   bring the tiles of chunks to come; one of them is the clerk: the next chunk's running decay and gates
+//   a loader  brings the tiles of chunks to come, and the clerk the next chunk's running decay and gates
 // All meet once a chunk. A token and head costs C (K + V) + 6 K V FLOP and moves 3 K + 2 V numbers (C K FLOP and 3 K again for each slice of columns); what
 // limits it is a walker's chain: for 64 tokens and K = 128 256 products of 16 x 8 x 8 after one another in a warp, about 1100 cycles.
 //
-// DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; WARPS: walkers; DEPTH: chunks loaded ahead; DECAYED: g; FACTORED: chunk_decay;
+// DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; WARPS: walkers; DEPTH: chunks loaded ahead; RESIDENT: blocks of a processor; DECAYED: g; FACTORED: chunk_decay;
 // DELTA; ALIGNED: 16-byte copies can take all rows.
 #include "chunks.cuh"
 #include "tiles.cuh"
 
 constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, KEY_BLOCKS = (KEYS + 15) / 16, VALUE_BLOCKS = (VALUES + 15) / 16;
 constexpr int COLUMNS = WARPS < 2 ? 32 : 16 * WARPS, SLICES = (VALUE_BLOCKS + WARPS - 1) / WARPS, BLOCKS = SIDE / 16, SIZE = sizeof(DTYPE);
-constexpr int READERS = BLOCKS < 4 ? BLOCKS : 4, FIRST = READERS < 2 ? READERS : 2, THREADS = 32 * (WARPS + READERS + 2), LOADERS = 64;
+constexpr int READERS = BLOCKS < 4 ? BLOCKS : 4, FIRST = READERS < 2 ? READERS : 2, THREADS = 32 * (WARPS + READERS + 2);
+constexpr int LOADERS = KEYS <= 64 ? 32 : 64;  // wide heads: the clerk loads as well
 constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * COLUMNS * SIZE, READ_STAGE = 2 * KEY_BYTES, WALK_STAGE = DELTA * KEY_BYTES + VALUE_BYTES;
 constexpr int FRAGMENT = 256 * SIZE, HANDED = WARPS * (KEY_BLOCKS + BLOCKS) * FRAGMENT;  // of 16 x 16; S~ of every walker, then U'
 constexpr int WALK_AT = (DEPTH + 2) * READ_STAGE, HANDED_AT = WALK_AT + (DEPTH + 1) * WALK_STAGE, LINES_AT = HANDED_AT + 2 * HANDED;
-constexpr int TOKENS_AT_ONCE = SIZE == 4 || BLOCKS < 4 ? (BLOCKS < 2 ? 1 : 2) : 4;  // blocks of 16 whose products a walker mixes
+constexpr int TOKENS_AT_ONCE = BLOCKS < 2 ? 1 : SIZE == 4 || BLOCKS < 4 || THREADS > 256 ? 2 : 4;  // blocks of 16 whose products a walker mixes
+constexpr int TOGETHER = WARPS < 2 ? 1 : 2;  // walkers whose columns a reader has at once
 constexpr int LANES = (SIDE + 31) / 32;
 
 struct Params {
@@ -142,31 +144,11 @@ template <int REACH> DEVICE void read_rows(int row, int length, float scale, con
             Product<DTYPE>::add(scores[2 * j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
         }
     }
-    float sums[WARPS][2][4] = {};
-#pragma unroll(STEPS_AT_ONCE<DTYPE>)
-    for (int s = 0; s < KEY_BLOCKS; s++) {
-        Pair<DTYPE> a[4], b[4];
-        queries.right_rows(b[0], b[1], b[2], b[3], 16 * row, 16 * s);
-#pragma unroll
-        for (int walker = 0; walker < WARPS; walker++) {
-            load_fragment(a, handed + (walker * KEY_BLOCKS + s) * FRAGMENT);
-            Product<DTYPE>::add(sums[walker][0], a[0], a[1], a[2], a[3], b[0], b[1]);
-            Product<DTYPE>::add(sums[walker][1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float2 by = *reinterpret_cast<const float2*>(lines.pull + 16 * row + 8 * half + 2 * c);
-#pragma unroll
-        for (int walker = 0; walker < WARPS; walker++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) sums[walker][half][2 * e] *= by.x, sums[walker][half][2 * e + 1] *= by.y;
-    }
     Log of_rows[2];
     if (DECAYED) of_rows[0] = lines.log[16 * row + r], of_rows[1] = lines.log[16 * row + 8 + r];
+    Pair<DTYPE> factors[REACH][2][2];  // of 16 tokens that were written: for 8 tokens of o, of the first and the last 8
 #pragma unroll
     for (int j = 0; j < REACH; j++) {
-        Pair<DTYPE> b[2][2];  // of 8 tokens of o, of 8 tokens that were written
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const int at = 16 * j + 8 * n + 2 * c;
@@ -177,28 +159,54 @@ template <int REACH> DEVICE void read_rows(int row, int length, float scale, con
                 const int token = 16 * row + 8 * half + r;
                 float x[2] = {scale * scores[2 * j + n][2 * half], scale * scores[2 * j + n][2 * half + 1]};
                 if (DECAYED) x[0] *= exp_between(of_rows[half], Log{logs.x, logs.y}), x[1] *= exp_between(of_rows[half], Log{logs.z, logs.w});
-                b[half][n] = Make<DTYPE>::pair_of(at <= token ? x[0] : 0.0f, at < token ? x[1] : 0.0f);
+                factors[j][half][n] = Make<DTYPE>::pair_of(at <= token ? x[0] : 0.0f, at < token ? x[1] : 0.0f);
+            }
+        }
+    }
+#pragma unroll 1
+    for (int walker = 0; walker < WARPS; walker += TOGETHER) {
+        float sums[TOGETHER][2][4] = {};
+#pragma unroll(STEPS_AT_ONCE<DTYPE>)
+        for (int s = 0; s < KEY_BLOCKS; s++) {
+            Pair<DTYPE> a[4], b[4];
+            queries.right_rows(b[0], b[1], b[2], b[3], 16 * row, 16 * s);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                load_fragment(a, handed + ((walker + i) * KEY_BLOCKS + s) * FRAGMENT);
+                Product<DTYPE>::add(sums[i][0], a[0], a[1], a[2], a[3], b[0], b[1]);
+                Product<DTYPE>::add(sums[i][1], a[0], a[1], a[2], a[3], b[2], b[3]);
             }
         }
 #pragma unroll
-        for (int walker = 0; walker < WARPS; walker++) {
-            Pair<DTYPE> a[4];
-            load_fragment(a, handed + (WARPS * KEY_BLOCKS + walker * BLOCKS + j) * FRAGMENT);
+        for (int half = 0; half < 2; half++) {
+            const float2 by = *reinterpret_cast<const float2*>(lines.pull + 16 * row + 8 * half + 2 * c);
 #pragma unroll
-            for (int half = 0; half < 2; half++) Product<DTYPE>::add(sums[walker][half], a[0], a[1], a[2], a[3], b[half][0], b[half][1]);
+            for (int i = 0; i < TOGETHER; i++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) sums[i][half][2 * e] *= by.x, sums[i][half][2 * e + 1] *= by.y;
         }
-    }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int token = 16 * row + 8 * half;
-        const float2 gate = *reinterpret_cast<const float2*>(lines.gate + token + 2 * c);
+        for (int j = 0; j < REACH; j++) {
 #pragma unroll
-        for (int walker = 0; walker < WARPS; walker++) {
+            for (int i = 0; i < TOGETHER; i++) {
+                Pair<DTYPE> a[4];
+                load_fragment(a, handed + (WARPS * KEY_BLOCKS + (walker + i) * BLOCKS + j) * FRAGMENT);
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int value = 16 * walker + 8 * e;
-                const float one = gate.x * sums[walker][half][2 * e], other = gate.y * sums[walker][half][2 * e + 1];
-                store_turned<VALUES % 2 == 0>(o + token * stride + value, stride, one, other, length - token, columns - value);
+                for (int half = 0; half < 2; half++) Product<DTYPE>::add(sums[i][half], a[0], a[1], a[2], a[3], factors[j][half][0], factors[j][half][1]);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int token = 16 * row + 8 * half;
+            const float2 gate = *reinterpret_cast<const float2*>(lines.gate + token + 2 * c);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int value = 16 * (walker + i) + 8 * e;
+                    const float one = gate.x * sums[i][half][2 * e], other = gate.y * sums[i][half][2 * e + 1];
+                    store_turned<VALUES % 2 == 0>(o + token * stride + value, stride, one, other, length - token, columns - value);
+                }
             }
         }
     }
@@ -232,13 +240,14 @@ DEVICE void write_lines(Lines& lines, const Fetched& of, int length, float scale
     if (lane == 0) lines.total = FACTORED ? of.factor : DECAYED ? exp_log(carried) : 1.0f;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) slow_core_roles(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) slow_core_roles(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const int slice = blockIdx.x % SLICES, stream = blockIdx.x / SLICES, head = stream % p.heads, sequence = stream / p.heads, shared_head = head / p.group;
     const int warp = threadIdx.x / 32, lane = lane_id(), r = lane / 4, c = lane % 4, column = slice * 16 * WARPS;
     // of a processor's four schedulers walkers and loaders share two, readers the others
-    const bool walks = warp >= FIRST && warp < FIRST + WARPS, loads = warp >= WARPS + READERS, is_clerk = warp == WARPS + READERS;
-    const int walker = warp - FIRST, reader = warp < FIRST ? warp : READERS - 1 - (warp - FIRST - WARPS), loader = threadIdx.x - 32 * (WARPS + READERS);
+    const int walker = warp - FIRST, reader = warp < FIRST ? warp : READERS - 1 - (warp - FIRST - WARPS);
+    const int loader = static_cast<int>(threadIdx.x) - 32 * (WARPS + READERS);
+    const bool walks = warp >= FIRST && warp < FIRST + WARPS, is_clerk = loader >= 32, loads = loader >= 0 && loader < LOADERS;
 
     int64_t start = 0, batch = sequence, count = p.tokens, factors = 0;
     if (p.cu_seqlens) {
@@ -294,8 +303,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slow_core_roles(const _
                 state[n][e] = p.initial && key < KEYS && value < VALUES ? p.initial[place + key * VALUES + value] : 0.0f;
             }
         }
-    } else if (loads) {
-        for (int i = 0; i < DEPTH; i++) load(i);
+    } else if (loader >= 0) {
+        for (int i = 0; i < DEPTH && loads; i++) load(i);
         if (is_clerk && chunks) {
             fetch(later, 0);
             fetch(next, 1);
@@ -312,8 +321,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) slow_core_roles(const _
             unsigned char* const tiles = memory + WALK_AT + chunk % (DEPTH + 1) * WALK_STAGE;
             const KeyTile keys{memory + chunk % (DEPTH + 2) * READ_STAGE + KEY_BYTES};
             walk_chunk(state, walker, length_of(chunk), lines[chunk % 3], keys, KeyTile{tiles + VALUE_BYTES}, ValueTile{tiles}, memory + HANDED_AT + chunk % 2 * HANDED);
-        } else if (loads) {
-            load(chunk + DEPTH);
+        } else if (loader >= 0) {
+            if (loads) load(chunk + DEPTH);
             if (!is_clerk) continue;
             if (chunk + 1 < chunks) write_lines(lines[(chunk + 1) % 3], next, length_of(chunk + 1), p.scale);
             next = later;

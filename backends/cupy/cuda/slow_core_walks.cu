@@ -4,7 +4,7 @@
 //                      E = d (e^G_C E + (scale e^G gate q)^T dO - w^T dU') for the chunk before: stores E before every chunk, and dU'.
 // A token and head costs 4 K V and 6 K V FLOP and moves 2 K + 2 V + K V / C and 3 K + 3 V + K V / C numbers. What limits them is the chain: a warp owns 16
 // value columns of the state, transposed, in registers from the first chunk to the last, as the next product's operand; of a chunk only the
-// two products that need the state wait for it, and its rows arrive PIECE tokens at a time, STAGES pieces ahead.
+// two products that need the state wait for it, and two more warps bring its rows, PIECE tokens at a time, STAGES - 1 pieces ahead.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a chunk at most; PIECE: tokens loaded at once; STAGES; WARPS: 16 value columns each; FACTORED: chunk_decay;
 // DELTA; ALIGNED: 16-byte copies can take all rows.
@@ -12,7 +12,7 @@
 #include "tiles.cuh"
 
 constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, KEY_BLOCKS = (KEYS + 15) / 16, VALUE_BLOCKS = (VALUES + 15) / 16;
-constexpr int COLUMNS = WARPS < 2 ? 32 : 16 * WARPS, SLICES = (VALUE_BLOCKS + WARPS - 1) / WARPS, BLOCKS = PIECE / 16, THREADS = 32 * WARPS, SIZE = sizeof(DTYPE);
+constexpr int COLUMNS = WARPS < 2 ? 32 : 16 * WARPS, SLICES = (VALUE_BLOCKS + WARPS - 1) / WARPS, BLOCKS = PIECE / 16, LOADERS = 64, THREADS = 32 * WARPS + LOADERS, SIZE = sizeof(DTYPE);
 constexpr int KEY_BYTES = PIECE * KEY_WIDTH * SIZE, VALUE_BYTES = PIECE * COLUMNS * SIZE, LINE = 2 * SIDE + 4, LINE_BYTES = (2 * PIECE + 4) * 4;
 
 struct Params {
@@ -57,6 +57,7 @@ template <bool REVERSED> DEVICE void walk(const Params& p, unsigned char* memory
     DTYPE* const rows = p.rows + (batch * p.tokens + start) * row_t + head * VALUES + column;
     const DTYPE* u = REVERSED ? rows : p.u + batch * p.u_b + start * p.u_t + head * p.u_h + column;
     const int64_t u_t = REVERSED ? row_t : p.u_t;
+    const int loader = static_cast<int>(threadIdx.x) - 32 * WARPS;  // negative: this warp walks
     const int mine = VALUES - column < 16 * WARPS ? VALUES - column : 16 * WARPS;
 
     const auto load = [&](int number) {
@@ -71,20 +72,29 @@ template <bool REVERSED> DEVICE void walk(const Params& p, unsigned char* memory
             const int length = (chunk == chunks - 1 ? last_length : p.chunk_size) - piece * PIECE;
             const int64_t from = static_cast<int64_t>(chunk) * p.chunk_size + piece * PIECE;
             unsigned char* const base = memory + number % STAGES * STAGE;
-            load_tile<PIECE, THREADS, ALIGNED>(KeyTile{base}, k + from * p.k_t, p.k_t, length, KEYS);
-            if (REVERSED) load_tile<PIECE, THREADS, ALIGNED>(KeyTile{base + KEY_BYTES}, q + from * p.q_t, p.q_t, length, KEYS);
-            if (DELTA) load_tile<PIECE, THREADS, ALIGNED>(KeyTile{base + (1 + REVERSED) * KEY_BYTES}, w + from * p.w_t, p.w_t, length, KEYS);
-            load_tile<PIECE, THREADS, ALIGNED>(ValueTile{base + VALUES_AT}, u + from * u_t, u_t, length, mine);
-            if (REVERSED) load_tile<PIECE, THREADS, ALIGNED>(ValueTile{base + VALUES_AT + VALUE_BYTES}, d_o + from * p.do_t, p.do_t, length, mine);
+            load_tile_by<PIECE, LOADERS, ALIGNED>(loader, KeyTile{base}, k + from * p.k_t, p.k_t, length, KEYS);
+            if (REVERSED) load_tile_by<PIECE, LOADERS, ALIGNED>(loader, KeyTile{base + KEY_BYTES}, q + from * p.q_t, p.q_t, length, KEYS);
+            if (DELTA) load_tile_by<PIECE, LOADERS, ALIGNED>(loader, KeyTile{base + (1 + REVERSED) * KEY_BYTES}, w + from * p.w_t, p.w_t, length, KEYS);
+            load_tile_by<PIECE, LOADERS, ALIGNED>(loader, ValueTile{base + VALUES_AT}, u + from * u_t, u_t, length, mine);
+            if (REVERSED) load_tile_by<PIECE, LOADERS, ALIGNED>(loader, ValueTile{base + VALUES_AT + VALUE_BYTES}, d_o + from * p.do_t, p.do_t, length, mine);
             const float* line = p.lines + (static_cast<int64_t>(first_slot + chunk) * p.heads + head) * LINE;
-            for (int i = threadIdx.x; i < LINE_BYTES / 16; i += THREADS) {
+            for (int i = loader; i < LINE_BYTES / 16; i += LOADERS) {
                 const int at = i < PIECE / 4 ? piece * PIECE + 4 * i : i < PIECE / 2 ? SIDE + piece * PIECE + 4 * i - PIECE : 2 * SIDE;
                 cp_async_16(base + LINES_AT + 16 * i, line + at, true);
             }
         }
         cp_async_commit();
     };
-    for (int i = 0; i < STAGES - 1; i++) load(i);
+    if (loader >= 0) {
+        for (int i = 0; i < STAGES - 1; i++) load(i);
+#pragma unroll 1
+        for (int i = 0; i < pieces; i++) {
+            cp_async_wait<STAGES - 2>();
+            barrier_sync(1, THREADS);
+            load(i + STAGES - 1);
+        }
+        return;
+    }
 
     float state[2 * KEY_BLOCKS][4];
     const int64_t place = (static_cast<int64_t>(sequence) * p.heads + head) * (KEYS * VALUES);
@@ -111,9 +121,7 @@ template <bool REVERSED> DEVICE void walk(const Params& p, unsigned char* memory
         float total = 1.0f;
 #pragma unroll 1
         for (int piece = 0; piece * PIECE < length; piece++, number++) {
-            cp_async_wait<STAGES - 2>();
-            __syncthreads();
-            load(number + STAGES - 1);
+            barrier_sync(1, THREADS);
             unsigned char* const base = memory + number % STAGES * STAGE;
             const KeyTile keys{base}, queries{base + KEY_BYTES}, ws{base + (1 + REVERSED) * KEY_BYTES};
             const ValueTile us{base + VALUES_AT}, d_os{base + VALUES_AT + VALUE_BYTES};
@@ -162,8 +170,7 @@ template <bool REVERSED> DEVICE void walk(const Params& p, unsigned char* memory
                         const float xs[2] = {x[i][half][2 * e], x[i][half][2 * e + 1]};
                         const float one = REVERSED ? given.x + by.x * xs[0] : given.x - xs[0], other = REVERSED ? given.y + by.y * xs[1] : given.y - xs[1];
                         update[half][2 * e] = REVERSED ? -one : by.x * one, update[half][2 * e + 1] = REVERSED ? -other : by.y * other;
-                        const int value = 16 * warp + 8 * e, token = piece * PIECE + 16 * i + 8 * half;
-                        if (p.rows) store_turned<VALUES % 2 == 0>(rows + (static_cast<int64_t>(chunk) * p.chunk_size + token) * row_t + value, row_t, one, other, length - token, mine - value);
+                        x[i][half][2 * e] = one, x[i][half][2 * e + 1] = other;
                     }
                 }
                 if constexpr (!REVERSED || DELTA) {
@@ -189,6 +196,14 @@ template <bool REVERSED> DEVICE void walk(const Params& p, unsigned char* memory
                         Product<DTYPE>::add(state[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
                     }
                 }
+            }
+            if (!p.rows) continue;
+            DTYPE* const to = rows + (static_cast<int64_t>(chunk) * p.chunk_size + piece * PIECE) * row_t + 16 * warp;
+#pragma unroll
+            for (int i = 0; i < 2 * BLOCKS; i++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    store_turned<VALUES % 2 == 0>(to + 8 * i * row_t + 8 * e, row_t, x[i / 2][i % 2][2 * e], x[i / 2][i % 2][2 * e + 1], length - piece * PIECE - 8 * i, mine - 16 * warp - 8 * e);
             }
         }
         if (FACTORED && REVERSED) scale_state(total);

@@ -81,8 +81,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid
     const Chunk chunk = find_chunk(Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, SIDE, 0, p.slots}, slot);
     if (chunk.length == 0) return;
     const int64_t place = static_cast<int64_t>(slot) * p.heads + head;
-    load_tile<SIDE, THREADS, ALIGNED>(keys, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + head / p.group * p.k_h, p.k_t, chunk.length, KEYS);
-    load_tile<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + head / p.group * p.q_h, p.q_t, chunk.length, KEYS);
+    copy_rows<SIDE, THREADS, ALIGNED>(keys, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + head / p.group * p.k_h, p.k_t, chunk.length, KEYS);
+    copy_rows<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + head / p.group * p.q_h, p.q_t, chunk.length, KEYS);
     cp_async_commit();
     if (warp == 0) running_log<DTYPE>(logs, SIDE, p.g, chunk.batch * p.g_b + chunk.begin * p.g_t + head * p.g_h, p.g_t, p.g_wide, chunk.length);
     if (t < SIDE) {

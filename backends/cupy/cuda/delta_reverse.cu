@@ -64,12 +64,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_reverse(const __g
             const Ahead to{memory + step % DEPTH * AHEAD_BYTES};
             const int64_t at = static_cast<int64_t>(block) * SIDE;
             const int length = length_of(block);
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(to.keys(), k + at * p.k_t, p.k_t, length, KEYS);
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(to.queries(), q + at * p.q_t, p.q_t, length, KEYS);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(to.keys(), k + at * p.k_t, p.k_t, length, KEYS);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(to.queries(), q + at * p.q_t, p.q_t, length, KEYS);
             load_square<32 * LOADERS>(to.inverse(), p.inverses + place_of(block) * (SIDE * SIDE));
             load_square<32 * LOADERS>(to.scores(), p.scores + place_of(block) * (SIDE * SIDE));
             load_lines<32 * LOADERS>(to.lines(), p.lines + place_of(block) * LINES);
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(to.arriving(), d_o + at * p.o_t, p.o_t, p.given ? length : 0, VALUES - column);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(to.arriving(), d_o + at * p.o_t, p.o_t, p.given ? length : 0, VALUES - column);
         }
         cp_async_commit();
     };

@@ -43,15 +43,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk(const __grid
         if (block >= 0 && block < here.blocks) {
             unsigned char* const base = memory + block % DEPTH * AHEAD_BYTES;
             const int64_t at = static_cast<int64_t>(block) * SIDE;
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(KeyTile{base}, k + at * p.k_t, p.k_t, length_of(block), KEYS);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(KeyTile{base}, k + at * p.k_t, p.k_t, length_of(block), KEYS);
             load_square<32 * LOADERS>(Square{base + KEY_BYTES}, p.inverses + place_of(block) * (SIDE * SIDE));
             load_lines<32 * LOADERS>(reinterpret_cast<float*>(base + KEY_BYTES + SQUARE_BYTES), p.lines + place_of(block) * LINES);
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(ColumnTile{base + KEY_BYTES + SQUARE_BYTES + LINES_BYTES}, v + at * p.v_t, p.v_t, length_of(block), VALUES - column);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(ColumnTile{base + KEY_BYTES + SQUARE_BYTES + LINES_BYTES}, v + at * p.v_t, p.v_t, length_of(block), VALUES - column);
         }
         block--;
         if (OUTPUTS && block >= 0 && block < here.blocks) {
             unsigned char* const base = behind + block % DEPTH * BEHIND_BYTES;
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(KeyTile{base}, q + static_cast<int64_t>(block) * SIDE * p.q_t, p.q_t, length_of(block), KEYS);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(KeyTile{base}, q + static_cast<int64_t>(block) * SIDE * p.q_t, p.q_t, length_of(block), KEYS);
             load_square<32 * LOADERS>(Square{base + KEY_BYTES}, p.scores + place_of(block) * (SIDE * SIDE));
             load_lines<32 * LOADERS>(reinterpret_cast<float*>(base + KEY_BYTES + SQUARE_BYTES), p.lines + place_of(block) * LINES);
         }

@@ -8,7 +8,7 @@
 // A token and head costs 4 KEYS + 2 SIDE FLOP a value column on the chain; the chain binds for few heads, memory for many: 2 KEYS + 2 VALUES + 2 SIDE numbers a
 // token and slice of columns (H100, bf16, 1 x 8192, 32 heads of 128 in 4 slices: 128 blocks of the card, 128 blocks of tokens, 148 products each).
 //
-// DTYPE; KEYS, VALUES: head_dims; SIDE; WALKERS: 1 or 2; DEPTH: blocks in shared memory, 2 or more; OUTPUTS: o is computed, else states and U are kept;
+// DTYPE; KEYS, VALUES: head_dims; SIDE; WALKERS: 1, 2 or 4; DEPTH: blocks in shared memory, 2 or more; OUTPUTS: o is computed, else states and U are kept;
 // ALIGNED: 16-byte copies can take all rows.
 #include "delta_roles.cuh"
 
@@ -128,7 +128,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk(const __grid
                 as_operand<DTYPE>(error[i], u[2 * i], u[2 * i + 1]);
             }
             add_columns(state, error, keys);
-        } else if (follower >= 0 && block > 0) {
+        }
+        if (warp < LOADERS) load(block + DEPTH - 1);
+        if (follower >= 0 && block > 0) {
             const int done = block - 1, length = length_of(done);
             unsigned char* const given = handed + done % 2 * HANDED_BYTES;
             const StateTile states{given};
@@ -186,10 +188,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk(const __grid
                     store_rows<COLUMNS>(updates, 0, SIDE, p.updates + token * u_t + head * VALUES + column, u_t, length, VALUES - column, thread, 32 * FOLLOWERS);
                 }
             }
-        } else if (warp < LOADERS) {
-            load(block + DEPTH - 1);
-            cp_async_wait<DEPTH - 2>();
         }
+        if (warp < LOADERS) cp_async_wait<DEPTH - 2>();
         __syncthreads();
     }
     if (part >= 0 && p.final) write_state(p.final, (static_cast<int64_t>(sequence) * p.heads + head) * (KEYS * VALUES), column + 16 * part, state);

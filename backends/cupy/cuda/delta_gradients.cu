@@ -294,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
 
         // P' and L, for all warps
         const int i0 = row + r, i1 = i0 + 8;
-        const Log last = logs[SIDE - 1];
+        const Log last = logs[SIDE - 1], row_logs[2] = {logs[i0], logs[i1]};
 #pragma unroll
         for (int i = 0; i < SQUARES; i++) {
             const int at = part + PARTS * i;
@@ -307,8 +307,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                     float x[2], y[2];
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        const float between = first + e <= token ? exp_between(logs[token], logs[first + e]) : 0.0f;
-                        x[e] = p.scale * between * scored[i][n][2 * half + e];
+                        const float between = exp_between(row_logs[half], logs[first + e]);  // above the diagonal perhaps infinite, and not taken
+                        x[e] = first + e <= token ? p.scale * between * scored[i][n][2 * half + e] : 0.0f;
                         y[e] = first + e < token ? -between * bound[i][n][2 * half + e] : 0.0f;
                     }
                     if (asks || writes) *scores.pair_at(token, first) = Make<DTYPE>::pair_of(x[0], x[1]);

@@ -129,31 +129,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid
     }
     __syncthreads();
     float* const mine = diagonals + warp * 16 * LINE;
+    Log row_logs[2];
+    float weight[2], out[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int i = 16 * warp + 8 * half + r;
+        row_logs[half] = logs[i], weight[half] = -beta[i] * key_norms[i], out[half] = through[i] * query_norms[i];
+    }
 #pragma unroll
     for (int n = 0; n < 2 * BLOCKS; n++) {
         if (n > 2 * warp + 1) break;
-        const float2 norms = two(key_norms + 8 * n + 2 * c);
+        const int j = 8 * n + 2 * c;
+        const float4 column_logs = *reinterpret_cast<const float4*>(logs + j);
+        const float2 norms = two(key_norms + j);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = 16 * warp + 8 * half + r;
-            const float weight = beta[i] * key_norms[i], out = through[i] * query_norms[i];
-            float below[2], score[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int j = 8 * n + 2 * c + e;
-                const float norm = e ? norms.y : norms.x;
-                below[e] = j < i ? -weight * norm * kk[n][2 * half + e] : 0.0f;
-                score[e] = j <= i ? out * norm * exp_between(logs[i], logs[j]) * qk[n][2 * half + e] : 0.0f;
-                if (n >= 2 * warp) mine[(8 * half + r) * LINE + j - 16 * warp] = -below[e];
-            }
-            if (n < 2 * warp) *triangle.pair_at(i, 8 * n + 2 * c) = make_float2(below[0], below[1]);
-            *scores.pair_at(i, 8 * n + 2 * c) = Make<DTYPE>::pair_of(score[0], score[1]);
+            // above the diagonal an exponential may be infinite, and is not taken
+            const float first_decay = exp_between(row_logs[half], Log{column_logs.x, column_logs.y}), second_decay = exp_between(row_logs[half], Log{column_logs.z, column_logs.w});
+            const float first = j < i ? weight[half] * norms.x * kk[n][2 * half] : 0.0f, second = j + 1 < i ? weight[half] * norms.y * kk[n][2 * half + 1] : 0.0f;
+            const float first_score = j <= i ? out[half] * norms.x * first_decay * qk[n][2 * half] : 0.0f;
+            const float second_score = j + 1 <= i ? out[half] * norms.y * second_decay * qk[n][2 * half + 1] : 0.0f;
+            if (n < 2 * warp) *triangle.pair_at(16 * warp, 8 * half + r, j) = make_float2(first, second);
+            else *reinterpret_cast<float2*>(mine + (8 * half + r) * LINE + j - 16 * warp) = make_float2(-first, -second);
+            *scores.pair_at(16 * warp, 8 * half + r, j) = Make<DTYPE>::pair_of(first_score, second_score);
         }
     }
     invert_diagonal(mine, triangle, 16 * warp);
     __syncthreads();
 
     // columns 16 warp to 16 warp + 15 of the inverse, transposed, from the diagonal down
+    const Log mine_logs[2] = {logs[16 * warp + r], logs[16 * warp + 8 + r]};
     float2 solved[BLOCKS][4];
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
@@ -181,15 +187,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid
         Product<float>::add(x[1], y[0], y[1], y[2], y[3], b[2], b[3]);
         as_operand<float>(solved[i], x[0], x[1]);
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+        for (int half = 0; half < 2; half++) {
+            const int row = 16 * i + 8 * half + 2 * c;
+            const float4 now = *reinterpret_cast<const float4*>(logs + row);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const int row = 16 * i + 8 * half + 2 * c, column = 16 * warp + 8 * e + r;
-                float gated[2];
-#pragma unroll
-                for (int f = 0; f < 2; f++) gated[f] = column <= row + f ? evenly(x[half][2 * e + f] * exp_between(logs[row + f], logs[column]), row + f, column) : 0.0f;
-                put_turned(inverse, 16 * i + 8 * half, 16 * warp + 8 * e, gated[0], gated[1]);
+                const int column = 16 * warp + 8 * e + r;
+                const float first = x[half][2 * e] * exp_between(Log{now.x, now.y}, mine_logs[e]), second = x[half][2 * e + 1] * exp_between(Log{now.z, now.w}, mine_logs[e]);
+                put_turned(inverse, 16 * i + 8 * half, 16 * warp + 8 * e, column <= row ? evenly(first, row, column) : 0.0f, column <= row + 1 ? evenly(second, row + 1, column) : 0.0f);
             }
+        }
     }
     __syncthreads();
     store_square<THREADS>(scores, p.scores + place * (SIDE * SIDE));

@@ -18,7 +18,7 @@ from .chunks import three_strides
 from .delta_prepare import SOURCE as PREPARE_SOURCE
 from .delta_prepare import Factors, Rule, prepare, prepare_bytes, rule_of
 from .delta_walk import SOURCE as WALK_SOURCE
-from .delta_walk import THREADS, Plan, walk, walk_bytes
+from .delta_walk import THREADS, Plan, fewest, in_order, walk, walk_bytes
 from .launch import Kernel
 from .serving import CONSUMER_SHARED_BYTES, padded
 from .sources import source_names
@@ -50,6 +50,7 @@ class _Way(NamedTuple):
 
 _WAYS = (
     _Way(64, 2, 3, 2, 2),
+    _Way(64, 4, 2, 2, 2),
     _Way(64, 2, 3, 4, 2),
     _Way(64, 2, 2, 2, 1),
     _Way(32, 2, 3, 4, 2),
@@ -65,8 +66,8 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     keys, values, dtype = signature.dim("K"), signature.dim("V"), signature.dtype
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     found: dict[Candidate, None] = {}
-    for way in _FLOAT_WAYS if dtype == torch.float32 else _WAYS:
-        way = way._replace(walkers=min(way.walkers, padded(values) // 16), parts=min(way.parts, padded(keys, 32) // 32))
+    for way in in_order(_FLOAT_WAYS if dtype == torch.float32 else _WAYS, signature, machine):
+        way = way._replace(walkers=fewest(way.walkers, keys, values), parts=min(way.parts, padded(keys, 32) // 32))
         walks = max(walk_bytes(way.plan, keys, dtype, outputs=False), _reverse_bytes(way.plan, keys, dtype))
         if max(walks, prepare_bytes(way.side, keys, dtype), _gradient_bytes(way, keys, dtype, signature.dim("H") != signature.dim("G"))) <= room:
             found[Candidate("cupy", "walks", tuple(way._asdict().items()), "backward", sources=source_names(*_SOURCES))] = None
@@ -77,7 +78,7 @@ def _reverse_bytes(plan: Plan, keys: int, dtype: torch.dtype) -> int:
     """Dynamic shared memory of a block of the walk back."""
     side, walkers, depth = plan
     size, wide = dtype.itemsize, padded(keys, 32)
-    columns = side * 32 * size
+    columns = side * max(32, 16 * walkers) * size
     ahead = 2 * side * (wide + max(side, 32)) * size + -(-4 * (4 * side + 4) // 128) * 128 + columns
     return depth * ahead + 2 * (16 * walkers * wide * size + 2 * columns)
 

@@ -110,8 +110,8 @@ def rule_of(call: GatedDeltaRule, side: int) -> Rule:
 
 def prepare_bytes(side: int, keys: int, dtype: torch.dtype) -> int:
     """Dynamic shared memory of a block of the first pass."""
-    size, square = dtype.itemsize, side * max(side, 32)
-    return (2 * max(side * padded(keys, 32), square) + square + (side * 32 if size == 2 else 0)) * size + side * 20 * 4 + side * 24
+    square = side * max(side, 32)
+    return 2 * max(side * padded(keys, 32), square) * dtype.itemsize + 4 * square + side * 20 * 4 + side * 24
 
 
 def prepare(x: Rule, *, evenly: bool = False) -> Factors:

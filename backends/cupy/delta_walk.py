@@ -5,7 +5,7 @@ Which blocks, walkers and depths a card is offered, and the launches; the walk a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,14 +21,17 @@ from .launch import Kernel
 from .serving import CONSUMER_SHARED_BYTES, padded
 from .serving import candidate as _candidate
 
-__all__ = ["SOURCE", "Plan", "run_walk", "walk", "walk_bytes", "walk_candidates"]
+__all__ = ["SOURCE", "Plan", "fewest", "in_order", "run_walk", "walk", "walk_bytes", "walk_candidates"]
 
 SOURCE = "delta_walk.cu"
 WALK = Kernel(SOURCE, "delta_walk", "12P9q5i")
 THREADS = 256
-_PLANS = ((64, 2, 3), (64, 2, 2), (64, 1, 3), (32, 2, 3), (32, 1, 3), (32, 2, 2), (16, 2, 3), (16, 2, 2))
+_P = TypeVar("_P", bound=tuple[int, ...])
+_PLANS = ((64, 2, 3), (64, 4, 3), (64, 2, 2), (64, 1, 3), (64, 4, 2), (32, 2, 3), (32, 1, 3), (32, 2, 2), (16, 2, 3), (16, 2, 2))
 """Tokens of a block, warps that walk (16 value columns each), blocks in shared memory."""
-_FLOAT_PLANS = ((32, 2, 2), (32, 1, 2), (16, 2, 3), (16, 2, 2), (16, 1, 3))
+_FLOAT_PLANS = ((32, 2, 2), (32, 1, 2), (32, 4, 2), (16, 2, 3), (16, 2, 2), (16, 1, 3))
+_CROWDED = 0.75
+"""From this many blocks of two walkers for each of a card's processors the first plan has four: half the bytes from the second-level cache, which bind then."""
 
 
 class Plan(NamedTuple):
@@ -45,8 +48,21 @@ def walk_bytes(plan: Plan, keys: int, dtype: torch.dtype, *, outputs: bool = Tru
     size, wide = dtype.itemsize, padded(keys, 32)
     lines = -(-4 * (4 * side + 4) // 128) * 128
     both = side * (wide + max(side, 32)) * size + lines
-    columns = side * 32 * size
+    columns = side * max(32, 16 * walkers) * size
     return depth * (both * (1 + outputs) + columns) + 2 * (16 * walkers * wide * size + columns)
+
+
+def fewest(walkers: int, keys: int, values: int) -> int:
+    """Warps that walk where there are so many keys and values."""
+    return min(walkers, padded(values) // 16, padded(keys, 32) // 16)
+
+
+def in_order(plans: tuple[_P, ...], signature: Signature, machine: Machine) -> list[_P]:
+    """Plans, whose second number is that of the walkers: one with four comes first where blocks of two would crowd the card."""
+    crowded = signature.dim("N") * signature.dim("H") * -(-signature.dim("V") // 32) >= _CROWDED * (machine.sms or 108)
+    if signature.batch_invariant or not crowded or signature.dim("V") <= 32:
+        return list(plans)
+    return sorted(plans, key=lambda plan: plan is not next((one for one in plans if one[1] == 4), None))
 
 
 def walk_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -54,8 +70,8 @@ def walk_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     keys, values, dtype = signature.dim("K"), signature.dim("V"), signature.dtype
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     found: dict[Candidate, None] = {}
-    for side, walkers, depth in _FLOAT_PLANS if dtype == torch.float32 else _PLANS:
-        plan = Plan(side, min(walkers, padded(values) // 16), depth)
+    for side, walkers, depth in in_order(_FLOAT_PLANS if dtype == torch.float32 else _PLANS, signature, machine):
+        plan = Plan(side, fewest(walkers, keys, values), depth)
         if max(walk_bytes(plan, keys, dtype), prepare_bytes(side, keys, dtype)) <= room:
             found[_candidate("walk", (PREPARE_SOURCE, SOURCE), **plan._asdict())] = None
     return list(found)

@@ -19,13 +19,41 @@ constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, SQUARE_BYTES = SIDE * TRIANGL
 using KeyTile = Tile<DTYPE, KEY_WIDTH>;
 using Square = Tile<DTYPE, TRIANGLE>;
 
+// load_tile (tiles.cuh) by few instructions a copy: a thread stays in its column, and what the mixing of pieces makes of its rows repeats every 8 of them.
+template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
+DEVICE void copy_rows(const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
+    if constexpr (WIDE) {
+        constexpr int PIECES = Tile<T, COLUMNS>::PIECES, STEP = THREADS / PIECES, PERIOD = STEP >= 8 ? 1 : 8 / STEP;
+        static_assert(THREADS % PIECES == 0 && (8 % STEP == 0 || STEP % 8 == 0), "threads take whole rows");
+        const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES, left = piece * Tile<T, COLUMNS>::PER < columns ? rows - row : 0;
+        const T* at = from + row * stride + piece * Tile<T, COLUMNS>::PER;
+        unsigned char* to[PERIOD];
+#pragma unroll
+        for (int i = 0; i < PERIOD; i++) to[i] = tile.piece(row + i * STEP, piece);
+#pragma unroll
+        for (int i = 0; i * STEP < ROWS; i++) {
+            if (STEP > ROWS && row >= ROWS) break;
+            cp_async_16(to[i % PERIOD] + i / PERIOD * PERIOD * STEP * Tile<T, COLUMNS>::ROW, at, i * STEP < left);
+            at += STEP * stride;
+        }
+    } else {
+        load_tile<ROWS, THREADS, false>(tile, from, stride, rows, columns);
+    }
+}
+
 // the lower squares of a place, asynchronously; THREADS threads with numbers from 0 on
 template <int THREADS> DEVICE void load_square(const Square& tile, const DTYPE* from) {
-    constexpr int PIECES = SIDE / PIECE;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < SIDE * PIECES; i += THREADS) {
-        const int row = i / PIECES, piece = i % PIECES;
-        if (piece * PIECE < (row / 16 + 1) * 16) cp_async_16(tile.piece(row, piece), from + row * SIDE + piece * PIECE, true);
+    constexpr int PIECES = SIDE / PIECE, STEP = THREADS / PIECES, PERIOD = STEP >= 8 ? 1 : 8 / STEP;
+    static_assert(THREADS % PIECES == 0 && (8 % STEP == 0 || STEP % 8 == 0), "threads take whole rows");
+    const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+    const DTYPE* const at = from + row * SIDE + piece * PIECE;
+    unsigned char* to[PERIOD];
+#pragma unroll
+    for (int i = 0; i < PERIOD; i++) to[i] = tile.piece(row + i * STEP, piece);
+#pragma unroll
+    for (int i = 0; i * STEP < SIDE; i++) {
+        if (STEP > SIDE && row >= SIDE) break;
+        if (piece * PIECE < ((row + i * STEP) / 16 + 1) * 16) cp_async_16(to[i % PERIOD] + i / PERIOD * PERIOD * STEP * Square::ROW, at + i * STEP * SIDE, true);
     }
 }
 template <int THREADS> DEVICE void store_square(const Square& tile, DTYPE* to) {

@@ -155,8 +155,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
     const int64_t first_row = chunk.batch * p.tokens + chunk.begin;
     const bool asks = p.dq || p.dgate || p.dg, erases = p.dk || p.dbeta || p.dg, writes = p.dk || p.dg;
 
-    load_tile<SIDE, THREADS, ALIGNED>(keys, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + shared * p.k_h, p.k_t, chunk.length, KEYS);
-    load_tile<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + shared * p.q_h, p.q_t, chunk.length, KEYS);
+    copy_rows<SIDE, THREADS, ALIGNED>(keys, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + shared * p.k_h, p.k_t, chunk.length, KEYS);
+    copy_rows<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + shared * p.q_h, p.q_t, chunk.length, KEYS);
     const auto load = [&](int step) {
         if (step < p.group * SLICES) {
             const int head = shared * p.group + step / SLICES, value = step % SLICES * SLICE, length = chunk.length;
@@ -164,12 +164,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
             const int64_t state = ((static_cast<int64_t>(slot) * p.heads + head) * VALUES + value) * KEY_WIDTH;
             const Stage to{stages + step % STAGES * STAGE_BYTES};
             const DTYPE* d_o = p.d_o + chunk.batch * p.o_b + chunk.begin * p.o_t + head * p.o_h + value;
-            load_tile<SIDE, THREADS, ALIGNED>(to.arriving(), d_o, p.o_t, p.given ? length : 0, VALUES - value);
-            load_tile<SIDE, THREADS, PACKED>(to.updates(), p.updates + at, u_t, length, VALUES - value);
-            load_tile<SLICE, THREADS, true>(to.states(), p.states + state, KEY_WIDTH, VALUES - value, KEY_WIDTH);
-            if (erases) load_tile<SIDE, THREADS, PACKED>(to.errors(), p.errors + at, u_t, length, VALUES - value);
-            if (p.dbeta) load_tile<SIDE, THREADS, ALIGNED>(to.values(), p.v + chunk.batch * p.v_b + chunk.begin * p.v_t + head * p.v_h + value, p.v_t, length, VALUES - value);
-            if (writes) load_tile<SLICE, THREADS, true>(to.leaving(), p.leaving + state, KEY_WIDTH, VALUES - value, KEY_WIDTH);
+            copy_rows<SIDE, THREADS, ALIGNED>(to.arriving(), d_o, p.o_t, p.given ? length : 0, VALUES - value);
+            copy_rows<SIDE, THREADS, PACKED>(to.updates(), p.updates + at, u_t, length, VALUES - value);
+            copy_rows<SLICE, THREADS, true>(to.states(), p.states + state, KEY_WIDTH, VALUES - value, KEY_WIDTH);
+            if (erases) copy_rows<SIDE, THREADS, PACKED>(to.errors(), p.errors + at, u_t, length, VALUES - value);
+            if (p.dbeta) copy_rows<SIDE, THREADS, ALIGNED>(to.values(), p.v + chunk.batch * p.v_b + chunk.begin * p.v_t + head * p.v_h + value, p.v_t, length, VALUES - value);
+            if (writes) copy_rows<SLICE, THREADS, true>(to.leaving(), p.leaving + state, KEY_WIDTH, VALUES - value, KEY_WIDTH);
         }
         cp_async_commit();
     };
@@ -294,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
 
         // P' and L, for all warps
         const int i0 = row + r, i1 = i0 + 8;
-        const Log last = logs[SIDE - 1];
+        const Log last = logs[SIDE - 1], row_logs[2] = {logs[i0], logs[i1]};
 #pragma unroll
         for (int i = 0; i < SQUARES; i++) {
             const int at = part + PARTS * i;
@@ -307,8 +307,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                     float x[2], y[2];
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        const float between = first + e <= token ? exp_between(logs[token], logs[first + e]) : 0.0f;
-                        x[e] = p.scale * between * scored[i][n][2 * half + e];
+                        const float between = exp_between(row_logs[half], logs[first + e]);  // above the diagonal perhaps infinite, and not taken
+                        x[e] = first + e <= token ? p.scale * between * scored[i][n][2 * half + e] : 0.0f;
                         y[e] = first + e < token ? -between * bound[i][n][2 * half + e] : 0.0f;
                     }
                     if (asks || writes) *scores.pair_at(token, first) = Make<DTYPE>::pair_of(x[0], x[1]);

@@ -1,6 +1,6 @@
 // What the exact gated delta rule needs of a block of tokens before its state is known, blocks side by side (SPEC.md 3, 4; delta_blocks.cuh has the names).
 // With D = diag(e^G): (I + D L D^-1)^-1 = D (I + L)^-1 D^-1, so the inverse of I + L, L = stril(beta k k^T), is taken without gates, and every exponent stays <= 0:
-// its 16 x 16 diagonal squares by substitution in float32, the others by products from the diagonal down.
+// its 16 x 16 diagonal squares by substitution, the others by products from the diagonal down, all in float32: on similar keys 16 bits would be lost in it.
 // A block and head costs 2 SIDE^2 KEYS FLOP below the diagonals and reads 2 SIDE KEYS numbers, writes SIDE^2: bound by memory (H100, bf16, 1 x 8192,
 // 16/32 heads of 128: 110 MB, 37 us). A warp takes 16 rows of the products, then 16 columns of the inverse, transposed, alone.
 //
@@ -23,7 +23,7 @@ struct Params {
     float scale;
 };
 
-using Rest = Tile<DTYPE, 32>;
+using Triangle = Tile<float, TRIANGLE>;
 
 // the inverse norms of 2 x SIDE rows of the keys and queries, two threads a row
 DEVICE void inverse_norms(float* norms, const KeyTile& tile) {
@@ -48,8 +48,8 @@ DEVICE float evenly(float x, int row, int column) {
     return x == x ? __int_as_float((__float_as_int(x) + level) & -(1 << DROPPED<DTYPE>)) : x;
 }
 
-// lane l inverts column l of I + L of 16 rows, L from `lines`; the inverse goes to the triangle's diagonal, and to `rest` what rounding left out
-DEVICE void invert_diagonal(const float* lines, const Square& triangle, const Rest& rest, int row) {
+// lane l inverts column l of I + L of 16 rows, L from `lines`; the inverse goes to the triangle's diagonal
+DEVICE void invert_diagonal(const float* lines, const Triangle& triangle, int row) {
     const int column = threadIdx.x % 16;
     float x[16];
     __syncwarp();
@@ -64,20 +64,15 @@ DEVICE void invert_diagonal(const float* lines, const Square& triangle, const Re
     }
     if (threadIdx.x % 32 >= 16) return;
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const DTYPE high = narrow<DTYPE>(x[i]);
-        *triangle.element(row + i, row + column) = high;
-        if constexpr (HALF) *rest.element(row + i, column) = narrow<DTYPE>(x[i] - widen(high));
-    }
+    for (int i = 0; i < 16; i++) *triangle.element(row + i, row + column) = x[i];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const KeyTile keys{memory}, queries{memory + KEY_BYTES};
     const Square scores{memory}, inverse{memory + SQUARE_BYTES};  // later, in the place of both
-    const Square triangle{memory + SPACE_BYTES};
-    const Rest rest{triangle.base + SQUARE_BYTES};
-    float* const diagonals = reinterpret_cast<float*>(rest.base + (HALF ? SIDE * 32 * SIZE : 0));
+    const Triangle triangle{memory + SPACE_BYTES};
+    float* const diagonals = reinterpret_cast<float*>(triangle.base + SIDE * TRIANGLE * 4);
     Log* const logs = reinterpret_cast<Log*>(diagonals + BLOCKS * 16 * LINE);
     float *const beta = reinterpret_cast<float*>(logs + SIDE), *const through = beta + SIDE, *const key_norms = through + SIDE, *const query_norms = key_norms + SIDE;
 
@@ -86,8 +81,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid
     const Chunk chunk = find_chunk(Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, SIDE, 0, p.slots}, slot);
     if (chunk.length == 0) return;
     const int64_t place = static_cast<int64_t>(slot) * p.heads + head;
-    load_tile<SIDE, THREADS, ALIGNED>(keys, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + head / p.group * p.k_h, p.k_t, chunk.length, KEYS);
-    load_tile<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + head / p.group * p.q_h, p.q_t, chunk.length, KEYS);
+    copy_rows<SIDE, THREADS, ALIGNED>(keys, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + head / p.group * p.k_h, p.k_t, chunk.length, KEYS);
+    copy_rows<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + head / p.group * p.q_h, p.q_t, chunk.length, KEYS);
     cp_async_commit();
     if (warp == 0) running_log<DTYPE>(logs, SIDE, p.g, chunk.batch * p.g_b + chunk.begin * p.g_t + head * p.g_h, p.g_t, p.g_wide, chunk.length);
     if (t < SIDE) {
@@ -134,37 +129,43 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid
     }
     __syncthreads();
     float* const mine = diagonals + warp * 16 * LINE;
+    Log row_logs[2];
+    float weight[2], out[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int i = 16 * warp + 8 * half + r;
+        row_logs[half] = logs[i], weight[half] = -beta[i] * key_norms[i], out[half] = through[i] * query_norms[i];
+    }
 #pragma unroll
     for (int n = 0; n < 2 * BLOCKS; n++) {
         if (n > 2 * warp + 1) break;
-        const float2 norms = two(key_norms + 8 * n + 2 * c);
+        const int j = 8 * n + 2 * c;
+        const float4 column_logs = *reinterpret_cast<const float4*>(logs + j);
+        const float2 norms = two(key_norms + j);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = 16 * warp + 8 * half + r;
-            const float weight = beta[i] * key_norms[i], out = through[i] * query_norms[i];
-            float below[2], score[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int j = 8 * n + 2 * c + e;
-                const float norm = e ? norms.y : norms.x;
-                below[e] = j < i ? -weight * norm * kk[n][2 * half + e] : 0.0f;
-                score[e] = j <= i ? out * norm * exp_between(logs[i], logs[j]) * qk[n][2 * half + e] : 0.0f;
-                if (n >= 2 * warp) mine[(8 * half + r) * LINE + j - 16 * warp] = -below[e];
-            }
-            if (n < 2 * warp) *triangle.pair_at(i, 8 * n + 2 * c) = Make<DTYPE>::pair_of(below[0], below[1]);
-            *scores.pair_at(i, 8 * n + 2 * c) = Make<DTYPE>::pair_of(score[0], score[1]);
+            // above the diagonal an exponential may be infinite, and is not taken
+            const float first_decay = exp_between(row_logs[half], Log{column_logs.x, column_logs.y}), second_decay = exp_between(row_logs[half], Log{column_logs.z, column_logs.w});
+            const float first = j < i ? weight[half] * norms.x * kk[n][2 * half] : 0.0f, second = j + 1 < i ? weight[half] * norms.y * kk[n][2 * half + 1] : 0.0f;
+            const float first_score = j <= i ? out[half] * norms.x * first_decay * qk[n][2 * half] : 0.0f;
+            const float second_score = j + 1 <= i ? out[half] * norms.y * second_decay * qk[n][2 * half + 1] : 0.0f;
+            if (n < 2 * warp) *triangle.pair_at(16 * warp, 8 * half + r, j) = make_float2(first, second);
+            else *reinterpret_cast<float2*>(mine + (8 * half + r) * LINE + j - 16 * warp) = make_float2(-first, -second);
+            *scores.pair_at(16 * warp, 8 * half + r, j) = Make<DTYPE>::pair_of(first_score, second_score);
         }
     }
-    invert_diagonal(mine, triangle, rest, 16 * warp);
+    invert_diagonal(mine, triangle, 16 * warp);
     __syncthreads();
 
     // columns 16 warp to 16 warp + 15 of the inverse, transposed, from the diagonal down
-    Pair<DTYPE> solved[BLOCKS][4];
+    const Log mine_logs[2] = {logs[16 * warp + r], logs[16 * warp + 8 + r]};
+    float2 solved[BLOCKS][4];
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
         if (i < warp) continue;
         float x[2][4] = {};
-        Pair<DTYPE> y[4], b[4];
+        float2 y[4], b[4];
         if (i == warp) {
 #pragma unroll
             for (int half = 0; half < 2; half++)
@@ -175,31 +176,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid
         for (int j = 0; j < i; j++) {
             if (j < warp) continue;
             triangle.right_rows(b[0], b[1], b[2], b[3], 16 * i, 16 * j);
-            Product<DTYPE>::add(x[0], solved[j][0], solved[j][1], solved[j][2], solved[j][3], b[0], b[1]);
-            Product<DTYPE>::add(x[1], solved[j][0], solved[j][1], solved[j][2], solved[j][3], b[2], b[3]);
+            Product<float>::add(x[0], solved[j][0], solved[j][1], solved[j][2], solved[j][3], b[0], b[1]);
+            Product<float>::add(x[1], solved[j][0], solved[j][1], solved[j][2], solved[j][3], b[2], b[3]);
         }
-        as_operand<DTYPE>(y, x[0], x[1]);
+        as_operand<float>(y, x[0], x[1]);
 #pragma unroll
         for (int e = 0; e < 4; e++) x[0][e] = x[1][e] = 0.0f;
-        if constexpr (HALF) {
-            rest.right_rows(b[0], b[1], b[2], b[3], 16 * i, 0);
-            Product<DTYPE>::add(x[0], y[0], y[1], y[2], y[3], b[0], b[1]);
-            Product<DTYPE>::add(x[1], y[0], y[1], y[2], y[3], b[2], b[3]);
-        }
         triangle.right_rows(b[0], b[1], b[2], b[3], 16 * i, 16 * i);
-        Product<DTYPE>::add(x[0], y[0], y[1], y[2], y[3], b[0], b[1]);
-        Product<DTYPE>::add(x[1], y[0], y[1], y[2], y[3], b[2], b[3]);
-        as_operand<DTYPE>(solved[i], x[0], x[1]);
+        Product<float>::add(x[0], y[0], y[1], y[2], y[3], b[0], b[1]);
+        Product<float>::add(x[1], y[0], y[1], y[2], y[3], b[2], b[3]);
+        as_operand<float>(solved[i], x[0], x[1]);
 #pragma unroll
-        for (int half = 0; half < 2; half++)
+        for (int half = 0; half < 2; half++) {
+            const int row = 16 * i + 8 * half + 2 * c;
+            const float4 now = *reinterpret_cast<const float4*>(logs + row);
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const int row = 16 * i + 8 * half + 2 * c, column = 16 * warp + 8 * e + r;
-                float gated[2];
-#pragma unroll
-                for (int f = 0; f < 2; f++) gated[f] = column <= row + f ? evenly(x[half][2 * e + f] * exp_between(logs[row + f], logs[column]), row + f, column) : 0.0f;
-                put_turned(inverse, 16 * i + 8 * half, 16 * warp + 8 * e, gated[0], gated[1]);
+                const int column = 16 * warp + 8 * e + r;
+                const float first = x[half][2 * e] * exp_between(Log{now.x, now.y}, mine_logs[e]), second = x[half][2 * e + 1] * exp_between(Log{now.z, now.w}, mine_logs[e]);
+                put_turned(inverse, 16 * i + 8 * half, 16 * warp + 8 * e, column <= row ? evenly(first, row, column) : 0.0f, column <= row + 1 ? evenly(second, row + 1, column) : 0.0f);
             }
+        }
     }
     __syncthreads();
     store_square<THREADS>(scores, p.scores + place * (SIDE * SIDE));

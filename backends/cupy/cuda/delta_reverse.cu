@@ -6,7 +6,7 @@
 // keep what the gradients of the inputs are made of: the E that leaves every block, rounded, X, and dV. X is kept as it was rounded: all that is made of it agrees.
 // A token and head costs 6 KEYS + 4 SIDE FLOP a value column; the chain of K E, A'^T dU and K^T X binds for few heads, memory for many.
 //
-// DTYPE; KEYS, VALUES: head_dims; SIDE; WALKERS: 1 or 2; DEPTH: blocks in shared memory, 2 or more; ALIGNED: 16-byte copies can take all rows.
+// DTYPE; KEYS, VALUES: head_dims; SIDE; WALKERS: 1, 2 or 4; DEPTH: blocks in shared memory, 2 or more; ALIGNED: 16-byte copies can take all rows.
 #include "delta_roles.cuh"
 
 struct Params {
@@ -64,12 +64,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_reverse(const __g
             const Ahead to{memory + step % DEPTH * AHEAD_BYTES};
             const int64_t at = static_cast<int64_t>(block) * SIDE;
             const int length = length_of(block);
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(to.keys(), k + at * p.k_t, p.k_t, length, KEYS);
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(to.queries(), q + at * p.q_t, p.q_t, length, KEYS);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(to.keys(), k + at * p.k_t, p.k_t, length, KEYS);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(to.queries(), q + at * p.q_t, p.q_t, length, KEYS);
             load_square<32 * LOADERS>(to.inverse(), p.inverses + place_of(block) * (SIDE * SIDE));
             load_square<32 * LOADERS>(to.scores(), p.scores + place_of(block) * (SIDE * SIDE));
             load_lines<32 * LOADERS>(to.lines(), p.lines + place_of(block) * LINES);
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(to.arriving(), d_o + at * p.o_t, p.o_t, p.given ? length : 0, VALUES - column);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(to.arriving(), d_o + at * p.o_t, p.o_t, p.given ? length : 0, VALUES - column);
         }
         cp_async_commit();
     };
@@ -134,7 +134,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_reverse(const __g
                 for (int e = 0; e < 4; e++) state[n][e] *= total;
             add_columns(state, given, block.queries());
             add_columns(state, change, block.keys());
-        } else if (follower >= 0 && step > 0) {
+        }
+        if (warp < LOADERS) load(step + DEPTH - 1);
+        if (follower >= 0 && step > 0) {
             const int done = here.blocks - step, length = length_of(done), thread = follower * 32 + lane;
             unsigned char* const from = handed + (step - 1) % 2 * HANDED_BYTES;
             const int64_t token = here.batch * p.tokens + here.start + static_cast<int64_t>(done) * SIDE, stride = static_cast<int64_t>(p.heads) * VALUES;
@@ -142,10 +144,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_reverse(const __g
             if (p.leaving) keep_state(StateTile{from}, p.leaving + place_of(done) * (VALUES * KEY_WIDTH), column, thread);
             if (p.errors) store_rows<COLUMNS>(ColumnTile{from + STATE_BYTES}, 0, SIDE, p.errors + at, stride, length, VALUES - column, thread, 32 * FOLLOWERS);
             if (p.d_v) store_rows<COLUMNS>(ColumnTile{from + STATE_BYTES + COLUMN_BYTES}, 0, SIDE, p.d_v + at, stride, length, VALUES - column, thread, 32 * FOLLOWERS);
-        } else if (warp < LOADERS) {
-            load(step + DEPTH - 1);
-            cp_async_wait<DEPTH - 2>();
         }
+        if (warp < LOADERS) cp_async_wait<DEPTH - 2>();
         __syncthreads();
     }
     if (part >= 0 && p.d_initial) write_state(p.d_initial, (static_cast<int64_t>(sequence) * p.heads + head) * (KEYS * VALUES), column + 16 * part, state);

@@ -1,22 +1,25 @@
 // The warps of a walk over blocks of tokens, and what a walker does with the 16 value columns of a transposed state that it holds (delta_walk.cu, delta_reverse.cu).
-// Warps 0 and 1 load; WALKERS warps from 4 on walk, so that each has a scheduler of the processor that no follower uses; the others follow a block behind.
+// Of eight warps those from number 4 on walk. With 1 or 2 walkers warps 0 and 1 load, and the others follow a block behind: a walker shares its scheduler with a
+// loader at most. With 4 walkers, which read a tile for twice as many values, the other four load and follow.
 #ifndef TITANS_DELTA_ROLES_CUH
 #define TITANS_DELTA_ROLES_CUH
 
 #include "delta_blocks.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, LOADERS = 2, FIRST_WALKER = 4, FOLLOWERS = WARPS - LOADERS - WALKERS;
-constexpr int COLUMNS = 16 * WALKERS, SLICES = (VALUES + COLUMNS - 1) / COLUMNS;
-constexpr int COLUMN_BYTES = SIDE * 32 * SIZE, STATE_BYTES = COLUMNS * KEY_WIDTH * SIZE;
-static_assert(COLUMNS <= 32 && DEPTH >= 2, "tiles of values have 32 columns");
+constexpr int WARPS = 8, THREADS = 32 * WARPS, FIRST_WALKER = 4, LOADERS = WALKERS == 4 ? 4 : 2, FOLLOWERS = WALKERS == 4 ? 4 : WARPS - LOADERS - WALKERS;
+constexpr int COLUMNS = 16 * WALKERS, WIDE_COLUMNS = COLUMNS < 32 ? 32 : COLUMNS, SLICES = (VALUES + COLUMNS - 1) / COLUMNS;
+constexpr int COLUMN_BYTES = SIDE * WIDE_COLUMNS * SIZE, STATE_BYTES = COLUMNS * KEY_WIDTH * SIZE;
+static_assert((WALKERS == 1 || WALKERS == 2 || WALKERS == 4) && COLUMNS <= KEY_WIDTH && DEPTH >= 2, "outputs take the place of queries");
 
-using ColumnTile = Tile<DTYPE, 32>;
+using ColumnTile = Tile<DTYPE, WIDE_COLUMNS>;
 using StateTile = Tile<DTYPE, KEY_WIDTH>;
 
 // which walker or follower a warp is, -1: none
 DEVICE int walker_of(int warp) { return warp >= FIRST_WALKER && warp < FIRST_WALKER + WALKERS ? warp - FIRST_WALKER : -1; }
 DEVICE int follower_of(int warp) {
-    if (warp < LOADERS || walker_of(warp) >= 0) return -1;
+    if (walker_of(warp) >= 0) return -1;
+    if (LOADERS == FOLLOWERS && WALKERS == 4) return warp;
+    if (warp < LOADERS) return -1;
     return warp < FIRST_WALKER ? warp - LOADERS : warp - LOADERS - WALKERS;
 }
 

@@ -4,11 +4,12 @@
 //
 // A warp that walks owns 16 value columns of a state, transposed: what mma.sync leaves of S^T, X^T and U^T is the next product's operand after rounding, so that
 // a walker meets nobody inside a block of tokens; it hands the rounded state and U on through shared memory. Other warps follow one block behind: they compute
-// the outputs, or keep states and U for a backward. Two more warps load ahead, and all meet once a block.
-// A token and head costs 4 KEYS + 2 SIDE FLOP a value column on the chain; the chain binds for few heads, memory for many: 2 KEYS + 2 VALUES + 2 SIDE numbers a
-// token and slice of columns (H100, bf16, 1 x 8192, 32 heads of 128 in 4 slices: 128 blocks of the card, 128 blocks of tokens, 148 products each).
+// the outputs, or keep states and U for a backward; loaders copy ahead. All meet once a block.
+// A token and head costs (6 KEYS + 3 SIDE) FLOP a value column, 4 KEYS + 1.25 SIDE of them in the walkers' chain. H100, bf16, 1 x 8192, 16/32 heads of 128: 0.25 GB
+// from memory, 75 us; 128 blocks of tokens one after the other, each 148 products of 16 x 8 x 16 in a walker, about 900 cycles: 65 us. Every slice of columns reads q,
+// k and the factors again, 0.8 GB with two walkers from the second-level cache, half of it with four.
 //
-// DTYPE; KEYS, VALUES: head_dims; SIDE; WALKERS: 1 or 2; DEPTH: blocks in shared memory, 2 or more; OUTPUTS: o is computed, else states and U are kept;
+// DTYPE; KEYS, VALUES: head_dims; SIDE; WALKERS: 1, 2 or 4; DEPTH: blocks in shared memory, 2 or more; OUTPUTS: o is computed, else states and U are kept;
 // ALIGNED: 16-byte copies can take all rows.
 #include "delta_roles.cuh"
 
@@ -43,15 +44,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk(const __grid
         if (block >= 0 && block < here.blocks) {
             unsigned char* const base = memory + block % DEPTH * AHEAD_BYTES;
             const int64_t at = static_cast<int64_t>(block) * SIDE;
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(KeyTile{base}, k + at * p.k_t, p.k_t, length_of(block), KEYS);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(KeyTile{base}, k + at * p.k_t, p.k_t, length_of(block), KEYS);
             load_square<32 * LOADERS>(Square{base + KEY_BYTES}, p.inverses + place_of(block) * (SIDE * SIDE));
             load_lines<32 * LOADERS>(reinterpret_cast<float*>(base + KEY_BYTES + SQUARE_BYTES), p.lines + place_of(block) * LINES);
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(ColumnTile{base + KEY_BYTES + SQUARE_BYTES + LINES_BYTES}, v + at * p.v_t, p.v_t, length_of(block), VALUES - column);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(ColumnTile{base + KEY_BYTES + SQUARE_BYTES + LINES_BYTES}, v + at * p.v_t, p.v_t, length_of(block), VALUES - column);
         }
         block--;
         if (OUTPUTS && block >= 0 && block < here.blocks) {
             unsigned char* const base = behind + block % DEPTH * BEHIND_BYTES;
-            load_tile<SIDE, 32 * LOADERS, ALIGNED>(KeyTile{base}, q + static_cast<int64_t>(block) * SIDE * p.q_t, p.q_t, length_of(block), KEYS);
+            copy_rows<SIDE, 32 * LOADERS, ALIGNED>(KeyTile{base}, q + static_cast<int64_t>(block) * SIDE * p.q_t, p.q_t, length_of(block), KEYS);
             load_square<32 * LOADERS>(Square{base + KEY_BYTES}, p.scores + place_of(block) * (SIDE * SIDE));
             load_lines<32 * LOADERS>(reinterpret_cast<float*>(base + KEY_BYTES + SQUARE_BYTES), p.lines + place_of(block) * LINES);
         }
@@ -128,7 +129,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk(const __grid
                 as_operand<DTYPE>(error[i], u[2 * i], u[2 * i + 1]);
             }
             add_columns(state, error, keys);
-        } else if (follower >= 0 && block > 0) {
+        }
+        if (warp < LOADERS) load(block + DEPTH - 1);
+        if (follower >= 0 && block > 0) {
             const int done = block - 1, length = length_of(done);
             unsigned char* const given = handed + done % 2 * HANDED_BYTES;
             const StateTile states{given};
@@ -186,10 +189,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk(const __grid
                     store_rows<COLUMNS>(updates, 0, SIDE, p.updates + token * u_t + head * VALUES + column, u_t, length, VALUES - column, thread, 32 * FOLLOWERS);
                 }
             }
-        } else if (warp < LOADERS) {
-            load(block + DEPTH - 1);
-            cp_async_wait<DEPTH - 2>();
         }
+        if (warp < LOADERS) cp_async_wait<DEPTH - 2>();
         __syncthreads();
     }
     if (part >= 0 && p.final) write_state(p.final, (static_cast<int64_t>(sequence) * p.heads + head) * (KEYS * VALUES), column + 16 * part, state);

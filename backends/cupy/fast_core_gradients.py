@@ -47,8 +47,7 @@ def ways(signature: Signature, machine: Machine, reach: int) -> list[Candidate]:
     side, states = padded(reach), bool(dict(signature.options).get("output_final_state")) or signature.has("initial_state")
     if side <= _LONGEST_CHUNK and signature.dtype.itemsize == 2 and chunk_bytes(side, keys, values, signature.dtype, states) <= room:
         chunk = Candidate("cupy", "chunk", (("side", side),), "backward", sources=source_names(CHUNK_SOURCE))
-        late = side > 64 and max(keys, values) > 64  # one block an SM then, which loads and computes in turn
-        return [*list(found)[:1], chunk, *list(found)[1:]] if late else [chunk, *found]
+        return [chunk, *found]
     return list(found)
 
 

@@ -101,13 +101,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
     load_rounds<SIDE, THREADS, ALIGNED>(queries, p.q + place(p.q_b, p.q_t, p.q_h, shared_head), p.q_t, length, KEYS);
     load_rounds<SIDE, THREADS, ALIGNED>(keys, p.k + place(p.k_b, p.k_t, p.k_h, shared_head), p.k_t, length, KEYS);
 
+    const auto load_values = [&](int head) {
+        load_rounds<SIDE, THREADS, ALIGNED>(values, p.v + place(p.v_b, p.v_t, p.v_h, head), p.v_t, length, VALUES);
+    };
+    const auto load_outputs = [&](int head) {
+        load_rounds<SIDE, THREADS, ALIGNED>(d_outputs, p.d_o + place(p.do_b, p.do_t, p.do_h, head), p.do_t, length, VALUES);
+    };
+    load_values(shared_head * p.group);
+    load_outputs(shared_head * p.group);
+    cp_async_commit();
     float dq[WIDEST / 8][4] = {}, dk[WIDEST / 8][4] = {};
 #pragma unroll 1
     for (int member = 0; member < (GROUPED ? p.group : 1); member++) {
         const int head = shared_head * p.group + member;
-        load_rounds<SIDE, THREADS, ALIGNED>(d_outputs, p.d_o + place(p.do_b, p.do_t, p.do_h, head), p.do_t, length, VALUES);
-        load_rounds<SIDE, THREADS, ALIGNED>(values, p.v + place(p.v_b, p.v_t, p.v_h, head), p.v_t, length, VALUES);
-        cp_async_commit();
+        const bool more = GROUPED && member < p.group - 1;  // the next head's tiles come as soon as nobody reads this one's
         if (DECAYED && warp == 0) running_log<DTYPE>(logs, SIDE, p.g, place(p.g_b, p.g_t, p.g_h, head), p.g_t, p.g_wide, length);
         for (int t = threadIdx.x; t < SIDE; t += THREADS) {
             const float gate = p.gate && t < length ? load_gate<DTYPE>(p.gate, place(p.gate_b, p.gate_t, p.gate_h, head) + t * p.gate_t, p.gate_wide) : 1.0f;
@@ -227,6 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
             }
         }
         __syncthreads();
+        if (more) load_values(head + 1);
         if constexpr (FLOWING) {  // before token t the sum of what flows in less what flows out
             for (int t = threadIdx.x; t < length; t += THREADS) {
                 float sum = -flows[t];
@@ -240,6 +248,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
         }
         if (!p.dk && !FLOWING && !GROUPED) return;
         __syncthreads();
+        if (more) {
+            load_outputs(head + 1);
+            cp_async_commit();
+        }
         if (FLOWING && warp == 0) {
             float before = STARTED && p.total && chunk.first && p.offset > 0 ? p.total[chunk.sequence * p.heads + head] : 0.0f;
             for (int base = 0; base < length; base += 32) {

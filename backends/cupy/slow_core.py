@@ -37,8 +37,8 @@ _PLANS = ((4, 2), (2, 2), (1, 2), (8, 2), (4, 1), (2, 1), (8, 1))
 """Warps, 16 value columns each, and chunks in shared memory."""
 _NARROW = ((2, 2), (1, 2), *_PLANS)
 """The same where few heads and sequences leave processors idle: more blocks, fewer columns each."""
-_ROLES = ((2, 2, 1), (4, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 2))
-"""Walking warps, 16 value columns each, chunks loaded ahead, and blocks that a processor's registers are to hold."""
+_ROLES = ((2, 2, 1, 2), (2, 2, 1, 1), (4, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (2, 2, 2, 1), (1, 1, 2, 1))
+"""Walking warps, 16 value columns each, chunks loaded ahead, blocks that a processor's registers are to hold, and groups of readers."""
 _WALKS = ((64, 3, 2), (32, 3, 2), (32, 3, 4), (32, 3, 1), (16, 3, 2))
 """Tokens of a piece, pieces in shared memory, warps."""
 
@@ -69,12 +69,12 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     found: dict[Candidate, None] = {}
     streams = signature.dim("N") * signature.dim("H")
     few = not signature.batch_invariant and streams * -(-values // 64) < 0.75 * (machine.sms or 108)
-    for warps, depth, resident in () if signature.option("normalize_read") else _ROLES:
-        if resident > 1 and signature.dim("K") > 64:
+    for warps, depth, resident, groups in () if signature.option("normalize_read") else _ROLES:
+        if (resident > 1 or groups > 1) and (signature.dim("K") > 64 or side > 64 or groups * signature.dtype.itemsize > 4):
             continue  # registers
         warps = min(warps, values // 16)
         if resident * roles_bytes(side, warps, depth, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
-            found[_candidate("roles", (ROLES_SOURCE,), side=side, warps=warps, depth=depth, resident=resident)] = None
+            found[_candidate("roles", (ROLES_SOURCE,), side=side, warps=warps, depth=depth, resident=resident, groups=groups)] = None
     for piece, stages, warps in () if signature.option("normalize_read") else _WALKS:
         piece, value_slice = min(piece, side, longest_piece(signature.dim("K"), signature.dtype)), min(values, 128 // signature.dtype.itemsize)
         warps, value_slice = min(warps, values // 16), max(value_slice, 32)
@@ -136,8 +136,9 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
     if candidate.variant == "roles":
         depth = int(candidate.param("depth"))
-        threads = 32 * (warps + min(side // 16, 4) + 2)
-        tiles = (("DEPTH", depth), ("RESIDENT", int(candidate.param("resident"))))
+        readers = int(candidate.param("groups"))
+        threads = 32 * (warps + readers * min(side // 16, 4) + 2)
+        tiles = (("DEPTH", depth), ("RESIDENT", int(candidate.param("resident"))), ("GROUPS", readers))
         ROLES(blocks, threads, (*macros, *tiles), args, roles_bytes(side, warps, depth, keys, bool(call.delta), u.dtype))
         if final is not None and call.normalize_final:
             divide_by_norm(final, (*macros, ("KEY_SLICE", padded(keys, 32)), ("VALUE_SLICE", 32)))

@@ -1,4 +1,4 @@
-"""The gradients of slow_core (SPEC.md 10): what needs no state in parallel over chunks, the states forward, their gradients in reverse, then the rest in parallel.
+"""The gradients of slow_core (SPEC.md 10): what needs no state, the states forward, their gradients in reverse, then the rest in parallel over chunks.
 
 A frozen input launches nothing of its own: q and the gate need the walk forward alone, u and the initial state the walk in reverse alone.
 """

@@ -1,6 +1,7 @@
 // What slow_core needs of every chunk before a walk (SPEC.md 4 and 10): the lines e^(G_C - G), scale gate e^G, and e^G_C or d; for a backward also
 // D = (gate P)^T dO with P = scale tril(q k^T) * Gamma, the part of dU' that needs no state, where dU' will be.
-// A token and v head costs nothing, or C (K + V) FLOP, and moves K + V numbers twice: bound by memory.
+// A token and v head costs nothing, or C (K + V) FLOP, and moves K + V numbers twice: bound by memory (H100, bf16,
+// 1 x 8192, 16/32 heads of 128: 200 MB, 65 us).
 // A block has a chunk and v head, a warp 16 of its tokens.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a chunk at most; KEY_SLICE, VALUE_SLICE: columns at once; DECAYED: g; FACTORED: chunk_decay;

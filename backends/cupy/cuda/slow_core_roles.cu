@@ -3,22 +3,24 @@
 //   walkers   own 16 value columns of a state each, transposed, in registers: of a chunk only w S~ and k^T U' are on their way; S~ and U' they hand on, rounded
 //   readers   are a chunk behind: 16 tokens each of the scores, which stay in registers as the operand of their product with U', and of q S~: they write o
 //   a loader  brings the tiles of chunks to come, and the clerk the next chunk's running decay and gates
-// All meet once a chunk. A token and head costs C (K + V) + 6 K V FLOP and moves 3 K + 2 V numbers (C K FLOP and 3 K again for each slice of columns); what
-// limits it is a walker's chain: for 64 tokens and K = 128 256 products of 16 x 8 x 8 after one another in a warp, about 1100 cycles.
+// All meet once a chunk. A token and head costs C (K + V) + 6 K V FLOP and moves 3 K + 2 V numbers (C K FLOP and 3 K from the L2 cache again for each slice of
+// columns): bound by memory for many heads (H100, bf16, 1 x 8192, 32 heads of 128: 336 MB, 113 us). For few heads what limits it is a walker's chain, of 64
+// tokens and K = 128 128 products of 16 x 8 x 16, about 1100 cycles, and what all warps read from shared memory, about 2000 for 32 columns.
 //
-// DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; WARPS: walkers; DEPTH: chunks loaded ahead; RESIDENT: blocks of a processor; DECAYED: g; FACTORED: chunk_decay;
-// DELTA; ALIGNED: 16-byte copies can take all rows.
+// DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; WARPS: walkers; DEPTH: chunks loaded ahead; RESIDENT: blocks of a processor; GROUPS:
+// of readers, two take turns, each with two meetings for a chunk; DECAYED: g; FACTORED: chunk_decay; DELTA; ALIGNED: 16-byte copies can take all rows.
 #include "chunks.cuh"
 #include "tiles.cuh"
 
 constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, KEY_BLOCKS = (KEYS + 15) / 16, VALUE_BLOCKS = (VALUES + 15) / 16;
 constexpr int COLUMNS = WARPS < 2 ? 32 : 16 * WARPS, SLICES = (VALUE_BLOCKS + WARPS - 1) / WARPS, BLOCKS = SIDE / 16, SIZE = sizeof(DTYPE);
-constexpr int READERS = BLOCKS < 4 ? BLOCKS : 4, FIRST = READERS < 2 ? READERS : 2, THREADS = 32 * (WARPS + READERS + 2);
+constexpr int READERS = BLOCKS < 4 ? BLOCKS : 4, FIRST = READERS < 2 ? READERS : 2, THREADS = 32 * (WARPS + GROUPS * READERS + 2);
 constexpr int LOADERS = KEYS <= 64 ? 32 : 64;  // wide heads: the clerk loads as well
 constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * COLUMNS * SIZE, READ_STAGE = 2 * KEY_BYTES, WALK_STAGE = DELTA * KEY_BYTES + VALUE_BYTES;
 constexpr int FRAGMENT = 256 * SIZE, HANDED = WARPS * (KEY_BLOCKS + BLOCKS) * FRAGMENT;  // of 16 x 16; S~ of every walker, then U'
 constexpr int WALK_AT = (DEPTH + 2) * READ_STAGE, HANDED_AT = WALK_AT + (DEPTH + 1) * WALK_STAGE, LINES_AT = HANDED_AT + 2 * HANDED;
-constexpr int TOKENS_AT_ONCE = BLOCKS < 2 ? 1 : SIZE == 4 || BLOCKS < 4 || THREADS > 256 ? 2 : 4;  // blocks of 16 whose products a walker mixes
+constexpr int TOKENS_AT_ONCE = BLOCKS < 2 ? 1 : SIZE == 4 || BLOCKS < 4 || (THREADS > 256 && KEYS > 64) ? 2 : 4;  // blocks of 16 whose products a walker mixes
+static_assert(GROUPS == 1 || BLOCKS <= READERS, "a reader keeps the scores of one block of rows");
 constexpr int TOGETHER = WARPS < 2 ? 1 : 2;  // walkers whose columns a reader has at once
 constexpr int LANES = (SIDE + 31) / 32;
 
@@ -127,10 +129,10 @@ DEVICE void walk_chunk(float (&state)[2 * KEY_BLOCKS][4], int walker, int length
     }
 }
 
-// o of the 16 tokens from 16 row on, for all walkers' columns; `o`: the chunk's first token. REACH: blocks of 16 tokens from the chunk's first on, row among
-// them: a bound that the compiler knows.
-template <int REACH> DEVICE void read_rows(int row, int length, float scale, const Lines& lines, const KeyTile& queries, const KeyTile& keys, const unsigned char* handed, DTYPE* o,
-                      int64_t stride, int columns) {
+// A reader's scores of the 16 tokens from 16 row on, as right operands: of 16 tokens that were written, for 8 tokens of o, of the first and the last 8.
+// REACH: blocks of 16 tokens from the chunk's first on, row among them: a bound that the compiler knows.
+using Factors = Pair<DTYPE>[BLOCKS][2][2];
+template <int REACH> DEVICE void score_rows(Factors& factors, int row, float scale, const Lines& lines, const KeyTile& queries, const KeyTile& keys) {
     const int r = lane_id() / 4, c = lane_id() % 4;
     float scores[2 * REACH][4] = {};
 #pragma unroll(STEPS_AT_ONCE<DTYPE>)
@@ -146,7 +148,6 @@ template <int REACH> DEVICE void read_rows(int row, int length, float scale, con
     }
     Log of_rows[2];
     if (DECAYED) of_rows[0] = lines.log[16 * row + r], of_rows[1] = lines.log[16 * row + 8 + r];
-    Pair<DTYPE> factors[REACH][2][2];  // of 16 tokens that were written: for 8 tokens of o, of the first and the last 8
 #pragma unroll
     for (int j = 0; j < REACH; j++) {
 #pragma unroll
@@ -163,6 +164,12 @@ template <int REACH> DEVICE void read_rows(int row, int length, float scale, con
             }
         }
     }
+}
+
+// o of those tokens, for all walkers' columns; `o`: the chunk's first token
+template <int REACH> DEVICE void write_rows(const Factors& factors, int row, int length, const Lines& lines, const KeyTile& queries, const unsigned char* handed,
+                                            DTYPE* o, int64_t stride, int columns) {
+    const int c = lane_id() % 4;
 #pragma unroll 1
     for (int walker = 0; walker < WARPS; walker += TOGETHER) {
         float sums[TOGETHER][2][4] = {};
@@ -245,21 +252,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) slow_core_roles(
     const int slice = blockIdx.x % SLICES, stream = blockIdx.x / SLICES, head = stream % p.heads, sequence = stream / p.heads, shared_head = head / p.group;
     const int warp = threadIdx.x / 32, lane = lane_id(), r = lane / 4, c = lane % 4, column = slice * 16 * WARPS;
     // of a processor's four schedulers walkers and loaders share two, readers the others
-    const int walker = warp - FIRST, reader = warp < FIRST ? warp : READERS - 1 - (warp - FIRST - WARPS);
-    const int loader = static_cast<int>(threadIdx.x) - 32 * (WARPS + READERS);
+    const int walker = warp - FIRST, after = warp - FIRST - WARPS, group = after >= READERS - FIRST;
+    const int reader = warp < FIRST ? warp : group ? after - (READERS - FIRST) : READERS - 1 - after;
+    const int loader = static_cast<int>(threadIdx.x) - 32 * (WARPS + GROUPS * READERS);
     const bool walks = warp >= FIRST && warp < FIRST + WARPS, is_clerk = loader >= 32, loads = loader >= 0 && loader < LOADERS;
 
-    int64_t start = 0, batch = sequence, count = p.tokens, factors = 0;
+    int64_t start = 0, batch = sequence, count = p.tokens, earlier = 0;
     if (p.cu_seqlens) {
         batch = 0, start = load_index(p.cu_seqlens, sequence, p.cu_wide), count = load_index(p.cu_seqlens, sequence + 1, p.cu_wide) - start;
         if (FACTORED && is_clerk) {
             for (int i = 0; i < sequence; i++) {  // chunk_decay counts the chunks of all sequences
                 const int64_t length = load_index(p.cu_seqlens, i + 1, p.cu_wide) - load_index(p.cu_seqlens, i, p.cu_wide);
-                factors += (length + p.chunk_size - 1) / p.chunk_size;
+                earlier += (length + p.chunk_size - 1) / p.chunk_size;
             }
         }
     }
-    const int chunks = static_cast<int>((count + p.chunk_size - 1) / p.chunk_size), last_length = static_cast<int>(count - static_cast<int64_t>(chunks - 1) * p.chunk_size);
+    const int chunks = static_cast<int>((count + p.chunk_size - 1) / p.chunk_size);
+    const int last_length = static_cast<int>(count - static_cast<int64_t>(chunks - 1) * p.chunk_size);
     const int mine = VALUES - column < 16 * WARPS ? VALUES - column : 16 * WARPS;
     const auto length_of = [&](int chunk) { return chunk == chunks - 1 ? last_length : p.chunk_size; };
     const DTYPE* q = p.q + batch * p.q_b + start * p.q_t + shared_head * p.q_h;
@@ -288,12 +297,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) slow_core_roles(
             to.g[i] = DECAYED && inside ? load_gate<DTYPE>(p.g, batch * p.g_b + (token + 32 * i) * p.g_t + head * p.g_h, p.g_wide) : 0.0f;
             to.gate[i] = p.gate && inside ? load_gate<DTYPE>(p.gate, batch * p.gate_b + (token + 32 * i) * p.gate_t + head * p.gate_h, p.gate_wide) : 1.0f;
         }
-        to.factor = FACTORED && length ? load_gate<DTYPE>(p.decay, batch * p.decay_b + (factors + chunk) * p.decay_m + head * p.decay_h, p.decay_wide) : 1.0f;
+        to.factor = FACTORED && length ? load_gate<DTYPE>(p.decay, batch * p.decay_b + (earlier + chunk) * p.decay_m + head * p.decay_h, p.decay_wide) : 1.0f;
     };
 
     float state[2 * KEY_BLOCKS][4];
     const int64_t place = (static_cast<int64_t>(sequence) * p.heads + head) * (KEYS * VALUES);
     Fetched next, later;
+    Factors factors;
     if (walks) {
 #pragma unroll
         for (int n = 0; n < 2 * KEY_BLOCKS; n++) {
@@ -320,26 +330,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) slow_core_roles(
             if (chunk == chunks) break;
             unsigned char* const tiles = memory + WALK_AT + chunk % (DEPTH + 1) * WALK_STAGE;
             const KeyTile keys{memory + chunk % (DEPTH + 2) * READ_STAGE + KEY_BYTES};
-            walk_chunk(state, walker, length_of(chunk), lines[chunk % 3], keys, KeyTile{tiles + VALUE_BYTES}, ValueTile{tiles}, memory + HANDED_AT + chunk % 2 * HANDED);
+            unsigned char* const handed = memory + HANDED_AT + chunk % 2 * HANDED;
+            walk_chunk(state, walker, length_of(chunk), lines[chunk % 3], keys, KeyTile{tiles + VALUE_BYTES}, ValueTile{tiles}, handed);
         } else if (loader >= 0) {
             if (loads) load(chunk + DEPTH);
             if (!is_clerk) continue;
             if (chunk + 1 < chunks) write_lines(lines[(chunk + 1) % 3], next, length_of(chunk + 1), p.scale);
             next = later;
             fetch(later, chunk + 3);
-        } else if (chunk) {
-            const int behind = chunk - 1, length = length_of(behind);
-            unsigned char* const tiles = memory + behind % (DEPTH + 2) * READ_STAGE;
+        } else {
+            constexpr int HALF = BLOCKS > 2 ? BLOCKS / 2 : BLOCKS;
+            const bool scores = GROUPS == 2 && chunk % 2 == group;
+            const int at = scores ? chunk : chunk - 1, length = at >= 0 && at < chunks ? length_of(at) : 0;
+            unsigned char* const tiles = memory + (at + DEPTH + 2) % (DEPTH + 2) * READ_STAGE;
+            const KeyTile queries{tiles}, keys{tiles + KEY_BYTES};
+            const Lines& of = lines[(at + 3) % 3];
+            const unsigned char* const handed = memory + HANDED_AT + (at & 1) * HANDED;
             const int64_t stride = static_cast<int64_t>(p.heads) * VALUES;
-            DTYPE* const o = p.o + ((batch * p.tokens + start + static_cast<int64_t>(behind) * p.chunk_size) * p.heads + head) * VALUES + column;
+            DTYPE* const o = p.o + ((batch * p.tokens + start + static_cast<int64_t>(at) * p.chunk_size) * p.heads + head) * VALUES + column;
 #pragma unroll 1
             for (int row = reader; row < BLOCKS; row = BLOCKS > READERS && BLOCKS - 1 - row > row ? BLOCKS - 1 - row : BLOCKS) {
                 if (16 * row >= length) continue;
-                constexpr int HALF = BLOCKS > 2 ? BLOCKS / 2 : BLOCKS;
-                const KeyTile queries{tiles}, keys{tiles + KEY_BYTES};
-                const unsigned char* const handed = memory + HANDED_AT + behind % 2 * HANDED;
-                if (row < HALF) read_rows<HALF>(row, length, p.scale, lines[behind % 3], queries, keys, handed, o, stride, mine);
-                else read_rows<BLOCKS>(row, length, p.scale, lines[behind % 3], queries, keys, handed, o, stride, mine);
+                if (GROUPS == 1 || scores) {
+                    if (row < HALF) score_rows<HALF>(factors, row, p.scale, of, queries, keys);
+                    else score_rows<BLOCKS>(factors, row, p.scale, of, queries, keys);
+                }
+                if (scores) continue;
+                if (row < HALF) write_rows<HALF>(factors, row, length, of, queries, handed, o, stride, mine);
+                else write_rows<BLOCKS>(factors, row, length, of, queries, handed, o, stride, mine);
             }
         }
     }

@@ -12,7 +12,8 @@
 #include "tiles.cuh"
 
 constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, KEY_BLOCKS = (KEYS + 15) / 16, VALUE_BLOCKS = (VALUES + 15) / 16;
-constexpr int COLUMNS = WARPS < 2 ? 32 : 16 * WARPS, SLICES = (VALUE_BLOCKS + WARPS - 1) / WARPS, BLOCKS = PIECE / 16, LOADERS = 64, THREADS = 32 * WARPS + LOADERS, SIZE = sizeof(DTYPE);
+constexpr int COLUMNS = WARPS < 2 ? 32 : 16 * WARPS, SLICES = (VALUE_BLOCKS + WARPS - 1) / WARPS, BLOCKS = PIECE / 16;
+constexpr int LOADERS = 64, THREADS = 32 * WARPS + LOADERS, SIZE = sizeof(DTYPE);
 constexpr int KEY_BYTES = PIECE * KEY_WIDTH * SIZE, VALUE_BYTES = PIECE * COLUMNS * SIZE, LINE = 2 * SIDE + 4, LINE_BYTES = (2 * PIECE + 4) * 4;
 
 struct Params {
@@ -202,8 +203,11 @@ template <bool REVERSED> DEVICE void walk(const Params& p, unsigned char* memory
 #pragma unroll
             for (int i = 0; i < 2 * BLOCKS; i++) {
 #pragma unroll
-                for (int e = 0; e < 2; e++)
-                    store_turned<VALUES % 2 == 0>(to + 8 * i * row_t + 8 * e, row_t, x[i / 2][i % 2][2 * e], x[i / 2][i % 2][2 * e + 1], length - piece * PIECE - 8 * i, mine - 16 * warp - 8 * e);
+                for (int e = 0; e < 2; e++) {
+                    const float one = x[i / 2][i % 2][2 * e], other = x[i / 2][i % 2][2 * e + 1];
+                    const int tokens = length - piece * PIECE - 8 * i;
+                    store_turned<VALUES % 2 == 0>(to + 8 * i * row_t + 8 * e, row_t, one, other, tokens, mine - 16 * warp - 8 * e);
+                }
             }
         }
         if (FACTORED && REVERSED) scale_state(total);

@@ -48,10 +48,11 @@ class _Way(NamedTuple):
         return Plan(self.side, self.walkers, self.depth)
 
 
+_OFFERED = 3
+"""Of the ways below, each first one that fits of those alike in tokens and walkers."""
 _WAYS = (
     _Way(64, 2, 3, 2, 2),
     _Way(64, 4, 2, 2, 2),
-    _Way(64, 2, 3, 4, 2),
     _Way(64, 2, 2, 2, 1),
     _Way(32, 2, 3, 4, 2),
     _Way(32, 1, 3, 2, 2),
@@ -65,13 +66,14 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     """Tiles that fit the card, the likeliest first; one fits a consumer card."""
     keys, values, dtype = signature.dim("K"), signature.dim("V"), signature.dtype
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
-    found: dict[Candidate, None] = {}
+    found: dict[tuple[int, int], Candidate] = {}
     for way in in_order(_FLOAT_WAYS if dtype == torch.float32 else _WAYS, signature, machine):
         way = way._replace(walkers=fewest(way.walkers, keys, values), parts=min(way.parts, padded(keys, 32) // 32))
         walks = max(walk_bytes(way.plan, keys, dtype, outputs=False), _reverse_bytes(way.plan, keys, dtype))
         if max(walks, prepare_bytes(way.side, keys, dtype), _gradient_bytes(way, keys, dtype, signature.dim("H") != signature.dim("G"))) <= room:
-            found[Candidate("cupy", "walks", tuple(way._asdict().items()), "backward", sources=source_names(*_SOURCES))] = None
-    return list(found)
+            made = Candidate("cupy", "walks", tuple(way._asdict().items()), "backward", sources=source_names(*_SOURCES))
+            found.setdefault((way.side, way.walkers), made)
+    return list(found.values())[:_OFFERED]
 
 
 def _reverse_bytes(plan: Plan, keys: int, dtype: torch.dtype) -> int:

@@ -27,8 +27,9 @@ SOURCE = "delta_walk.cu"
 WALK = Kernel(SOURCE, "delta_walk", "12P9q5i")
 THREADS = 256
 _P = TypeVar("_P", bound=tuple[int, ...])
-_PLANS = ((64, 2, 3), (64, 4, 3), (64, 2, 2), (64, 1, 3), (64, 4, 2), (32, 2, 3), (32, 1, 3), (32, 2, 2), (16, 2, 3), (16, 2, 2))
-"""Tokens of a block, warps that walk (16 value columns each), blocks in shared memory."""
+_PLANS = ((64, 2, 3), (64, 4, 3), (64, 2, 2), (32, 2, 3), (64, 1, 3), (32, 1, 3), (32, 2, 2), (16, 2, 3), (16, 2, 2))
+"""Tokens of a block, warps that walk (16 value columns each), blocks in shared memory; of those alike in the first two the first that fits is offered."""
+_OFFERED = 4
 _FLOAT_PLANS = ((32, 2, 2), (32, 1, 2), (32, 4, 2), (16, 2, 3), (16, 2, 2), (16, 1, 3))
 _CROWDED = 0.75
 """From this many blocks of two walkers for each of a card's processors the first plan has four: half the bytes from the second-level cache, which bind then."""
@@ -69,12 +70,12 @@ def walk_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Plans that fit the card, the likeliest first; one fits a consumer card."""
     keys, values, dtype = signature.dim("K"), signature.dim("V"), signature.dtype
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
-    found: dict[Candidate, None] = {}
+    found: dict[tuple[int, int], Candidate] = {}
     for side, walkers, depth in in_order(_FLOAT_PLANS if dtype == torch.float32 else _PLANS, signature, machine):
         plan = Plan(side, fewest(walkers, keys, values), depth)
         if max(walk_bytes(plan, keys, dtype), prepare_bytes(side, keys, dtype)) <= room:
-            found[_candidate("walk", (PREPARE_SOURCE, SOURCE), **plan._asdict())] = None
-    return list(found)
+            found.setdefault(plan[:2], _candidate("walk", (PREPARE_SOURCE, SOURCE), **plan._asdict()))
+    return list(found.values())[:_OFFERED]
 
 
 def run_walk(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor, Tensor | None]:

@@ -26,8 +26,9 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """The shapes that fit the card: segments first where heads are narrow."""
-    return segments_candidates(signature, machine) + walk_candidates(signature, machine)
+    """The shapes that fit the card: where heads are narrow segments, and one walk."""
+    segmented, walks = segments_candidates(signature, machine), walk_candidates(signature, machine)
+    return segmented + walks[:1] if segmented else walks
 
 
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:

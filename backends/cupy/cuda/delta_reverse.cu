@@ -110,20 +110,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_reverse(const __g
             }
             float error[2 * BLOCKS][4] = {};
             times_square(error, change, block.inverse());
+            if (p.errors) {
+#pragma unroll
+                for (int n = 0; n < 2 * BLOCKS; n++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) put_turned(errors, 8 * n, 16 * part + 8 * e, error[n][2 * e], error[n][2 * e + 1]);
+            }
+            if (p.d_v) {
+#pragma unroll
+                for (int n = 0; n < 2 * BLOCKS; n++) {
+                    const float2 weight = two(lines + WEIGHT + 8 * n + 2 * c);
+#pragma unroll
+                    for (int e = 0; e < 2; e++) put_turned(gradients, 8 * n, 16 * part + 8 * e, weight.x * error[n][2 * e], weight.y * error[n][2 * e + 1]);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < 2 * BLOCKS; n++) {
+                const float2 lost = two(lines + LOST + 8 * n + 2 * c);
+                error[n][0] *= -lost.x, error[n][1] *= -lost.y, error[n][2] *= -lost.x, error[n][3] *= -lost.y;
+            }
 #pragma unroll
             for (int i = 0; i < BLOCKS; i++) {
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int at = 16 * i + 8 * half;
-                    float(&x)[4] = error[2 * i + half];
-                    const float2 weight = two(lines + WEIGHT + at + 2 * c), lost = two(lines + LOST + at + 2 * c);
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        if (p.errors) put_turned(errors, at, 16 * part + 8 * e, x[2 * e], x[2 * e + 1]);
-                        if (p.d_v) put_turned(gradients, at, 16 * part + 8 * e, weight.x * x[2 * e], weight.y * x[2 * e + 1]);
-                        x[2 * e] *= -lost.x, x[2 * e + 1] *= -lost.y;
-                    }
-                }
                 as_operand<DTYPE>(change[i], error[2 * i], error[2 * i + 1]);
                 scale_pairs(given[i], two(lines + READ + 16 * i + 2 * c), two(lines + READ + 16 * i + 8 + 2 * c));
             }

@@ -1,12 +1,12 @@
 // The warps of a walk over blocks of tokens, and what a walker does with the 16 value columns of a transposed state that it holds (delta_walk.cu, delta_reverse.cu).
-// Of eight warps those from number 4 on walk. With 1 or 2 walkers warps 0 and 1 load, and the others follow a block behind: a walker shares its scheduler with a
-// loader at most. With 4 walkers, which read a tile for twice as many values, the other four load and follow.
+// Of eight warps those from number 4 on walk, and the first four load. With 1 or 2 walkers the warps from number 2 on that do not walk follow a block behind, so
+// that a walker shares its scheduler with a loader at most; with 4 walkers, which read a tile for twice as many values, the loaders follow.
 #ifndef TITANS_DELTA_ROLES_CUH
 #define TITANS_DELTA_ROLES_CUH
 
 #include "delta_blocks.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, FIRST_WALKER = 4, LOADERS = WALKERS == 4 ? 4 : 2, FOLLOWERS = WALKERS == 4 ? 4 : WARPS - LOADERS - WALKERS;
+constexpr int WARPS = 8, THREADS = 32 * WARPS, FIRST_WALKER = 4, LOADERS = 4, SPARED = WALKERS == 4 ? 0 : 2, FOLLOWERS = WARPS - SPARED - WALKERS;
 constexpr int COLUMNS = 16 * WALKERS, WIDE_COLUMNS = COLUMNS < 32 ? 32 : COLUMNS, SLICES = (VALUES + COLUMNS - 1) / COLUMNS;
 constexpr int COLUMN_BYTES = SIDE * WIDE_COLUMNS * SIZE, STATE_BYTES = COLUMNS * KEY_WIDTH * SIZE;
 static_assert((WALKERS == 1 || WALKERS == 2 || WALKERS == 4) && COLUMNS <= KEY_WIDTH && DEPTH >= 2, "outputs take the place of queries");
@@ -18,9 +18,8 @@ using StateTile = Tile<DTYPE, KEY_WIDTH>;
 DEVICE int walker_of(int warp) { return warp >= FIRST_WALKER && warp < FIRST_WALKER + WALKERS ? warp - FIRST_WALKER : -1; }
 DEVICE int follower_of(int warp) {
     if (walker_of(warp) >= 0) return -1;
-    if (LOADERS == FOLLOWERS && WALKERS == 4) return warp;
-    if (warp < LOADERS) return -1;
-    return warp < FIRST_WALKER ? warp - LOADERS : warp - LOADERS - WALKERS;
+    if (warp < SPARED) return -1;
+    return warp < FIRST_WALKER ? warp - SPARED : warp - SPARED - WALKERS;
 }
 
 // 16 value columns of a state [KEYS, VALUES], transposed, from the value `column` on; zeros where there is none

@@ -172,19 +172,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
                         if (DECAYED && key <= query) x[n][e] *= exp_between(logs[query], logs[key]);
                         x[n][e] *= rate[e / 2], y[n][e] *= rate[e / 2];
                     }
-                    if constexpr (FLOWING) {
-#pragma unroll
-                        for (int e = 0; e < 2; e++)
-#pragma unroll
-                            for (int lanes = 4; lanes < 32; lanes *= 2) met[n][e] += __shfl_xor_sync(0xffffffffu, met[n][e], lanes);
-                        if (r == 0) *reinterpret_cast<float2*>(parts + warp * SIDE + 16 * j + 8 * n + 2 * c) = make_float2(met[n][0], met[n][1]);
-                    }
+                }
+                if constexpr (FLOWING) {
+                    const float mine = sum_of_four(met[0][0], met[0][1], met[1][0], met[1][1]);
+                    if (r % 2 == 0) parts[warp * SIDE + 16 * j + r / 4 * 8 + 2 * c + r / 2 % 2] = mine;
                 }
                 Pair<DTYPE> a[4];
                 as_operand<DTYPE>(a, x[0], x[1]);
                 as_operand<DTYPE>(kept[j], y[0], y[1]);
 #pragma unroll
-                for (int i = 0; i < 4; i++) *scores.pair_at(16 * warp + r + i % 2 * 8, 16 * j + i / 2 * 8 + 2 * c) = a[i];
+                for (int i = 0; i < 4; i++) *scores.pair_at(16 * warp + i % 2 * 8, r, 16 * j + i / 2 * 8 + 2 * c) = a[i];
                 if (p.dq) add_rows(dq, kept[j], keys, 16 * j);
             }
 #pragma unroll
@@ -273,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
             for (int j = 0; j < BANDS; j++) {
                 if (j > warp) break;
 #pragma unroll
-                for (int i = 0; i < 4; i++) *scores.pair_at(16 * warp + r + i % 2 * 8, 16 * j + i / 2 * 8 + 2 * c) = kept[j][i];
+                for (int i = 0; i < 4; i++) *scores.pair_at(16 * warp + i % 2 * 8, r, 16 * j + i / 2 * 8 + 2 * c) = kept[j][i];
             }
         }
         __syncthreads();

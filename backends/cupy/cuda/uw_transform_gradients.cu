@@ -72,10 +72,10 @@ DEVICE void invert_block(const float* lines, const Square& triangle, const Rest&
 template <typename T> DEVICE void keep_turned(const Tile<T, SLICE>& tile, int token, int column, float first, float second) {
     const int r = lane_id() / 4, c = lane_id() % 4;
     if constexpr (Dtype<T>::half) {
-        *tile.pair_at(token + r, column + 2 * c) = transposed(pair<T>(first, second));
+        *tile.pair_at(token, r, column + 2 * c) = transposed(pair<T>(first, second));
     } else {
-        *tile.element(token + 2 * c, column + r) = first;
-        *tile.element(token + 2 * c + 1, column + r) = second;
+        *tile.element(token, 2 * c, column + r) = first;
+        *tile.element(token, 2 * c + 1, column + r) = second;
     }
 }
 
@@ -122,17 +122,12 @@ struct Columns {
     DEVICE void meet(const Right& tile, int column, int token, float* sums) const {
         Columns other;
         other.load(tile, column, token);
+        float sum[4];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float sum[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                sum[e] = x[half][e] * other.x[half][e] + x[half][e + 2] * other.x[half][e + 2];
-#pragma unroll
-                for (int lanes = 4; lanes < 32; lanes *= 2) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], lanes);
-            }
-            if (lane_id() < 4) *reinterpret_cast<float2*>(sums + token + 8 * half + 2 * lane_id()) = make_float2(sum[0], sum[1]);
-        }
+        for (int i = 0; i < 4; i++) sum[i] = x[i / 2][i % 2] * other.x[i / 2][i % 2] + x[i / 2][i % 2 + 2] * other.x[i / 2][i % 2 + 2];
+        const float mine = sum_of_four(sum[0], sum[1], sum[2], sum[3]);
+        const int r = lane_id() / 4;
+        if (r % 2 == 0) sums[token + r / 4 * 8 + lane_id() % 4 * 2 + r / 2 % 2] = mine;
     }
 };
 
@@ -202,9 +197,9 @@ DEVICE void keep_symmetric(const Square& symmetric, const Sums& x, int band, int
         if (block > band) break;
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const int row = 16 * band + r + e / 2 * 8, column = 16 * block + n % 2 * 8 + 2 * c + e % 2;
+            const int row0 = 16 * band + e / 2 * 8, column0 = 16 * block + n % 2 * 8, row = row0 + r, column = column0 + 2 * c + e % 2;
             const DTYPE y = narrow<DTYPE>(x[n][e]);
-            if (column <= row) *symmetric.element(row, column) = *symmetric.element(column, row) = y;  // 0 on the diagonal
+            if (column <= row) *symmetric.element(row0, r, column) = *symmetric.element(column0, 2 * c + e % 2, row) = y;  // 0 on the diagonal
         }
     }
 }
@@ -243,17 +238,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
         cp_async_wait<0>();
         __syncthreads();
     };
-    const auto load_member = [&](int head) {
-        if constexpr (GIVEN_U) load_values(0, head);
-        if constexpr (GIVEN_W) load_into_w(0, head);
-        cp_async_commit();
-    };
-
     Sums gram = {};
     if constexpr (RESIDENT) {
         load_keys(0);
         cp_async_commit();
-        load_member(shared_head * p.group);
+        if constexpr (GIVEN_U) load_values(0, shared_head * p.group);
+        if constexpr (GIVEN_W) load_into_w(0, shared_head * p.group);
+        cp_async_commit();
     }
     if constexpr (TRANSFORM != NONE) {
 #pragma unroll 1
@@ -269,7 +260,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
 #pragma unroll 1
     for (int member = 0; member < (GROUPED ? p.group : 1); member++) {
         const int head = shared_head * p.group + member, lane = fresh(lane_id()), r = lane / 4, c = lane % 4;
-        if (RESIDENT && GROUPED && member > 0) load_member(head);
+        if (RESIDENT && GROUPED && GIVEN_W && member > 0) {
+            load_into_w(0, head);
+            cp_async_commit();
+        }
         if (warp == 0) running_log<DTYPE>(log_decay, SIDE, p.g, place(p.g_b, p.g_t, p.g_h, head), p.g_t, p.g_wide, length);
         __syncthreads();
         for (int t = threadIdx.x; t < SIDE; t += THREADS) {
@@ -293,9 +287,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
                 }
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const int i = 16 * band + r + 8 * half, j = 16 * block + n % 2 * 8 + 2 * c;
-                    if (TRANSFORM == LAM) *lower.pair_at(i, j) = Make<DTYPE>::pair_of(a[n][2 * half], a[n][2 * half + 1]);
-                    else if (block < band) *triangle.pair_at(i, j) = Make<DTYPE>::pair_of(a[n][2 * half], a[n][2 * half + 1]);
+                    const int row0 = 16 * band + 8 * half, j = 16 * block + n % 2 * 8 + 2 * c;
+                    if (TRANSFORM == LAM) *lower.pair_at(row0, r, j) = Make<DTYPE>::pair_of(a[n][2 * half], a[n][2 * half + 1]);
+                    else if (block < band) *triangle.pair_at(row0, r, j) = Make<DTYPE>::pair_of(a[n][2 * half], a[n][2 * half + 1]);
                 }
             }
             if constexpr (TRANSFORM == EXACT) {
@@ -325,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
                     for (int half = 0; half < 2; half++) {
                         const int i = 16 * band + r + 8 * half, j = 16 * block + n % 2 * 8 + 2 * c;
                         const float x = j < i ? a[n][2 * half] + square[n][2 * half] : 0.0f, y = j + 1 < i ? a[n][2 * half + 1] + square[n][2 * half + 1] : 0.0f;
-                        *triangle.pair_at(i, j) = Make<DTYPE>::pair_of(x, y);
+                        *triangle.pair_at(i - r, r, j) = Make<DTYPE>::pair_of(x, y);
                     }
                 }
             }
@@ -468,6 +462,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
             keep_symmetric(symmetric, d, band, part);
         }
         __syncthreads();
+        if (RESIDENT && GROUPED && GIVEN_U && member < p.group - 1) {  // the next head's come while this one's sums are finished
+            load_values(0, head + 1);
+            cp_async_commit();
+        }
 
         if (p.dbeta || p.dg) {
             const int64_t out = (static_cast<int64_t>(fresh(batch)) * p.tokens + fresh(begin)) * p.heads + head;

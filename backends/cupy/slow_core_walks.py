@@ -26,6 +26,8 @@ NORMS = "slow_core_norms.cu"
 PREPARE = Kernel(SOURCES[0], "slow_core_prepare", "3P3P2P18qP10if")
 FORWARD, REVERSE = (Kernel(SOURCES[1], f"slow_core_{name}", "5P2P2P1P1P15q6i") for name in ("forward", "reverse"))
 OUTPUTS = Kernel(SOURCES[2], "slow_core_outputs", "2P2P1P2P1P12qP9if")
+_THREADS = 256
+"""Of a block that takes a norm."""
 NORMED, UNNORMED = Kernel(NORMS, "slow_core_normed", "Pi"), Kernel(NORMS, "slow_core_unnormed", "3Pi")
 
 
@@ -178,11 +180,12 @@ def run_walks(call: SlowCore, candidate: Candidate, o: Tensor, final: Tensor | N
 
 def divide_by_norm(final: Tensor) -> None:
     """States `[N, H, K, V]` in float32 by their Frobenius norm + 1e-8, in place."""
-    NORMED((final.shape[0] * final.shape[1], 1, 1), 256, (), (final, final.shape[2] * final.shape[3]), 64)
+    NORMED((final.shape[0] * final.shape[1], 1, 1), _THREADS, (("THREADS", _THREADS),), (final, final.shape[2] * final.shape[3]), _THREADS // 4)
 
 
 def through_norm(final: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of states `[N, H, K, V]` from that of what `divide_by_norm` makes of them."""
     found = torch.empty_like(final)
-    UNNORMED((final.shape[0] * final.shape[1], 1, 1), 256, (), (final, gradient, found, final.shape[2] * final.shape[3]), 64)
+    values = (final, gradient, found, final.shape[2] * final.shape[3])
+    UNNORMED((final.shape[0] * final.shape[1], 1, 1), _THREADS, (("THREADS", _THREADS),), values, _THREADS // 4)
     return found

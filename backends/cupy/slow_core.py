@@ -24,8 +24,8 @@ from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
 from .serving import candidate as _candidate
 from .slow_core_gradients import backward_candidates, run_backward
+from .slow_core_walks import NORMS, divide_by_norm, longest_piece, output_bytes, run_walks, walk_bytes
 from .slow_core_walks import SOURCES as WALK_SOURCES
-from .slow_core_walks import divide_by_norm, longest_piece, output_bytes, run_walks, walk_bytes
 from .strides import aligned_rows, unit_stride
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
@@ -74,7 +74,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
             continue  # registers
         warps = min(warps, values // 16)
         if resident * roles_bytes(side, warps, depth, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
-            found[_candidate("roles", (ROLES_SOURCE,), side=side, warps=warps, depth=depth, resident=resident, groups=groups)] = None
+            found[_candidate("roles", (ROLES_SOURCE, NORMS), side=side, warps=warps, depth=depth, resident=resident, groups=groups)] = None
     for piece, stages, warps in () if signature.option("normalize_read") else _WALKS:
         piece, value_slice = min(piece, side, longest_piece(signature.dim("K"), signature.dtype)), min(values, 128 // signature.dtype.itemsize)
         warps, value_slice = min(warps, values // 16), max(value_slice, 32)
@@ -83,7 +83,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
             output_bytes(side, signature.dim("K"), value_slice, signature.dtype),
         )
         if max(sizes) <= room:
-            found[_candidate("walks", WALK_SOURCES, side=side, piece=piece, stages=stages, warps=warps, value_slice=value_slice)] = None
+            found[_candidate("walks", (*WALK_SOURCES, NORMS), side=side, piece=piece, stages=stages, warps=warps, value_slice=value_slice)] = None
     for warps, buffers in _NARROW if few else _PLANS:
         warps = values // 16 if whole else min(warps, values // 16)
         if shared_bytes(side, warps, buffers, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
@@ -141,7 +141,7 @@ def run(call: SlowCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
         tiles = (("DEPTH", depth), ("RESIDENT", int(candidate.param("resident"))), ("GROUPS", readers))
         ROLES(blocks, threads, (*macros, *tiles), args, roles_bytes(side, warps, depth, keys, bool(call.delta), u.dtype))
         if final is not None and call.normalize_final:
-            divide_by_norm(final, (*macros, ("KEY_SLICE", padded(keys, 32)), ("VALUE_SLICE", 32)))
+            divide_by_norm(final)
         return o, final
     buffers = int(candidate.param("buffers"))
     norms = (("BUFFERS", buffers), ("NORMALIZE_READ", bool(call.normalize_read)), ("NORMALIZE_FINAL", bool(call.normalize_final)))

@@ -14,18 +14,16 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
 from .chunks import three_strides
-from .launch import Kernel, Macros
+from .launch import DTYPES, Kernel, Macros
 from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded
-from .slow_core_walks import SOURCES, Walks, longest_piece, walk_bytes
+from .slow_core_walks import NORMS, SOURCES, Walks, longest_piece, through_norm, walk_bytes
 from .sources import source_names
 from .strides import unit_stride
 
 __all__ = ["backward_candidates", "run_backward"]
 
-SOURCE = "slow_core_gradients.cu"
-_LAYOUT = "4P3P4P3P3P3P21qP11if"
-GRADIENTS, VECTORS = (Kernel(SOURCE, f"slow_core_{name}", _LAYOUT) for name in ("gradients", "vectors"))
-UNNORMED = Kernel(SOURCE, "slow_core_unnormed", "3Pi")
+SOURCE, VECTORS_SOURCE = "slow_core_gradients.cu", "slow_core_vectors.cu"
+GRADIENTS, VECTORS = Kernel(SOURCE, "slow_core_gradients", "4P3P4P3P3P21qP11if"), Kernel(VECTORS_SOURCE, "slow_core_vectors", "3P3PP10i")
 _LONGEST = 128
 _WALKS = ((64, 3, 2), (32, 3, 4), (32, 4, 2), (32, 3, 2), (64, 3, 1), (32, 3, 1), (32, 2, 2), (16, 3, 2), (16, 2, 1))
 """Tokens of a piece, pieces in shared memory, warps."""
@@ -57,7 +55,7 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
                     ("key_slice", key_slice),
                     ("value_slice", value_slice),
                 )
-                found[Candidate("cupy", "walks", params, "backward", sources=source_names(SOURCE, *SOURCES[:2]))] = None
+                found[Candidate("cupy", "walks", params, "backward", sources=source_names(SOURCE, VECTORS_SOURCE, NORMS, *SOURCES[:2]))] = None
     return list(found)
 
 
@@ -101,44 +99,39 @@ def _fill(call: SlowCore, grads: tuple[Tensor | None, ...], into: dict[str, Tens
     macros = x.macros(d_o)
     lines = x.prepare(macros, d_o if back else None, errors)
     ended = d_final is not None and bool(call.normalize_final) and back
-    final = torch.empty(x.slots.sequences * heads * keys * x.u.shape[3], dtype=torch.float32, device=device) if ended else None
+    final = torch.empty((x.slots.sequences, heads, keys, x.u.shape[3]), dtype=torch.float32, device=device) if ended else None
     if inner or ended:
         x.forward(macros, lines, starts, updates, final)
-    parts = _macros(x, macros, wanted, candidate)
-    if final is not None:
-        behind = torch.empty_like(final)
-        UNNORMED((x.slots.sequences * heads, 1, 1), 256, parts, (final, d_final, behind, keys * x.u.shape[3]), 64)
-        d_final = behind
+    if final is not None and d_final is not None:
+        d_final = through_norm(final, d_final)
     if errors is not None and back:
         x.reverse(macros, lines, d_o, d_final, leaving, errors, into.get("initial_state"))
     if wanted - {"u", "initial_state"}:
-        _run_parallel(x, parts, d_o, (starts, leaving, updates, errors), into, candidate)
-
-
-def _macros(x: Walks, macros: Macros, wanted: set[str], candidate: Candidate) -> Macros:
-    """What the last launches are compiled for."""
-    return (
-        *macros, ("KEY_SLICE", int(candidate.param("key_slice"))), ("VALUE_SLICE", int(candidate.param("value_slice"))), ("DECAYED", x.call.g is not None),
-        ("GROUPED", x.group > 1), ("READ", bool(wanted & {"q", "g", "gate", "chunk_decay"})), ("ERASE", bool(wanted & {"w", "chunk_decay"})),
-        ("WRITE", bool(wanted & {"k", "g"})),
-    )  # fmt: skip
+        _run_parallel(x, macros, d_o, (starts, leaving, updates, errors), into, candidate)
 
 
 def _run_parallel(x: Walks, macros: Macros, d_o: Tensor, left: tuple[Tensor | None, ...], into: dict[str, Tensor], candidate: Candidate) -> None:
     """dq, dk and dw from what the walks left, and the vectors from what that launch sums over slices of keys."""
-    call, heads, key_slice = x.call, x.u.shape[2], int(candidate.param("key_slice"))
+    call, heads = x.call, x.u.shape[2]
+    key_slice, value_slice = int(candidate.param("key_slice")), int(candidate.param("value_slice"))
     slices = -(-x.k.shape[3] // key_slice)
 
     def sums(name: str, each: int) -> Tensor | None:
         return torch.empty(slices * x.places * each, dtype=torch.float32, device=x.u.device) if name in into else None
 
-    args = (
-        x.q, x.k, x.w, d_o, call.g, call.chunk_decay, call.gate, *left, sums("gate", x.side), sums("g", x.side), sums("chunk_decay", 1),
-        into.get("q"), into.get("k"), into.get("w"), into.get("g"), into.get("gate"), into.get("chunk_decay"),
-        *three_strides(x.q), *three_strides(x.k), *three_strides(x.w), *three_strides(d_o), *x.strides,
-        x.bounds, *x.grid, x.places, *x.wide, float(call.scale),
+    told, bent, pulled = sums("gate", x.side), sums("g", x.side), sums("chunk_decay", 1)
+    tiles = (("KEY_SLICE", key_slice), ("VALUE_SLICE", value_slice), ("DECAYED", call.g is not None), ("GROUPED", x.group > 1))
+    GRADIENTS(
+        (x.slots.count * (heads // x.group) * slices, 1, 1), 2 * x.side, (*macros, *tiles),
+        (
+            x.q, x.k, x.w, d_o, call.g, call.chunk_decay, call.gate, *left, told, bent, pulled, into.get("q"), into.get("k"), into.get("w"),
+            *three_strides(x.q), *three_strides(x.k), *three_strides(x.w), *three_strides(d_o), *x.strides,
+            x.bounds, *x.grid, x.places, *x.wide, float(call.scale),
+        ),
+        gradient_bytes(x.side, key_slice, value_slice, x.u.dtype),
     )  # fmt: skip
-    memory = gradient_bytes(x.side, key_slice, int(candidate.param("value_slice")), x.u.dtype)
-    GRADIENTS((x.slots.count * (heads // x.group) * slices, 1, 1), 2 * x.side, macros, args, memory)
     if into.keys() & {"g", "gate", "chunk_decay"}:
-        VECTORS((x.places, 1, 1), 32, macros, args)
+        VECTORS(
+            (x.places, 1, 1), 32, (("DTYPE", DTYPES[x.u.dtype]), ("SIDE", x.side), ("KEY_SLICES", slices)),
+            (told, bent, pulled, into.get("g"), into.get("gate"), into.get("chunk_decay"), x.bounds, *x.grid[:-1], x.places, *x.wide),
+        )  # fmt: skip

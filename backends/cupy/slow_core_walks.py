@@ -19,12 +19,16 @@ from .launch import DTYPES, Kernel, Macros
 from .serving import padded
 from .strides import aligned_rows, unit_stride
 
-__all__ = ["SOURCES", "Walks", "divide_by_norm", "longest_piece", "output_bytes", "run_walks", "walk_bytes"]
+__all__ = ["NORMS", "SOURCES", "Walks", "divide_by_norm", "longest_piece", "output_bytes", "run_walks", "through_norm", "walk_bytes"]
 
 SOURCES = ("slow_core_prepare.cu", "slow_core_walks.cu", "slow_core_outputs.cu")
+NORMS = "slow_core_norms.cu"
 PREPARE = Kernel(SOURCES[0], "slow_core_prepare", "3P3P2P18qP10if")
 FORWARD, REVERSE = (Kernel(SOURCES[1], f"slow_core_{name}", "5P2P2P1P1P15q6i") for name in ("forward", "reverse"))
-OUTPUTS, NORMED = Kernel(SOURCES[2], "slow_core_outputs", "2P2P1P2P1P12qP9if"), Kernel(SOURCES[2], "slow_core_normed", "Pi")
+OUTPUTS = Kernel(SOURCES[2], "slow_core_outputs", "2P2P1P2P1P12qP9if")
+_THREADS = 256
+"""Of a block that takes a norm."""
+NORMED, UNNORMED = Kernel(NORMS, "slow_core_normed", "Pi"), Kernel(NORMS, "slow_core_unnormed", "3Pi")
 
 
 def longest_piece(keys: int, dtype: torch.dtype) -> int:
@@ -145,7 +149,7 @@ class Walks:
     def _walk(self, kernel: Kernel, macros: Macros, given: tuple[Tensor | None, ...], rows: tuple[int, ...], *, reverse: bool) -> None:
         blocks = self.slots.sequences * self.u.shape[2] * -(-self.u.shape[3] // (16 * self.warps))
         kernel(
-            (blocks, 1, 1), 32 * self.warps + 64, (*macros, ("PIECE", self.piece), ("STAGES", self.stages), ("WARPS", self.warps)),
+            (blocks, 1, 1), 32 * self.warps + 64, (*macros, ("PIECE", self.piece), ("STAGES", self.stages), ("WARPS", self.warps), ("REVERSE", reverse)),
             (
                 self.q, self.k, self.w, *given, self.bounds, *three_strides(self.q), *three_strides(self.k), *three_strides(self.w), *rows,
                 self.u.shape[2], self.group, self.slots.wide, self.u.shape[1], self.chunk_size, self.slots.each,
@@ -171,9 +175,17 @@ def run_walks(call: SlowCore, candidate: Candidate, o: Tensor, final: Tensor | N
         output_bytes(x.side, keys, value_slice, x.u.dtype),
     )  # fmt: skip
     if final is not None and call.normalize_final:
-        divide_by_norm(final, (*macros, *tiles))
+        divide_by_norm(final)
 
 
-def divide_by_norm(final: Tensor, macros: Macros) -> None:
-    """States `[N, H, K, V]` by their Frobenius norm + 1e-8, in place; `macros`: of a call's outputs."""
-    NORMED((final.shape[0] * final.shape[1], 1, 1), 256, macros, (final, final.shape[2] * final.shape[3]), 64)
+def divide_by_norm(final: Tensor) -> None:
+    """States `[N, H, K, V]` in float32 by their Frobenius norm + 1e-8, in place."""
+    NORMED((final.shape[0] * final.shape[1], 1, 1), _THREADS, (("THREADS", _THREADS),), (final, final.shape[2] * final.shape[3]), _THREADS // 4)
+
+
+def through_norm(final: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of states `[N, H, K, V]` from that of what `divide_by_norm` makes of them."""
+    found = torch.empty_like(final)
+    values = (final, gradient, found, final.shape[2] * final.shape[3])
+    UNNORMED((final.shape[0] * final.shape[1], 1, 1), _THREADS, (("THREADS", _THREADS),), values, _THREADS // 4)
+    return found

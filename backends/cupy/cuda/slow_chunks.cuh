@@ -3,7 +3,7 @@
 #ifndef TITANS_SLOW_CHUNKS_CUH
 #define TITANS_SLOW_CHUNKS_CUH
 
-#include "chunks.cuh"
+#include "factors.cuh"
 #include "tiles.cuh"
 
 constexpr int KEY_BLOCKS = (KEYS + 15) / 16, VALUE_BLOCKS = (VALUES + 15) / 16, BLOCKS = SIDE / 16, THREADS = 2 * SIDE, SIZE = sizeof(DTYPE);
@@ -11,20 +11,6 @@ constexpr int TRIANGLE = SIDE < 32 ? 32 : SIDE, LINE = 2 * SIDE + 4;
 
 using KeyTile = Tile<DTYPE, KEY_SLICE>;
 using TokenTile = Tile<DTYPE, TRIANGLE>;
-
-// Which of chunk_decay's chunks it is: they are counted through all sequences. By all lanes of a warp.
-DEVICE int64_t factor_index(const Grid& grid, const Chunk& chunk) {
-    int before = 0;
-    if (grid.cu_seqlens) {
-        for (int i = lane_id(); i < chunk.sequence; i += 32) {
-            const int64_t length = load_index(grid.cu_seqlens, i + 1, grid.cu_wide) - load_index(grid.cu_seqlens, i, grid.cu_wide);
-            before += static_cast<int>((length + grid.chunk_size - 1) / grid.chunk_size);
-        }
-#pragma unroll
-        for (int lanes = 16; lanes; lanes /= 2) before += __shfl_xor_sync(0xffffffffu, before, lanes);
-    }
-    return before + chunk.index;
-}
 
 // The scores of the warp's 16 rows, all but those above the diagonal, plus those over this slice of columns
 template <int COLUMNS> DEVICE void add_scores(float (&sums)[2 * BLOCKS][4], const Tile<DTYPE, COLUMNS>& left, const Tile<DTYPE, COLUMNS>& right, int warp) {

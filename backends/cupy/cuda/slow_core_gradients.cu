@@ -2,15 +2,14 @@
 // leaves it, U' and dU' from the walks:
 //   slow_core_gradients: X = scale tril(dO U'^T) * Gamma:   dq / gate = scale e^G d (dO S^T) + X k,   dw = -d (dU' S^T),
 //                        dk = e^(G_C - G) (U' E^T) + (gate X)^T q
-//   slow_core_vectors:   dgate_i = q_i . (dq / gate)_i,   dG_i = q_i . dq_i - k_i . dk_i of one v head, and of a chunk's last token also
-//                        <k, e^(G_C - G) U' E^T> + e^G_C <S, E>;   dg its sum from the chunk's end on;   dd = <S, E> + <dq, q> - <w, dU' S^T> of S
-//   slow_core_unnormed:  the gradient of S through S / (its norm + 1e-8).
+// and for slow_core_vectors.cu: q_i . (dq / gate)_i, which is dgate_i;   dG_i = q_i . dq_i - k_i . dk_i of one v head, and of a chunk's last token also
+//                        <k, e^(G_C - G) U' E^T> + e^G_C <S, E>;   dd = <S, E> + <dq, q> - <w, dU' S^T> of S
 // A token and v head costs C (2 K + V) + 6 K V FLOP and moves 3 V + 2 K V / C and a share of 4 K + K (dw) numbers: bound by memory
 // (H100, bf16, 1 x 8192, 16/32 heads of 128, chunks of 64: 0.65 GB, 210 us).
 // A block has a chunk, a q/k head and KEY_SLICE columns of keys, and goes through the v heads of that head in order: what they share is summed in registers.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a chunk at most, 16 a warp; KEY_SLICE, VALUE_SLICE: columns at once; DECAYED: g; FACTORED: chunk_decay;
-// DELTA; GROUPED: several v heads to a q/k head; READ, ERASE, WRITE: dq or a vector, dw or dd, dk or dg are wanted; ALIGNED: 16-byte copies can take all rows.
+// DELTA; GROUPED: several v heads to a q/k head; ALIGNED: 16-byte copies can take all rows.
 #include "slow_chunks.cuh"
 
 constexpr int KEY_SLICES = (KEYS + KEY_SLICE - 1) / KEY_SLICE;
@@ -25,7 +24,6 @@ struct Params {
     const DTYPE *states, *leaving, *updates, *errors;  // fragments of S and E, rows of U' and dU'
     float *told, *bent, *pulled;  // [KEY_SLICES, places, SIDE] twice, [KEY_SLICES, places]; places: slots and v heads
     DTYPE *dq, *dk, *dw;
-    void *dg, *d_gate, *d_decay;
     int64_t q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, do_b, do_t, do_h, g_b, g_t, g_h, decay_b, decay_m, decay_h, gate_b, gate_t, gate_h;
     const void* cu_seqlens;
     int cu_wide, sequences, tokens, chunk_size, slots, heads, group, places, g_wide, decay_wide, gate_wide;
@@ -91,6 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
     load_tile<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + shared_head * p.q_h + key, p.q_t, length, keys_left);
     load_tile<SIDE, THREADS, ALIGNED>(keys, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + shared_head * p.k_h + key, p.k_t, length, keys_left);
     const int64_t factor_at = FACTORED ? factor_index(grid_of(p), chunk) : 0;
+    const bool reads = p.dq || p.told || p.bent || p.pulled, erases = p.dw || p.pulled, writes = p.dk || p.bent;
     float dq[KEY_SLICE / 8][4] = {}, dk[KEY_SLICE / 8][4] = {};  // GROUPED: over the v heads
     const int64_t key_t = static_cast<int64_t>(shared_heads) * KEYS, to_key = first * key_t + shared_head * KEYS + key;
 #pragma unroll 1
@@ -104,30 +103,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
 #pragma unroll 1
         for (int value = 0; value < VALUES; value += VALUE_SLICE) {
             if (value) __syncthreads();
-            if (READ || WRITE) {
+            if (reads || writes) {
                 load_tile<SIDE, THREADS, ALIGNED>(d_os, d_o + value, p.do_t, length, VALUES - value);
                 load_tile<SIDE, THREADS, ALIGNED>(updates, p.updates + first * value_t + head * VALUES + value, value_t, length, VALUES - value);
             }
-            if (ERASE && DELTA) load_tile<SIDE, THREADS, ALIGNED>(errors, p.errors + first * value_t + head * VALUES + value, value_t, length, VALUES - value);
+            if (erases && DELTA) load_tile<SIDE, THREADS, ALIGNED>(errors, p.errors + first * value_t + head * VALUES + value, value_t, length, VALUES - value);
             cp_async_commit();
-            const DTYPE* const from = READ || ERASE ? p.states + place * (VALUE_BLOCKS * KEY_BLOCKS * 256) : nullptr;
-            const DTYPE* const to = WRITE || p.pulled ? p.leaving + place * (VALUE_BLOCKS * KEY_BLOCKS * 256) : nullptr;
+            const DTYPE* const from = reads || erases ? p.states + place * (VALUE_BLOCKS * KEY_BLOCKS * 256) : nullptr;
+            const DTYPE* const to = writes || p.pulled ? p.leaving + place * (VALUE_BLOCKS * KEY_BLOCKS * 256) : nullptr;
             meeting += load_states<VALUE_SLICE>(starts, from, ends, to, value / 16, key / 16);
             cp_async_wait<0>();
             __syncthreads();
-            if (READ || WRITE) add_scores(scored, d_os, updates, warp);
+            if (reads || writes) add_scores(scored, d_os, updates, warp);
 #pragma unroll(STEPS_AT_ONCE<DTYPE>)
             for (int s = 0; s < VALUE_SLICE / 16; s++) {
                 Pair<DTYPE> a[4];
-                if (READ) {
+                if (reads) {
                     d_os.rows(a[0], a[1], a[2], a[3], 16 * warp, 16 * s);
                     add_states(read, a, starts, s);
                 }
-                if (ERASE && DELTA) {
+                if (erases && DELTA) {
                     errors.rows(a[0], a[1], a[2], a[3], 16 * warp, 16 * s);
                     add_states(lost, a, starts, s);
                 }
-                if (WRITE) {
+                if (writes) {
                     updates.rows(a[0], a[1], a[2], a[3], 16 * warp, 16 * s);
                     add_states(written, a, ends, s);
                 }
@@ -137,9 +136,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
         const float gates[2] = {gate_at(p, chunk, head, 16 * warp + r), gate_at(p, chunk, head, 16 * warp + 8 + r)};
         const float factor = FACTORED ? load_gate<DTYPE>(p.decay, chunk.batch * p.decay_b + factor_at * p.decay_m + head * p.decay_h, p.decay_wide) : 1.0f;
         mask_scores(scored, logs, p.scale, warp);
-        if (WRITE) store_scores(scores, scored, gates, warp);
+        if (writes) store_scores(scores, scored, gates, warp);
         float told[2] = {}, taken[2] = {}, extra = DECAYED ? exp_log(logs[SIDE - 1]) * meeting : meeting;
-        if (READ) {
+        if (reads) {
 #pragma unroll
             for (int n = 0; n < KEY_SLICE / 8; n++)
 #pragma unroll
@@ -170,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
             }
             if (!GROUPED && p.dq) store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dq + to_key, key_t, read, warp, length, keys_left);
         }
-        if (ERASE) {
+        if (erases) {
             if (FACTORED && DELTA && p.pulled) {
                 const DTYPE* w = p.w + chunk.batch * p.w_b + chunk.begin * p.w_t + head * p.w_h + key;
 #pragma unroll
@@ -192,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
             }
         }
         __syncthreads();
-        if (WRITE) {
+        if (writes) {
             if (DECAYED) {
 #pragma unroll
                 for (int n = 0; n < KEY_SLICE / 8; n++)
@@ -232,68 +231,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
         if (p.dq) store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dq + to_key, key_t, dq, warp, length, keys_left);
         if (p.dk) store_rows<KEY_SLICE, KEYS % 2 == 0>(p.dk + to_key, key_t, dk, warp, length, keys_left);
     }
-}
-
-DEVICE void store_gate(void* to, int64_t at, float x, int wide) {
-    if (wide) static_cast<float*>(to)[at] = x;
-    else static_cast<DTYPE*>(to)[at] = narrow<DTYPE>(x);
-}
-
-// A warp a chunk and v head: the slices' sums in order, and G's gradient summed from the chunk's end on.
-extern "C" __global__ void __launch_bounds__(32) slow_core_vectors(const __grid_constant__ Params p) {
-    const int place = blockIdx.x, head = place % p.heads, lane = lane_id();
-    const Chunk chunk = find_chunk(grid_of(p), place / p.heads);
-    if (!chunk.length) return;
-    const int64_t first = (chunk.batch * p.tokens + chunk.begin) * p.heads + head;
-    if (p.d_decay) {
-        float sum = 0.0f;
-        for (int slice = 0; slice < KEY_SLICES; slice++) sum += p.pulled[slice * static_cast<int64_t>(p.places) + place];
-        const int64_t at = factor_index(grid_of(p), chunk);
-        if (lane == 0) store_gate(p.d_decay, (chunk.batch * p.slots + at) * p.heads + head, sum, p.decay_wide);
-    }
-    float behind = 0.0f;
-    for (int base = (chunk.length - 1) / 32 * 32; base >= 0; base -= 32) {
-        const int token = base + lane;
-        float told = 0.0f, bent = 0.0f;
-        for (int slice = 0; slice < KEY_SLICES && token < chunk.length; slice++) {
-            const int64_t at = (slice * static_cast<int64_t>(p.places) + place) * SIDE + token;
-            if (p.d_gate) told += p.told[at];
-            if (p.dg) bent += p.bent[at];
-        }
-        if (p.d_gate && token < chunk.length) store_gate(p.d_gate, first + static_cast<int64_t>(token) * p.heads, told, p.gate_wide);
-        if (!p.dg) continue;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const float later = __shfl_down_sync(0xffffffffu, bent, step);
-            if (lane + step < 32) bent += later;
-        }
-        if (token < chunk.length) store_gate(p.dg, first + static_cast<int64_t>(token) * p.heads, bent + behind, p.g_wide);
-        behind += __shfl_sync(0xffffffffu, bent, 0);
-    }
-}
-
-struct Unnormed {
-    const float *state, *gradient;
-    float* to;
-    int size;
-};
-
-// Of each state and head: d / (n + 1e-8) - S <S, d> / (n (n + 1e-8)^2), n the norm of S; 0 where S is.
-extern "C" __global__ void __launch_bounds__(256) slow_core_unnormed(const __grid_constant__ Unnormed p) {
-    SHARED_MEMORY(memory);
-    float* const parts = reinterpret_cast<float*>(memory);
-    const int64_t from = static_cast<int64_t>(blockIdx.x) * p.size;
-    float squares = 0.0f, meeting = 0.0f;
-    for (int i = threadIdx.x; i < p.size; i += 256) {
-        const float x = p.state[from + i];
-        squares += x * x, meeting += x * p.gradient[from + i];
-    }
-    squares = warp_sum(squares), meeting = warp_sum(meeting);
-    if (lane_id() == 0) parts[threadIdx.x / 32] = squares, parts[8 + threadIdx.x / 32] = meeting;
-    __syncthreads();
-    squares = meeting = 0.0f;
-    for (int i = 0; i < 8; i++) squares += parts[i], meeting += parts[8 + i];
-    const float norm = sqrtf(squares), wide = norm + 1e-8f;
-    for (int i = threadIdx.x; i < p.size; i += 256)
-        p.to[from + i] = squares > 0.0f ? p.gradient[from + i] / wide - p.state[from + i] * (meeting / norm / wide / wide) : 0.0f;
 }

@@ -1,5 +1,5 @@
 // slow_core's outputs once a walk has left every chunk's state S~ and U' (SPEC.md 4), parallel over chunks: o = gate (scale e^G q S~ + P U'),
-// P = scale tril(q k^T) * Gamma; slow_core_normed divides final states by their norm + 1e-8.
+// P = scale tril(q k^T) * Gamma.
 // A token and v head costs C (K + V) + 2 K V FLOP and moves 2 K + 2 V + K V / C numbers: bound by memory (H100, bf16, 1 x 8192,
 // 32 heads of 128, chunks of 64: 400 MB, 130 us). A block has a chunk and v head, a warp 16 tokens.
 //
@@ -94,24 +94,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) slow_core_outputs(const __
         }
         store_rows<VALUE_SLICE, VALUES % 2 == 0>(p.o + rows_at + value, value_t, sums, warp, length, VALUES - value);
     }
-}
-
-struct Normed {
-    float* state;
-    int size;
-};
-
-extern "C" __global__ void __launch_bounds__(256) slow_core_normed(const __grid_constant__ Normed p) {
-    SHARED_MEMORY(memory);
-    float* const parts = reinterpret_cast<float*>(memory);
-    float* const state = p.state + static_cast<int64_t>(blockIdx.x) * p.size;
-    float squares = 0.0f;
-    for (int i = threadIdx.x; i < p.size; i += 256) squares += state[i] * state[i];
-    squares = warp_sum(squares);
-    if (lane_id() == 0) parts[threadIdx.x / 32] = squares;
-    __syncthreads();
-    squares = 0.0f;
-    for (int i = 0; i < 8; i++) squares += parts[i];
-    const float norm = sqrtf(squares) + 1e-8f;
-    for (int i = threadIdx.x; i < p.size; i += 256) state[i] /= norm;
 }

@@ -7,7 +7,7 @@
 // two products that need the state wait for it, and two more warps bring its rows, PIECE tokens at a time, STAGES - 1 pieces ahead.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a chunk at most; PIECE: tokens loaded at once; STAGES; WARPS: 16 value columns each; FACTORED: chunk_decay;
-// DELTA; ALIGNED: 16-byte copies can take all rows.
+// DELTA; REVERSE: which walk; ALIGNED: 16-byte copies can take all rows.
 #include "chunks.cuh"
 #include "tiles.cuh"
 
@@ -223,12 +223,12 @@ template <bool REVERSED> DEVICE void walk(const Params& p, unsigned char* memory
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) slow_core_forward(const __grid_constant__ Params p) {
+#if REVERSE
+#define WALK slow_core_reverse
+#else
+#define WALK slow_core_forward
+#endif
+extern "C" __global__ void __launch_bounds__(THREADS) WALK(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
-    walk<false>(p, memory);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) slow_core_reverse(const __grid_constant__ Params p) {
-    SHARED_MEMORY(memory);
-    walk<true>(p, memory);
+    walk<REVERSE != 0>(p, memory);
 }

@@ -130,6 +130,12 @@ def distinct(op: str, offers: list[Candidate]) -> list[Candidate]:
     return list(kept.values())
 
 
+def others(op: str, offers: list[Candidate]) -> list[Candidate]:
+    """Two beside the default, one of them of another variant where there is one."""
+    found = distinct(op, offers)
+    return [*found[1:2], *[each for each in found[2:] if each.variant != found[0].variant], *found[2:3]][:2]
+
+
 def alternating(made: Contract) -> Iterator[Case]:
     """Every conformance case once, in one dtype after the other: all of both take the suite two minutes, and a card's run has them."""
     for index, case in enumerate(cases(made, DTYPES[0])):
@@ -151,7 +157,7 @@ def test_the_default_takes_any_size(op: str, case: Case) -> None:
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("op", "case"), listed(one))
 def test_other_candidates_keep_the_contract(op: str, case: Case) -> None:
-    problems(CONTRACTS[op], case, lambda offers: distinct(op, offers)[1:3])
+    problems(CONTRACTS[op], case, lambda offers: others(op, offers))
 
 
 TRAINABLE = tuple(op for op in OPS if hasattr(module_of(op), "run_backward"))
@@ -160,7 +166,7 @@ TRAINABLE = tuple(op for op in OPS if hasattr(module_of(op), "run_backward"))
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     ("op", "case"),
-    [pytest.param(op, case, id=f"{op}-{case.name}-{case.dtype}") for op in TRAINABLE for d in DTYPES for case in cases(CONTRACTS[op], d)],
+    [pytest.param(op, case, id=f"{op}-{case.name}-{case.dtype}") for op in TRAINABLE for case in alternating(CONTRACTS[op])],
 )
 def test_the_default_backward_keeps_the_contract(op: str, case: Case) -> None:
     made, module = CONTRACTS[op], cast(TrainableOpModule, module_of(op))
@@ -180,12 +186,14 @@ def test_a_frozen_input_launches_nothing_of_its_own(op: str, engine: cuda_emulat
     made, module = CONTRACTS[op], cast(TrainableOpModule, module_of(op))
     call = build(made, next(one(made)))
     candidate = module.backward_candidates(signature_of(made, call, validate(made, call)), H100)[0]
-    grads = tuple(torch.ones_like(cast(Tensor, x)) for x in made.reference(call))
+    grads = tuple(None if x is None else torch.ones_like(x) for x in made.reference(call))
     whole = module.run_backward(call, grads, None, frozenset(made.differentiable), candidate)
     before = engine.launches
     assert module.run_backward(call, grads, None, frozenset(), candidate) == tuple(None for _ in whole)
     assert engine.launches == before
     for place, name in enumerate(made.differentiable):
+        if name not in made.tensors(call):
+            continue
         alone = module.run_backward(call, grads, None, frozenset({name}), candidate)
         assert [x is not None for x in alone] == [at == place for at in range(len(alone))]
         assert torch.equal(cast(Tensor, alone[place]), cast(Tensor, whole[place])), name
@@ -222,7 +230,7 @@ def test_a_consumer_card_has_a_candidate_of_every_size(op: str) -> None:
 def test_a_remembered_call_repeats_on_other_tensors(op: str) -> None:
     made = CONTRACTS[op]
     case = replace(next(one(made)), dtype=torch.float32)
-    first, second = build(made, case), build(made, replace(case, seed=1))
+    first, second = build(made, case), build(made, replace(case, seed=3))  # the seed picks the shape of an argument that has up to three
     candidate, module = offered(made, first)[0], cast(RememberingOpModule, module_of(op))
     outputs, again = module.remember(first, candidate)
     assert again is not None, "the call was not remembered"

@@ -1,4 +1,7 @@
-"""fast_core: tiles of queries go over the keys and values of their chunk; a second launch makes the final state (SPEC.md 2)."""
+"""fast_core: tiles of queries go over the keys and values of their chunk; a second launch makes the final state (SPEC.md 2).
+
+The backward: fast_core_gradients.py.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from titans_backends.verdict import Verdict, refused
 
 from .ahead import ahead_of
 from .chunks import slots_of, three_strides
+from .fast_core_gradients import gradients, ways
 from .launch import DTYPES, Kernel
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
 from .serving import candidate as _candidate
 from .strides import aligned_rows, unit_stride
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 SOURCE = "fast_core.cu"
 _LAYOUT = "9P15q11if"
@@ -93,5 +97,17 @@ def run(call: FastCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return o, final
 
 
-compile_ahead = ahead_of(run)
-remember = remembering(run)
+def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """Tiles of the backward that fit the card; the first is the default."""
+    return ways(signature, machine, _reach(signature))
+
+
+def run_backward(
+    call: FastCore, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, gate, g and the initial state, in that order."""
+    return gradients(call, grads, needs, candidate)
+
+
+compile_ahead = ahead_of(run, "fast_core", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

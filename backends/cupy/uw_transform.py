@@ -1,4 +1,7 @@
-"""uw_transform: a chunk and head per block in one launch, the triangle and its inverse on chip (SPEC.md 3); chunks of up to 128 tokens."""
+"""uw_transform: a chunk and head per block in one launch, the triangle and its inverse on chip (SPEC.md 3); chunks of up to 128 tokens.
+
+The backward: uw_transform_gradients.py.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from titans_backends.verdict import Verdict, refused
 from .ahead import ahead_of
 from .chunks import slots_of, three_strides
 from .launch import DTYPES, Kernel
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
 from .serving import candidate as _candidate
 from .strides import aligned_rows, unit_stride
+from .uw_transform_gradients import transformed_gradients, ways
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 SOURCE = "uw_transform.cu"
 UW = Kernel(SOURCE, "uw_transform", "7P12q9i")
@@ -91,5 +95,17 @@ def run(call: UWTransform, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return u, w
 
 
-compile_ahead = ahead_of(run)
-remember = remembering(run)
+def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """Tiles of the backward that fit the card; the first is the default."""
+    return ways(signature, machine, _side(signature), str(signature.option("transform")))
+
+
+def run_backward(
+    call: UWTransform, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+) -> tuple[Tensor | None, ...]:
+    """Gradients of k, v, beta and g, in that order."""
+    return transformed_gradients(call, grads, needs, candidate)
+
+
+compile_ahead = ahead_of(run, "uw_transform", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

@@ -16,6 +16,12 @@ using int64_t = long long;
 
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// the same number, of which the compiler knows nothing: what is computed from it is computed there, and not kept in registers from before a loop
+DEVICE int fresh(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // ---- Conversions. A 16-bit number travels as its bits; in a packed pair the first number lies in the low half.
 
 DEVICE uint16_t bf16_bits(float x) {

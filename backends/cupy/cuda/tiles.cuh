@@ -27,6 +27,57 @@ DEVICE void load_tile(const Tile<T, COLUMNS>& tile, const T* from, int64_t strid
     }
 }
 
+// load_tile, where the threads load the rows in whole rounds: a thread's column stays, so that few addresses are held.
+template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
+DEVICE void load_rounds(const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
+    constexpr int PER = Tile<T, COLUMNS>::PER, PIECES = Tile<T, COLUMNS>::PIECES, STEP = THREADS < PIECES ? 1 : THREADS / PIECES;
+    if constexpr (WIDE && THREADS % PIECES == 0 && ROWS % STEP == 0) {
+        const int thread = fresh(threadIdx.x), row = thread / PIECES, piece = thread % PIECES, left = piece * PER < columns ? rows - row : 0;
+        unsigned char* const to = tile.piece(row, piece);
+        const T* at = from + row * stride + piece * PER;
+#pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++) {
+            const bool inside = i * STEP < left;
+            cp_async_16(STEP % 8 ? tile.piece(row + i * STEP, piece) : to + i * STEP * Tile<T, COLUMNS>::ROW, inside ? at : from, inside);
+            at += STEP * stride;
+        }
+    } else {
+        load_tile<ROWS, THREADS, WIDE>(tile, from, stride, rows, columns);
+    }
+}
+
+// The same by some threads of a block, `thread` of them below THREADS; written so that the compiler knows how many pieces each has.
+template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
+DEVICE void load_tile_by(int thread, const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
+    constexpr int PER = Tile<T, COLUMNS>::PER, PIECES = Tile<T, COLUMNS>::PIECES, COUNT = ROWS * PIECES, EACH = (COUNT + THREADS - 1) / THREADS;
+    if constexpr (WIDE && THREADS % PIECES == 0) {
+        constexpr int STEP = THREADS / PIECES;
+        const int row = thread / PIECES, piece = thread % PIECES;
+        const T* at = from + row * stride + piece * PER;
+        if (COUNT % THREADS == 0 && rows >= ROWS && columns >= COLUMNS) {
+#pragma unroll 8
+            for (int j = 0; j < EACH; j++, at += STEP * stride) cp_async_16(tile.piece(row + j * STEP, piece), at, true);
+            return;
+        }
+#pragma unroll 2
+        for (int j = 0; j < EACH; j++, at += STEP * stride) {
+            if (COUNT % THREADS && j * THREADS + thread >= COUNT) break;
+            const bool inside = row + j * STEP < rows && piece * PER < columns;
+            cp_async_16(tile.piece(row + j * STEP, piece), inside ? at : from, inside);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = thread; i < COUNT; i += THREADS) {
+            const int row = i / PIECES, piece = i % PIECES;
+            const bool inside = row < rows && piece * PER < columns;
+            alignas(16) T x[PER];
+#pragma unroll
+            for (int j = 0; j < PER; j++) x[j] = inside && piece * PER + j < columns ? from[row * stride + piece * PER + j] : narrow<T>(0.0f);
+            *reinterpret_cast<uint4*>(tile.piece(row, piece)) = *reinterpret_cast<const uint4*>(x);
+        }
+    }
+}
+
 // A tile's rows below `rows` and columns below `columns` to device memory; WIDE: its rows are aligned as above.
 template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
 DEVICE void store_tile(const Tile<T, COLUMNS>& tile, T* to, int64_t stride, int rows, int columns) {

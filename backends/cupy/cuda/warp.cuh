@@ -69,6 +69,15 @@ template <typename T> DEVICE T cluster_load(const T* mine, uint32_t rank) {
     return *reinterpret_cast<const T*>(&bits);
 }
 
+// Four sums over the lanes 4 r + c of one c, in four shuffles: lane r gets the one of number r / 2.
+DEVICE float sum_of_four(float x0, float x1, float x2, float x3) {
+    const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+    const float first = (upper ? x2 : x0) + __shfl_xor_sync(0xffffffffu, upper ? x0 : x2, 16);
+    const float second = (upper ? x3 : x1) + __shfl_xor_sync(0xffffffffu, upper ? x1 : x3, 16);
+    const float sum = (odd ? second : first) + __shfl_xor_sync(0xffffffffu, odd ? first : second, 8);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 4);
+}
+
 DEVICE float warp_sum(float x) {
 #pragma unroll
     for (int lanes = 16; lanes; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);

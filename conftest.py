@@ -42,8 +42,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long begins first, so that no worker waits for it in the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """What takes long begins first, so that no worker waits for it in the end; before all, what `slow(longest=True)` marks."""
+
+    def turn(item: pytest.Item) -> int:
+        slow = item.get_closest_marker("slow")
+        return 2 if slow is None else 0 if slow.kwargs.get("longest") else 1
+
+    items.sort(key=turn)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -295,9 +295,9 @@ def forced(op: str, candidate: Candidate, backward: Candidate | None = None) -> 
 
 def arriving(op: str, call: Call, candidate: Candidate | None = None) -> tuple[tuple[Tensor | None, ...], Tensor | None, frozenset[str]]:
     """What a layer's backward is handed, of the right sizes and not filled: a gradient of every output but the states, the saved states, every need."""
-    from titans_backends.backends.triton.ahead import _arriving
+    from titans_backends.launching.ahead import arriving as handed
 
-    grads, states, needs = _arriving(op, call, candidate or Candidate("triton", "", direction="backward"))
+    grads, states, needs = handed(op, call, candidate or Candidate("triton", "", direction="backward"))
     return tuple(None if spec.like is None else grad for spec, grad in zip(CONTRACTS[op].outputs, grads, strict=True)), states, needs
 
 

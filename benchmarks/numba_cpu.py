@@ -85,7 +85,7 @@ def ways(made: Contract, call: Call) -> dict[str, Function]:
             if again is None:
                 found[candidate.label] = lambda module=answer.module, candidate=candidate: module.run(call, candidate)
             else:
-                found[candidate.label] = lambda again=again: again(call)
+                found[candidate.label] = lambda again=again: again(made.values(call))
     return found
 
 

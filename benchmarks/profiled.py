@@ -76,7 +76,7 @@ def worker(only: str, told: Path) -> None:
         call = call_of(task)
         candidate = next((one for one in offered(task.op, call) if one.variant == variant), default(task.op, call))
         run = module_of(task.op).run
-        with launch.taping() as tape:
+        with launch.TAPING.taping() as tape:
             run(call, candidate)
         run(call, candidate)
         flush.zero_()

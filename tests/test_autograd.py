@@ -172,7 +172,7 @@ class Repeating:
 
         def again(later, arriving, saved):
             self.said.append("again")
-            return self._zeros(later, needs)
+            return self._zeros(CONTRACTS["fast_core"].make_call(**dict(zip(CONTRACTS["fast_core"].parameters, later, strict=True))), needs)
 
         return self._zeros(call, needs), again if self.repeats else None
 

@@ -35,6 +35,11 @@ MOST_SPILLED = 16
 SPILLING = {"dual_core": 5120, "gated_delta_rule": 96, "slow_core": 32}
 """What these spill at most, heads of 128 in dual_core, float32 in the others: known, slow, and not to grow."""
 
+ALSO = {"dual_core": ("flat",)}
+"""Variants that are compiled beside an op's first one: other kernels."""
+PARTS = {"dual_core": "dual_"}
+"""What an op's own files begin with where it is put together from other ops' kernels, which are compiled for those."""
+
 
 def _missing() -> str | None:
     """Why nothing can be compiled here; None where it can."""
@@ -61,12 +66,22 @@ class Usage:
 
 
 def production(op: str) -> Iterator[Case]:
-    """The sizes that an op is for, in its first variant that the backend serves: heads of 128 and of 32, in bfloat16 and float32."""
+    """The sizes that an op is for, in the variants that its modes need: heads of 128 and of 32, in bfloat16 and float32."""
     made = CONTRACTS[op]
-    variant = next(each for each in made.variants if offered(op, Case("", B=1, T=1, K=32, V=32, options=each.options, given=each.given), 90))
-    for size, dtype in product((128, 32), (torch.bfloat16, torch.float32)):
+    served = [each for each in made.variants if offered(op, Case("", B=1, T=1, K=32, V=32, options=each.options, given=each.given), 90)]
+    also = [each for each in served[1:] if each.name in ALSO.get(op, ())]
+    for variant, size, dtype in product((served[0], *also), (128, 32), (torch.bfloat16, torch.float32)):
         tokens = 1 if op == "gated_delta_step" else 2048
         case = Case(f"{variant.name}, {size}", B=1, T=tokens, G=32, H=32, K=size, V=size, dtype=dtype, options=variant.options, given=variant.given)
+        if offered(op, case, 90):
+            yield case
+
+
+def variants(op: str) -> Iterator[Case]:
+    """Every variant with narrow heads: some options take other kernels."""
+    for variant in CONTRACTS[op].variants:
+        tokens = 1 if op == "gated_delta_step" else 2048
+        case = Case(variant.name, B=1, T=tokens, G=32, H=32, K=32, V=32, dtype=torch.bfloat16, options=variant.options, given=variant.given)
         if offered(op, case, 90):
             yield case
 
@@ -115,8 +130,8 @@ def compiled(form: Form, sm: int) -> Usage:
 
 
 def files(sm: int) -> dict[str, Form]:
-    """For every `.cu` that a default launches on a card, one of its forms: the last one, of narrow heads."""
-    return {form.source: form for op in OPS for case in production(op) for form in forms(op, case, sm)}
+    """For every `.cu` that a default launches on a card, in any variant, one of its forms: the last one, of narrow heads."""
+    return {form.source: form for op in OPS for case in (*production(op), *variants(op)) for form in forms(op, case, sm)}
 
 
 @compiles
@@ -129,7 +144,7 @@ def test_the_defaults_compile_and_keep_to_registers(op: str, sm: int, record_pro
         if sm == 80 and case.dtype == torch.float32:
             continue
         for form in forms(op, case, sm):
-            if (form.source, form.macros) not in done:  # a file's kernels are compiled together
+            if (form.source, form.macros) not in done and form.source.startswith(PARTS.get(op, "")):  # a file's kernels are compiled together
                 done.add((form.source, form.macros))
                 used = compiled(form, sm)
                 record_property(f"{op} {case.name} {case.dtype} sm_{sm}", f"{used.registers} registers, {used.spilled} bytes spilled")

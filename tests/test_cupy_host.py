@@ -106,6 +106,6 @@ def test_a_call_that_is_collected_launches_nothing(monkeypatch: pytest.MonkeyPat
     made = CONTRACTS["uw_transform"]
     call = build(made, Case("", T=8, K=32, V=32), "meta")
     candidate = uw_transform.candidates(signature_of(made, call, validate(made, call)), H100)[0]
-    with launch.collecting() as forms:
+    with launch.TAPING.collecting() as forms:
         uw_transform.run(call, candidate)  # type: ignore[arg-type]
     assert [form.kernel for form in forms] == ["uw_transform"]

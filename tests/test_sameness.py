@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -13,12 +16,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import titans_backends as tb
 from titans_backends import sameness
+from titans_backends.contracts.fast_core import FastCore
 from titans_backends.errors import BoundCallMismatchError
 from titans_backends.plans import Plan
 
 
 def values() -> tuple[object, ...]:
-    return torch.zeros(2, 6, 4), torch.zeros(2, 6), None
+    return torch.zeros(2, 6, 4), torch.zeros(2, 6), None, 16, True
 
 
 def _misaligned(x: Tensor) -> Tensor:
@@ -56,8 +60,15 @@ def test_a_tensor_that_differs_is_not_the_same(change: str) -> None:
 
 
 def test_a_tensor_where_there_was_none_is_not_the_same() -> None:
-    first, second, _ = values()
-    assert not sameness.same_as(values())((first, second, torch.zeros(1)))
+    first, second, _, *options = values()
+    assert not sameness.same_as(values())((first, second, torch.zeros(1), *options))
+    assert not sameness.same_as(values())((first, second, None, torch.zeros(2), True))
+
+
+@pytest.mark.parametrize("options", [(17, True), (16.0, True), (16, 1), (16, False), (None, True), ("16", True)], ids=str)
+def test_an_option_that_differs_in_value_or_type_is_not_the_same(options: tuple[object, ...]) -> None:
+    first, second, absent, *_ = values()
+    assert not sameness.same_as(values())((first, second, absent, *options))
 
 
 def _bound() -> tuple[tb.BoundOp, list[Tensor]]:
@@ -143,6 +154,75 @@ def test_a_nested_tensor_is_refused_with_the_contracts_sentence_also_after_a_cal
     for call in (tb.get_op("gated_delta_rule"), bound):
         with pytest.raises(TypeError, match="q must be an ordinary tensor, got a nested one"):
             call(nested, k, v, beta)
+
+
+@pytest.mark.parametrize("bind", [False, True])
+def test_what_was_remembered_is_repeated_for_calls_just_like_it_and_for_no_others(bind: bool, plugin_backend: Callable[..., list[str]]) -> None:
+    said: list[str] = []
+
+    def outputs(q: Tensor) -> tuple[Tensor, None]:
+        return q.detach().clone(), None
+
+    def run(call: FastCore, candidate: object) -> tuple[Tensor, None]:
+        said.append("run")
+        return outputs(call.q)
+
+    def remember(call: FastCore, candidate: object) -> object:
+        said.append("remember")
+        return outputs(call.q), lambda values: (said.append("again"), outputs(values[0]))[1]
+
+    plugin_backend("remembering", run=run, remember=remember)
+    op = tb.get_op("fast_core", backend="remembering")
+    given = [torch.randn(1, 20, 2, 8) for _ in range(3)]
+    call = op.bind(*given, chunk_size=16) if bind else op
+    for _ in range(3):
+        fresh = [x.clone() for x in given]
+        out = call(*fresh, chunk_size=16)
+        assert len(out) == 2
+        assert out[0] is not None
+        assert torch.equal(out[0], fresh[0])
+    assert said == ["remember", "again", "again"]
+    said.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), contextlib.suppress(BoundCallMismatchError):
+        call(*given, chunk_size=16)
+    assert "again" not in said
+    if not bind:
+        said.clear()
+        call(*given, chunk_size=8)
+        call(*(x.double() for x in given), chunk_size=16)
+        with tb.policy(batch_invariant=True), contextlib.suppress(tb.BackendRefusedError):
+            call(*given, chunk_size=16)
+        assert "again" not in said
+    if bind:
+        with pytest.raises(BoundCallMismatchError):
+            call(*given, chunk_size=8)
+
+
+def test_a_bound_op_takes_its_arguments_by_place_and_by_name_and_refuses_what_the_op_refuses() -> None:
+    bound, (q, k, v, beta), want = _rule()
+    for args, kwargs in (
+        ((q, k), {"v": v, "beta": beta}),
+        ((), {"beta": beta, "v": v, "k": k, "q": q}),
+        ((q, k, v, beta), {"g": None, "scale": None}),
+    ):
+        assert torch.equal(bound(*args, **kwargs)[0], want)  # type: ignore[arg-type]
+    for args, kwargs, what in (
+        ((q, k, v), {}, "beta"),
+        ((q, k, v, beta), {"beta": beta}, "beta"),
+        ((q, k, v, beta), {"betta": beta}, "betta"),
+        ((q, k, v, beta, *[None] * 20), {}, "argument"),
+    ):
+        with pytest.raises(TypeError, match=what):
+            bound(*args, **kwargs)
+
+
+def test_a_bound_op_is_shared_by_a_copied_module_and_says_what_to_pickle_instead() -> None:
+    bound, given, want = _rule()
+    assert torch.equal(copy.deepcopy({"step": bound})["step"](*given)[0], want)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"store get_op\('gated_delta_rule'\)"):
+        pickle.dumps(bound)
+    with pytest.raises(TypeError, match=r"a bound op has its backend, .*bind\(\.\.\., backend=\.\.\.\)"):
+        bound(*given, backend="eager")
 
 
 def test_a_bound_op_is_seen_by_what_traces_and_intercepts() -> None:

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 PACKAGE = "titans_backends.backends.triton"
-ahead, launch, program = (import_module(f"{PACKAGE}.{name}") for name in ("ahead", "launch", "program"))
+ahead, launch = (import_module(f"{PACKAGE}.{name}") for name in ("ahead", "launch"))
 OPS = tuple(import_module(PACKAGE).BACKEND.ops)
 HOPPER = CARDS[90]
 SMALL = Case("small", B=2, T=65, G=2, H=4, K=32, V=16, dtype=torch.bfloat16)
@@ -66,11 +66,11 @@ def test_every_op_can_be_compiled_ahead(op: str) -> None:
 def test_a_collected_call_is_not_remembered() -> None:
     case = variant("fused_uw", SMALL)
     call, candidate = build(CONTRACTS["fused_uw"], case, "meta"), offered("fused_uw", case)[0]
-    with launch.collecting() as forms:
+    with launch.TAPING.collecting() as forms:
         _, again = import_module(f"{PACKAGE}.fused_uw").remember(call, candidate)
     assert forms
     assert again is None
-    assert not launch.is_collecting()
+    assert not launch.TAPING.is_collecting
 
 
 @pytest.mark.parametrize("machine", [detect("cpu"), Machine("cuda", "a card of unknown capability", "unknown")], ids=["cpu", "unknown"])

@@ -61,9 +61,9 @@ class Call:
 
     def back(self, needs: Iterable[str], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], int, tuple[Tensor | None, ...]]:
         """The kernels launched, the bytes that `torch.empty` gave, and what came back."""
-        from titans_backends.backends.triton.ahead import _arriving, collected
+        from titans_backends.backends.triton.ahead import arriving, collected
 
-        grads, states, _ = _arriving(self.op, self.call, self.candidate)
+        grads, states, _ = arriving(self.op, self.call, self.candidate)
         made, bytes_made, empty = [], [], torch.empty
 
         def counted(*args: object, **kwargs: object) -> Tensor:

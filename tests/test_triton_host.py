@@ -64,7 +64,7 @@ def test_a_plan_whose_first_call_raised_is_remembered_at_the_next() -> None:
 
     module = SimpleNamespace(remember=remember, run=lambda call, candidate: ("run",))
     choice = SimpleNamespace(pair=SimpleNamespace(forward=None))
-    plan = Plan(choice, module, None, False, torch.device("cpu"))  # type: ignore[arg-type]
+    plan = Plan(choice, module, None, False, torch.device("cpu"), lambda call: ())  # type: ignore[arg-type]
     with pytest.raises(torch.OutOfMemoryError):
         plan.run(None)  # type: ignore[arg-type]
     assert [plan.run(None) for _ in range(2)] == [("first",), ("again",)]  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow(longest=True),
     pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed: pip install -c constraints.txt -e '.[test]'"),
 ]
 

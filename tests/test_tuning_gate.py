@@ -127,7 +127,7 @@ def test_what_a_module_remembered_runs_on_poisoned_memory_and_not_on_its_first_r
             return call.attn_const @ call.v_beta, call.attn_const @ call.k_beta
 
         def remember(self, call: FusedUW, candidate: Candidate) -> object:
-            return self.run(call, candidate), lambda later: self.run(later, candidate)
+            return self.run(call, candidate), lambda later: self.run(FusedUW(*later), candidate)
 
     monkeypatch.setattr(gate_module, "_poison", lambda shapes, like: done.append("poison"))
     gate_module.run_forward(contract, Candidate("any", "any"), Module(), call, "here", repeated=True)  # type: ignore[arg-type]

@@ -127,14 +127,14 @@ def offered(op: str, facts: Signature, machine: Machine) -> list[Candidate]:
 
 def compilations(op: str, call: Call, candidate: Candidate, sm: int) -> list[Compilation]:
     """What a candidate launches for a call, each form once, in the order of the launches; of a backward where every input wants its gradient."""
-    from titans_backends.backends.triton.ahead import _arriving, collected
+    from titans_backends.backends.triton.ahead import arriving, collected
 
     module = module_of(op)
 
     def either(call: object, candidate: Candidate) -> object:
         if candidate.direction == "forward":
             return module.run(call, candidate)
-        return cast(TrainableOpModule, module).run_backward(call, *_arriving(op, call, candidate), candidate)
+        return cast(TrainableOpModule, module).run_backward(call, *arriving(op, call, candidate), candidate)
 
     return [
         Compilation(kernel.function.__module__, kernel.name, form, sm)  # type: ignore[attr-defined]

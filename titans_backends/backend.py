@@ -167,9 +167,12 @@ class AheadOpModule(OpModule, Protocol):
 
 
 class RememberingOpModule(OpModule, Protocol):
-    """An op module that can repeat a call: same shapes, strides, dtypes, device, 16-byte alignment and options, other tensors."""
+    """An op module that can repeat a call: same shapes, strides, dtypes, device, 16-byte alignment and options, other tensors.
 
-    def remember(self, call: object, candidate: Candidate, /) -> tuple[Outputs, Callable[[object], Outputs] | None]: ...
+    What repeats it takes the later call's values, in the order of the op's parameters. `titans_backends.launching` makes it from launches on tape.
+    """
+
+    def remember(self, call: object, candidate: Candidate, /) -> tuple[Outputs, Callable[[tuple[object, ...]], Outputs] | None]: ...
 
 
 class RememberingBackwardOpModule(TrainableOpModule, Protocol):
@@ -177,4 +180,4 @@ class RememberingBackwardOpModule(TrainableOpModule, Protocol):
 
     def remember_backward(
         self, call: object, grads: Outputs, states: torch.Tensor | None, needs: frozenset[str], candidate: Candidate, /
-    ) -> tuple[Outputs, Callable[[object, Outputs, torch.Tensor | None], Outputs] | None]: ...
+    ) -> tuple[Outputs, Callable[[tuple[object, ...], Outputs, torch.Tensor | None], Outputs] | None]: ...

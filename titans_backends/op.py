@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from titans_backends.contracts import CONTRACTS, contract
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import bind_arguments, check_indices, validate
 from titans_backends.errors import BoundCallMismatchError
+from titans_backends.placing import Places
 from titans_backends.plans import Outputs, Plan, request
 from titans_backends.sameness import never, same_as
 from titans_backends.watching import watched
@@ -44,6 +45,8 @@ _DEFAULTS: Mapping[str, Mapping[str, object]] = {
     for name, op in CONTRACTS.items()
 }
 
+_PLACES: Mapping[str, Places] = {name: Places(op) for name, op in CONTRACTS.items()}
+
 
 class Op:
     """One op of the registry; `backend` set: every call of this object is forced to it."""
@@ -56,6 +59,7 @@ class Op:
         self._make = op.make_call
         self._planner = library.planner(op.name)
         self._defaults = _DEFAULTS[op.name]
+        self._places = _PLACES[op.name]
 
     def __repr__(self) -> str:
         forced = f", backend={self.backend!r}" if self.backend else ""
@@ -80,6 +84,11 @@ class Op:
             backend = self.backend
         if _is_compiling():
             return self._traced(args, kwargs, backend)
+        values = self._places(args, kwargs)
+        if values is not None:
+            outputs = self._planner.repeated(values, backend)
+            if outputs is not None:
+                return outputs
         call = self._call(args, kwargs)
         tensors = self._planner.tensors(call)
         if watched(tensors):
@@ -138,21 +147,34 @@ class BoundOp:
         self._numbers = {name: value for name, value in zip(names, values, strict=True) if not isinstance(value, Tensor)}
         self._planner = op._planner
         self._facts = op._planner.facts(call)
-        self._options = op._planner.options(call)
-        tensors = op._planner.tensors(call)
-        self._same = never if watched(tensors) else same_as(tensors)
+        self._same = never if watched(op._planner.tensors(call)) else same_as(values)
         self._requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in values)
-        self._outputs = len(op.contract.outputs)
 
     def __repr__(self) -> str:
         return f"<{self.op!r} bound to {self.choice.pair.label}>"
 
+    def __deepcopy__(self, memo: dict[int, object]) -> BoundOp:
+        """Itself: it holds a choice and no tensor, so a copied module may share it."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """What was chosen holds for this machine and process."""
+        raise TypeError(f"{self.op.name}: a bound op cannot be pickled; store get_op({self.op.name!r}), and bind it again where it is loaded")
+
     def __call__(self, *args: object, **kwargs: object) -> Outputs:
         """Runs the chosen kernel; BoundCallMismatchError names the first argument that differs."""
+        values, plan = self.op._places(args, kwargs), self._plan
+        if values is not None and self._same(values) and not (self._requires_grad and torch.is_grad_enabled()):
+            outputs = plan.repeated(values)
+            if outputs is not None:
+                return outputs
+        if "backend" in kwargs:
+            chosen, bind = self.choice.pair.forward.backend, f"get_op({self.op.name!r}).bind(..., backend=...)"
+            raise TypeError(f"{self.op.name}: a bound op has its backend, {chosen}; name another when you bind it: {bind}")
         call = self.op._call(args, kwargs)
         planner = self._planner
         tensors = planner.tensors(call)
-        if self._same(tensors) and planner.options(call) == self._options:
+        if self._same(planner.values(call)):
             training = self._requires_grad and torch.is_grad_enabled()
         elif watched(tensors):
             return self._seen(call, tensors)
@@ -160,12 +182,12 @@ class BoundOp:
             training = _training(tensors)
         else:
             raise self._mismatch(planner.values(call))
-        if self._plan.checks_indices:
+        if plan.checks_indices:
             check_indices(self.op.contract, call)
         if training:
             self._expect_training()
-            return differentiated(self.op.name, self._plan, call, self._forced, self.choice.signature.batch_invariant)
-        return planner.execute(self._plan, call)[: self._outputs]
+            return differentiated(self.op.name, plan, call, self._forced, self.choice.signature.batch_invariant)
+        return planner.execute(plan, call)[: len(self.op.contract.outputs)]
 
     def _fits(self, call: Call) -> bool:
         """Whether the call's facts are those that were bound. TypeError or ValueError for a tensor that has none (a sparse or nested one, say)."""

@@ -27,7 +27,7 @@ from titans_backends.offers import Pair, run_modules
 from titans_backends.sameness import same_as
 from titans_backends.signature import Launch, Signature
 
-__all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "invalidate", "request"]
+__all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "announce_change", "invalidate", "request"]
 
 Outputs = tuple[Tensor | None, ...]
 _MEMO_LIMIT = 4096
@@ -78,6 +78,7 @@ def request(backend: str | None, *, training: bool, may_save: bool = True) -> Re
 class Plan:
     """A frozen choice with the modules that run it. `ran` says that its kernels are loaded, which graph capture needs to know.
 
+    `values` gives a call's, `outputs` counts the contract's, `written` is the place of a state that the call changes.
     `again` is what the module remembered of the first call: every call of a plan has the same facts. `fresh`: it was not asked yet. `again_backward`
     holds the same of backwards, by what was needed and the facts of what arrived; None: that cannot be repeated.
     """
@@ -87,21 +88,24 @@ class Plan:
     backward_module: TrainableOpModule | None
     checks_indices: bool
     device: torch.device
+    values: Callable[[Call], tuple[object, ...]]
+    outputs: int = field(default=0)
+    written: int | None = field(default=None)
     ran: bool = field(default=False)
-    again: Callable[[Call], Outputs] | None = field(default=None)
+    again: Callable[[tuple[object, ...]], Outputs] | None = field(default=None)
     fresh: bool = field(default=True)
-    again_backward: dict[object, tuple[Callable[[Call, Outputs, Tensor | None], Outputs] | None]] = field(default_factory=dict)
+    again_backward: dict[object, tuple[Callable[[tuple[object, ...], Outputs, Tensor | None], Outputs] | None]] = field(default_factory=dict)
 
     def run(self, call: Call) -> Outputs:
         """The forward kernel, on the current stream of the inputs' device, outside autocast."""
-        if self._needs_guard():
+        if self.needs_guard():
             return self._guarded(lambda: self._run(call))
-        return self._run(call) if self.again is None else self.again(call)
+        return self._run(call) if self.again is None else self.again(self.values(call))
 
     def _run(self, call: Call) -> Outputs:
         """What the module remembered of this plan's first call, or its `run`."""
         if self.again is not None:
-            return self.again(call)
+            return self.again(self.values(call))
         candidate = self.choice.pair.forward
         module = registry.remembering(self.forward_module) if self.fresh else None
         if module is None:
@@ -110,9 +114,17 @@ class Plan:
         self.fresh = False  # a first call that raised, for want of memory perhaps, leaves the next one to be remembered
         return outputs
 
+    def repeated(self, values: tuple[object, ...]) -> Outputs | None:
+        """What the module remembered, of values that are like those of the plan's first call; None where it remembered nothing or a call has to do more."""
+        if self.again is None or self.checks_indices or self.needs_guard():
+            return None
+        if self.written is not None:
+            announce_change(self.choice.signature.op, values[self.written])  # type: ignore[arg-type]  # a tensor, as in the first call
+        return self.again(values)[: self.outputs]
+
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
         """The backward kernel, where and as the forward's; the gradients follow `contract.differentiable`."""
-        if self._needs_guard():
+        if self.needs_guard():
             return self._guarded(lambda: self._run_backward(call, grads, states, needs))
         return self._run_backward(call, grads, states, needs)
 
@@ -133,10 +145,11 @@ class Plan:
             self.again_backward[key] = (again,)
             return found
         (again,) = known
-        return module.run_backward(call, grads, states, needs, backward) if again is None else again(call, grads, states)
+        return module.run_backward(call, grads, states, needs, backward) if again is None else again(self.values(call), grads, states)
 
-    def _needs_guard(self) -> bool:
-        return torch._C._is_any_autocast_enabled() or (self.device.type == "cuda" and self.device.index != torch.cuda.current_device())
+    def needs_guard(self) -> bool:
+        """Whether autocast is on, or another device than the inputs' is current."""
+        return torch._C._is_any_autocast_enabled() or (self.device.type == "cuda" and self.device.index != torch._C._cuda_getDevice())
 
     def _guarded(self, kernel: Callable[[], Outputs]) -> Outputs:
         """Runs with the inputs' device current and autocast off: a kernel sees the dtypes that it was promised."""
@@ -149,11 +162,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A plan, and what tells a call like the one that it was made for: tensors, options with their types, settings and request."""
+    """A plan, and what tells a call like the one that it was made for: its values, settings and request. `differentiable`: a tensor asks for its gradient."""
 
     plan: Plan
     same: Callable[[tuple[object, ...]], bool]
-    options: tuple[object, ...]
+    differentiable: bool
     settings: tuple[object, ...]
     on_cuda: bool
 
@@ -175,9 +188,7 @@ class Planner:
     def plan(self, call: Call, asked: Request) -> Plan:
         """The plan for a call, from the memo where it has one."""
         entry = self._recent
-        if entry is None or not (
-            entry.same(self.tensors(call)) and entry.options == self.options(call) and entry.settings == _settings(asked, entry.on_cuda)
-        ):
+        if entry is None or not (entry.same(self.values(call)) and entry.settings == _settings(asked, entry.on_cuda)):
             key = self._key(call, asked)
             entry = self._memo.get(key) if key is not None else None
             if entry is None:
@@ -190,11 +201,22 @@ class Planner:
             check_indices(self.contract, call)
         return entry.plan
 
+    def repeated(self, values: tuple[object, ...], backend: str | None) -> Outputs | None:
+        """A call just like the last one, repeated; None where it may be another, or something stands between it and the kernel."""
+        entry = self._recent
+        if entry is None or not entry.same(values) or (entry.differentiable and torch.is_grad_enabled()):
+            return None
+        if entry.settings != _settings(request(backend, training=False), entry.on_cuda):
+            return None
+        return entry.plan.repeated(values)
+
     def _remember(self, key: object, plan: Plan, call: Call, asked: Request) -> None:
         if len(self._memo) >= _MEMO_LIMIT:
             self._memo.clear()
         on_cuda = plan.device.type == "cuda"
-        entry = _Entry(plan, same_as(self.tensors(call)), self.options(call), _settings(asked, on_cuda), on_cuda)
+        values = self.values(call)
+        differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in values)
+        entry = _Entry(plan, same_as(values), differentiable, _settings(asked, on_cuda), on_cuda)
         self._memo[key] = self._recent = entry
 
     def execute(self, plan: Plan, call: Call) -> Outputs:
@@ -204,7 +226,7 @@ class Planner:
                 f"{self.contract.name}: a graph is being captured, and this bound op has not run yet; call it once before the capture"
             )
         if self._may_change and call.inplace:  # type: ignore[attr-defined]
-            _announce_change(self.contract.name, call.state)  # type: ignore[attr-defined]
+            announce_change(self.contract.name, call.state)  # type: ignore[attr-defined]
         outputs = plan.run(call)
         if not plan.ran:
             self._warmed.setdefault(_compiled_for(plan.choice.signature), set()).add(plan.choice.pair)
@@ -281,10 +303,11 @@ class Planner:
             tune_call(self.contract, call, signature, asked.tune_budget_s)
             choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
-        return Plan(choice, forward, backward, checks, device)
+        written = self.contract.parameters.index("state") if self._may_change and call.inplace else None  # type: ignore[attr-defined]
+        return Plan(choice, forward, backward, checks, device, self.values, len(self.contract.outputs), written)
 
 
-def _announce_change(op: str, state: Tensor) -> None:
+def announce_change(op: str, state: Tensor) -> None:
     """Tells autograd that a kernel writes this tensor, which it cannot see: what was saved of it for a backward is refused there."""
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)

@@ -18,32 +18,39 @@ from torch.autograd import forward_ad
 __all__ = ["never", "same_as"]
 
 _ALIGNMENT = 16
+_PLAIN = frozenset([Tensor, torch.nn.Parameter])
+_ADDRESS = Tensor.data_ptr
 Values = tuple[object, ...]
 
 
 def same_as(values: Values) -> Callable[[Values], bool]:
-    """What says of later values, in the same places, that they surely have these facts and needs of gradient. False: they may not."""
+    """What says of later values, in the same places, that they surely have these facts and needs of gradient. False: they may not.
+
+    Of a tensor its facts count, of anything else its type and what it equals (1 is not True).
+    """
     at = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
-    absent = [place for place, value in enumerate(values) if value is None]
+    others = [place for place, value in enumerate(values) if not isinstance(value, Tensor)]
     tensors = [cast(Tensor, values[place]) for place in at]
     check = _guard(tensors)
-    if check is None or len(at) + len(absent) < len(values) or len(at) < 2:
+    if check is None or len(at) < 2 or len(others) < 2:  # itemgetter gives a tuple for two or more
         return never
     taken = cast(Callable[[Values], tuple[Tensor, ...]], operator.itemgetter(*at))
+    rest = cast(Callable[[Values], Values], operator.itemgetter(*others))
+    numbers = rest(values)
+    kinds = tuple(map(type, numbers))
     offsets = [tensor.data_ptr() % _ALIGNMENT for tensor in tensors]
 
     def same(later: Values) -> bool:
-        for place in absent:
-            if later[place] is not None:
-                return False
+        found = rest(later)
+        if tuple(map(type, found)) != kinds or found != numbers:  # types first: what equals a tensor is a tensor
+            return False
         if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
             return False  # a dual tensor looks like any other, and so does one that is traced
-        for place in at:
-            value = later[place]
-            if not isinstance(value, Tensor) or value.is_nested:  # torch's guard ends the process at nested ones
-                return False
         given = taken(later)
-        return check(*given) and [tensor.data_ptr() & (_ALIGNMENT - 1) for tensor in given] == offsets
+        for value in given:
+            if value.__class__ not in _PLAIN or value.is_nested:  # torch's guard ends the process at nested ones
+                return False
+        return check(*given) and [address & (_ALIGNMENT - 1) for address in map(_ADDRESS, given)] == offsets
 
     return same
 

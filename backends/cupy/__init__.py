@@ -6,6 +6,7 @@ from titans_backends.backend import Backend
 
 _PACKAGE = "titans_backends.backends.cupy"
 _OPS = ("dual_core", "fast_core", "fused_uw", "gated_delta_rule", "gated_delta_step", "slow_core", "uw_transform")
+_BACKWARD = ("delta_backward", "dual_backward", "fast_core_gradients", "fused_uw_gradients", "slow_core_gradients", "uw_transform_gradients")
 
 BACKEND = Backend(
     name="cupy",
@@ -15,7 +16,7 @@ BACKEND = Backend(
     simplicity=3,
     rank={"cuda": 1},
     requires=("cupy",),
-    backward=(f"{_PACKAGE}.fast_core_gradients", f"{_PACKAGE}.fused_uw_gradients"),
+    backward=tuple(f"{_PACKAGE}.{name}" for name in _BACKWARD),
     install="pip install 'titans-backends[cuda13]' (or [cuda12], as torch.version.cuda says)",
     probe=f"{_PACKAGE}.probe",
 )

@@ -1,65 +1,26 @@
-"""Compiling without a GPU what a call would launch: its launches are collected, and each form's cubin goes to disk, where `engine` looks for it."""
+"""Compiling without a GPU what a call would launch: each form's cubin goes to disk, where `engine` looks for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from titans_backends.backend import Candidate
-from titans_backends.contracts import CONTRACTS
-from titans_backends.contracts.validate import validate
-from titans_backends.machine import Machine
+from titans_backends.launching import ahead
+from titans_backends.launching.ahead import CompileAhead, arriving
+from titans_backends.launching.remember import Run, RunBackward
 
-from . import launch
 from .compile import architecture, cubin
-from .program import Run, RunBackward
+from .launch import TAPING, Form
 
-__all__ = ["CompileAhead", "ahead_of", "arriving", "collected"]
-
-CompileAhead = Callable[[Any, Candidate, Machine], None]
+__all__ = ["ahead_of", "arriving", "collected"]
 
 
-def collected(run: Callable[[Any, Candidate], object], call: Any, candidate: Candidate) -> list[launch.Form]:
+def collected(run: Callable[[Any, Candidate], object], call: Any, candidate: Candidate) -> list[Form]:
     """What a call on the CPU or on sizes alone (device "meta") would launch, each form once, in the order of the launches."""
-    with launch.collecting() as forms:
-        run(call, candidate)
-    return list(forms)
+    return ahead.collected(TAPING, run, call, candidate)
 
 
 def ahead_of(run: Run, op: str = "", run_backward: RunBackward | None = None) -> CompileAhead:
-    """An op module's `compile_ahead`, from its `run` and, for an op that trains, its name and `run_backward`."""
-
-    def either(call: Any, candidate: Candidate) -> object:
-        if candidate.direction == "forward" or run_backward is None:
-            return run(call, candidate)
-        return run_backward(call, *arriving(op, call, candidate), candidate)
-
-    def compile_ahead(call: Any, candidate: Candidate, machine: Machine) -> None:
-        """Compiles what running the candidate would launch. ValueError for a machine that is no CUDA card, CompileError with NVRTC's log."""
-        if machine.kind != "cuda" or machine.sm is None:
-            raise ValueError(f"the CuPy backend compiles ahead for CUDA cards whose capability is known, not for {machine.name}")
-        for form in collected(either, call, candidate):
-            cubin(form, architecture(machine.sm))
-
-    return compile_ahead
-
-
-def arriving(op: str, call: Any, candidate: Candidate) -> tuple[tuple[Tensor | None, ...], Tensor | None, frozenset[str]]:
-    """What a backward is handed, of the right sizes: gradients of every output, saved states, and every input's need."""
-    made = CONTRACTS[op]
-    dims, given = validate(made, call), made.tensors(call)
-    first = given[made.operands[0]]
-    grads = []
-    for output in made.outputs:
-        asked = output.when is None or getattr(call, output.when)
-        like = given[output.like] if output.like else None
-        shape = tuple(like.shape) if like is not None and output.dims.startswith("*") else tuple(dims[letter] for letter in output.dims.split())
-        grads.append(torch.empty(shape, dtype=torch.float32 if like is None else like.dtype, device=first.device) if asked else None)
-    states = None
-    if candidate.saves_states and made.grid is not None:
-        chunks = -(-dims["T"] // made.grid(call))
-        states = torch.empty(dims["B"], chunks, dims["H"], dims["K"], dims["V"], dtype=first.dtype, device=first.device)
-    return tuple(grads), states, frozenset(name for name in made.differentiable if name in given)
+    """An op module's `compile_ahead`, from its `run` and, for an op that trains, its name and `run_backward`; CompileError holds NVRTC's log."""
+    return ahead.ahead_of(TAPING, lambda form, sm: cubin(form, architecture(sm)), run, op, run_backward)

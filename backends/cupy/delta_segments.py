@@ -73,9 +73,9 @@ def segments_candidates(signature: Signature, machine: Machine) -> list[Candidat
     clusters = machine.sm is not None and machine.sm >= _CLUSTERS
     tokens = max(1, signature.dim("T") // (signature.dim("N") if signature.packed else 1))
     streams = signature.dim("N") * signature.dim("H") * -(-signature.dim("V") // tile)
-    shapes = [(1, 8, group), (1, 4, group)] + ([(1, 2, group)] if group < 4 else [])
-    if clusters:
-        shapes += [(8, 8, group), (4, 8, group), (2, 8, group)] + ([(8, 4, 1), (4, 4, 1)] if group == 1 else [])
+    shapes = [(1, 4, group), (8, 8, group), (4, 4, 1) if group == 1 else (4, 8, group)] if clusters else [(1, 8, group), (1, 4, group)]
+    if not clusters and group < 4:
+        shapes.append((1, 2, group))
     plans = []
     for cluster, warps, group in shapes:
         longest = _fits(tile, size, cluster, warps, group, room)

@@ -1,4 +1,4 @@
-"""dual_core's flat mode: one launch, a block per chunk, head and tile of 32 values (kernel in cuda/dual_flat.cu)."""
+"""dual_core's flat mode, one launch: a block per chunk, head and tile of 32 values (kernel in cuda/dual_flat.cu), or small heads by prefix sums (dual_prefix.py)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 from .bounds import bounds_on
+from .dual_prefix import prefix, prefix_candidates
 from .launch import DTYPES, Kernel
 from .serving import CONSUMER_SHARED_BYTES, padded
 from .serving import candidate as _candidate
 from .strides import aligned_rows, unit_stride
 
-__all__ = ["flat", "flat_candidates", "serves_flat"]
+__all__ = ["FLAT_VARIANTS", "flat", "flat_candidates", "serves_flat"]
 
 SOURCE = "dual_flat.cu"
+FLAT_VARIANTS = ("flat", "prefix")
 FLAT = Kernel(SOURCE, "dual_flat", "10P24q16i2f")
 
 _TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
@@ -63,7 +65,13 @@ def serves_flat(signature: Signature, machine: Machine) -> Verdict:
 
 
 def flat_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """A block for a chunk and head; and, where blocks form clusters, a cluster whose blocks have two blocks of rows each, which is the first for few chunks."""
+    """Prefix sums where they serve; a block for a chunk and head; and, where blocks form clusters, a cluster whose blocks have two blocks of rows each, which
+    is the first of the others for few chunks."""
+    sums, blocks = prefix_candidates(signature, machine), _block_candidates(signature, machine)
+    return [*sums, *(way for way in blocks if not sums or way.param("cluster") == 1)]
+
+
+def _block_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     chunk, transform, keys = signature.option("chunk_size"), str(signature.option("transform")), signature.dim("K")
     assert isinstance(chunk, int)
     blocks = _blocks(chunk, signature.dim("T"))
@@ -84,6 +92,8 @@ def flat_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
 
 def flat(call: DualCore, candidate: Candidate) -> Tensor:
     """o `[B, T, H, V]` in v's dtype."""
+    if candidate.variant == "prefix":
+        return prefix(call, candidate)
     q, k, v, beta, g, alpha = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v), call.beta, call.g, call.alpha
     fast, slow, offset = call.fast_gate, call.slow_gate, call.chunk_offset
     bounds = bounds_on(call.cu_seqlens, v)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Sequence
 
 import cupy
 import torch
@@ -30,9 +31,10 @@ class CuPyEngine:
         """The current device's index."""
         return int(torch._C._cuda_getDevice())
 
-    def stream(self, device: int) -> int:
+    @staticmethod
+    def stream(device: int) -> int:
         """torch's current stream of a device, as the driver's handle."""
-        return int(torch._C._cuda_getCurrentRawStream(device))
+        return torch._C._cuda_getCurrentRawStream(device)
 
     def load(self, form: Form) -> Loaded:
         """A form on the current device. CompileError where NVRTC refuses it, CUDADriverError where the card does."""
@@ -59,7 +61,7 @@ class _Function:
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
         self._address = ctypes.addressof(self._pointers)
 
-    def __call__(self, blocks: Blocks, threads: int, shared: int, stream: int, layout: struct.Struct, values: tuple[object, ...]) -> None:
+    def __call__(self, blocks: Blocks, threads: int, shared: int, stream: int, layout: struct.Struct, values: Sequence[object]) -> None:
         with self._lock:
             layout.pack_into(self._buffer, 0, *values)
             try:

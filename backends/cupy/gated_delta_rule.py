@@ -1,4 +1,4 @@
-"""gated_delta_rule in CUDA C++: segments side by side in one launch (delta_segments.py), for the tuner to race in several shapes."""
+"""gated_delta_rule in CUDA C++: heads of up to 64 in segments side by side in one launch (delta_segments.py), all in a walk over prepared blocks (delta_walk.py)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
-from .delta_segments import segments, segments_candidates, widest_keys
-from .program import remembering
-from .serving import serves
+from .delta_backward import backward_candidates, run_backward
+from .delta_segments import segments, segments_candidates
+from .delta_walk import run_walk, walk_candidates
+from .program import remembering, remembering_backward
+from .serving import WIDEST, serves
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
     """What `serving.serves` says; every option, at any chunk size: the rule is the same on every grid."""
-    return serves(signature, machine, widest_keys)
+    return serves(signature, machine, WIDEST)
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """The shapes that fit the card."""
-    return segments_candidates(signature, machine)
+    """The shapes that fit the card: where heads are narrow segments, and one walk."""
+    segmented, walks = segments_candidates(signature, machine), walk_candidates(signature, machine)
+    return segmented + walks[:1] if segmented else walks
 
 
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and the final state."""
-    return segments(call, candidate)
+    return segments(call, candidate) if candidate.variant == "segments" else run_walk(call, candidate)
 
 
-compile_ahead = ahead_of(run)
-remember = remembering(run)
+compile_ahead = ahead_of(run, "gated_delta_rule", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

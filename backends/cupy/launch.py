@@ -8,33 +8,18 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "DTYPES",
-    "Arg",
-    "Blocks",
-    "Engine",
-    "Form",
-    "Kernel",
-    "Loaded",
-    "Macros",
-    "Tape",
-    "Taped",
-    "collecting",
-    "current",
-    "is_collecting",
-    "taping",
-    "using",
-]
+from titans_backends.launching.tape import Arg, Taped, Taping
 
-Arg = Tensor | int | float | None
+__all__ = ["DTYPES", "TAPING", "Blocks", "Engine", "Form", "Kernel", "Loaded", "Macros", "current", "using"]
+
 Blocks = tuple[int, int, int]
 Macros = tuple[tuple[str, int | str | bool], ...]
 
@@ -55,7 +40,7 @@ class Form:
 class Loaded(Protocol):
     """A form on a device: launches `blocks` of `threads` with the packed values, pointers as integers."""
 
-    def __call__(self, blocks: Blocks, threads: int, shared: int, stream: int, layout: struct.Struct, values: tuple[object, ...], /) -> None: ...
+    def __call__(self, blocks: Blocks, threads: int, shared: int, stream: int, layout: struct.Struct, values: Sequence[object], /) -> None: ...
 
 
 class Engine(Protocol):
@@ -68,27 +53,6 @@ class Engine(Protocol):
     def load(self, form: Form, /) -> Loaded: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Taped:
-    """One launch as it was made."""
-
-    loaded: Loaded
-    blocks: Blocks
-    threads: int
-    shared: int
-    layout: struct.Struct
-    values: tuple[Arg, ...]
-
-
-@dataclass(slots=True)
-class Tape:
-    """The launches of a recorded call; with `forms` nothing is launched, and what would have been is noted there, each once."""
-
-    launches: list[Taped] = field(default_factory=list)
-    forms: dict[Form, None] | None = None
-
-
-_LOCAL = threading.local()
 _ENGINES: list[Engine] = []
 
 
@@ -111,36 +75,8 @@ def current() -> Engine:
     return _ENGINES[-1]
 
 
-@contextmanager
-def taping() -> Iterator[Tape]:
-    """Notes the launches that this thread makes inside."""
-    tape = Tape()
-    with _noting(tape):
-        yield tape
-
-
-@contextmanager
-def collecting() -> Iterator[dict[Form, None]]:
-    """Notes in order what this thread would launch inside, and launches nothing; tensors may lie anywhere, or on "meta"."""
-    forms: dict[Form, None] = {}
-    with _noting(Tape(forms=forms)):
-        yield forms
-
-
-def is_collecting() -> bool:
-    """Whether this thread's launches are collected and not made."""
-    tape: Tape | None = getattr(_LOCAL, "tape", None)
-    return tape is not None and tape.forms is not None
-
-
-@contextmanager
-def _noting(tape: Tape) -> Iterator[None]:
-    before = getattr(_LOCAL, "tape", None)
-    _LOCAL.tape = tape
-    try:
-        yield
-    finally:
-        _LOCAL.tape = before
+TAPING: Taping[Form] = Taping(lambda: current().stream)
+"""This backend's tapes."""
 
 
 class Kernel:
@@ -159,7 +95,7 @@ class Kernel:
         """Runs the kernel on the current stream of the current device, which the tensors must lie on; `shared`: dynamic shared memory in bytes."""
         if not blocks[0] * blocks[1] * blocks[2]:
             return
-        tape: Tape | None = getattr(_LOCAL, "tape", None)
+        tape = TAPING.current
         form = Form(self.source, self.name, macros, shared)
         if tape is not None and tape.forms is not None:
             tape.forms[form] = None
@@ -173,7 +109,17 @@ class Kernel:
                 loaded = self._loaded.get(key)
                 if loaded is None:
                     loaded = self._loaded[key] = engine.load(form)
+        given = tuple([0 if value is None else value for value in values])
         if tape is not None:
-            tape.launches.append(Taped(loaded, blocks, threads, shared, self.layout, values))
-        packed = tuple([value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in values])
+            tape.launches.append(Taped(_repeat(loaded, blocks, threads, shared, self.layout), given))
+        packed = [value.data_ptr() if isinstance(value, Tensor) else value for value in given]
         loaded(blocks, threads, shared, engine.stream(device), self.layout, packed)
+
+
+def _repeat(loaded: Loaded, blocks: Blocks, threads: int, shared: int, layout: struct.Struct) -> Callable[[int, tuple[object, ...]], None]:
+    """What makes a launch again, on a stream, with other values."""
+
+    def again(stream: int, values: tuple[object, ...]) -> None:
+        loaded(blocks, threads, shared, stream, layout, values)
+
+    return again

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from titans_backends.launching.rows import unit_stride
+
 __all__ = ["aligned_rows", "flat", "unit_stride"]
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """The tensor, or a copy where its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def aligned_rows(x: Tensor, *, whole: bool = False) -> bool:

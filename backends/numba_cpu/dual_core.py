@@ -14,6 +14,8 @@ from torch import Tensor
 
 from titans_backends.backend import Candidate
 from titans_backends.contracts.dual_core import DualCore, is_exact_rule
+from titans_backends.launching.remember import from_values
+from titans_backends.launching.tape import Again
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
@@ -62,10 +64,10 @@ def run(call: DualCore, candidate: Candidate) -> Outputs:
     return _again(call, candidate)(call)
 
 
-def remember(call: DualCore, candidate: Candidate) -> tuple[Outputs, Callable[[DualCore], Outputs]]:
+def remember(call: DualCore, candidate: Candidate) -> tuple[Outputs, Again]:
     """`run`, and what repeats it."""
     again = _again(call, candidate)
-    return again(call), again
+    return again(call), from_values(DualCore, again)
 
 
 def _slow(call: DualCore, sizes: Sizes, variant: str, options: dict[str, int | float]) -> Launch:

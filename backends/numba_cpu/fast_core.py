@@ -8,6 +8,8 @@ from torch import Tensor
 
 from titans_backends.backend import Candidate
 from titans_backends.contracts.fast_core import FastCore
+from titans_backends.launching.remember import from_values
+from titans_backends.launching.tape import Again
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
@@ -39,10 +41,10 @@ def run(call: FastCore, candidate: Candidate) -> Outputs:
     return _again(call, candidate)(call)
 
 
-def remember(call: FastCore, candidate: Candidate) -> tuple[Outputs, Callable[[FastCore], Outputs]]:
+def remember(call: FastCore, candidate: Candidate) -> tuple[Outputs, Again]:
     """`run`, and what repeats it."""
     again = _again(call, candidate)
-    return again(call), again
+    return again(call), from_values(FastCore, again)
 
 
 def _launch(call: FastCore, sizes: Sizes, candidate: Candidate) -> Launch:

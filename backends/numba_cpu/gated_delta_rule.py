@@ -11,6 +11,8 @@ from torch import Tensor
 
 from titans_backends.backend import Candidate
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
+from titans_backends.launching.remember import from_values
+from titans_backends.launching.tape import Again
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
@@ -46,10 +48,10 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> Outputs:
     return _again(call, candidate)(call)
 
 
-def remember(call: GatedDeltaRule, candidate: Candidate) -> tuple[Outputs, Callable[[GatedDeltaRule], Outputs]]:
+def remember(call: GatedDeltaRule, candidate: Candidate) -> tuple[Outputs, Again]:
     """`run`, and what repeats it."""
     again = _again(call, candidate)
-    return again(call), again
+    return again(call), from_values(GatedDeltaRule, again)
 
 
 def _launch(call: GatedDeltaRule, sizes: Sizes, candidate: Candidate) -> Launch:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from titans_backends.backend import Candidate
 from titans_backends.contracts.gated_delta_step import GatedDeltaStep
+from titans_backends.launching.remember import from_values
+from titans_backends.launching.tape import Again
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
@@ -43,10 +45,10 @@ def run(call: GatedDeltaStep, candidate: Candidate) -> Outputs:
     return _prepared(call)(call)
 
 
-def remember(call: GatedDeltaStep, candidate: Candidate) -> tuple[Outputs, Callable[[GatedDeltaStep], Outputs]]:
+def remember(call: GatedDeltaStep, candidate: Candidate) -> tuple[Outputs, Again]:
     """`run`, and what repeats it."""
     again = _prepared(call)
-    return again(call), again
+    return again(call), from_values(GatedDeltaStep, again)
 
 
 def _prepared(call: GatedDeltaStep) -> Callable[[GatedDeltaStep], Outputs]:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from titans_backends.backend import Candidate
 from titans_backends.contracts.slow_core import SlowCore
+from titans_backends.launching.remember import from_values
+from titans_backends.launching.tape import Again
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
@@ -37,10 +39,10 @@ def run(call: SlowCore, candidate: Candidate) -> Outputs:
     return _again(call)(call)
 
 
-def remember(call: SlowCore, candidate: Candidate) -> tuple[Outputs, Callable[[SlowCore], Outputs]]:
+def remember(call: SlowCore, candidate: Candidate) -> tuple[Outputs, Again]:
     """`run`, and what repeats it."""
     again = _again(call)
-    return again(call), again
+    return again(call), from_values(SlowCore, again)
 
 
 def _again(call: SlowCore) -> Callable[[SlowCore], Outputs]:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from titans_backends.backend import Candidate
 from titans_backends.contracts.uw_transform import UWTransform
+from titans_backends.launching.remember import from_values
+from titans_backends.launching.tape import Again
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
@@ -37,10 +39,10 @@ def run(call: UWTransform, candidate: Candidate) -> Outputs:
     return _again(call)(call)
 
 
-def remember(call: UWTransform, candidate: Candidate) -> tuple[Outputs, Callable[[UWTransform], Outputs]]:
+def remember(call: UWTransform, candidate: Candidate) -> tuple[Outputs, Again]:
     """`run`, and what repeats it."""
     again = _again(call)
-    return again(call), again
+    return again(call), from_values(UWTransform, again)
 
 
 def _again(call: UWTransform) -> Callable[[UWTransform], Outputs]:

@@ -1,7 +1,6 @@
-"""Compiling without a GPU what a call would launch: its launches are collected, and each form goes into Triton's cache on disk.
+"""Compiling without a GPU what a call would launch: each form goes into Triton's cache on disk.
 
-The entry is the one that `launch.Kernel` looks for on the card itself: the same source, options and target, `("cuda", machine.sm, 32)`. Nothing is
-launched, and nothing is remembered by `program`.
+The entry is the one that `launch.Kernel` looks for on the card itself: the same source, options and target, `("cuda", sm, 32)`.
 """
 
 from __future__ import annotations
@@ -11,76 +10,42 @@ from collections.abc import Callable
 from ctypes.util import find_library
 from typing import Any
 
-import torch
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from titans_backends.backend import Candidate
-from titans_backends.contracts import CONTRACTS
-from titans_backends.contracts.validate import validate
-from titans_backends.machine import Machine
+from titans_backends.launching import ahead
+from titans_backends.launching.ahead import CompileAhead, arriving
+from titans_backends.launching.remember import Run, RunBackward
 
-from . import launch
 from .lanes import compiled
-from .program import Run
+from .launch import TAPING, Form, Kernel, options_of, source_of
 
-__all__ = ["CompileAhead", "ahead_of", "collected"]
-
-CompileAhead = Callable[[Any, Candidate, Machine], None]
-RunBackward = Callable[[Any, tuple[Tensor | None, ...], Tensor | None, frozenset[str], Candidate], tuple[Tensor | None, ...]]
+__all__ = ["ahead_of", "arriving", "collected"]
 
 
-def collected(run: Callable[[Any, Candidate], object], call: Any, candidate: Candidate) -> list[tuple[launch.Kernel, launch.Form]]:
+def collected(run: Callable[[Any, Candidate], object], call: Any, candidate: Candidate) -> list[tuple[Kernel, Form]]:
     """What a call on the CPU or on sizes alone (device "meta") would launch, each form once, in the order of the launches."""
-    with launch.collecting() as forms:
-        run(call, candidate)
-    return list(forms)
+    return ahead.collected(TAPING, run, call, candidate)
 
 
 def ahead_of(run: Run, op: str = "", run_backward: RunBackward | None = None) -> CompileAhead:
-    """An op module's `compile_ahead`, from its `run` and, for an op that trains, its name and `run_backward`."""
-
-    def either(call: Any, candidate: Candidate) -> object:
-        if candidate.direction == "forward" or run_backward is None:
-            return run(call, candidate)
-        return run_backward(call, *_arriving(op, call, candidate), candidate)
-
-    def compile_ahead(call: Any, candidate: Candidate, machine: Machine) -> None:
-        """Compiles what running the candidate would launch. ValueError for a machine that is no CUDA card, RuntimeError with what the compiler raised."""
-        if machine.kind != "cuda" or machine.sm is None or torch.version.hip is not None:
-            raise ValueError(f"the Triton backend compiles ahead for CUDA cards whose capability is known, not for {machine.name}")
-        for kernel, form in collected(either, call, candidate):
-            reason = "" if kernel.interpreted else _compiled(kernel, form, machine.sm)
-            if reason:
-                raise RuntimeError(f"{kernel.name}: {reason}")
-
-    return compile_ahead
+    """An op module's `compile_ahead`, from its `run` and, for an op that trains, its name and `run_backward`; RuntimeError says what the compiler raised."""
+    return ahead.ahead_of(TAPING, _compile, run, op, run_backward)
 
 
-def _arriving(op: str, call: Any, candidate: Candidate) -> tuple[tuple[Tensor | None, ...], Tensor | None, frozenset[str]]:
-    """What a backward is handed, of the right sizes: gradients of every output, saved states, and every input's need."""
-    made = CONTRACTS[op]
-    dims, given = validate(made, call), made.tensors(call)
-    first = given[made.operands[0]]
-    grads = []
-    for output in made.outputs:
-        asked = output.when is None or getattr(call, output.when)
-        like = given[output.like] if output.like else None
-        shape = tuple(like.shape) if like is not None and output.dims.startswith("*") else tuple(dims[letter] for letter in output.dims.split())
-        grads.append(torch.empty(shape, dtype=torch.float32 if like is None else like.dtype, device=first.device) if asked else None)
-    states = None
-    if candidate.saves_states and made.grid is not None:
-        chunks = -(-dims["T"] // made.grid(call))
-        states = torch.empty(dims["B"], chunks, dims["H"], dims["K"], dims["V"], dtype=first.dtype, device=first.device)
-    return tuple(grads), states, frozenset(name for name in made.differentiable if name in given)
+def _compile(launched: tuple[Kernel, Form], sm: int) -> None:
+    kernel, form = launched
+    reason = "" if kernel.interpreted else _compiled(kernel, form, sm)
+    if reason:
+        raise RuntimeError(f"{kernel.name}: {reason}")
 
 
 @functools.cache
-def _compiled(kernel: launch.Kernel, form: launch.Form, sm: int) -> str:
+def _compiled(kernel: Kernel, form: Form, sm: int) -> str:
     """Compiles once in this process, unless it lies on disk already; what the compiler raised, or nothing."""
-    source = launch.source_of(kernel, form)
+    source = source_of(kernel, form)
     try:
-        made = compiled(source, launch.options_of(form), GPUTarget("cuda", sm, 32))
+        made = compiled(source, options_of(form), GPUTarget("cuda", sm, 32))
         if _has_launchers():
             from triton.backends.nvidia.driver import CudaLauncher
 

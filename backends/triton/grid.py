@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titans_backends.launching.rows import unit_stride
+
 __all__ = ["chunks_before", "find_sequence", "first_slot", "locate", "on_device", "slot_count", "strides", "unit_stride"]
 
 
@@ -23,11 +25,6 @@ def slot_count(batch: int, tokens: int, unit: int, cu_seqlens: Tensor | None, of
         return batch * -(-(tokens + offset) // unit) if tokens else 0
     sequences = cu_seqlens.numel() - 1
     return (tokens + sequences * offset) // unit + sequences
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous, else a copy: the kernels read rows."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def on_device(cu_seqlens: Tensor | None, like: Tensor) -> Tensor | None:

@@ -7,21 +7,21 @@ pays for one tuple, one lookup and the driver. Under `TRITON_INTERPRET=1` the ke
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
 
+from titans_backends.launching.tape import Arg, Taped, Taping
+
 from .lanes import compiled
 
-__all__ = ["Form", "Kernel", "Loaded", "Tape", "Taped", "collecting", "is_collecting", "options_of", "source_of", "taping"]
+__all__ = ["TAPING", "Form", "Kernel", "Loaded", "options_of", "source_of"]
 
 Value = int | float | str | bool | None
-Arg = Tensor | int | float | None
 Loaded = tuple[Callable[..., None], object, object]
 """A compiled form on a device: Triton's launcher, the function's handle, packed metadata."""
 
@@ -51,57 +51,8 @@ class Form:
     registers: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Taped:
-    """One launch as it was made; `unused` stands for the constants, which the launcher skips."""
-
-    form: Loaded
-    blocks: int
-    args: tuple[Arg, ...]
-    unused: tuple[None, ...]
-
-
-@dataclass(slots=True)
-class Tape:
-    """The launches of a recorded call; with `forms` nothing is launched, and what would have been is noted there, each once."""
-
-    launches: list[Taped] = field(default_factory=list)
-    forms: dict[tuple[Kernel, Form], None] | None = None
-
-
-_LOCAL = threading.local()
-
-
-@contextmanager
-def taping() -> Iterator[Tape]:
-    """Notes the launches that this thread makes inside."""
-    tape = Tape()
-    with _noting(tape):
-        yield tape
-
-
-@contextmanager
-def collecting() -> Iterator[dict[tuple[Kernel, Form], None]]:
-    """Notes in order what this thread would launch inside, and launches nothing; tensors may lie anywhere, or on "meta"."""
-    forms: dict[tuple[Kernel, Form], None] = {}
-    with _noting(Tape(forms=forms)):
-        yield forms
-
-
-def is_collecting() -> bool:
-    """Whether this thread's launches are collected and not made."""
-    tape: Tape | None = getattr(_LOCAL, "tape", None)
-    return tape is not None and tape.forms is not None
-
-
-@contextmanager
-def _noting(tape: Tape) -> Iterator[None]:
-    before = getattr(_LOCAL, "tape", None)
-    _LOCAL.tape = tape
-    try:
-        yield
-    finally:
-        _LOCAL.tape = before
+TAPING: Taping[tuple[Kernel, Form]] = Taping(lambda: torch._C._cuda_getCurrentRawStream)
+"""This backend's tapes."""
 
 
 class Kernel:
@@ -133,7 +84,7 @@ class Kernel:
         """Runs `blocks` programs on the current stream of the current device, which the tensors must lie on."""
         if not blocks:
             return
-        tape = getattr(_LOCAL, "tape", None)
+        tape = TAPING.current
         if tape is not None and tape.forms is not None:
             tape.forms[self, self._form(args, constants, warps, stages, registers)] = None
             return
@@ -160,8 +111,18 @@ class Kernel:
             found = self._compiled(key, device, self._form(args, constants, warps, stages, registers))
         run, function, packed = found
         if tape is not None:
-            tape.launches.append(Taped(found, blocks, args, self._unused))
+            tape.launches.append(Taped(self._repeat(found, blocks), args))
         run(blocks, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, packed, None, None, None, *values, *self._unused)
+
+    def _repeat(self, found: Loaded, blocks: int) -> Callable[[int, tuple[object, ...]], None]:
+        """What makes a launch again, with other arguments; constants are passed as None, which the launcher skips."""
+        run, function, packed = found
+        unused = self._unused
+
+        def again(stream: int, args: tuple[object, ...]) -> None:
+            run(blocks, 1, 1, stream, function, packed, None, None, None, *args, *unused)
+
+        return again
 
     def _form(self, args: tuple[Arg, ...], constants: tuple[Value, ...], warps: int, stages: int, registers: int = 0) -> Form:
         types: list[str | None] = []

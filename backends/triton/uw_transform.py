@@ -49,7 +49,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     if signature.option("transform") == "none":
         ways = [_candidate("scaled", block=block, warps=4, stages=1) for block in (16, 32, 64) if block < 2 * max(chunk, 16)]
         return ways[::-1]
-    ways = _blocks(signature, chunk) if chunk <= _WIDEST_BLOCK else _walks(signature)
+    ways = _blocks(signature, chunk) if chunk <= _WIDEST_BLOCK else [*_wide_blocks(signature, chunk), *_walks(signature)]
     if 32 < chunk <= _WIDEST_BLOCK and max(signature.dim("K"), signature.dim("V")) <= 32:
         ways = [*ways, *(_candidate("walk", block=32, columns=32, pairs=False, warps=warps, stages=2, dot=dots(signature)[0]) for warps in (2, 1))]
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
@@ -85,6 +85,15 @@ def _blocks(signature: Signature, chunk: int) -> list[Candidate]:
         joined = [_candidate("joined", block=block, heads=1, warps=warps, stages=1, dot="tf32") for warps in (4, 8)]
         found = [*found, *joined] if signature.option("transform") == "lam" else [*joined, *found]  # lam's one product gains nothing from more warps
     return found
+
+
+def _wide_blocks(signature: Signature, chunk: int) -> list[Candidate]:
+    """A chunk of at most 128 tokens as one block: lam's triangle is a product, and in 16 bits it fits; the walk's running matrices spill at wide heads."""
+    narrowest, widest = (tile_width(of(signature.dim("K"), signature.dim("V"))) for of in (min, max))
+    if signature.option("transform") != "lam" or chunk > 2 * _WIDEST_BLOCK or signature.dtype.itemsize != 2 or narrowest < 64:
+        return []
+    tiles = dict.fromkeys(min(columns, widest) for columns in (128, 64))
+    return [_candidate("block", block=2 * _WIDEST_BLOCK, columns=columns, heads=1, warps=8, stages=1, dot="tf32", registers=0) for columns in tiles]
 
 
 def _walks(signature: Signature) -> list[Candidate]:

@@ -136,6 +136,10 @@ class Contract:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
+    def values(self, call: Call) -> tuple[object, ...]:
+        """What was given for each parameter, in signature order."""
+        return tuple(getattr(call, name) for name in self.parameters)
+
     def tensors(self, call: Call) -> dict[str, Tensor]:
         """The tensors that were given, by name, in signature order."""
         found = {name: getattr(call, name) for name in self.parameters if name in self.argument_by_name}

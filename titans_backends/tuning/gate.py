@@ -166,7 +166,7 @@ def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Ca
             again = remembering.remember(made.with_tensors(call, _others(given)), candidate)[1]
     _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     with torch.no_grad(), _guarded(given, before, where):
-        found = again(call) if again is not None else module.run(call, candidate)
+        found = again(made.values(call)) if again is not None else module.run(call, candidate)
     expected = len(made.outputs) + candidate.saves_states
     if not isinstance(found, tuple) or len(found) != expected:
         raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not a tuple of {expected}, on {where}")
@@ -264,7 +264,7 @@ def run_backward(
             again = remembering.remember_backward(first, tuple(arriving[:-1]), arriving[-1], needs, candidate)[1]
     _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     with torch.no_grad(), _guarded(read, before, where):
-        found: object = module.run_backward(call, grads, states, needs, candidate) if again is None else again(call, grads, states)
+        found: object = module.run_backward(call, grads, states, needs, candidate) if again is None else again(made.values(call), grads, states)
     if not isinstance(found, tuple) or len(found) != len(made.differentiable):
         count = len(found) if isinstance(found, tuple) else type(found).__name__
         raise Rejected(f"it returned {count}, not {len(made.differentiable)} gradients, on {where}")

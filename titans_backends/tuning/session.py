@@ -200,6 +200,7 @@ class Session:
 
     def _kernel(self, candidate: Candidate) -> Callable[[], object]:
         module, call = self._module(candidate), self.timed
+        values = self.contract.values(call)
         if candidate.direction == "forward":
             remembering, again = registry.remembering(module), None
             if remembering is not None:  # what a plan's second call runs
@@ -208,7 +209,7 @@ class Session:
 
             def forward() -> object:
                 with torch.no_grad():
-                    return module.run(call, candidate) if again is None else again(call)
+                    return module.run(call, candidate) if again is None else again(values)
 
             return forward
         grads, states, needs = self._cotangents(), self._states if candidate.saves_states else None, self._needs()
@@ -221,7 +222,7 @@ class Session:
 
         def backward() -> object:
             with torch.no_grad():
-                return trainable.run_backward(call, grads, states, needs, candidate) if repeat is None else repeat(call, grads, states)
+                return trainable.run_backward(call, grads, states, needs, candidate) if repeat is None else repeat(values, grads, states)
 
         return backward
 

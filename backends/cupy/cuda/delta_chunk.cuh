@@ -119,30 +119,53 @@ DEVICE void score(Scores<T>& kept, PairScratch& scratch, int which, const Tile<T
     kept.m00 = block(0, 0), kept.m10 = block(1, 0), kept.m11 = block(1, 1);
 }
 
+// M of a 16-bit chunk among the warps that share the scratch: in the triangle's place, right of it and of its blocks above the diagonal.
+template <typename T> DEVICE void hand_over(const Scores<T>& scores, PairScratch& scratch, int which) {
+    uint32_t* line = reinterpret_cast<uint32_t*>(scratch.solve + which * SOLVE_CHUNK + lane_id() / 4 * SOLVE_ROW);
+    const int c = lane_id() % 4;
+    line[8 + 2 * c] = scores.m00, line[9 + 2 * c] = scores.m10, line[16 + c] = scores.m11;
+}
+template <typename T> DEVICE void take_over(Scores<T>& scores, const PairScratch& scratch, int which) {
+    const uint32_t* line = reinterpret_cast<const uint32_t*>(scratch.solve + which * SOLVE_CHUNK + lane_id() / 4 * SOLVE_ROW);
+    const int c = lane_id() % 4;
+    scores.m00 = line[8 + 2 * c], scores.m10 = line[9 + 2 * c], scores.m11 = line[16 + c];
+}
+
 // Both chunks of the scratch: lane l inverts column l % 16 of the unit triangle l / 16 by substitution, times that column's beta, in place.
-// Warps that share the scratch do the same and `meet` before they write.
-template <typename Meet> DEVICE void invert(PairScratch& scratch, Meet meet) {
+// Warps that share the scratch do the same and `meet` before they write. LOWER: nothing is written above the diagonal's blocks.
+template <bool LOWER, typename Meet> DEVICE void invert(PairScratch& scratch, Meet meet) {
     const int lane = lane_id(), column = lane % CHUNK;
     float* triangle = scratch.solve + lane / CHUNK * SOLVE_CHUNK;
     __syncwarp();
     const float beta = scratch.beta[lane];
     float x[CHUNK];
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) {
-        float line[CHUNK];
+    for (int block = 0; block < CHUNK; block += 4) {  // four rows at a time: four sums that do not wait for each other
+        float sum[4], own[4][4];
 #pragma unroll
-        for (int j = 0; j < i; j += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(triangle + i * SOLVE_ROW + j);
-            line[j] = four.x, line[j + 1] = four.y, line[j + 2] = four.z, line[j + 3] = four.w;
+        for (int i = 0; i < 4; i++) {
+            const float4 four = *reinterpret_cast<const float4*>(triangle + (block + i) * SOLVE_ROW + block);
+            own[i][0] = four.x, own[i][1] = four.y, own[i][2] = four.z, own[i][3] = four.w;
+            sum[i] = block + i == column ? beta : 0.f;
         }
-        float sum = i == column ? beta : 0.f;
 #pragma unroll
-        for (int j = 0; j < i; j++) sum -= line[j] * x[j];
-        x[i] = sum;
+        for (int j = 0; j < block; j += 4)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float4 four = *reinterpret_cast<const float4*>(triangle + (block + i) * SOLVE_ROW + j);
+                sum[i] -= four.x * x[j], sum[i] -= four.y * x[j + 1], sum[i] -= four.z * x[j + 2], sum[i] -= four.w * x[j + 3];
+            }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int j = 0; j < i; j++) sum[i] -= own[i][j] * x[block + j];
+            x[block + i] = sum[i];
+        }
     }
     meet();
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) triangle[i * SOLVE_ROW + column] = x[i];
+    for (int i = 0; i < CHUNK; i++)
+        if (!LOWER || i >= 8 || column < 8) triangle[i * SOLVE_ROW + column] = x[i];
     __syncwarp();
 }
 

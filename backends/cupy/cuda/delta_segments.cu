@@ -24,7 +24,7 @@
 constexpr int SEGMENTS = WARPS / GROUP, ROWS = VALUES + KEYS, MT = ROWS / 16 / GROUP, BLOCKS = KEYS / 8, STEPS = KEYS / 16, VALUE_TILES = VALUES / 16;
 constexpr int OWN_TILES = VALUE_TILES / GROUP > 0 ? VALUE_TILES / GROUP : 1;  // of the values, in the last pass
 constexpr int ROW_TILES = ROWS / 16, SHARE = (SEGMENTS / 2 * ROW_TILES + WARPS - 1) / WARPS > 0 ? (SEGMENTS / 2 * ROW_TILES + WARPS - 1) / WARPS : 1;
-constexpr bool HALF = Dtype<DTYPE>::half;
+constexpr bool HALF = Dtype<DTYPE>::half, SCORES_SHARED = HALF && GROUP > 1;
 constexpr int PIECE = 16 / sizeof(DTYPE), WORDS = sizeof(DTYPE) / 2;  // of 16 bytes, for four pairs
 constexpr int MAP_BYTES = ROWS * KEYS * 4, PUBLISHED_BYTES = KEYS * KEYS * sizeof(DTYPE), START_BYTES = VALUES * KEYS * 4;
 // Small maps of all predecessors are fetched at once, by all warps, and folded from the block's own memory: N into the scratch, R into the second parts of
@@ -326,22 +326,27 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                 continue;
             }
             Scores<DTYPE> kept_first, kept_second;
-#pragma unroll 1
-            for (int which = 0; which < chunks; which++) {
-                kept_first = kept_second;
-                score(kept_second, scratch, which, Keys{key_tile.base + (row0 + CHUNK * which) * Keys::ROW}, Keys{query_tile.base + (row0 + CHUNK * which) * Keys::ROW}, 0);
+            const auto chunk_of = [&](const Keys& tile, int which) { return Keys{tile.base + (row0 + CHUNK * which) * Keys::ROW}; };
+            if constexpr (SCORES_SHARED) {  // a warp a chunk
+                if (part < chunks) {
+                    score(kept_first, scratch, part, chunk_of(key_tile, part), chunk_of(query_tile, part), 0);
+                    hand_over(kept_first, scratch, part);
+                }
+                meet();
+            } else {
+                score(kept_first, scratch, 0, chunk_of(key_tile, 0), chunk_of(query_tile, 0), 0);
+                if (chunks > 1) score(kept_second, scratch, 1, chunk_of(key_tile, 1), chunk_of(query_tile, 1), 0);
             }
-            if (chunks == 1) kept_first = kept_second;
             if (pair == 0) STAMP(2);
-            invert(scratch, meet);
+            invert<SCORES_SHARED>(scratch, meet);
             if (pair == 0) STAMP(3);
 #pragma unroll 1
             for (int which = 0; which < chunks; which++) {
                 Factors<DTYPE> f;
                 read_factors(f, scratch, which);
-                const int rows_before = row0 + CHUNK * which;
-                const Keys keys{key_tile.base + rows_before * Keys::ROW}, queries{query_tile.base + rows_before * Keys::ROW};
-                advance<DTYPE, KEYS, VALUES, MT>(x, f, kept_first, first_row, keys, queries, Values{value_tile.base + rows_before * Values::ROW}, 0, meet);
+                if constexpr (SCORES_SHARED) take_over(kept_first, scratch, which);
+                const Values chunk_values{value_tile.base + (row0 + CHUNK * which) * Values::ROW};
+                advance<DTYPE, KEYS, VALUES, MT>(x, f, kept_first, first_row, chunk_of(key_tile, which), chunk_of(query_tile, which), chunk_values, 0, meet);
                 gamma *= f.total;
                 kept_first = kept_second;
             }
@@ -564,47 +569,57 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                 }
             }
 #pragma unroll 1
-            for (int row0 = 0; row0 < count; row0 += CHUNK) {
-                Pair<DTYPE> own[OWN_TILES][4];
-                float read[2 * OWN_TILES][4];
+            for (int row0 = 0; row0 < count; row0 += 2 * CHUNK) {  // two chunks at once, so that they wait together; the last one, if alone, twice
+                constexpr int CHUNKS = 2;
+                const int second = count - row0 > CHUNK ? CHUNK : 0;
+                float read[CHUNKS][2 * OWN_TILES][4];
 #pragma unroll
-                for (int m = 0; m < OWN_TILES; m++) {
-                    value_tile.rows(own[m][0], own[m][1], own[m][2], own[m][3], row0, (part * OWN_TILES + m) * 16);
+                for (int which = 0; which < CHUNKS; which++) {
+                    const int first_token = row0 + which * second;
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float2 two = Make<DTYPE>::floats(own[m][i]);
-                        read[2 * m + i / 2][i % 2 * 2] = two.x, read[2 * m + i / 2][i % 2 * 2 + 1] = two.y;
+                    for (int m = 0; m < OWN_TILES; m++) {
+                        Pair<DTYPE> own[4];
+                        value_tile.rows(own[0], own[1], own[2], own[3], first_token, (part * OWN_TILES + m) * 16);
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const float2 two = Make<DTYPE>::floats(own[i]);
+                            read[which][2 * m + i / 2][i % 2 * 2] = two.x, read[which][2 * m + i / 2][i % 2 * 2 + 1] = two.y;
+                        }
+                    }
+#pragma unroll
+                    for (int s = 0; s < STEPS; s++) {
+                        Pair<DTYPE> a0, a1, a2, a3;
+                        query_tile.rows(a0, a1, a2, a3, first_token, 16 * s);
+#pragma unroll
+                        for (int m = 0; m < OWN_TILES; m++)
+#pragma unroll
+                            for (int half = 0; half < 2; half++)
+                                Product<DTYPE>::add(read[which][2 * m + half], a0, a1, a2, a3, entering[m].p[half][2 * s], entering[m].p[half][2 * s + 1]);
                     }
                 }
+                __syncwarp();  // the rows have been read by all lanes
 #pragma unroll
-                for (int s = 0; s < STEPS; s++) {
-                    Pair<DTYPE> a0, a1, a2, a3;
-                    query_tile.rows(a0, a1, a2, a3, row0, 16 * s);
+                for (int which = 0; which < CHUNKS; which++)
 #pragma unroll
-                    for (int m = 0; m < OWN_TILES; m++)
+                    for (int n = 0; n < 2 * OWN_TILES; n++)
 #pragma unroll
-                        for (int half = 0; half < 2; half++)
-                            Product<DTYPE>::add(read[2 * m + half], a0, a1, a2, a3, entering[m].p[half][2 * s], entering[m].p[half][2 * s + 1]);
-                }
-#pragma unroll
-                for (int n = 0; n < 2 * OWN_TILES; n++)
-#pragma unroll
-                    for (int t = 0; t < 2; t++)
-                        *value_tile.pair_at(row0, r + 8 * t, (part * OWN_TILES * 2 + n) * 8 + 2 * c) = Make<DTYPE>::pair_of(read[n][2 * t], read[n][2 * t + 1]);
+                        for (int t = 0; t < 2; t++)
+                            *value_tile.pair_at(row0 + which * second, r + 8 * t, (part * OWN_TILES * 2 + n) * 8 + 2 * c) =
+                                Make<DTYPE>::pair_of(read[which][n][2 * t], read[which][n][2 * t + 1]);
                 meet();
                 constexpr int PIECES = VALUES / PIECE;
-                const int rows = min(CHUNK, count - row0);
+                const int rows = min(CHUNKS * CHUNK, count - row0);
                 DTYPE* to = o + (token0 + row0) * o_t;
                 if (p.o_pieces) {
                     constexpr int STEP = 32 * GROUP / PIECES;
                     const int first = group_thread / PIECES, piece = group_thread % PIECES;
 #pragma unroll
-                    for (int i = 0; i < CHUNK; i += STEP)
+                    for (int i = 0; i < CHUNKS * CHUNK; i += STEP)
                         if (first + i < rows && piece * PIECE < values)
                             *reinterpret_cast<uint4*>(to + (first + i) * o_t + piece * PIECE) = *reinterpret_cast<const uint4*>(value_tile.element(row0, first + i, piece * PIECE));
                 } else {
 #pragma unroll 1
-                    for (int i = group_thread; i < CHUNK * VALUES; i += 32 * GROUP) {
+                    for (int i = group_thread; i < CHUNKS * CHUNK * VALUES; i += 32 * GROUP) {
                         const int token = i / VALUES, column = i % VALUES;
                         if (token < rows && column < values) to[token * o_t + column] = *value_tile.element(row0 + token, column);
                     }

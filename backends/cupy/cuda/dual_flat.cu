@@ -362,7 +362,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS) dual_flat(const 
         for (int n = 0; n < 2; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) scratch.solve[(r + 8 * (e >> 1)) * SOLVE_ROW + 8 * n + 2 * c + (e & 1)] = kk[n][e];
-        invert(scratch, [] { __syncwarp(); });
+        invert<false>(scratch, [] { __syncwarp(); });
 #pragma unroll
         for (int n = 0; n < 2; n++)
 #pragma unroll

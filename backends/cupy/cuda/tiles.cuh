@@ -46,6 +46,38 @@ DEVICE void load_rounds(const Tile<T, COLUMNS>& tile, const T* from, int64_t str
     }
 }
 
+// The same by some threads of a block, `thread` of them below THREADS; written so that the compiler knows how many pieces each has.
+template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
+DEVICE void load_tile_by(int thread, const Tile<T, COLUMNS>& tile, const T* from, int64_t stride, int rows, int columns) {
+    constexpr int PER = Tile<T, COLUMNS>::PER, PIECES = Tile<T, COLUMNS>::PIECES, COUNT = ROWS * PIECES, EACH = (COUNT + THREADS - 1) / THREADS;
+    if constexpr (WIDE && THREADS % PIECES == 0) {
+        constexpr int STEP = THREADS / PIECES;
+        const int row = thread / PIECES, piece = thread % PIECES;
+        const T* at = from + row * stride + piece * PER;
+        if (COUNT % THREADS == 0 && rows >= ROWS && columns >= COLUMNS) {
+#pragma unroll 8
+            for (int j = 0; j < EACH; j++, at += STEP * stride) cp_async_16(tile.piece(row + j * STEP, piece), at, true);
+            return;
+        }
+#pragma unroll 2
+        for (int j = 0; j < EACH; j++, at += STEP * stride) {
+            if (COUNT % THREADS && j * THREADS + thread >= COUNT) break;
+            const bool inside = row + j * STEP < rows && piece * PER < columns;
+            cp_async_16(tile.piece(row + j * STEP, piece), inside ? at : from, inside);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = thread; i < COUNT; i += THREADS) {
+            const int row = i / PIECES, piece = i % PIECES;
+            const bool inside = row < rows && piece * PER < columns;
+            alignas(16) T x[PER];
+#pragma unroll
+            for (int j = 0; j < PER; j++) x[j] = inside && piece * PER + j < columns ? from[row * stride + piece * PER + j] : narrow<T>(0.0f);
+            *reinterpret_cast<uint4*>(tile.piece(row, piece)) = *reinterpret_cast<const uint4*>(x);
+        }
+    }
+}
+
 // A tile's rows below `rows` and columns below `columns` to device memory; WIDE: its rows are aligned as above.
 template <int ROWS, int THREADS, bool WIDE, typename T, int COLUMNS>
 DEVICE void store_tile(const Tile<T, COLUMNS>& tile, T* to, int64_t stride, int rows, int columns) {

@@ -12,41 +12,45 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed")
-
-from titans_backends.backends.triton import launch, program
-
 from titans_backends.backend import Candidate
 from titans_backends.contracts.fused_uw import FusedUW
+from titans_backends.launching.remember import Remember, Run, remembering, remembering_backward
+from titans_backends.launching.scratch import places as placed
+from titans_backends.launching.tape import Taped, Taping
 
-ANY = Candidate("triton", "any")
+ANY = Candidate("any", "any")
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
 class Device:
-    """A kernel that writes its arguments down."""
+    """A kernel that writes its arguments down, and the tape that it is launched on."""
 
     launched: list[tuple[object, ...]] = field(default_factory=list)
+    taping: Taping[str] = field(default_factory=lambda: Taping(lambda: lambda index: 3))
 
     def __call__(self, *args: Tensor | int) -> None:
-        tape = getattr(launch._LOCAL, "tape", None)
-        if tape is not None:
-            form = (lambda blocks, y, z, stream, function, packed, meta, enter, leave, *given: self.launched.append((blocks, *given)), None, None)
-            tape.launches.append(launch.Taped(form, 7, args, (None,)))
+        tape = self.taping.current
+        if tape is not None and tape.forms is not None:
+            tape.forms[f"{len(args)} arguments"] = None
+        elif tape is not None:
+            tape.launches.append(Taped(lambda stream, given: self.launched.append((stream, *given)), args))
+
+    def remembering(self, run: Run) -> Remember:
+        return remembering(self.taping, run)
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+def device() -> Device:
     return Device()
 
 
-def three() -> tuple[Tensor, Tensor, Tensor]:
+def three() -> Three:
     x, y, z = (torch.randn(4, 4) for _ in range(3))
     return x, y, z
 
 
-def doing(device: Device, more: Callable[[FusedUW], object] = lambda call: None) -> program.Run:
+def doing(device: Device, more: Callable[[FusedUW], object] = lambda call: None) -> Run:
     """Takes an output and scratch, launches twice, the second time on a view of the scratch."""
 
     def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
@@ -61,19 +65,18 @@ def doing(device: Device, more: Callable[[FusedUW], object] = lambda call: None)
 
 
 def test_a_later_call_launches_the_same_with_its_own_addresses(device: Device) -> None:
-    outputs, again = program.remembering(doing(device))(FusedUW(*three()), ANY)
+    outputs, again = device.remembering(doing(device))(FusedUW(*three()), ANY)
     assert outputs[1] is None
     assert again is not None
     for _ in range(2):
         x, y, z = three()
         device.launched.clear()
-        o, nothing = again(FusedUW(x, y, z))
+        o, nothing = again((x, y, z))
         first, second = device.launched
         assert nothing is None
-        assert first[:4] == (7, x.data_ptr(), y.data_ptr(), 5)
+        assert first[:4] == (3, x.data_ptr(), y.data_ptr(), 5)
         assert second[1] == first[4] + 8 * 4  # the second row of the scratch
         assert second[2:4] == (z.data_ptr(), o.data_ptr())
-        assert second[4] is None  # a constant
         assert (o.shape, o.dtype) == ((4, 4), torch.float32)
 
 
@@ -85,9 +88,9 @@ def test_scratch_that_is_needed_one_after_the_other_shares_its_place(device: Dev
         device(third, o)
         return o, None
 
-    _, again = program.remembering(run)(FusedUW(*three()), ANY)
+    _, again = device.remembering(run)(FusedUW(*three()), ANY)
     device.launched.clear()
-    again(FusedUW(*three()))
+    again(three())
     (_, first, second, *_), (_, also_second, third, *_), (_, also_third, *_) = device.launched
     assert (second, third) == (also_second, also_third)
     assert first == third
@@ -97,7 +100,7 @@ def test_scratch_that_is_needed_one_after_the_other_shares_its_place(device: Dev
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 9), st.integers(1, 4)), max_size=9))
 def test_pieces_that_are_needed_together_never_overlap(pieces: list[tuple[int, int, int]]) -> None:
     sizes, spans = [size for size, _, _ in pieces], [range(begin, begin + count) for _, begin, count in pieces]
-    places, end = program._packed(sizes, spans)
+    places, end = placed(sizes, spans)
     assert end <= sum(-(-size // 256) * 256 for size in sizes)
     assert all(place % 256 == 0 and place + size <= end for place, size in zip(places, sizes, strict=True))
     for one, other in itertools.combinations(range(len(pieces)), 2):
@@ -106,37 +109,37 @@ def test_pieces_that_are_needed_together_never_overlap(pieces: list[tuple[int, i
 
 
 def test_outputs_of_two_calls_are_different_memory(device: Device) -> None:
-    _, again = program.remembering(doing(device))(FusedUW(*three()), ANY)
-    call = FusedUW(*three())
-    first, second = again(call)[0], again(call)[0]
+    _, again = device.remembering(doing(device))(FusedUW(*three()), ANY)
+    values = three()
+    first, second = again(values)[0], again(values)[0]
     assert first.data_ptr() != second.data_ptr()
 
 
 def test_a_call_that_does_more_than_launch_is_not_remembered(device: Device) -> None:
-    outputs, again = program.remembering(doing(device, lambda call: call.attn_const.clone()))(FusedUW(*three()), ANY)
+    outputs, again = device.remembering(doing(device, lambda call: call.attn_const.clone()))(FusedUW(*three()), ANY)
     assert again is None
     assert outputs[0] is not None
 
 
 def test_a_call_with_one_tensor_for_two_inputs_is_not_remembered(device: Device) -> None:
     x, y, _ = three()
-    remember = program.remembering(doing(device))
+    remember = device.remembering(doing(device))
     assert remember(FusedUW(x, x, y), ANY)[1] is None
     _, again = remember(FusedUW(*three()), ANY)
-    again(FusedUW(x, x, y))  # recorded from three, it serves two
+    again((x, x, y))  # recorded from three, it serves two
     assert device.launched[-2][1:3] == (x.data_ptr(), x.data_ptr())
 
 
 def test_views_of_one_tensor_keep_their_own_addresses(device: Device) -> None:
     both = torch.randn(2, 4, 4)
-    _, again = program.remembering(doing(device))(FusedUW(both[0], both[1], torch.randn(4, 4)), ANY)
+    _, again = device.remembering(doing(device))(FusedUW(both[0], both[1], torch.randn(4, 4)), ANY)
     x, y, z = three()
-    again(FusedUW(x, y, z))
+    again((x, y, z))
     assert device.launched[0][1:3] == (x.data_ptr(), y.data_ptr())
 
 
 def test_what_launches_nothing_is_not_remembered(device: Device) -> None:
-    assert program.remembering(lambda call, candidate: (torch.empty(0), None))(FusedUW(*three()), ANY)[1] is None
+    assert device.remembering(lambda call, candidate: (torch.empty(0), None))(FusedUW(*three()), ANY)[1] is None
 
 
 def test_a_later_backward_reads_its_own_gradients_and_states(device: Device) -> None:
@@ -148,11 +151,11 @@ def test_a_later_backward_reads_its_own_gradients_and_states(device: Device) -> 
         return None, d_v, None
 
     x, y, z = three()
-    remember = program.remembering_backward(run_backward)
+    remember = remembering_backward(device.taping, run_backward)
     _, again = remember(FusedUW(x, y, z), (torch.randn(4, 4), None), torch.randn(3), frozenset({"v_beta"}), ANY)
     assert again is not None
     (x, y, z), d_u, states = three(), torch.randn(4, 4), torch.randn(3)
-    nothing, d_v, also = again(FusedUW(x, y, z), (d_u, None), states)
+    nothing, d_v, also = again((x, y, z), (d_u, None), states)
     assert device.launched[-1][1:5] == (y.data_ptr(), d_u.data_ptr(), states.data_ptr(), d_v.data_ptr())
     assert nothing is None
     assert also is None
@@ -165,6 +168,15 @@ def test_a_backward_with_one_tensor_for_two_is_not_remembered(device: Device) ->
         return None, o, None
 
     x, y, z = three()
-    remember = program.remembering_backward(run_backward)
+    remember = remembering_backward(device.taping, run_backward)
     assert remember(FusedUW(x, y, z), (y, None), None, frozenset({"v_beta"}), ANY)[1] is None
     assert remember(FusedUW(x, y, z), (torch.randn(4, 4), None), None, frozenset({"v_beta"}), ANY)[1] is not None
+
+
+def test_what_is_collected_is_neither_launched_nor_remembered(device: Device) -> None:
+    with device.taping.collecting() as forms:
+        _, again = device.remembering(doing(device))(FusedUW(*three()), ANY)
+    assert again is None
+    assert not device.launched
+    assert list(forms) == ["4 arguments", "3 arguments"]
+    assert device.taping.current is None

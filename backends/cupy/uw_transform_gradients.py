@@ -46,11 +46,13 @@ def shared_bytes(side: int, columns: int, warps: int, keys: int, values: int, tr
     """Dynamic shared memory of a block, as the kernel lays it out."""
     size, blocks = dtype.itemsize, side // 16
     square = side * max(side, 32) * size
-    squares = 0
-    if transform != "none":
+    resident, squares = columns >= max(keys, values), 0
+    if transform == "lam" and resident and side > 64:
+        squares = 2 * square
+    elif transform != "none":
         squares = square + max(square, side * 80) + (square if transform == "lam" else side * 64 if size == 2 else 0)
     sums = -(-values // 16) - (-keys // 16) + warps // blocks + blocks
-    return (5 if columns >= max(keys, values) else 3) * side * columns * size + squares + side * (20 + 4 * sums)
+    return (5 if resident else 3) * side * columns * size + squares + side * (20 + 4 * sums)
 
 
 def transformed_gradients(

@@ -46,7 +46,7 @@ def ways(signature: Signature, machine: Machine, reach: int) -> list[Candidate]:
             found[Candidate("cupy", "tiles", params, "backward", sources=source_names(SOURCE))] = None
     side, states = padded(reach), bool(dict(signature.options).get("output_final_state")) or signature.has("initial_state")
     if side <= _LONGEST_CHUNK and signature.dtype.itemsize == 2 and chunk_bytes(side, keys, values, signature.dtype, states) <= room:
-        chunk = Candidate("cupy", "chunk", (("side", side),), "backward", sources=source_names(CHUNK_SOURCE))
+        chunk = Candidate("cupy", "chunk", (("side", side),), "backward", sources=source_names(CHUNK_SOURCE, SOURCE))
         return [chunk, *found]
     return list(found)
 

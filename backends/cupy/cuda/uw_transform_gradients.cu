@@ -8,8 +8,8 @@
 // solves alone; of the squares of C it takes 16 rows, with other warps every PARTS-th block of 16 columns.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; TRANSFORM: 0 none, 1 exact, 2 lam; SLICE: columns of a tile; RESIDENT: all of K and of V
-// in one tile each, loaded once; WARPS, a multiple of SIDE / 16; GROUPED: several v heads share a k head; ALIGNED: 16-byte
-// copies can take the rows of k, v, du and dw.
+// in one tile each, loaded once; WARPS, a multiple of SIDE / 16; GROUPED: several v heads share a k head; ALIGNED: 16-byte copies
+// can take the rows of k, v, du and dw.
 #include "chunks.cuh"
 #include "tiles.cuh"
 

@@ -71,8 +71,10 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     found: dict[Candidate, None] = {}
     streams = signature.dim("N") * signature.dim("H")
     few = not signature.batch_invariant and streams * -(-values // 64) < 0.75 * (machine.sms or 108)
-    for warps, depth, resident, groups in () if signature.option("normalize_read") else _ROLES:
-        if (resident > 1 or groups > 1) and (signature.dim("K") > 64 or side > 64 or groups * signature.dtype.itemsize > 4):
+    crowded = not signature.batch_invariant and signature.dim("K") <= 32 and streams * -(-values // 32) > (machine.sms or 108)
+    roles = () if signature.option("normalize_read") else sorted(_ROLES, key=lambda way: -way[2]) if crowded else _ROLES
+    for warps, depth, resident, groups in roles:
+        if (resident > 1 or groups > 1) and (signature.dim("K") > 64 or side > 64 or resident * groups * signature.dtype.itemsize > 4):
             continue  # registers
         warps = min(warps, values // 16)
         if resident * roles_bytes(side, warps, depth, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
@@ -86,7 +88,8 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
         )
         if max(sizes) <= room:
             found[_candidate("walks", (*WALK_SOURCES, NORMS), side=side, piece=piece, stages=stages, warps=warps, value_slice=value_slice)] = None
-    for warps, buffers in _NARROW if few else _PLANS:
+    kept = _NARROW if few else _PLANS
+    for warps, buffers in kept[:3] if found else kept:
         warps = values // 16 if whole else min(warps, values // 16)
         if shared_bytes(side, warps, buffers, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
             found[_candidate("columns", (SOURCE,), side=side, warps=warps, buffers=buffers)] = None

@@ -84,9 +84,9 @@ DEVICE void write_lines(PairScratch& scratch, float log_decay, float beta, float
 // two numbers side by side in a line
 DEVICE float2 both(const float* line) { return *reinterpret_cast<const float2*>(line); }
 
-// k_i k_j and q_i k_j of a chunk: the triangle to be inverted goes to the scratch, M is kept.
+// k_i k_j and q_i k_j of a chunk: the triangle to be inverted goes to the scratch, if this warp `writes`, M is kept.
 template <typename T, int K_TILE>
-DEVICE void score(Scores<T>& kept, PairScratch& scratch, int which, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q, int row0) {
+DEVICE void score(Scores<T>& kept, PairScratch& scratch, int which, const Tile<T, K_TILE>& k, const Tile<T, K_TILE>& q, int row0, bool writes = true) {
     constexpr int STEPS = K_TILE / 16;
     const int lane = lane_id(), r = lane / 4, c = lane % 4, first = which * CHUNK;
     float kk[2][4] = {}, qk[2][4] = {};
@@ -113,7 +113,7 @@ DEVICE void score(Scores<T>& kept, PairScratch& scratch, int which, const Tile<T
         }
         float x = exp2_fast(first_log) * norms.x, y = exp2_fast(second_log) * norms.y;
         if (half == n) x = 2 * c <= r ? x : 0.f, y = 2 * c < r ? y : 0.f;
-        *reinterpret_cast<float2*>(triangle + 8 * half * SOLVE_ROW + 8 * n) = make_float2(kk[n][2 * half] * (x * weight), kk[n][2 * half + 1] * (y * weight));
+        if (writes) *reinterpret_cast<float2*>(triangle + 8 * half * SOLVE_ROW + 8 * n) = make_float2(kk[n][2 * half] * (x * weight), kk[n][2 * half + 1] * (y * weight));
         return Make<T>::pair_of(qk[n][2 * half] * (x * out), qk[n][2 * half + 1] * (y * out));
     };
     kept.m00 = block(0, 0), kept.m10 = block(1, 0), kept.m11 = block(1, 1);
@@ -132,8 +132,8 @@ template <typename T> DEVICE void take_over(Scores<T>& scores, const PairScratch
 }
 
 // Both chunks of the scratch: lane l inverts column l % 16 of the unit triangle l / 16 by substitution, times that column's beta, in place.
-// Warps that share the scratch do the same and `meet` before they write. LOWER: nothing is written above the diagonal's blocks.
-template <bool LOWER, typename Meet> DEVICE void invert(PairScratch& scratch, Meet meet) {
+// Warps that share the scratch do the same and `meet` before the one that `writes` does, and after it. LOWER: nothing is written above the diagonal's blocks.
+template <bool LOWER, typename Meet> DEVICE void invert(PairScratch& scratch, Meet meet, bool writes = true) {
     const int lane = lane_id(), column = lane % CHUNK;
     float* triangle = scratch.solve + lane / CHUNK * SOLVE_CHUNK;
     __syncwarp();
@@ -165,8 +165,8 @@ template <bool LOWER, typename Meet> DEVICE void invert(PairScratch& scratch, Me
     meet();
 #pragma unroll
     for (int i = 0; i < CHUNK; i++)
-        if (!LOWER || i >= 8 || column < 8) triangle[i * SOLVE_ROW + column] = x[i];
-    __syncwarp();
+        if (writes && (!LOWER || i >= 8 || column < 8)) triangle[i * SOLVE_ROW + column] = x[i];
+    meet();
 }
 
 template <typename T> DEVICE void read_factors(Factors<T>& f, const PairScratch& scratch, int which) {

@@ -252,6 +252,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
         if constexpr (GROUP > 1) barrier_sync(1 + segment, 32 * GROUP);
     };
 
+    const bool leads = GROUP == 1 || part == 0;  // what all of a segment's warps know, one of them writes
+
     // the state at the round's start stays in shared memory: 16 rows (values) of a warp
     if (warp < VALUE_TILES) {
         Sums state = {};
@@ -318,7 +320,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                 }
                 cp_async_wait<0>();
                 meet();
-                write_lines(scratch, log_decay, beta, out, p.l2norm, key_tile, query_tile, row0, CHUNK * chunks);
+                if (leads) write_lines(scratch, log_decay, beta, out, p.l2norm, key_tile, query_tile, row0, CHUNK * chunks);
+                if constexpr (GROUP > 1) meet();
             }
             if (pair + 1 < pairs) fetch(pair + 1);  // on their way while this pair is worked on
             if (pair < 0) {
@@ -334,11 +337,12 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(32 * WARPS, 1) delta_segm
                 }
                 meet();
             } else {
-                score(kept_first, scratch, 0, chunk_of(key_tile, 0), chunk_of(query_tile, 0), 0);
-                if (chunks > 1) score(kept_second, scratch, 1, chunk_of(key_tile, 1), chunk_of(query_tile, 1), 0);
+                score(kept_first, scratch, 0, chunk_of(key_tile, 0), chunk_of(query_tile, 0), 0, leads);
+                if (chunks > 1) score(kept_second, scratch, 1, chunk_of(key_tile, 1), chunk_of(query_tile, 1), 0, leads);
+                if constexpr (GROUP > 1) meet();
             }
             if (pair == 0) STAMP(2);
-            invert<SCORES_SHARED>(scratch, meet);
+            invert<SCORES_SHARED>(scratch, meet, leads);
             if (pair == 0) STAMP(3);
 #pragma unroll 1
             for (int which = 0; which < chunks; which++) {

@@ -22,7 +22,9 @@ SOURCE = "uw_transform_gradients.cu"
 GRADIENTS = Kernel(SOURCE, "uw_transform_gradients", "11P18q10i")
 _TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
 _INPUTS = ("k", "v", "beta", "g")
-_PLANS = ((128, 8), (64, 8), (32, 8), (128, 4), (64, 4))
+_MOST = 3
+"""Candidates of a call."""
+_PLANS = ((128, 8), (128, 4), (64, 8), (32, 8))
 """Columns of a tile, and warps."""
 
 
@@ -39,7 +41,7 @@ def ways(signature: Signature, machine: Machine, side: int, transform: str) -> l
                 continue
             params = (("side", side), ("slice", columns), ("warps", warps))
             found[Candidate("cupy", "block", params, "backward", sources=source_names(SOURCE))] = None
-    return list(found)
+    return list(found)[:_MOST]
 
 
 def shared_bytes(side: int, columns: int, warps: int, keys: int, values: int, transform: str, dtype: torch.dtype) -> int:

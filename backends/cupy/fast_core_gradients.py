@@ -29,6 +29,8 @@ CHUNK_SOURCE = "fast_core_chunk_gradients.cu"
 CHUNK = Kernel(CHUNK_SOURCE, "fast_core_chunk_gradients", _LAYOUT)
 _LONGEST_CHUNK = 128
 _INPUTS = ("q", "k", "v", "gate", "g", "initial_state")
+_MOST = 3
+"""Candidates of a call."""
 _PLANS = ((64, 1), (64, 2), (128, 1), (32, 2), (32, 1), (16, 1))
 """Tokens of a tile, and tiles of what it meets that are there at once."""
 
@@ -47,8 +49,8 @@ def ways(signature: Signature, machine: Machine, reach: int) -> list[Candidate]:
     side, states = padded(reach), bool(dict(signature.options).get("output_final_state")) or signature.has("initial_state")
     if side <= _LONGEST_CHUNK and signature.dtype.itemsize == 2 and chunk_bytes(side, keys, values, signature.dtype, states) <= room:
         chunk = Candidate("cupy", "chunk", (("side", side),), "backward", sources=source_names(CHUNK_SOURCE, SOURCE))
-        return [chunk, *found]
-    return list(found)
+        return [chunk, *found][:_MOST]
+    return list(found)[:_MOST]
 
 
 def shared_bytes(side: int, buffers: int, keys: int, values: int, reach: int, dtype: torch.dtype) -> int:

@@ -22,7 +22,9 @@ SOURCE = "uw_transform_gradients.cu"
 GRADIENTS = Kernel(SOURCE, "uw_transform_gradients", "11P18q10i")
 _TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
 _INPUTS = ("k", "v", "beta", "g")
-_PLANS = ((128, 8), (64, 8), (32, 8), (128, 4), (64, 4))
+_MOST = 3
+"""Candidates of a call."""
+_PLANS = ((128, 8), (128, 4), (64, 8), (32, 8))
 """Columns of a tile, and warps."""
 
 
@@ -39,18 +41,20 @@ def ways(signature: Signature, machine: Machine, side: int, transform: str) -> l
                 continue
             params = (("side", side), ("slice", columns), ("warps", warps))
             found[Candidate("cupy", "block", params, "backward", sources=source_names(SOURCE))] = None
-    return list(found)
+    return list(found)[:_MOST]
 
 
 def shared_bytes(side: int, columns: int, warps: int, keys: int, values: int, transform: str, dtype: torch.dtype) -> int:
     """Dynamic shared memory of a block, as the kernel lays it out."""
     size, blocks = dtype.itemsize, side // 16
     square = side * max(side, 32) * size
-    squares = 0
-    if transform != "none":
+    resident, squares = columns >= max(keys, values), 0
+    if transform == "lam" and resident and side > 64:
+        squares = 2 * square
+    elif transform != "none":
         squares = square + max(square, side * 80) + (square if transform == "lam" else side * 64 if size == 2 else 0)
     sums = -(-values // 16) - (-keys // 16) + warps // blocks + blocks
-    return (5 if columns >= max(keys, values) else 3) * side * columns * size + squares + side * (20 + 4 * sums)
+    return (5 if resident else 3) * side * columns * size + squares + side * (20 + 4 * sums)
 
 
 def transformed_gradients(

@@ -21,7 +21,8 @@ constexpr int SIZE = sizeof(DTYPE), AT_ONCE = SIZE == 4 || SIDE > 64 ? 1 : COLUM
 constexpr int SLICE_BYTES = SIDE * SLICE * SIZE, SQUARE_BYTES = SIDE * TRIANGLE * SIZE, LINES_BYTES = BLOCKS * 16 * LINE * 4;
 constexpr int TILES_BYTES = (RESIDENT ? 5 : 3) * SLICE_BYTES, TRIANGLE_BYTES = TRANSFORM == NONE ? 0 : SQUARE_BYTES;
 constexpr int OTHER_BYTES = TRANSFORM == LAM ? SQUARE_BYTES : TRANSFORM == EXACT && SIZE == 2 ? SIDE * 32 * SIZE : 0;
-constexpr int SYMMETRIC_BYTES = TRANSFORM == NONE ? 0 : SQUARE_BYTES > LINES_BYTES ? SQUARE_BYTES : LINES_BYTES;
+constexpr bool TURNS = TRANSFORM == LAM && RESIDENT && SIDE > 64;  // T's place is the symmetric matrices' when it has been used
+constexpr int SYMMETRIC_BYTES = TRANSFORM == NONE || TURNS ? 0 : SQUARE_BYTES > LINES_BYTES ? SQUARE_BYTES : LINES_BYTES;
 
 struct Params {
     const DTYPE *k, *v;
@@ -209,10 +210,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
     // resident: K, V, du, dw and w (lam: dZ) lie side by side; else V and K take turns, and so do du and dw
     const Right keys{memory}, values{memory + (RESIDENT ? SLICE_BYTES : 0)}, into_u{memory + (RESIDENT ? 2 : 1) * SLICE_BYTES};
     const Right into_w{memory + (RESIDENT ? 3 : 1) * SLICE_BYTES}, free{memory + (RESIDENT ? 4 : 2) * SLICE_BYTES};
-    const Square triangle{memory + TILES_BYTES}, lower{triangle.base + TRIANGLE_BYTES}, symmetric{lower.base + OTHER_BYTES};
+    const Square triangle{memory + TILES_BYTES}, lower{triangle.base + TRIANGLE_BYTES}, symmetric{TURNS ? triangle.base : lower.base + OTHER_BYTES};
     const Rest rest{lower.base};
     float* const lines = reinterpret_cast<float*>(symmetric.base);
-    Log* const log_decay = reinterpret_cast<Log*>(symmetric.base + SYMMETRIC_BYTES);
+    Log* const log_decay = reinterpret_cast<Log*>(lower.base + OTHER_BYTES + SYMMETRIC_BYTES);
     float *const beta = reinterpret_cast<float*>(log_decay + SIDE), *const decayed = beta + SIDE, *const flows = decayed + SIDE;
     float *const met_u = flows + SIDE, *const met_w = met_u + VALUE_GROUPS * SIDE, *const row_parts = met_w + KEY_GROUPS * SIDE, *const column_parts = row_parts + PARTS * SIDE;
 

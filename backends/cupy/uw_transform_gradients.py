@@ -86,7 +86,6 @@ def transformed_gradients(
         (
             ("DTYPE", DTYPES[v.dtype]), ("KEYS", keys), ("VALUES", values), ("SIDE", side), ("TRANSFORM", _TRANSFORMS[call.transform]),
             ("SLICE", columns), ("RESIDENT", columns >= max(keys, values)), ("WARPS", warps), ("GROUPED", heads > groups),
-            ("GIVEN_U", du is not None), ("GIVEN_W", dw is not None),
             ("ALIGNED", all(aligned_rows(x, whole=True) for x in (k, v, du, dw) if x is not None)),
         ),
         (

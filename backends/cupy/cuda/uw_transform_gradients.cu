@@ -8,7 +8,7 @@
 // solves alone; of the squares of C it takes 16 rows, with other warps every PARTS-th block of 16 columns.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; TRANSFORM: 0 none, 1 exact, 2 lam; SLICE: columns of a tile; RESIDENT: all of K and of V
-// in one tile each, loaded once; WARPS, a multiple of SIDE / 16; GROUPED: several v heads share a k head; GIVEN_U, GIVEN_W: du, dw arrive; ALIGNED: 16-byte
+// in one tile each, loaded once; WARPS, a multiple of SIDE / 16; GROUPED: several v heads share a k head; ALIGNED: 16-byte
 // copies can take the rows of k, v, du and dw.
 #include "chunks.cuh"
 #include "tiles.cuh"
@@ -242,8 +242,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
     if constexpr (RESIDENT) {
         load_keys(0);
         cp_async_commit();
-        if constexpr (GIVEN_U) load_values(0, shared_head * p.group);
-        if constexpr (GIVEN_W) load_into_w(0, shared_head * p.group);
+        if (p.du) load_values(0, shared_head * p.group);
+        if (p.dw) load_into_w(0, shared_head * p.group);
         cp_async_commit();
     }
     if constexpr (TRANSFORM != NONE) {
@@ -260,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
 #pragma unroll 1
     for (int member = 0; member < (GROUPED ? p.group : 1); member++) {
         const int head = shared_head * p.group + member, lane = fresh(lane_id()), r = lane / 4, c = lane % 4;
-        if (RESIDENT && GROUPED && GIVEN_W && member > 0) {
+        if (RESIDENT && GROUPED && p.dw && member > 0) {
             load_into_w(0, head);
             cp_async_commit();
         }
@@ -362,21 +362,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
         if constexpr (RESIDENT) {
             cp_async_wait<0>();
             __syncthreads();
-            for (int task = warp; task < (GIVEN_U ? VALUE_GROUPS : 0) + (GIVEN_W ? KEY_GROUPS : 0); task += WARPS) {
-                if (GIVEN_U && task < VALUE_GROUPS) solve_values(0, task);
-                else if (GIVEN_W && through) solve_keys(0, task - (GIVEN_U ? VALUE_GROUPS : 0), false);
+            for (int task = warp; task < (p.du ? VALUE_GROUPS : 0) + (p.dw ? KEY_GROUPS : 0); task += WARPS) {
+                if (p.du && task < VALUE_GROUPS) solve_values(0, task);
+                else if (p.dw && through) solve_keys(0, task - (p.du ? VALUE_GROUPS : 0), false);
             }
             __syncthreads();
             if (TRANSFORM != NONE && through) {
-                if constexpr (GIVEN_W) {
+                if (p.dw) {
                     add_square(d, into_w, TRANSFORM == EXACT ? free : keys, band, part, KEY_GROUPS);
                     take_queries(d);
                 }
-                if constexpr (GIVEN_U) add_square(d, into_u, values, band, part, VALUE_GROUPS);
+                if (p.du) add_square(d, into_u, values, band, part, VALUE_GROUPS);
             }
         } else {
             __syncthreads();
-            if constexpr (GIVEN_W) {
+            if (p.dw) {
 #pragma unroll 1
                 for (int slice = 0; slice < (through ? KEY_SLICES : 0); slice++) {
                     load_keys(slice);
@@ -389,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
                 }
                 take_queries(d);
             }
-            if constexpr (GIVEN_U) {
+            if (p.du) {
 #pragma unroll 1
                 for (int slice = 0; slice < VALUE_SLICES; slice++) {
                     load_values(slice, head);
@@ -462,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
             keep_symmetric(symmetric, d, band, part);
         }
         __syncthreads();
-        if (RESIDENT && GROUPED && GIVEN_U && member < p.group - 1) {  // the next head's come while this one's sums are finished
+        if (RESIDENT && GROUPED && p.du && member < p.group - 1) {  // the next head's come while this one's sums are finished
             load_values(0, head + 1);
             cp_async_commit();
         }
@@ -471,8 +471,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
             const int64_t out = (static_cast<int64_t>(fresh(batch)) * p.tokens + fresh(begin)) * p.heads + head;
             for (int t = threadIdx.x; t < SIDE; t += THREADS) {
                 float from_u = 0.0f, from_w = 0.0f, row = 0.0f, column = 0.0f;
-                for (int i = 0; GIVEN_U && i < VALUE_GROUPS; i++) from_u += met_u[i * SIDE + t];
-                for (int i = 0; GIVEN_W && i < KEY_GROUPS; i++) from_w += met_w[i * SIDE + t];
+                for (int i = 0; p.du && i < VALUE_GROUPS; i++) from_u += met_u[i * SIDE + t];
+                for (int i = 0; p.dw && i < KEY_GROUPS; i++) from_w += met_w[i * SIDE + t];
                 for (int i = 0; TRANSFORM != NONE && i < PARTS; i++) row += row_parts[i * SIDE + t];
                 for (int i = t / 16; TRANSFORM != NONE && p.dg && i < BLOCKS; i++) column += column_parts[i * SIDE + t];
                 if (p.dbeta && t < length) store_gate(p.dbeta, out + static_cast<int64_t>(t) * p.heads, from_u + exp_log(log_decay[t]) * from_w + row, p.beta_wide);
@@ -509,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++) {
                     Columns x = {};
-                    if constexpr (GIVEN_W) {
+                    if (p.dw) {
                         x.load(dz, column, 16 * i);
                         x.weigh(decayed, 16 * i);
                     }
@@ -536,14 +536,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
                 if constexpr (!RESIDENT) {
                     __syncthreads();
                     load_keys(slice);
-                    if constexpr (GIVEN_W) load_into_w(slice, head);
+                    if (p.dw) load_into_w(slice, head);
                     arrived();
                 }
 #pragma unroll
                 for (int round = 0; round < KEY_ROUNDS; round++) {
                     const int group = round * WARPS + warp, mine = group - slice * GROUPS;
                     if (group >= KEY_GROUPS || mine < 0 || mine >= GROUPS) continue;
-                    if (!RESIDENT && GIVEN_W) {
+                    if (!RESIDENT && p.dw) {
                         solve_keys(slice, mine, true);
                         __syncwarp();
                     }

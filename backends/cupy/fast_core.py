@@ -29,6 +29,8 @@ SOURCE = "fast_core.cu"
 _LAYOUT = "9P15q11if"
 FAST, STATE = Kernel(SOURCE, "fast_core", _LAYOUT), Kernel(SOURCE, "fast_core_state", _LAYOUT)
 _LONGEST = 2048
+_MOST = 4
+"""Candidates of a call."""
 _PLANS = ((64, 1), (64, 2), (128, 1), (32, 2), (32, 1), (16, 1))
 """Tokens of a tile, and tiles of keys and values that are there at once."""
 
@@ -57,7 +59,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
         used = buffers if side < reach else 1
         if shared_bytes(side, used, signature.dim("K"), signature.dim("V"), reach, signature.dtype) <= room:
             found[_candidate("tiles", (SOURCE,), side=side, buffers=used)] = None
-    return list(found)
+    return list(found)[:_MOST]
 
 
 def shared_bytes(side: int, buffers: int, keys: int, values: int, reach: int, dtype: torch.dtype) -> int:

@@ -23,6 +23,8 @@ __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "re
 
 SOURCE = "fused_uw.cu"
 PRODUCT = Kernel(SOURCE, "fused_uw", "5P6q2i")
+_MOST = 3
+"""Candidates of a call."""
 _PLANS = ((64, 64, 128, 1), (64, 64, 64, 1), (64, 64, 128, 2), (64, 32, 64, 1), (32, 32, 64, 1), (128, 64, 128, 1), (128, 32, 64, 1))
 """Rows of a block, inner tile, columns, warps along the columns."""
 
@@ -41,7 +43,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
         rows, inner, columns = min(rows, padded(size)), min(inner, padded(size, 32)), min(columns, widest, 256 // signature.dtype.itemsize)
         if shared_bytes(rows, inner, columns, signature.dtype) <= room and columns // split >= 16:
             found[_candidate("tiles", (SOURCE,), rows=rows, inner=inner, columns=columns, split=split)] = None
-    return list(found)
+    return list(found)[:_MOST]
 
 
 def shared_bytes(rows: int, inner: int, columns: int, dtype: torch.dtype) -> int:

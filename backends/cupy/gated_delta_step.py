@@ -26,9 +26,9 @@ __all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
 SOURCE = "gated_delta_step.cu"
 STEP = Kernel(SOURCE, "gated_delta_step", "9P24q7if")
 
-_PLANS = ((32, 4), (16, 4), (8, 4), (16, 2), (8, 8), (32, 8))
+_PLANS = ((32, 4), (16, 2), (8, 4))
 """Value columns of a warp, and its block's warps; what comes first was the fastest on an H100, from 8 sequences of 32 heads of 128 on."""
-_NARROW = ((16, 2), (8, 4), (8, 2), (8, 1), (16, 4), (16, 1), (32, 1))
+_NARROW = ((16, 2), (16, 1), (8, 4), (32, 4))
 """The same for few heads and sequences: more blocks, fewer columns each."""
 _MOST_REGISTERS = 128
 """State elements of a thread."""
@@ -45,7 +45,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     few = not signature.batch_invariant and signature.dim("B") * signature.dim("H") * keys * values < 16384 * (machine.sms or 64)
     fitting = [
         (width, warps)
-        for width, warps in dict.fromkeys((*_NARROW, *_PLANS) if few else (*_PLANS, *_NARROW))
+        for width, warps in (_NARROW if few else _PLANS)
         if (width <= max(8, values) and 4 * -(-keys * width // 128) <= _MOST_REGISTERS)
     ]
     return [_candidate("warps", (SOURCE,), width=width, warps=warps) for width, warps in fitting]

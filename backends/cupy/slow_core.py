@@ -35,6 +35,8 @@ SLOW, ROLES = Kernel(SOURCE, "slow_core", "11P21q8if"), Kernel(ROLES_SOURCE, "sl
 _LONGEST = 128
 _PLANS = ((4, 2), (2, 2), (1, 2), (8, 2), (4, 1), (2, 1), (8, 1))
 """Warps, 16 value columns each, and chunks in shared memory."""
+_MOST = {"roles": 3, "walks": 2, "columns": 1}
+"""Candidates of a variant."""
 _NARROW = ((2, 2), (1, 2), *_PLANS)
 """The same where few heads and sequences leave processors idle: more blocks, fewer columns each."""
 _ROLES = ((2, 2, 1, 2), (2, 2, 1, 1), (4, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (2, 2, 2, 1), (1, 1, 2, 1))
@@ -62,7 +64,7 @@ def _side(signature: Signature) -> int:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Warps and buffers that fit the card; the first is the default. A norm takes all value columns in one block."""
+    """A few of each variant that fit the card; the first is the default. A norm takes all value columns in one block."""
     side, values = _side(signature), padded(signature.dim("V"))
     whole = bool(signature.option("normalize_read")) or bool(signature.option("normalize_final"))
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
@@ -88,7 +90,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
         warps = values // 16 if whole else min(warps, values // 16)
         if shared_bytes(side, warps, buffers, signature.dim("K"), bool(signature.option("delta")), signature.dtype) <= room:
             found[_candidate("columns", (SOURCE,), side=side, warps=warps, buffers=buffers)] = None
-    return list(found)
+    return [one for variant, most in _MOST.items() for one in [each for each in found if each.variant == variant][:most]]
 
 
 def shared_bytes(side: int, warps: int, buffers: int, keys: int, delta: bool, dtype: torch.dtype) -> int:

@@ -29,6 +29,8 @@ SOURCE = "uw_transform.cu"
 UW = Kernel(SOURCE, "uw_transform", "7P12q9i")
 _TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
 _LONGEST = 128
+_MOST = 4
+"""Candidates of a call."""
 _PLANS = ((64, 1), (128, 1), (64, 2), (32, 1), (128, 2), (32, 2))
 """Columns of a slice, and warps for each 16 tokens of a chunk; the first was the fastest on an H100 for heads of 128."""
 
@@ -56,7 +58,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
         columns, warps = min(columns, widest), max(1, side // 16) * each
         if warps <= 8 and shared_bytes(side, columns, transform, signature.dtype) <= room:
             found[_candidate("block", (SOURCE,), side=side, slice=columns, warps=warps)] = None
-    return list(found)
+    return list(found)[:_MOST]
 
 
 def shared_bytes(side: int, columns: int, transform: str, dtype: torch.dtype) -> int:

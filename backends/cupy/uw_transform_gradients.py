@@ -22,7 +22,6 @@ SOURCE = "uw_transform_gradients.cu"
 GRADIENTS = Kernel(SOURCE, "uw_transform_gradients", "11P18q10i")
 _TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
 _INPUTS = ("k", "v", "beta", "g")
-_WARPS = 8
 _PLANS = ((128, 8), (64, 8), (32, 8), (128, 4), (64, 4))
 """Columns of a tile, and warps."""
 
@@ -32,12 +31,12 @@ def ways(signature: Signature, machine: Machine, side: int, transform: str) -> l
     keys, values = signature.dim("K"), signature.dim("V")
     widest, room = padded(max(keys, values), 32), machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     found: dict[Candidate, None] = {}
-    for columns, warps in _PLANS:
+    solving = padded(-(-keys // 16) - (-values // 16), 1)  # warps beyond one for each 16 columns only share the squares
+    for columns, most in _PLANS:
         columns = min(columns, widest)
-        warps = max(side // 16, min(warps, padded(-(-keys // 16) - (-values // 16), 1)))
-        if columns * signature.dtype.itemsize > 512 or warps % (side // 16):
-            continue
-        if shared_bytes(side, columns, warps, keys, values, transform, signature.dtype) <= room:
+        for warps in (max(side // 16, min(most, solving)), max(side // 16, most)):
+            if columns * signature.dtype.itemsize > 512 or shared_bytes(side, columns, warps, keys, values, transform, signature.dtype) > room:
+                continue
             params = (("side", side), ("slice", columns), ("warps", warps))
             found[Candidate("cupy", "block", params, "backward", sources=source_names(SOURCE))] = None
     return list(found)

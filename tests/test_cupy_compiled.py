@@ -66,11 +66,11 @@ class Usage:
 
 
 def production(op: str) -> Iterator[Case]:
-    """The sizes that an op is for, in the variants that its modes need: heads of 128 and of 32, in bfloat16 and float32."""
+    """The sizes that an op is for, in the variants that its modes need: heads of 128 in bfloat16 and float32, of 32 in bfloat16."""
     made = CONTRACTS[op]
     served = [each for each in made.variants if offered(op, Case("", B=1, T=1, K=32, V=32, options=each.options, given=each.given), 90)]
     also = [each for each in served[1:] if each.name in ALSO.get(op, ())]
-    for variant, size, dtype in product((served[0], *also), (128, 32), (torch.bfloat16, torch.float32)):
+    for variant, (size, dtype) in product((served[0], *also), ((128, torch.bfloat16), (128, torch.float32), (32, torch.bfloat16))):
         tokens = 1 if op == "gated_delta_step" else 2048
         case = Case(f"{variant.name}, {size}", B=1, T=tokens, G=32, H=32, K=size, V=size, dtype=dtype, options=variant.options, given=variant.given)
         if offered(op, case, 90):

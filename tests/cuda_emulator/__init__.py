@@ -24,7 +24,7 @@ __all__ = ["EmulatorEngine", "EmulatorError", "missing"]
 
 HEADER = Path(__file__).with_name("emulator.h")
 _OPTIONS = (
-    "-std=c++20", "-O1", "-fPIC", "-shared", "-fno-exceptions", "-fno-strict-aliasing", "-fwrapv", "-fsanitize=alignment", "-w",
+    "-std=c++20", "-Og", "-fPIC", "-shared", "-fno-exceptions", "-fno-strict-aliasing", "-fwrapv", "-fsanitize=alignment", "-w",
     "-fno-sanitize-recover=alignment", "-static-libgcc", "-Wl,-Bsymbolic",
 )  # fmt: skip
 

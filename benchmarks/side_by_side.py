@@ -98,8 +98,12 @@ def entrants(op: str, call: Call, names: Sequence[str], *, launch: str = "graph"
 def compiled(wanted: Sequence[tuple[str, Call, Sequence[str]]]) -> float:
     """Compiles what the candidates launch, in processes; returns the seconds. What fails is left to the run."""
     start = time.perf_counter()
+    machine = tb.detect("cuda")
     jobs = [
-        (op, meta(op, call), one.candidate) for op, call, names in wanted for one in entrants(op, call, names) if hasattr(one.module, "compile_ahead")
+        (op, meta(op, call), one.candidate, machine)
+        for op, call, names in wanted
+        for one in entrants(op, call, names)
+        if hasattr(one.module, "compile_ahead")
     ]
     with ProcessPoolExecutor(14, get_context("spawn")) as pool:
         for said in filter(None, pool.map(_compile, jobs)):

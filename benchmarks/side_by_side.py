@@ -141,6 +141,8 @@ class Truth:
         tokens = given["v"].shape[1]
         if tokens > CHECKED_TOKENS:
             call = contract.with_tensors(call, {name: x[:, :CHECKED_TOKENS] for name, x in given.items() if x.shape[1:2] == (tokens,)})
+        if "state" in given:  # what is timed changes it in place
+            call = contract.with_tensors(call, {"state": given["state"].clone()})
         return Truth(op, call, contract.reference(contract.to(call, torch.float64)))
 
     def error(self, run: Callable[[Call], tuple[Tensor | None, ...]]) -> float:

@@ -94,6 +94,12 @@ FILES: Mapping[str, tuple[str, Case]] = {
             seed=0,  # alpha a 0-d tensor
         ),
     ),
+    "short_conv_original": ("short_conv", replace(GROUPED, V=6, options={"lookahead": 1}, given=("bias",))),
+    "short_conv_packed": (
+        "short_conv",
+        replace(PACKED, V=6, lengths=(11, 0, 6, 2), options={"output_final_state": True}, given=("bias", "initial_state")),
+    ),
+    "gated_rms_norm": ("gated_rms_norm", replace(GROUPED, V=12)),
 }
 
 

@@ -221,7 +221,9 @@ def test_a_difference_sees_nan_and_zero_references() -> None:
         compare("x", torch.zeros(2), zero)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core", "short_conv", "gated_rms_norm"])
+@pytest.mark.parametrize(
+    "name", ["gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core", "short_conv", "qkv_prepare", "gated_rms_norm"]
+)
 def test_gradcheck_in_float64(name: str) -> None:
     """Our backward formulas against finite differences, through the public op."""
     made = CONTRACTS[name]

@@ -416,7 +416,8 @@ def test_lam_after_is_the_lower_ops_with_a_decay_of_zero(golden_file: Path, dtyp
 
 @pytest.mark.usefixtures("using")
 @LAM_AFTER_LAYER
-def test_lams_flat_layer_is_its_projections_and_three_ops(golden_file: Path) -> None:
+@pytest.mark.parametrize("prepared", [False, True], ids=["three convolutions", "prepared"])
+def test_lams_flat_layer_is_its_projections_and_our_ops(golden_file: Path, prepared: bool) -> None:
     """Its convolution looks one token ahead and has a bias; the output is normalised over each head and gated (SPEC 13)."""
     file, ledger = read(golden_file), Ledger.of("float64 inside", torch.float64)
     kept = {name.removeprefix("sd."): t for name, t in file.cast(torch.float64).items()}
@@ -433,9 +434,17 @@ def test_lams_flat_layer_is_its_projections_and_three_ops(golden_file: Path) -> 
         assert y is not None
         return y if name == "v" else torch.nn.functional.normalize(y, dim=-1)
 
+    def prepare() -> tuple[Tensor | None, ...]:
+        if not prepared:
+            return tuple(convolved(name) for name in "qkv")
+        inner = {name: projected(name) for name in "qkv"}
+        weights = {f"{n}_weight": kept[f"{n}_conv1d.conv.weight"].view(*inner[n].shape[2:], 4) for n in "qkv"}
+        biases = {f"{n}_bias": kept[f"{n}_conv1d.conv.bias"].view(inner[n].shape[2:]) for n in "qkv"}
+        return run("qkv_prepare", **inner, **weights, **biases, lookahead=1)[:3]
+
     beta, fast_gate, slow_gate = (torch.sigmoid(projected(name)[..., 0]) for name in ("b", "fast_gate", "slow_gate"))
     o = run(
-        "dual_core", convolved("q"), convolved("k"), convolved("v"), beta,
+        "dual_core", *prepare(), beta,
         fast_gate=fast_gate, slow_gate=slow_gate, alpha=0.1, memory="flat", transform="lam", chunk_size=int(file.metadata["effective_chunk"]),
     )[0]  # fmt: skip
     (normed,) = run("gated_rms_norm", o, projected("g"), kept["o_norm.weight"])

@@ -42,6 +42,12 @@ def test_hostile_cases_share_the_key_of_their_bucket(op: str, packed: bool) -> N
         assert {name: value for name, value in found.when if name != "streams"} == {name: value for name, value in given.when if name != "streams"}
 
 
+@pytest.mark.parametrize("op", ["short_conv", "qkv_prepare"])
+def test_an_op_that_looks_ahead_is_asked_for_no_state(op: str) -> None:
+    for case in hostile_cases(bucket(op, lookahead=1)):
+        validate(contract(op), build(contract(op), case, "meta"))
+
+
 def test_hostile_cases_hold_what_kernels_stumble_over() -> None:
     cases = list(hostile_cases(bucket("gated_delta_rule", 4096, g=True, group=2)))
     assert {case.view for case in cases} >= {"transposed"}

@@ -16,7 +16,7 @@ from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 from .chunk_grid import compute_dtype
 
-__all__ = ["backward_candidates", "candidates", "run", "run_backward", "supports"]
+__all__ = ["backward_candidates", "candidates", "convolved", "convolved_backward", "run", "run_backward", "supports"]
 
 _INPUTS = ("x", "weight", "bias", "initial_state")
 
@@ -190,17 +190,28 @@ class _Conv:
 
 def run(call: ShortConv, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """y in x's dtype, and the last four inputs."""
+    y, final = convolved(call)
+    return y.to(call.x.dtype), final
+
+
+def convolved(call: ShortConv) -> tuple[Tensor, Tensor | None]:
+    """y in the arithmetic's dtype, and the last four inputs where they are asked for."""
     conv = _Conv(call)
     z = conv.sums()
     y = z if call.activation == "none" else torch.nn.functional.silu(z, inplace=True)
-    return y.to(call.x.dtype), conv.rows.last(conv.x, conv.before()).contiguous() if call.output_final_state else None
+    return y, conv.rows.last(conv.x, conv.before()).contiguous() if call.output_final_state else None
 
 
 def run_backward(
     call: ShortConv, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias and initial_state, in that order."""
-    conv, (d_y, d_final) = _Conv(call), grads
+    return convolved_backward(call, grads[0], grads[1], needs)
+
+
+def convolved_backward(call: ShortConv, d_y: Tensor | None, d_final: Tensor | None, needs: frozenset[str]) -> tuple[Tensor | None, ...]:
+    """The same from the gradients of `convolved`, each in any dtype."""
+    conv = _Conv(call)
     dz = torch.zeros_like(conv.x) if d_y is None else conv.d_sums(d_y)
     found: dict[str, Tensor] = {}
     if "weight" in needs:

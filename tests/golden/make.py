@@ -99,6 +99,20 @@ FILES: Mapping[str, tuple[str, Case]] = {
         "short_conv",
         replace(PACKED, V=6, lengths=(11, 0, 6, 2), options={"output_final_state": True}, given=("bias", "initial_state")),
     ),
+    "qkv_prepare": (
+        "qkv_prepare",
+        replace(
+            GROUPED,
+            K=8,
+            V=6,
+            options={"output_final_state": True},
+            given=("q_bias", "k_bias", "v_bias", "q_state", "k_state", "v_state"),
+        ),
+    ),
+    "qkv_prepare_original_packed": (
+        "qkv_prepare",
+        replace(PACKED, K=8, V=6, options={"lookahead": 1, "qk_norm": "l2_eps"}, given=("q_bias", "k_bias", "v_bias")),
+    ),
     "gated_rms_norm": ("gated_rms_norm", replace(GROUPED, V=12)),
 }
 

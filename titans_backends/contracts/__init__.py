@@ -12,6 +12,7 @@ from titans_backends.contracts import (
     gated_delta_rule,
     gated_delta_step,
     gated_rms_norm,
+    qkv_prepare,
     short_conv,
     slow_core,
     uw_transform,
@@ -24,7 +25,18 @@ __all__ = ["CONTRACTS", "contract"]
 CONTRACTS: Mapping[str, Contract] = MappingProxyType(
     {
         module.CONTRACT.name: module.CONTRACT
-        for module in (fast_core, fused_uw, uw_transform, slow_core, gated_delta_rule, gated_delta_step, dual_core, short_conv, gated_rms_norm)
+        for module in (
+            fast_core,
+            fused_uw,
+            uw_transform,
+            slow_core,
+            gated_delta_rule,
+            gated_delta_step,
+            dual_core,
+            short_conv,
+            qkv_prepare,
+            gated_rms_norm,
+        )
     }
 )
 """Every op's contract by name."""

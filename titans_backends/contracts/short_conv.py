@@ -23,9 +23,10 @@ from titans_backends.contracts.case import Variant
 from titans_backends.contracts.chunks import sequence_bounds
 from titans_backends.contracts.contract import Argument, Contract, Option, Output, arithmetic_dtype
 
-__all__ = ["CONTRACT", "TAPS", "ShortConv"]
+__all__ = ["CONTRACT", "LOOKAHEAD", "TAPS", "ShortConv", "check_conv", "convolve"]
 
 TAPS = 4
+LOOKAHEAD = Option("lookahead", "int", 0, minimum=0)
 
 
 @dataclass(slots=True, eq=False)
@@ -48,18 +49,28 @@ def check(call: ShortConv, dims: Mapping[str, int]) -> None:
     if dims["W"] != TAPS:
         held = "weight" if call.weight.shape[-1] != TAPS else "initial_state"
         raise ValueError(f"short_conv: {held} has {dims['W']} taps in its last dimension; it must have {TAPS}")
-    if call.lookahead >= TAPS:
-        raise ValueError(f"short_conv: lookahead must be 0 (causal) to {TAPS - 1}, got {call.lookahead}; the original's alignment is 1")
-    if call.lookahead and (call.initial_state is not None or call.output_final_state):
-        asked = "initial_state" if call.initial_state is not None else "output_final_state=True"
+    check_conv("short_conv", call.lookahead, "initial_state" if call.initial_state is not None else None, call.output_final_state)
+
+
+def check_conv(op: str, lookahead: int, state: str | None, output_final_state: bool) -> None:
+    """No state where the convolution looks ahead, and no further than its taps reach; `state` names the one that was given."""
+    if lookahead >= TAPS:
+        raise ValueError(f"{op}: lookahead must be 0 (causal) to {TAPS - 1}, got {lookahead}; the original's alignment is 1")
+    if lookahead and (state is not None or output_final_state):
         raise ValueError(
-            f"short_conv: {asked} with lookahead={call.lookahead}: its last outputs wait for tokens that have not come, so it cannot be continued "
-            "from a state. Pass lookahead=0, or the whole sequence at once"
+            f"{op}: {state or 'output_final_state=True'} with lookahead={lookahead}: its last outputs wait for tokens that have not come, so it "
+            "cannot be continued from a state. Pass lookahead=0, or the whole sequence at once"
         )
 
 
 def reference(call: ShortConv) -> tuple[Tensor | None, ...]:
-    """One sequence at a time, between the state before it and zeros behind it."""
+    """y rounded to x's dtype."""
+    y, final = convolve(call)
+    return y.to(call.x.dtype), final
+
+
+def convolve(call: ShortConv) -> tuple[Tensor, Tensor | None]:
+    """One sequence at a time, between the state before it and zeros behind it; y in the arithmetic's dtype."""
     dtype = arithmetic_dtype(call.x.dtype)
     x, weight = call.x.to(dtype), call.weight.to(dtype)
     dense = call.cu_seqlens is None
@@ -77,8 +88,8 @@ def reference(call: ShortConv) -> tuple[Tensor | None, ...]:
     z = torch.cat(outputs, 1)
     y = torch.nn.functional.silu(z) if call.activation == "silu" else z
     if not call.output_final_state:
-        return y.to(call.x.dtype), None
-    return y.to(call.x.dtype), torch.cat(finals) if finals else x.new_zeros(0, *x.shape[2:], TAPS)
+        return y, None
+    return y, torch.cat(finals) if finals else x.new_zeros(0, *x.shape[2:], TAPS)
 
 
 def work(dims: Mapping[str, int], call: ShortConv) -> tuple[float, float]:
@@ -99,7 +110,7 @@ CONTRACT = Contract(
     ),
     options=(
         Option("activation", "str", "silu", choices=("silu", "none")),
-        Option("lookahead", "int", 0, minimum=0),
+        LOOKAHEAD,
         a.OUTPUT_FINAL_STATE,
     ),
     outputs=(Output("y", "B T H V", like="x"), Output("final_state", "N H V W", when="output_final_state")),

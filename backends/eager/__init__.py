@@ -18,6 +18,7 @@ _OPS = (
     "short_conv",
     "qkv_prepare",
     "gated_rms_norm",
+    "token_flux",
 )
 
 BACKEND = Backend(

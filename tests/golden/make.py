@@ -113,6 +113,7 @@ FILES: Mapping[str, tuple[str, Case]] = {
         "qkv_prepare",
         replace(PACKED, K=8, V=6, options={"lookahead": 1, "qk_norm": "l2_eps"}, given=("q_bias", "k_bias", "v_bias")),
     ),
+    "token_flux": ("token_flux", replace(GROUPED, V=12)),
     "gated_rms_norm": ("gated_rms_norm", replace(GROUPED, V=12)),
 }
 

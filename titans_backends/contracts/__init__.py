@@ -15,6 +15,7 @@ from titans_backends.contracts import (
     qkv_prepare,
     short_conv,
     slow_core,
+    token_flux,
     uw_transform,
 )
 from titans_backends.contracts.contract import Contract
@@ -36,6 +37,7 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             short_conv,
             qkv_prepare,
             gated_rms_norm,
+            token_flux,
         )
     }
 )

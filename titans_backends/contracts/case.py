@@ -75,7 +75,6 @@ def case_dims(case: Case) -> dict[str, int]:
     return {
         "B": batch, "T": tokens, "G": case.G, "H": case.H, "K": case.K, "V": case.V, "N": sequences,
         "E": sequences + 1, "W": 4, "F": max(1, case.K // 2), "J": case.K + case.V, "Y": 1,
-       
         "M": sum(math.ceil(length / chunk) for length in spans), "P": batch + 3 if "state_indices" in case.given else batch,
     }  # fmt: skip
 

@@ -31,8 +31,10 @@ def same_as(values: Values) -> Callable[[Values], bool]:
     at = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
     others = [place for place, value in enumerate(values) if not isinstance(value, Tensor)]
     tensors = [cast(Tensor, values[place]) for place in at]
+    if len(at) < 2 or len(others) < 2:  # itemgetter gives a tuple for two or more
+        return never
     check = _guard(tensors)
-    if check is None or len(at) < 2 or len(others) < 2:  # itemgetter gives a tuple for two or more
+    if check is None:
         return never
     taken = cast(Callable[[Values], tuple[Tensor, ...]], operator.itemgetter(*at))
     rest = cast(Callable[[Values], Values], operator.itemgetter(*others))

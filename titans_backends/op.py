@@ -84,9 +84,9 @@ class Op:
             backend = self.backend
         if _is_compiling():
             return self._traced(args, kwargs, backend)
-        values = self._places(args, kwargs)
-        if values is not None:
-            outputs = self._planner.repeated(values, backend)
+        if self._planner.may_repeat():
+            values = self._places(args, kwargs)
+            outputs = None if values is None else self._planner.repeated(values, backend)
             if outputs is not None:
                 return outputs
         call = self._call(args, kwargs)
@@ -168,7 +168,8 @@ class BoundOp:
         """Runs the chosen kernel; BoundCallMismatchError names the first argument that differs."""
         if _is_compiling():
             return self.op._traced(args, kwargs, self._forced, self._invariant)
-        values, plan = self.op._places(args, kwargs), self._plan
+        plan = self._plan
+        values = None if plan.again is None else self.op._places(args, kwargs)
         if values is not None and self._same(values) and not (self._requires_grad and torch.is_grad_enabled()):
             outputs = plan.repeated(values)
             if outputs is not None:

@@ -210,6 +210,13 @@ class Planner:
             check_indices(self.contract, call)
         return entry.plan
 
+    def may_repeat(self) -> bool:
+        """Whether one of the last few calls is remembered, so that `repeated` is worth its question."""
+        for entry in self._recent:  # noqa: SIM110  # a loop costs a third of any(), and this is in every call
+            if entry.plan.again is not None:
+                return True
+        return False
+
     def repeated(self, values: tuple[object, ...], backend: str | None) -> Outputs | None:
         """A call just like one of the last few, repeated; None where it may be another, or something stands between it and the kernel."""
         entry = self._like(values)

@@ -45,8 +45,8 @@ def offered(op: str, given: Signature, machine: Machine = H100) -> list[Candidat
     return list(module_of(op).candidates(given, machine))
 
 
-def test_the_manifest_names_every_op() -> None:
-    assert set(OPS) == set(CONTRACTS)
+def test_the_manifest_names_every_op_but_the_eager_backends_own() -> None:
+    assert set(OPS) == set(CONTRACTS) - {"coupled_core"}
 
 
 @pytest.mark.parametrize("op", OPS)

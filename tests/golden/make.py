@@ -94,6 +94,24 @@ FILES: Mapping[str, tuple[str, Case]] = {
             seed=0,  # alpha a 0-d tensor
         ),
     ),
+    "coupled_core_packed": (
+        "coupled_core",
+        replace(
+            PACKED,
+            options={"chunk_size": 8, "output_final_state": True},
+            given=("coupling", "fast_decay", "slow_decay", "fast_gate", "slow_gate", "alpha", "initial_state", "initial_fast_state"),
+            seed=2,  # alpha [B, T, H]
+        ),
+    ),
+    "coupled_core_lam": (
+        "coupled_core",
+        replace(
+            GROUPED,
+            options={"chunk_size": 8, "transform": "lam", "output_final_state": True},
+            given=("fast_decay", "slow_decay", "slow_gate", "alpha"),
+            seed=1,  # alpha [H]
+        ),
+    ),
 }
 
 

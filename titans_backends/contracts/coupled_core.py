@@ -166,7 +166,8 @@ CONTRACT = Contract(
     reference=reference,
     work=work,
     variants=(
-        # with states in and out, or else the last chunk's decay would cancel in the read and its gradient be nothing but rounding (SPEC 5)
+        # A decay cancels in the next read, and the mixing where both states are parallel (as without states and decays): then the gradients of the
+        # numbers per chunk would be nothing but rounding. So the variants have states at one end at least, and several chunks (SPEC 5).
         Variant(
             "coupled",
             {"output_final_state": True, "chunk_size": 32},
@@ -178,7 +179,7 @@ CONTRACT = Contract(
             given=("coupling", "fast_decay", "slow_decay", "fast_gate", "slow_gate", "alpha"),
             gentle=True,
         ),
-        Variant("plain", {"qk_l2norm": True, "scale": 0.5}),
+        Variant("plain", {"qk_l2norm": True, "scale": 0.5, "chunk_size": 32}, given=("initial_fast_state",)),
         Variant("no delta", {"output_final_state": True, "delta": False, "transform": "none"}, given=("slow_decay", "initial_fast_state")),
     ),
 )

@@ -28,6 +28,7 @@ PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
 _ALL = (*_STREAMED, "gated_delta_step", "fused_uw")
+"""Not `coupled_core`, which one backend has: there is nothing to choose; `--op` measures it all the same."""
 
 
 @dataclass(frozen=True, slots=True)

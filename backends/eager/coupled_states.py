@@ -1,0 +1,179 @@
+"""Two states side by side on their way through the chunks, forward and back: `coupled_core`'s loop (SPEC.md 5).
+
+A pair is `[sequences, H, K, 2V]`, the fast state in the first V columns, the slow one in the others, so that one product serves both: they share
+q, k, w, and everything that they make (`U'`, reads, their gradients) is `[n, H, C, 2V]` alike. What each has of its own is a number per chunk and
+head, `[n, H, 1, 2, 1]`. A slab's products run at once; only what touches the states goes step by step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .causal import product
+from .chunk_grid import Slab
+from .recurrence import Operands, by_step
+
+__all__ = ["Mixing", "PairGradients", "Seen", "advance", "halves", "retreat"]
+
+_EPS = 1e-8
+
+
+def halves(pair: Tensor) -> Tensor:
+    """`[..., 2V]` as `[..., 2, V]`."""
+    return pair.unflatten(-1, (2, -1))
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of `a ⊙ b` over K and V, for each half: `[..., K, 2V]` to `[..., 1, 2, 1]`."""
+    return halves((a * b).sum(-2, keepdim=True)).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """A slab's numbers: what flows into the fast state out of the slow one and back, `[n, H, 1, 1]`, and both decays (None: they are 1)."""
+
+    to_fast: Tensor
+    to_slow: Tensor
+    decay: Tensor | None
+
+    def mixed(self, pair: Tensor, *, transposed: bool = False) -> Tensor:
+        """Both states `[n, H, K, 2V]` with their share of the other, or the gradient of that."""
+        into = (self.to_slow, self.to_fast) if transposed else (self.to_fast, self.to_slow)
+        out = torch.empty_like(pair)
+        _mix(pair, *into, out)
+        return out
+
+
+def _mix(pair: Tensor, to_fast: Tensor, to_slow: Tensor, out: Tensor) -> None:
+    fast, slow = pair.chunk(2, -1)
+    into_fast, into_slow = out.chunk(2, -1)
+    torch.addcmul(fast, slow, to_fast, out=into_fast)
+    torch.addcmul(slow, fast, to_slow, out=into_slow)
+
+
+def advance(pair: Tensor, slab: Slab, x: Operands, mixing: Mixing, *, outputs: bool, starts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Moves `pair` over the slab; returns U' and, with `outputs`, the reads Q N(S~), both `[n, H, C, 2V]`.
+
+    `starts [n, H, K, 2V]`, where given, receives the pair at each chunk's start.
+    """
+    size, width = x.k.shape[2], pair.shape[-1]
+    lefts = [part for part in (x.w, x.q if outputs else None) if part is not None]
+    left = None if not lefts else lefts[0] if len(lefts) == 1 else torch.cat(lefts, dim=2)
+    held = None if left is None else torch.empty(*left.shape[:3], width, dtype=left.dtype, device=left.device)
+    updates = torch.cat([x.u, x.u], -1)
+    left_by, held_by = (None if t is None else by_step(slab, t) for t in (left, held))
+    update_by, write_by = by_step(slab, updates), by_step(slab, x.k.mT)
+    decay_by = None if mixing.decay is None else by_step(slab, mixing.decay)
+    to_fast, to_slow = by_step(slab, mixing.to_fast), by_step(slab, mixing.to_slow)
+    for index, step in enumerate(slab.steps):
+        current = pair[step.rows].flatten(0, 1)
+        if starts is not None:
+            starts[step.chunks].copy_(pair[step.rows])
+        if decay_by is not None:
+            halves(current).mul_(decay_by[index])
+        if left_by is not None and held_by is not None:
+            torch.bmm(left_by[index], current, out=held_by[index])
+            halves(held_by[index]).div_(_inner(current, current).sqrt_().add_(_EPS))
+            if x.w is not None:
+                update_by[index].sub_(held_by[index][:, :size])
+        written = torch.baddbmm(current, write_by[index], update_by[index])
+        _mix(written, to_fast[index], to_slow[index], current)
+        halves(current).div_(_inner(current, current).sqrt_().add_(_EPS))
+    return updates, None if held is None or not outputs else held[:, :, held.shape[2] - size :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Normalized:
+    """N(S) for a slab's pairs, with what its gradient needs; S = 0 has the gradient 0."""
+
+    pair: Tensor
+    inverse: Tensor
+    along: Tensor
+
+    @classmethod
+    def of(cls, pair: Tensor) -> _Normalized:
+        norm = _inner(pair, pair).sqrt_()
+        inverse = (norm + _EPS).reciprocal_()
+        there = norm > 0
+        return cls(pair, inverse.where(there, 0.0), (inverse.square() / norm).where(there, 0.0))
+
+    def value(self) -> Tensor:
+        return (halves(self.pair) * self.inverse).flatten(-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a slab's chunks saw and wrote, all of them at once, from the pairs `starts [n, H, K, 2V]`: S~, N(S~), U', X, and X mixed."""
+
+    starts: Tensor
+    kept: _Normalized
+    read: Tensor
+    update: Tensor
+    written: Tensor
+    mixed: _Normalized
+
+    @classmethod
+    def of(cls, starts: Tensor, x: Operands, mixing: Mixing) -> Seen:
+        """From the operands of the slab; `x.u` stays as it is."""
+        kept = _Normalized.of(starts if mixing.decay is None else (halves(starts) * mixing.decay).flatten(-2))
+        read = kept.value()
+        update = torch.cat([x.u, x.u], -1)
+        if x.w is not None:
+            update = torch.baddbmm(update.flatten(0, 1), x.w.flatten(0, 1), read.flatten(0, 1), alpha=-1).unflatten(0, x.u.shape[:2])
+        written = kept.pair + product(x.k.mT, update)
+        return cls(starts, kept, read, update, written, _Normalized.of(mixing.mixed(written)))
+
+
+@dataclass(frozen=True, slots=True)
+class PairGradients:
+    """What the reverse loop leaves: dU' `[n, H, C, 2V]`, dX, and the gradients of the slab's numbers."""
+
+    update: Tensor
+    written: Tensor
+    to_fast: Tensor
+    to_slow: Tensor
+    decay: Tensor | None
+
+
+def retreat(d_pair: Tensor, slab: Slab, x: Operands, seen: Seen, mixing: Mixing, du: Tensor, d_read: Tensor) -> PairGradients:
+    """Moves `d_pair`, the gradient of the pair that leaves the slab, back over it.
+
+    `du` and `d_read` are what the outputs pass to U' and to N(S~); both are completed in place.
+    """
+    d_mixed = torch.empty_like(seen.starts)
+    mixed, kept = seen.mixed, seen.kept
+    d_mixed_by, du_by, d_read_by, write_by = (by_step(slab, t) for t in (d_mixed, du, d_read, x.k))
+    w_by = None if x.w is None else by_step(slab, x.w.mT)
+    mixed_by, mixed_inverse, mixed_along = (by_step(slab, t) for t in (mixed.pair, mixed.inverse, mixed.along))
+    kept_by, kept_inverse, kept_along = (by_step(slab, t) for t in (kept.pair, kept.inverse, kept.along))
+    to_fast, to_slow = by_step(slab, mixing.to_fast), by_step(slab, mixing.to_slow)
+    decay_by = None if mixing.decay is None else by_step(slab, mixing.decay)
+    for index in range(len(slab.steps) - 1, -1, -1):
+        current, through = d_pair[slab.steps[index].rows].flatten(0, 1), d_mixed_by[index]
+        torch.mul(halves(current), mixed_inverse[index], out=halves(through))
+        halves(through).addcmul_(halves(mixed_by[index]), _inner(mixed_by[index], current).mul_(mixed_along[index]), value=-1)
+        _mix(through, to_slow[index], to_fast[index], current)
+        du_by[index].baddbmm_(write_by[index], current)
+        if w_by is not None:
+            d_read_by[index].baddbmm_(w_by[index], du_by[index], alpha=-1)
+        _add_through_norm(current, kept_by[index], kept_inverse[index], kept_along[index], d_read_by[index])
+        if decay_by is not None:
+            halves(current).mul_(decay_by[index])
+    d_written = mixing.mixed(d_mixed, transposed=True)
+    fast, slow = seen.written.chunk(2, -1)
+    into_fast, into_slow = d_mixed.chunk(2, -1)
+    d_decay = None
+    if mixing.decay is not None:
+        d_kept = d_written.clone()
+        _add_through_norm(d_kept, kept.pair, kept.inverse, kept.along, d_read)
+        d_decay = _inner(seen.starts, d_kept)
+    return PairGradients(du, d_written, (into_fast * slow).sum((-2, -1)), (into_slow * fast).sum((-2, -1)), d_decay)
+
+
+def _add_through_norm(into: Tensor, pair: Tensor, inverse: Tensor, along: Tensor, grad: Tensor) -> None:
+    """Adds the gradient at `pair` from that of N(pair)."""
+    halves(into).addcmul_(halves(grad), inverse)
+    halves(into).addcmul_(halves(pair), _inner(pair, grad).mul_(along), value=-1)

@@ -220,7 +220,7 @@ def test_a_difference_sees_nan_and_zero_references() -> None:
         compare("x", torch.zeros(2), zero)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core"])
+@pytest.mark.parametrize("name", ["gated_delta_rule", "slow_core", "dual_core", "coupled_core", "uw_transform", "fast_core"])
 def test_gradcheck_in_float64(name: str) -> None:
     """Our backward formulas against finite differences, through the public op."""
     made = CONTRACTS[name]

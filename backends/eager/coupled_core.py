@@ -18,7 +18,7 @@ from titans_backends.verdict import Verdict
 
 from .causal import attend, product, row_sum, scores, scores_backward
 from .chunk_grid import ChunkGrid, Slab, compute_dtype
-from .coupled_states import Mixing, PairGradients, Seen, advance, halves, retreat
+from .coupled_states import Mixing, Pair, PairGradients, Seen, advance, halves, retreat
 from .delta_rule import RuleInputs, RuleSlab
 from .packing import refuse_packed_graph
 from .recurrence import OperandGradients, Operands
@@ -110,24 +110,24 @@ class _Coupled:
     def forward(self) -> tuple[Tensor | None, ...]:
         call, v = self.call, self.call.v
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        pair = self.pair(call.initial_fast_state, call.initial_state)
+        pair = Pair.of(self.pair(call.initial_fast_state, call.initial_state))
         for slab in self.slabs():
             x = self.inputs.load(self.grid, slab).operands()
             update, held = advance(pair, slab, x, self.mixing(slab), outputs=True)
             assert held is not None
-            y = attend(held, scores(x.q, x.k, None), update)
-            fast, slow = y.chunk(2, -1)
+            held.flatten(0, 1).baddbmm_(scores(x.q, x.k, None).flatten(0, 1), update.flatten(0, 1))
+            fast, slow = held.chunk(2, -1)
             _, _, (by_fast, by_slow) = self.shares(slab)
             self.grid.scatter(slab, (fast * by_fast).add_(slow * by_slow), o)
         if not call.output_final_state:
             return o, None, None
-        last_fast, last_slow = self.single(pair)
+        last_fast, last_slow = self.single(pair.value())
         return o, last_slow, last_fast
 
     def starts(self, slabs: list[Slab]) -> Tensor:
         """The pair at every chunk's start, `[chunks, H, K, 2V]`."""
-        pair = self.pair(self.call.initial_fast_state, self.call.initial_state)
-        starts = torch.empty(self.grid.chunks, *pair.shape[1:], dtype=pair.dtype, device=pair.device)
+        pair = Pair.of(self.pair(self.call.initial_fast_state, self.call.initial_state))
+        starts = torch.empty(self.grid.chunks, *pair.states.shape[1:], dtype=self.dtype, device=self.device)
         for slab in slabs:
             x = self.inputs.load(self.grid, slab).operands()
             advance(pair, slab, x, self.mixing(slab), outputs=False, starts=starts[slab.first : slab.last])

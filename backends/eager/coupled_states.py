@@ -16,7 +16,7 @@ from .causal import product
 from .chunk_grid import Slab
 from .recurrence import Operands, by_step
 
-__all__ = ["Mixing", "PairGradients", "Seen", "advance", "halves", "retreat"]
+__all__ = ["Mixing", "Pair", "PairGradients", "Seen", "advance", "halves", "retreat"]
 
 _EPS = 1e-8
 
@@ -54,35 +54,71 @@ def _mix(pair: Tensor, to_fast: Tensor, to_slow: Tensor, out: Tensor) -> None:
     torch.addcmul(slow, fast, to_slow, out=into_slow)
 
 
-def advance(pair: Tensor, slab: Slab, x: Operands, mixing: Mixing, *, outputs: bool, starts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The pairs on their way: each half of `states` is the true state times a number, kept apart so that dividing by the norm costs no pass.
+
+    `scale` turns the halves into the true states, `norm` is what these then measure; both are `[sequences, H, 1, 2, 1]`.
+    """
+
+    states: Tensor
+    scale: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor) -> Pair:
+        """From true states, which it takes over."""
+        norm = _inner(states, states).sqrt_()
+        return cls(states, torch.ones_like(norm), norm)
+
+    def value(self) -> Tensor:
+        """The true states; the pair is used up."""
+        halves(self.states).mul_(self.scale)
+        return self.states
+
+
+def advance(pair: Pair, slab: Slab, x: Operands, mixing: Mixing, *, outputs: bool, starts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Moves `pair` over the slab; returns U' and, with `outputs`, the reads Q N(S~), both `[n, H, C, 2V]`.
 
-    `starts [n, H, K, 2V]`, where given, receives the pair at each chunk's start.
+    `starts [n, H, K, 2V]`, where given, receives the true pair at each chunk's start.
     """
-    size, width = x.k.shape[2], pair.shape[-1]
-    lefts = [part for part in (x.w, x.q if outputs else None) if part is not None]
-    left = None if not lefts else lefts[0] if len(lefts) == 1 else torch.cat(lefts, dim=2)
-    held = None if left is None else torch.empty(*left.shape[:3], width, dtype=left.dtype, device=left.device)
-    updates = torch.cat([x.u, x.u], -1)
-    left_by, held_by = (None if t is None else by_step(slab, t) for t in (left, held))
-    update_by, write_by = by_step(slab, updates), by_step(slab, x.k.mT)
-    decay_by = None if mixing.decay is None else by_step(slab, mixing.decay)
+    shape = (*x.u.shape[:3], pair.states.shape[-1])
+    updates = torch.empty(shape, dtype=x.u.dtype, device=x.u.device) if x.w is not None else torch.cat([x.u, x.u], -1)
+    held = torch.empty(shape, dtype=x.u.dtype, device=x.u.device) if outputs else None
+    u_by, update_by, write_by, q_by = (by_step(slab, t) for t in (x.u.unsqueeze(-2), updates, x.k.mT, x.q))
+    w_by, held_by, decay_by = (None if t is None else by_step(slab, t) for t in (x.w, held, mixing.decay))
     to_fast, to_slow = by_step(slab, mixing.to_fast), by_step(slab, mixing.to_slow)
+    mixed = torch.empty((slab.widest * shape[1], *shape[2:]), dtype=x.u.dtype, device=x.u.device)
     for index, step in enumerate(slab.steps):
-        current = pair[step.rows].flatten(0, 1)
+        current, scale, norm = (t[step.rows].flatten(0, 1) for t in (pair.states, pair.scale, pair.norm))
         if starts is not None:
-            starts[step.chunks].copy_(pair[step.rows])
-        if decay_by is not None:
-            halves(current).mul_(decay_by[index])
-        if left_by is not None and held_by is not None:
-            torch.bmm(left_by[index], current, out=held_by[index])
-            halves(held_by[index]).div_(_inner(current, current).sqrt_().add_(_EPS))
-            if x.w is not None:
-                update_by[index].sub_(held_by[index][:, :size])
-        written = torch.baddbmm(current, write_by[index], update_by[index])
-        _mix(written, to_fast[index], to_slow[index], current)
-        halves(current).div_(_inner(current, current).sqrt_().add_(_EPS))
-    return updates, None if held is None or not outputs else held[:, :, held.shape[2] - size :]
+            torch.mul(halves(pair.states[step.rows]), pair.scale[step.rows], out=halves(starts[step.chunks]))
+        factor, kept_norm = (scale, norm) if decay_by is None else (scale * decay_by[index], norm * decay_by[index].abs())
+        reading = factor / (kept_norm + _EPS)
+        update = update_by[index]
+        if w_by is not None:
+            torch.bmm(w_by[index], current, out=update)
+            torch.addcmul(u_by[index], halves(update), reading, value=-1, out=halves(update))
+        if held_by is not None:
+            torch.bmm(q_by[index], current, out=held_by[index])
+            halves(held_by[index]).mul_(reading)
+        added = mixed[: update.shape[0]]
+        _mix(update, to_fast[index], to_slow[index], added)
+        _mix_scaled(current, factor, to_fast[index], to_slow[index])
+        current.baddbmm_(write_by[index], added)
+        size = _inner(current, current).sqrt_()
+        torch.reciprocal(size + _EPS, out=scale)
+        torch.mul(size, scale, out=norm)
+    return updates, held
+
+
+def _mix_scaled(pair: Tensor, factor: Tensor, to_fast: Tensor, to_slow: Tensor) -> None:
+    """Both halves times their factor, then mixed, in place."""
+    fast, slow = pair.chunk(2, -1)
+    by_fast, by_slow = factor.unbind(-2)
+    into_slow = fast * (to_slow * by_fast)
+    fast.mul_(by_fast).addcmul_(slow, to_fast * by_slow)
+    slow.mul_(by_slow).add_(into_slow)
 
 
 @dataclass(frozen=True, slots=True)

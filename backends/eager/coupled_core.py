@@ -16,9 +16,9 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
-from .causal import attend, product, row_sum, scores, scores_backward
+from .causal import product, row_sum, scores, scores_backward
 from .chunk_grid import ChunkGrid, Slab, compute_dtype
-from .coupled_states import Mixing, Pair, PairGradients, Seen, advance, halves, retreat
+from .coupled_states import Mixing, Pair, PairGradients, Seen, advance, retreat
 from .delta_rule import RuleInputs, RuleSlab
 from .packing import refuse_packed_graph
 from .recurrence import OperandGradients, Operands
@@ -72,7 +72,7 @@ class _Coupled:
 
     def slabs(self, *, backward: bool = False) -> list[Slab]:
         keys, values = self.widths
-        size = chunk_bytes(self.heads, self.grid.chunk, keys, 2 * values, self.dtype, states=16 if backward else 0)
+        size = chunk_bytes(self.heads, self.grid.chunk, keys, 2 * values, self.dtype, states=8 if backward else 0)
         return list(self.grid.slabs(size, slab_budget(self.device, backward=backward)))
 
     def gather(self, slab: Slab, x: Tensor | None) -> Tensor | None:
@@ -162,7 +162,9 @@ class _Coupled:
         gates, alpha, shares = self.shares(slab)
         dy = torch.zeros_like(seen.update) if do is None else torch.cat([do * share for share in shares], -1)
         if needs & {"fast_gate", "slow_gate", "alpha"}:
-            self._gate_gradients(slab, do, gates, alpha, attend(product(x.q, seen.read), m, seen.update), out)
+            y = product(x.q, seen.read)
+            y.flatten(0, 1).baddbmm_(m.flatten(0, 1), seen.update.flatten(0, 1))
+            self._gate_gradients(slab, do, gates, alpha, y, out)
         d = retreat(d_pair, slab, x, seen, mixing, product(m.mT, dy), product(x.q.mT, dy))
         self._chunk_gradients(slab, d, out)
         if needs & {"q", "k", "v", "beta"}:
@@ -213,7 +215,7 @@ class _Coupled:
     ) -> None:
         """dq, dk, dv, dbeta: a product over 2V columns adds up the two cores."""
         inner = scores_backward(x.q, x.k, m, None, product(dy, seen.update.mT), needs)
-        operands = OperandGradients(u=halves(d.update).sum(-2))
+        operands = OperandGradients(u=torch.add(*d.update.chunk(2, -1)))
         if inner.q is not None:
             operands.q = inner.q.add_(product(dy, seen.read.mT))
         if inner.k is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .causal import product
+from .causal import attend, product
 from .chunk_grid import Slab
 from .recurrence import Operands, by_step
 
@@ -39,11 +39,10 @@ class Mixing:
     to_slow: Tensor
     decay: Tensor | None
 
-    def mixed(self, pair: Tensor, *, transposed: bool = False) -> Tensor:
-        """Both states `[n, H, K, 2V]` with their share of the other, or the gradient of that."""
-        into = (self.to_slow, self.to_fast) if transposed else (self.to_fast, self.to_slow)
+    def mixed(self, pair: Tensor) -> Tensor:
+        """Both states `[n, H, K, 2V]`, each with its share of the other."""
         out = torch.empty_like(pair)
-        _mix(pair, *into, out)
+        _mix(pair, self.to_fast, self.to_slow, out)
         return out
 
 
@@ -156,10 +155,12 @@ class Seen:
         """From the operands of the slab; `x.u` stays as it is."""
         kept = _Normalized.of(starts if mixing.decay is None else (halves(starts) * mixing.decay).flatten(-2))
         read = kept.value()
-        update = torch.cat([x.u, x.u], -1)
-        if x.w is not None:
-            update = torch.baddbmm(update.flatten(0, 1), x.w.flatten(0, 1), read.flatten(0, 1), alpha=-1).unflatten(0, x.u.shape[:2])
-        written = kept.pair + product(x.k.mT, update)
+        if x.w is None:
+            update = torch.cat([x.u, x.u], -1)
+        else:
+            update = product(x.w, read)
+            torch.sub(x.u.unsqueeze(-2), halves(update), out=halves(update))
+        written = attend(kept.pair, x.k.mT, update)
         return cls(starts, kept, read, update, written, _Normalized.of(mixing.mixed(written)))
 
 
@@ -179,37 +180,29 @@ def retreat(d_pair: Tensor, slab: Slab, x: Operands, seen: Seen, mixing: Mixing,
 
     `du` and `d_read` are what the outputs pass to U' and to N(S~); both are completed in place.
     """
-    d_mixed = torch.empty_like(seen.starts)
+    d_mixed, d_written = torch.empty_like(seen.written), torch.empty_like(seen.written)
     mixed, kept = seen.mixed, seen.kept
-    d_mixed_by, du_by, d_read_by, write_by = (by_step(slab, t) for t in (d_mixed, du, d_read, x.k))
+    d_mixed_by, d_written_by, du_by, d_read_by, write_by = (by_step(slab, t) for t in (d_mixed, d_written, du, d_read, x.k))
     w_by = None if x.w is None else by_step(slab, x.w.mT)
     mixed_by, mixed_inverse, mixed_along = (by_step(slab, t) for t in (mixed.pair, mixed.inverse, mixed.along))
     kept_by, kept_inverse, kept_along = (by_step(slab, t) for t in (kept.pair, kept.inverse, kept.along))
     to_fast, to_slow = by_step(slab, mixing.to_fast), by_step(slab, mixing.to_slow)
     decay_by = None if mixing.decay is None else by_step(slab, mixing.decay)
     for index in range(len(slab.steps) - 1, -1, -1):
-        current, through = d_pair[slab.steps[index].rows].flatten(0, 1), d_mixed_by[index]
+        current, through, written = d_pair[slab.steps[index].rows].flatten(0, 1), d_mixed_by[index], d_written_by[index]
         torch.mul(halves(current), mixed_inverse[index], out=halves(through))
         halves(through).addcmul_(halves(mixed_by[index]), _inner(mixed_by[index], current).mul_(mixed_along[index]), value=-1)
-        _mix(through, to_slow[index], to_fast[index], current)
-        du_by[index].baddbmm_(write_by[index], current)
+        _mix(through, to_slow[index], to_fast[index], written)
+        du_by[index].baddbmm_(write_by[index], written)
         if w_by is not None:
             d_read_by[index].baddbmm_(w_by[index], du_by[index], alpha=-1)
-        _add_through_norm(current, kept_by[index], kept_inverse[index], kept_along[index], d_read_by[index])
+        torch.addcmul(halves(written), halves(d_read_by[index]), kept_inverse[index], out=halves(current))
+        halves(current).addcmul_(halves(kept_by[index]), _inner(kept_by[index], d_read_by[index]).mul_(kept_along[index]), value=-1)
         if decay_by is not None:
             halves(current).mul_(decay_by[index])
-    d_written = mixing.mixed(d_mixed, transposed=True)
     fast, slow = seen.written.chunk(2, -1)
     into_fast, into_slow = d_mixed.chunk(2, -1)
     d_decay = None
-    if mixing.decay is not None:
-        d_kept = d_written.clone()
-        _add_through_norm(d_kept, kept.pair, kept.inverse, kept.along, d_read)
-        d_decay = _inner(seen.starts, d_kept)
+    if mixing.decay is not None:  # S times the gradient of S~, where N(S~) passes on next to nothing along S~ itself: 1 / (n + eps) - n / (n + eps)^2
+        d_decay = _inner(seen.starts, d_written) + _inner(seen.starts, d_read) * (_EPS * kept.inverse.square())
     return PairGradients(du, d_written, (into_fast * slow).sum((-2, -1)), (into_slow * fast).sum((-2, -1)), d_decay)
-
-
-def _add_through_norm(into: Tensor, pair: Tensor, inverse: Tensor, along: Tensor, grad: Tensor) -> None:
-    """Adds the gradient at `pair` from that of N(pair)."""
-    halves(into).addcmul_(halves(grad), inverse)
-    halves(into).addcmul_(halves(pair), _inner(pair, grad).mul_(along), value=-1)

@@ -50,6 +50,9 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     return [replace(candidate, direction="backward") for candidate in candidates(signature, machine)]
 
 
+_Loaded = tuple[RuleSlab, Operands, Mixing]
+
+
 class _Coupled:
     """A call on its chunk grid."""
 
@@ -124,22 +127,28 @@ class _Coupled:
         last_fast, last_slow = self.single(pair.value())
         return o, last_slow, last_fast
 
-    def starts(self, slabs: list[Slab]) -> Tensor:
-        """The pair at every chunk's start, `[chunks, H, K, 2V]`."""
+    def load(self, slab: Slab) -> _Loaded:
+        rule = self.inputs.load(self.grid, slab)
+        return rule, rule.operands(), self.mixing(slab)
+
+    def starts(self, slabs: list[Slab]) -> tuple[Tensor, _Loaded | None]:
+        """The pair at every chunk's start, `[chunks, H, K, 2V]`, and the last slab as it was loaded, which the reverse sweep begins with."""
         pair = Pair.of(self.pair(self.call.initial_fast_state, self.call.initial_state))
         starts = torch.empty(self.grid.chunks, *pair.states.shape[1:], dtype=self.dtype, device=self.device)
+        loaded: _Loaded | None = None
         for slab in slabs:
-            x = self.inputs.load(self.grid, slab).operands()
-            advance(pair, slab, x, self.mixing(slab), outputs=False, starts=starts[slab.first : slab.last])
-        return starts
+            loaded = self.load(slab)
+            advance(pair, slab, loaded[1], loaded[2], outputs=False, starts=starts[slab.first : slab.last])
+        return starts, loaded
 
     def backward(self, grads: tuple[Tensor | None, ...], needs: frozenset[str]) -> dict[str, Tensor]:
         call, slabs = self.call, self.slabs(backward=True)
-        starts = self.starts(slabs)
+        starts, loaded = self.starts(slabs)
         d_pair = self.pair(grads[2], grads[1])
         out = {name: self._target(name) for name in needs - _STATES}
         for slab in reversed(slabs):
-            self._backward_slab(slab, d_pair, starts[slab.first : slab.last], grads[0], needs, out)
+            self._backward_slab(slab, loaded or self.load(slab), d_pair, starts[slab.first : slab.last], grads[0], needs, out)
+            loaded = None
         if "alpha" in out and isinstance(call.alpha, Tensor):
             out["alpha"] = (out["alpha"].sum_to_size(call.alpha.shape) if call.alpha.dim() else out["alpha"].sum()).to(call.alpha.dtype)
         if needs & _STATES:
@@ -153,9 +162,17 @@ class _Coupled:
             return torch.empty(self.call.v.shape[:3], dtype=self.dtype, device=self.device)
         return torch.empty_like(getattr(self.call, name), memory_format=torch.contiguous_format)
 
-    def _backward_slab(self, slab: Slab, d_pair: Tensor, starts: Tensor, d_o: Tensor | None, needs: frozenset[str], out: dict[str, Tensor]) -> None:
-        rule, mixing = self.inputs.load(self.grid, slab), self.mixing(slab)
-        x = rule.operands()
+    def _backward_slab(
+        self,
+        slab: Slab,
+        loaded: _Loaded,
+        d_pair: Tensor,
+        starts: Tensor,
+        d_o: Tensor | None,
+        needs: frozenset[str],
+        out: dict[str, Tensor],
+    ) -> None:
+        rule, x, mixing = loaded
         seen = Seen.of(starts, x, mixing)
         m = scores(x.q, x.k, None)
         do = self.gather(slab, d_o)

@@ -222,7 +222,19 @@ def test_a_difference_sees_nan_and_zero_references() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core", "short_conv", "qkv_prepare", "gated_rms_norm", "token_flux"]
+    "name",
+    [
+        "gated_delta_rule",
+        "slow_core",
+        "dual_core",
+        "coupled_core",
+        "uw_transform",
+        "fast_core",
+        "short_conv",
+        "qkv_prepare",
+        "gated_rms_norm",
+        "token_flux",
+    ],
 )
 def test_gradcheck_in_float64(name: str) -> None:
     """Our backward formulas against finite differences, through the public op."""

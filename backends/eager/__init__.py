@@ -15,6 +15,7 @@ _OPS = (
     "gated_delta_rule",
     "gated_delta_step",
     "dual_core",
+    "coupled_core",
     "short_conv",
     "qkv_prepare",
     "gated_rms_norm",

@@ -115,6 +115,24 @@ FILES: Mapping[str, tuple[str, Case]] = {
     ),
     "token_flux": ("token_flux", replace(GROUPED, V=12)),
     "gated_rms_norm": ("gated_rms_norm", replace(GROUPED, V=12)),
+    "coupled_core_packed": (
+        "coupled_core",
+        replace(
+            PACKED,
+            options={"chunk_size": 8, "output_final_state": True},
+            given=("coupling", "fast_decay", "slow_decay", "fast_gate", "slow_gate", "alpha", "initial_state", "initial_fast_state"),
+            seed=2,  # alpha [B, T, H]
+        ),
+    ),
+    "coupled_core_lam": (
+        "coupled_core",
+        replace(
+            GROUPED,
+            options={"chunk_size": 8, "transform": "lam", "output_final_state": True},
+            given=("fast_decay", "slow_decay", "slow_gate", "alpha"),
+            seed=1,  # alpha [H]
+        ),
+    ),
 }
 
 

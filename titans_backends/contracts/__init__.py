@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from titans_backends.contracts import (
+    coupled_core,
     dual_core,
     fast_core,
     fused_uw,
@@ -34,6 +35,7 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             gated_delta_rule,
             gated_delta_step,
             dual_core,
+            coupled_core,
             short_conv,
             qkv_prepare,
             gated_rms_norm,

@@ -46,7 +46,7 @@ def offered(op: str, given: Signature, machine: Machine = H100) -> list[Candidat
 
 
 def test_the_manifest_names_every_op() -> None:
-    assert set(OPS) == set(CONTRACTS)
+    assert set(OPS) >= {name for name, made in CONTRACTS.items() if not made.experimental}
 
 
 @pytest.mark.parametrize("op", OPS)

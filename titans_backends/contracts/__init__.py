@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from titans_backends.contracts import dual_core, fast_core, fused_uw, gated_delta_rule, gated_delta_step, slow_core, uw_transform
+from titans_backends.contracts import (
+    deep_core,
+    deep_core_step,
+    dual_core,
+    fast_core,
+    fused_uw,
+    gated_delta_rule,
+    gated_delta_step,
+    slow_core,
+    uw_transform,
+)
 from titans_backends.contracts.contract import Contract
 from titans_backends.errors import unknown
 
@@ -14,7 +24,7 @@ __all__ = ["CONTRACTS", "contract"]
 CONTRACTS: Mapping[str, Contract] = MappingProxyType(
     {
         module.CONTRACT.name: module.CONTRACT
-        for module in (fast_core, fused_uw, uw_transform, slow_core, gated_delta_rule, gated_delta_step, dual_core)
+        for module in (fast_core, fused_uw, uw_transform, slow_core, gated_delta_rule, gated_delta_step, dual_core, deep_core, deep_core_step)
     }
 )
 """Every op's contract by name."""

@@ -20,13 +20,22 @@ Heads = tuple[int, int]
 HeadDim = tuple[int, int]
 
 PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"slow_core": ("g",), "uw_transform": ("g",), "gated_delta_rule": ("g",), "gated_delta_step": ("g",), "dual_core": ("g",)}
+    {
+        "slow_core": ("g",),
+        "uw_transform": ("g",),
+        "gated_delta_rule": ("g",),
+        "gated_delta_step": ("g",),
+        "dual_core": ("g",),
+        "deep_core": ("g",),
+        "deep_core_step": ("g",),
+    }
 )
 """The optional tensors in the key that the planned buckets have: decay where the op takes it, as the gated layers call it."""
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
 _ALL = (*_STREAMED, "gated_delta_step", "fused_uw")
+"""All but the experimental ones, which are measured where `--op` names them."""
 
 
 @dataclass(frozen=True, slots=True)

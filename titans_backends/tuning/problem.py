@@ -23,7 +23,9 @@ from titans_backends.signature import Signature
 
 __all__ = ["BESIDE", "case_of", "integer", "present", "signature_of_bucket", "signature_of_case"]
 
-BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType({"fast_core": ("gate",), "slow_core": ("gate",), "dual_core": ("fast_gate", "slow_gate")})
+BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"fast_core": ("gate",), "slow_core": ("gate",), "dual_core": ("fast_gate", "slow_gate"), "deep_core": ("gate",), "deep_core_step": ("gate",)}
+)
 """The optional tensors that timed inputs have although the key does not name them."""
 
 _MOST_HEADS = 64

@@ -76,14 +76,13 @@ def close_backward(d: Carry, x: Carry, closes: Tensor, how: Closing) -> Carry:
     )
 
 
-def token_gradients(x: Tokens, state: Tensor, missed: Tensor, d: Carry) -> TokenGradients:
-    """From the gradients `d` of the sums that the tokens were added to; `state` is the D they met, `missed` their v - k D.
+def token_gradients(x: Tokens, state: Tensor, missed: Tensor, d_missed: Tensor, d: Carry) -> TokenGradients:
+    """From the gradients `d` of the sums that the tokens were added to; `state` is the D they met, `missed` their v - k D, `d_missed` = written d.error.
 
-    What they give to D itself is -k^T d_v.
+    What they give to D itself is -k^T d_missed.
     """
-    d_v = x.written @ d.error
     d_written = missed @ d.error.transpose(-1, -2)
     d_mass = d.mass[..., None, None]
-    d_k = x.eta * d_written - d_v @ state.transpose(-1, -2) + 2 * d_mass * x.written
+    d_k = x.eta * d_written - d_missed @ state.transpose(-1, -2) + 2 * d_mass * x.written
     d_eta = (x.k * d_written).sum(-1, keepdim=True) + d_mass * (x.k * x.k).sum(-1, keepdim=True)
-    return TokenGradients(d_k, d_v, d_eta)
+    return TokenGradients(d_k, d_missed, d_eta)

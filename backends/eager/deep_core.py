@@ -5,6 +5,8 @@ A packed call's cu_seqlens is read on the host.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,19 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """The reverse sweep, from states that are computed again."""
     return [Candidate("eager", "blocks", direction="backward")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Swept:
+    """A slab that the carry has passed: its tokens, their v - k D, and at each block's end D, which is that of its start, and all of its sums."""
+
+    tokens: Tokens | None
+    missed: Tensor | None
+    ends: Carry
+
+    def kept(self, *, whole: bool) -> _Swept:
+        """What a backward holds on to; without the tokens, which are gathered again, unless their slab is next."""
+        return self if whole else _Swept(None, None, self.ends)
 
 
 class _Blocks:
@@ -91,27 +106,32 @@ class _Blocks:
     def start(self) -> Carry:
         return self.carry(tuple(getattr(self.call, name) for name in _CARRIED))
 
-    def advance(self, carry: Carry, slab: Slab) -> Tensor:
-        """Moves the carry over a slab in place; returns D at each block's start, `[n, H, K, V]`."""
+    def advance(self, carry: Carry, slab: Slab) -> _Swept:
+        """Moves the carry over a slab in place."""
         x, decays = self.tokens(slab), self.summed_decay(slab)
-        mass = masses(x)
-        starts = torch.empty(slab.size, self.heads, *self.widths, dtype=self.dtype, device=x.k.device)
+        mass, log_decay = masses(x), decays
+        if log_decay is None:
+            log_decay = torch.zeros_like(mass)
+        state = torch.empty(slab.size, self.heads, *self.widths, dtype=self.dtype, device=x.k.device)
+        missed, error = torch.empty_like(x.v), torch.empty_like(state)
         for step in slab.steps:
             rows, chunks = step.rows, step.chunks
-            state = starts[chunks].copy_(carry.state[rows])
-            error = carry.error[rows] + x.written[chunks].transpose(-1, -2) @ (x.v[chunks] - x.k[chunks] @ state)
-            log_decay = carry.log_decay[rows] if decays is None else carry.log_decay[rows] + decays[chunks]
-            after = close(Carry(state, error, carry.mass[rows] + mass[chunks], log_decay), self.closes(step), self.how)
-            for kept, new in zip(carry, after, strict=True):
+            state[chunks] = carry.state[rows]
+            torch.sub(x.v[chunks], x.k[chunks] @ state[chunks], out=missed[chunks])
+            torch.add(carry.error[rows], x.written[chunks].transpose(-1, -2) @ missed[chunks], out=error[chunks])
+            mass[chunks] += carry.mass[rows]
+            log_decay[chunks] += carry.log_decay[rows]
+            end = Carry(state[chunks], error[chunks], mass[chunks], log_decay[chunks])
+            for kept, new in zip(carry, close(end, self.closes(step), self.how), strict=True):
                 kept[rows] = new
-        return starts
+        return _Swept(x, missed, Carry(state, error, mass, log_decay))
 
     def forward(self) -> tuple[Tensor | None, ...]:
         call, v = self.call, self.call.v
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         carry = self.start()
         for slab in self.slabs():
-            starts = self.advance(carry, slab)
+            starts = self.advance(carry, slab).ends.state
             y = (self.gather(slab, call.q) @ starts).mul_(call.scale)
             if call.gate is not None:
                 y.mul_(self.gather(slab, call.gate))
@@ -120,53 +140,41 @@ class _Blocks:
 
     def backward(self, grads: tuple[Tensor | None, ...], needs: frozenset[str]) -> dict[str, Tensor]:
         call, slabs = self.call, self.slabs(backward=True)
-        carry = self.start()
-        starts = [self.advance(carry, slab) for slab in slabs]
+        carry, last = self.start(), len(slabs) - 1
+        swept = [self.advance(carry, slab).kept(whole=number == last) for number, slab in enumerate(slabs)]
         d = self.carry(grads[1:])
         out = {name: torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) for name in needs if name not in _CARRIED}
-        for slab, state in zip(reversed(slabs), reversed(starts), strict=True):
-            self.retreat(d, slab, state, grads[0], out)
+        for slab in reversed(slabs):
+            self.retreat(d, slab, swept.pop(), grads[0], out)
         for name, x in zip(_CARRIED, d, strict=True):
             if name in needs:
                 out[name] = self.grid.in_call_order(x).to(getattr(call, name).dtype)
         return out
 
-    def retreat(self, d: Carry, slab: Slab, starts: Tensor, d_o: Tensor | None, out: dict[str, Tensor]) -> None:
+    def retreat(self, d: Carry, slab: Slab, swept: _Swept, d_o: Tensor | None, out: dict[str, Tensor]) -> None:
         """Moves `d`, the gradients of the carry after a slab, to those before it, in place; writes the slab's tokens' gradients to `out`."""
-        x = self.tokens(slab)
-        missed = x.v - x.k @ starts
-        ends = self.at_the_ends(slab, x, missed, starts)
+        ends, starts = swept.ends, swept.ends.state
+        x = self.tokens(slab) if swept.tokens is None else swept.tokens
+        missed = x.v - x.k @ starts if swept.missed is None else swept.missed
         d_starts = self.reads_backward(slab, starts, d_o, out)
-        d_sums = Carry(*(torch.empty_like(end) for end in ends))
+        d_sums, d_missed = Carry(*(torch.empty_like(end) for end in ends)), torch.empty_like(missed)
         for step in reversed(slab.steps):
             rows, chunks = step.rows, step.chunks
             before = close_backward(Carry(*(part[rows] for part in d)), Carry(*(end[chunks] for end in ends)), self.closes(step), self.how)
-            d_missed = x.written[chunks] @ before.error
-            d_state = before.state - x.k[chunks].transpose(-1, -2) @ d_missed
+            d_missed[chunks] = x.written[chunks] @ before.error
+            d_state = before.state - x.k[chunks].transpose(-1, -2) @ d_missed[chunks]
             if d_starts is not None:
                 d_state += d_starts[chunks]
             for kept, part, new in zip(d, d_sums, before, strict=True):
                 kept[rows] = new
                 part[chunks] = new
             d.state[rows] = d_state
-        found = token_gradients(x, starts, missed, d_sums)
+        found = token_gradients(x, starts, missed, d_missed, d_sums)
         for name, grad in (("k", found.k), ("v", found.v), ("eta", found.eta)):
             if name in out:
                 self.grid.scatter(slab, grad, out[name])
         if "g" in out:
             self.grid.scatter(slab, d_sums.log_decay[..., None, None].expand(-1, -1, self.grid.chunk, 1), out["g"])
-
-    def at_the_ends(self, slab: Slab, x: Tokens, missed: Tensor, starts: Tensor) -> Carry:
-        """The carry at each block's end, with all of its sums, before it closes. Only a sequence's first block starts with some."""
-        error, mass, decays = x.written.transpose(-1, -2) @ missed, masses(x), self.summed_decay(slab)
-        log_decay = torch.zeros_like(mass) if decays is None else decays
-        first = self.start() if any(step.level == 0 for step in slab.steps) else None
-        for step in slab.steps:
-            if first is not None and step.level == 0:
-                error[step.chunks] += first.error[step.rows]
-                mass[step.chunks] += first.mass[step.rows]
-                log_decay[step.chunks] += first.log_decay[step.rows]
-        return Carry(starts, error, mass, log_decay)
 
     def reads_backward(self, slab: Slab, starts: Tensor, d_o: Tensor | None, out: dict[str, Tensor]) -> Tensor | None:
         """What the reads give to D at each block's start, None without a gradient of o; writes the gradients of q and gate."""

@@ -64,7 +64,7 @@ class _Steps:
 
     def forward(self, kept: list[Carry] | None = None) -> tuple[Tensor, Carry]:
         """o `[B, H, T, V]` before scale and gate, and the carry; `kept` collects each token's carry before its block closes."""
-        carry = self.carry(tuple(getattr(self.call, name) for name in _CARRIED))
+        carry = Carry(*(getattr(self.call, name).to(self.dtype) for name in _CARRIED))  # read only: every token makes a new one
         read = torch.empty_like(self.x.v, memory_format=torch.contiguous_format)
         for t, ends in enumerate(self.ends):
             x = self.token(t)
@@ -89,7 +89,7 @@ class _Steps:
         for t in range(len(kept) - 1, -1, -1):
             x, part, state = self.token(t), slice(t, t + 1), kept[t].state
             d = close_backward(d, kept[t], self.ends[t], self.how)
-            found = token_gradients(x, state, x.v - x.k @ state, d)
+            found = token_gradients(x, state, x.v - x.k @ state, x.written @ d.error, d)
             out["q"][:, :, part] = dy[:, :, part] @ state.transpose(-1, -2)
             out["k"][:, :, part], out["v"][:, :, part], out["eta"][:, :, part] = found.k, found.v, found.eta
             out["g"][:, :, part] = d.log_decay[..., None, None]

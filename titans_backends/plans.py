@@ -357,9 +357,9 @@ def _compiled_for(signature: Signature) -> object:
     chunk = options.get("chunk_size")
     reach = min(dims.get("T", 1), chunk if isinstance(chunk, int) else _LONGEST_CHUNK)
     sizes = tuple(pair for pair in signature.dims if pair[0] not in _LENGTHS)
-    chosen = tuple((name, value) for name, value in signature.options if name not in ("scale", "chunk_offset"))
+    chosen = tuple((name, value) for name, value in signature.options if name not in ("scale", "chunk_offset", "block_offset"))
     given = tuple((name, facts.aligned, tuple(step % 16 == 0 for step in facts.stride)) for name, facts in signature.tensors)
-    shifted = bool(options.get("chunk_offset"))
+    shifted = bool(options.get("chunk_offset") or options.get("block_offset"))
     return signature.device, signature.dtype, sizes, chosen, given, signature.float32, signature.regime, shifted, reach.bit_length()
 
 

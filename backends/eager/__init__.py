@@ -16,6 +16,8 @@ _OPS = (
     "gated_delta_step",
     "dual_core",
     "coupled_core",
+    "deep_core",
+    "deep_core_step",
     "short_conv",
     "qkv_prepare",
     "gated_rms_norm",

@@ -7,6 +7,8 @@ from types import MappingProxyType
 
 from titans_backends.contracts import (
     coupled_core,
+    deep_core,
+    deep_core_step,
     dual_core,
     fast_core,
     fused_uw,
@@ -36,6 +38,8 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             gated_delta_step,
             dual_core,
             coupled_core,
+            deep_core,
+            deep_core_step,
             short_conv,
             qkv_prepare,
             gated_rms_norm,

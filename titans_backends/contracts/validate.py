@@ -216,7 +216,7 @@ def _check_chunks(contract: Contract, call: Call, tensors: Mapping[str, Tensor])
 
 
 def check_indices(contract: Contract, call: Call) -> None:
-    """The values of cu_seqlens and of state_indices. On a GPU this waits for the device: only `verify` and TITANS_BACKENDS_CHECK=1 ask."""
+    """The values of cu_seqlens, state_indices and position. On a GPU this waits for the device: only `verify` and TITANS_BACKENDS_CHECK=1 ask."""
     tensors = contract.tensors(call)
     packed = tensors.get("cu_seqlens")
     if packed is not None:
@@ -229,6 +229,15 @@ def check_indices(contract: Contract, call: Call) -> None:
                 f"{contract.name}: cu_seqlens must not fall, but goes from {ends[falls[0]]} to {ends[falls[0] + 1]} at entry {falls[0] + 1}"
             )
         _check_chunks(contract, call, tensors)
+    position = tensors.get("position")
+    if position is not None and position.numel():
+        block = int(getattr(call, "chunk_size")) * int(getattr(call, "period"))  # noqa: B009
+        least, most = int(position.min()), int(position.max())
+        if least < 0 or most >= block:
+            raise ValueError(
+                f"{contract.name}: position must be in [0, chunk_size * period) = [0, {block}), got {least if least < 0 else most}; "
+                f"pass position % {block}"
+            )
     slots = tensors.get("state_indices")
     if slots is not None:
         named, pool = slots.tolist(), tensors["state"].shape[0]

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from titans_backends.buckets import Bucket, WhenValue, defaults_of
 from titans_backends.cache.schema import canonical_when
 from titans_backends.contracts import CONTRACTS, contract
-from titans_backends.contracts.gated_delta_step import MAX_TOKENS
 from titans_backends.signature import Launch, Regime
 
 __all__ = ["DEFAULT_GRIDS", "PRESENT", "Cells", "grid", "parse_head_dim", "parse_heads", "plan"]
@@ -21,7 +20,15 @@ Heads = tuple[int, int]
 HeadDim = tuple[int, int]
 
 PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"slow_core": ("g",), "uw_transform": ("g",), "gated_delta_rule": ("g",), "gated_delta_step": ("g",), "dual_core": ("g",)}
+    {
+        "slow_core": ("g",),
+        "uw_transform": ("g",),
+        "gated_delta_rule": ("g",),
+        "gated_delta_step": ("g",),
+        "dual_core": ("g",),
+        "deep_core": ("g",),
+        "deep_core_step": ("g",),
+    }
 )
 """The optional tensors in the key that the planned buckets have: decay where the op takes it, as the gated layers call it."""
 
@@ -129,7 +136,7 @@ def plan(
 ) -> tuple[Bucket, ...]:
     """The buckets of a kind of device's default grid, each option replacing one axis of it.
 
-    `seq_lens` that an op cannot have (more than 8 tokens of `gated_delta_step`) fall away for it, unless nothing is left, when its own
+    `seq_lens` that an op cannot have (more than 8 tokens of a decode op) fall away for it, unless nothing is left, when its own
     default stands. Raises ValueError for what no op accepts, UnknownNameError for an unknown op.
     """
     for name in ops or ():
@@ -194,9 +201,10 @@ def _buckets(cells: Cells) -> Iterator[Bucket]:
 
 
 def _seq_lens(op: str, asked: tuple[int, ...]) -> tuple[int, ...]:
-    if op != "gated_delta_step":
+    most = CONTRACTS[op].max_tokens
+    if most is None:
         return asked
-    return tuple(length for length in asked if length <= MAX_TOKENS) or CONTRACTS[op].default_seq_lens
+    return tuple(length for length in asked if length <= most) or CONTRACTS[op].default_seq_lens
 
 
 def _bucket(op: str, seq_len: int, heads: Heads, head_dim: HeadDim, dtype: str, regime: Regime, launch: Launch, batch: int) -> Bucket:

@@ -49,7 +49,7 @@ class Packing:
     def unpack(self, packed: Tensor) -> Tensor:
         """`[1, kept, D]` in `[B, T, D]`, zero where the mask is."""
         batch, tokens = self.shape
-        return packed.new_zeros(batch * tokens, packed.shape[2]).index_copy(0, self.kept, packed[0]).reshape(batch, tokens, -1)
+        return packed.new_zeros(batch * tokens, packed.shape[2]).index_copy(0, self.kept, packed[0]).reshape(batch, tokens, packed.shape[2])
 
 
 def original_length(tokens: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from titans_backends.nn.sequences import pad_tokens, sequence_of_token
 
@@ -54,6 +55,6 @@ class ChunkGrid:
 
     def from_the_chunk_before(self, x: Tensor) -> Tensor:
         """x `[B, M, H]` as `[B, T, H]`: each chunk's first token has the chunk before's value, all others, and a sequence's first, zero."""
-        before = x.roll(1, dims=1).masked_fill(self.opens[:, None], 0.0)
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1].masked_fill(self.opens[:, None], 0.0)
         spread = torch.cat([before[:, :, None], x.new_zeros(x.shape[0], x.shape[1], self.chunk_size - 1, x.shape[2])], 2).flatten(1, 2)
         return spread[:, : self.tokens] if self.slot is None else spread[:, self.slot]

@@ -60,9 +60,9 @@ class TitansDualCore(nn.Module):
 
     - `"recurrent"` (default): S_slow is the exact gated delta rule over the whole sequence, the convolution is causal, so y[t] depends on x[:t + 1] only.
       `decay="token"` forgets by each token's own factor; `"previous_chunk"` by the mean over the chunk before, on a chunk's first token.
-    - `"dual"`: S_slow crosses chunks and forgets by the chunk's mean decay (times 1 - 0.05 psi with `resonance=True`), u and w come from
-      `transform="lam"`, which is no inverse and grows with similar keys, or `"exact"`. Sees one token ahead in the convolution, and in a chunk's mean the
-      rest of the chunk.
+    - `"dual"`: S_slow crosses chunks and forgets by the chunk's mean decay (times 1 - 0.05 psi with `resonance=True`), and is divided by its norm where it is
+      returned. Sees one token ahead in the convolution, and in a chunk's mean the rest of the chunk. `transform="lam"` is no inverse: for short
+      sequences only, since its error grows from chunk to chunk (a fresh layer of 2 heads of 32: NaN within 2048 tokens).
     - `"flat"`: the original's current inference. Nothing crosses a chunk: no long memory, and the cheapest. Its S_slow, on request, is tracked
       beside the output and never read. Sees one token ahead.
 
@@ -181,7 +181,7 @@ class TitansDualCore(nn.Module):
     def _in_chunks(self, x: Tensor, cu_seqlens: Tensor | None, return_states: bool) -> tuple[Tensor, States | None]:
         """By the form's chunk rule."""
         size = self.form.chunk_size
-        if self.form.chunking == "regular":
+        if self.form.chunking == "regular" or (cu_seqlens is not None and len(cu_seqlens) < 2):
             return self._mix(x, size, cu_seqlens, return_states)
         if cu_seqlens is None:
             length = original_length(x.shape[1])

@@ -23,7 +23,8 @@ Merge = Literal["fixed", "scalar", "head", "flux"]
 _MODES = ("flat", "dual", "recurrent")
 _NOT_YET = {"loop": "the op coupled_core, which its two coupled states need, is not there yet; mode='dual' is the nearest form"}
 _CONVOLUTION = {"flat": "original", "dual": "original", "recurrent": "causal"}
-_TRANSFORM = {"flat": "lam", "dual": "lam", "recurrent": "exact"}
+_TRANSFORM = {"flat": "lam", "dual": "exact", "recurrent": "exact"}
+"""Not lam in the dual mode: without a normalisation in every chunk its delta correction amplifies the state from chunk to chunk."""
 _DECAYS = {"flat": ("chunk",), "dual": ("chunk",), "recurrent": ("token", "previous_chunk")}
 """What each mode can make of the decay projection; the first is its default. "chunk" is the mean over the chunk itself, which looks ahead."""
 

@@ -58,8 +58,9 @@ def original_length(tokens: int) -> int:
 
 
 def original_chunk_size(length: int, chunk_size: int) -> int:
-    """The original op's chunk for a length: one chunk where it is shorter, or no multiple. Never below chunk_size, which computes the same."""
-    return length if length > chunk_size and length % chunk_size else chunk_size
+    """The original op's chunk for a length: all of it, where it is no multiple, or 32 at most. Where chunk_size is longer, that: it computes the same."""
+    whole = length > chunk_size and (length <= 32 or length % chunk_size != 0)
+    return length if whole else chunk_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,8 @@ def _check(form: Form) -> None:
         )
     if form.mode == "flat" and not form.resonance:
         raise ValueError("TitansDualCore: resonance=False would change nothing but the returned state in mode='flat'; leave it out")
-    low, high, what = (0.0, 1.0, "between 0 and 1")
     learned = form.merge in ("scalar", "head")
-    if not low <= form.alpha <= high or (learned and form.alpha in (low, high)):
-        raise ValueError(f"TitansDualCore: alpha, the share of S_fast, must lie {what}{', both excluded' if learned else ''}, got {form.alpha}")
+    if not 0.0 <= form.alpha <= 1.0 or (learned and form.alpha in (0.0, 1.0)):
+        raise ValueError(
+            f"TitansDualCore: alpha, the share of S_fast, must lie between 0 and 1{', both excluded' if learned else ''}, got {form.alpha}"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 from titans_backends.contracts.chunks import chunk_count
 from titans_backends.contracts.contract import Argument, Call, Contract, Option, arithmetic_dtype
 
-__all__ = ["OPERAND_DTYPES", "bind_arguments", "check_indices", "validate"]
+__all__ = ["OPERAND_DTYPES", "bind_arguments", "check_devices", "check_indices", "validate"]
 
 OPERAND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KINDS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
@@ -40,7 +40,7 @@ def validate(contract: Contract, call: Call) -> dict[str, int]:
     for option in contract.options:
         _check_option(contract, option, getattr(call, option.name))
     tensors = _check_tensors(contract, call)
-    _check_devices(contract, tensors)
+    check_devices(contract, tensors)
     _check_dtypes(contract, tensors)
     dims = _bind_dims(contract, tensors)
     _check_heads(contract, tensors, dims)
@@ -94,7 +94,8 @@ def _check_tensors(contract: Contract, call: Call) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_devices(contract: Contract, tensors: Mapping[str, Tensor]) -> None:
+def check_devices(contract: Contract, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError where a tensor is on another device than the first operand; cu_seqlens may stay on the CPU."""
     first = contract.operands[0]
     device = tensors[first].device
     for name, tensor in tensors.items():

@@ -94,6 +94,27 @@ FILES: Mapping[str, tuple[str, Case]] = {
             seed=0,  # alpha a 0-d tensor
         ),
     ),
+    "short_conv_original": ("short_conv", replace(GROUPED, V=6, options={"lookahead": 1}, given=("bias",))),
+    "short_conv_packed": (
+        "short_conv",
+        replace(PACKED, V=6, lengths=(11, 0, 6, 2), options={"output_final_state": True}, given=("bias", "initial_state")),
+    ),
+    "qkv_prepare": (
+        "qkv_prepare",
+        replace(
+            GROUPED,
+            K=8,
+            V=6,
+            options={"output_final_state": True},
+            given=("q_bias", "k_bias", "v_bias", "q_state", "k_state", "v_state"),
+        ),
+    ),
+    "qkv_prepare_original_packed": (
+        "qkv_prepare",
+        replace(PACKED, K=8, V=6, options={"lookahead": 1, "qk_norm": "l2_eps"}, given=("q_bias", "k_bias", "v_bias")),
+    ),
+    "token_flux": ("token_flux", replace(GROUPED, V=12)),
+    "gated_rms_norm": ("gated_rms_norm", replace(GROUPED, V=12)),
 }
 
 

@@ -27,7 +27,9 @@ PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
-_ALL = (*_STREAMED, "gated_delta_step", "fused_uw")
+_AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux")
+"""What a layer has around its memory."""
+_ALL = (*_STREAMED, "gated_delta_step", "fused_uw", *_AROUND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,8 @@ def _bucket(op: str, seq_len: int, heads: Heads, head_dim: HeadDim, dtype: str, 
         assert isinstance(chunk, int)
         return _made(op, {**given, "streams": 1}, chunk * -(-seq_len // chunk) * values * batch)
     has_groups = "q" in CONTRACTS[op].argument_by_name or "k" in CONTRACTS[op].argument_by_name
+    if not has_groups:
+        given["head_dim"] = (head_dim[1], head_dim[1])
     group = values // keys if has_groups else 1
     return _made(op, {**given, "streams": batch * values, "group": group, **dict.fromkeys(PRESENT.get(op, ()), True)}, seq_len)
 

@@ -17,7 +17,7 @@ from titans_backends.contracts import contract
 from titans_backends.contracts.case import Case, build, cotangents
 from titans_backends.contracts.chunks import chunk_spans
 from titans_backends.contracts.contract import Call, Contract, state_dtype
-from titans_backends.tuning.problem import case_of, integer
+from titans_backends.tuning.problem import case_of, ends_in_a_state, integer
 
 __all__ = ["Exam", "Outputs", "chunk_starts", "exam_of", "hostile_cases", "suite", "suite_key", "wanted_gradients"]
 
@@ -46,7 +46,7 @@ def hostile_cases(bucket: Bucket) -> Iterator[Case]:
         return
     heads = {"G": 2, "H": 2 * integer(bucket, "group")}
     options = dict(timed.options)
-    if "output_final_state" in contract(bucket.op).option_by_name and options.get("memory") != "flat":
+    if ends_in_a_state(contract(bucket.op), options):
         options["output_final_state"] = True
     base = replace(timed, B=3 if bucket.op == "gated_delta_step" else 2, options=options, lengths=None, **heads)  # type: ignore[arg-type]
     gentle = options.get("transform", "exact") != "exact" or options.get("normalize_read") is True

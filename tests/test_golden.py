@@ -26,6 +26,7 @@ RULE_GRADIENTS = pytest.mark.golden("hf_gdr_*_grad", "fla_gdr_*_grad", "fla_dr_*
 OWN = pytest.mark.golden("own_*")
 DUAL_KERNEL = pytest.mark.golden("lam_dualkernel_*")
 LAM_AFTER = pytest.mark.golden("lam_after_T*")
+LAM_AFTER_LAYER = pytest.mark.golden("lam_after_layer_*")
 LAM_BEFORE = pytest.mark.golden("lam_before_T*")
 LAM_BEFORE_GRADIENTS = pytest.mark.golden("lam_before_grad_*")
 
@@ -465,6 +466,44 @@ def test_gradients_of_lam_before_reach_its_inputs_and_its_flux_networks(golden_f
         meant = stored.abs().max() > 1e-9  # with one chunk the decays cancel: what is stored is rounding
         if meant and not (dtype == torch.float32 and name.startswith("flux.")):  # 1e-8 to 1e-4, sums that cancel: float32 has no digits of them
             ledger.add(name, gradient, stored, gradient=True)
+
+
+@pytest.mark.usefixtures("using")
+@LAM_AFTER_LAYER
+@pytest.mark.parametrize("prepared", [False, True], ids=["three convolutions", "prepared"])
+def test_lams_flat_layer_is_its_projections_and_our_ops(golden_file: Path, prepared: bool) -> None:
+    """Its convolution looks one token ahead and has a bias; the output is normalised over each head and gated (SPEC 13)."""
+    file, ledger = read(golden_file), Ledger.of("float64 inside", torch.float64)
+    kept = {name.removeprefix("sd."): t for name, t in file.cast(torch.float64).items()}
+    heads, tokens = int(file.metadata["num_heads"]), file["x"].shape[1]
+    x = torch.nn.functional.pad(kept["x"], (0, 0, 0, -tokens % 32 if tokens >= 64 else 0))
+
+    def projected(name: str) -> Tensor:
+        return (x @ kept[f"{name}_proj.weight"].mT).unflatten(-1, (heads, -1))
+
+    def convolved(name: str) -> Tensor:
+        inner = projected(name)
+        weight, bias = kept[f"{name}_conv1d.conv.weight"], kept[f"{name}_conv1d.conv.bias"]
+        y, _ = run("short_conv", inner, weight.view(*inner.shape[2:], 4), bias.view(inner.shape[2:]), lookahead=1)
+        assert y is not None
+        return y if name == "v" else torch.nn.functional.normalize(y, dim=-1)
+
+    def prepare() -> tuple[Tensor | None, ...]:
+        if not prepared:
+            return tuple(convolved(name) for name in "qkv")
+        inner = {name: projected(name) for name in "qkv"}
+        weights = {f"{n}_weight": kept[f"{n}_conv1d.conv.weight"].view(*inner[n].shape[2:], 4) for n in "qkv"}
+        biases = {f"{n}_bias": kept[f"{n}_conv1d.conv.bias"].view(inner[n].shape[2:]) for n in "qkv"}
+        return run("qkv_prepare", **inner, **weights, **biases, lookahead=1)[:3]
+
+    beta, fast_gate, slow_gate = (torch.sigmoid(projected(name)[..., 0]) for name in ("b", "fast_gate", "slow_gate"))
+    o = run(
+        "dual_core", *prepare(), beta,
+        fast_gate=fast_gate, slow_gate=slow_gate, alpha=0.1, memory="flat", transform="lam", chunk_size=int(file.metadata["effective_chunk"]),
+    )[0]  # fmt: skip
+    (normed,) = run("gated_rms_norm", o, projected("g"), kept["o_norm.weight"])
+    assert normed is not None
+    ledger.add("y", (normed.flatten(2) @ kept["o_proj.weight"].mT)[:, :tokens], file["y"])
     ledger.settle()
 
 

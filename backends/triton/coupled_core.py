@@ -8,15 +8,11 @@ The states are one program's a v head: 128 x 128 spill, and wider ones are refus
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from titans_backends.backend import Candidate, Param
 from titans_backends.contracts.coupled_core import CoupledCore
-from titans_backends.contracts.dual_core import DualCore
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict, refused
@@ -24,17 +20,16 @@ from titans_backends.verdict import Verdict, refused
 from . import uw_transform
 from .ahead import ahead_of
 from .coupled_chunks import OUTPUTS
-from .coupled_states import MAKE, Plan, sizes_of, walked
-from .dual_inputs import unit_operands
+from .coupled_gradients import backward_candidates, run_backward
+from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, walked
 from .dual_recurrent import transform_signature
-from .grid import on_device, strides, unit_stride
-from .program import remembering
+from .grid import strides
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
 
-__all__ = ["candidates", "compile_ahead", "prepared", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 _WIDEST = 128
-_LONGEST = 2**30
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -86,12 +81,6 @@ def shared_bytes(signature: Signature, candidate: Candidate) -> int:
     return max(walk, outputs)
 
 
-def prepared(call: CoupledCore) -> CoupledCore:
-    """The call with q and k of unit norm where asked, rows of unit stride, and cu_seqlens on the device."""
-    q, k = unit_operands(cast(DualCore, call))
-    return replace(call, q=q, k=k, v=unit_stride(call.v), qk_l2norm=False, cu_seqlens=on_device(call.cu_seqlens, call.v))
-
-
 def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o `[B, T, H, V]` in v's dtype and both final states `[N, H, K, V]` in float32, None unless asked."""
     plan, call = Plan.of(dict(candidate.params)), prepared(call)
@@ -100,7 +89,7 @@ def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     number, alpha = (0.0, call.alpha.expand(v.shape[:3])) if isinstance(call.alpha, Tensor) else (float(call.alpha), None)
     sequences, slots, heads, keys, values = sizes_of(call)
-    chunk, tile = min(call.chunk_size, _LONGEST), min(plan.tile, tile_width(values))
+    chunk, tile = min(call.chunk_size, LONGEST), min(plan.tile, tile_width(values))
     per = -(-min(chunk, v.shape[1]) // plan.block)
     args = (
         call.q, call.k, found.u, found.w, alpha, call.fast_gate, call.slow_gate, found.starts, found.numbers, o, call.cu_seqlens, v.shape[1],
@@ -121,5 +110,5 @@ _SOURCES = tuple(
         "launch", "rounding", "serving",
     )
 )  # fmt: skip
-compile_ahead = ahead_of(run, "coupled_core")
-remember = remembering(run)
+compile_ahead = ahead_of(run, "coupled_core", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

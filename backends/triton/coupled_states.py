@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from titans_backends.backend import Candidate, Param
 from titans_backends.contracts.coupled_core import CoupledCore
+from titans_backends.contracts.dual_core import DualCore
 from titans_backends.contracts.uw_transform import UWTransform
 
 from . import uw_transform
 from .coupled_chunks import FACTORS
 from .coupled_walks import NUMBERS, WALK
-from .grid import slot_count, strides
+from .dual_inputs import unit_operands
+from .grid import on_device, slot_count, strides, unit_stride
 from .serving import tile_width
 
-__all__ = ["MAKE", "Plan", "Walked", "sizes_of", "walked"]
+__all__ = ["LONGEST", "MAKE", "Plan", "Walked", "as_dual", "prepared", "sizes_of", "walked"]
 
 MAKE = "make_"
 """What the transform's parameters begin with among a candidate's."""
-_LONGEST = 2**30
+LONGEST = 2**30
 """A chunk beyond any sequence: the kernels count tokens in 32 bits, and add a chunk to them."""
 
 
@@ -63,17 +65,30 @@ class Walked:
     final_fast: Tensor | None
 
 
+def as_dual(call: CoupledCore) -> DualCore:
+    """The call as the kernels that both ops share take it."""
+    return DualCore(
+        call.q, call.k, call.v, call.beta, fast_gate=call.fast_gate, slow_gate=call.slow_gate, alpha=call.alpha, qk_l2norm=call.qk_l2norm
+    )  # fmt: skip
+
+
+def prepared(call: CoupledCore) -> CoupledCore:
+    """The call with q and k of unit norm where asked, rows of unit stride, and cu_seqlens on the device."""
+    q, k = unit_operands(as_dual(call))
+    return replace(call, q=q, k=k, v=unit_stride(call.v), qk_l2norm=False, cu_seqlens=on_device(call.cu_seqlens, call.v))
+
+
 def sizes_of(call: CoupledCore) -> tuple[int, int, int, int, int]:
     """(sequences, slots of chunks, heads, K, V)."""
     batch, tokens, heads, values = call.v.shape
     sequences = batch if call.cu_seqlens is None else call.cu_seqlens.numel() - 1
-    return sequences, slot_count(batch, tokens, min(call.chunk_size, _LONGEST), call.cu_seqlens), heads, call.k.shape[3], values
+    return sequences, slot_count(batch, tokens, min(call.chunk_size, LONGEST), call.cu_seqlens), heads, call.k.shape[3], values
 
 
 def walked(call: CoupledCore, plan: Plan, *, finals: bool) -> Walked:
     """Runs it for operands with rows of unit stride, normalised, and cu_seqlens on their device."""
     sequences, slots, heads, keys, values = sizes_of(call)
-    device, tokens, chunk = call.v.device, call.v.shape[1], min(call.chunk_size, _LONGEST)
+    device, tokens, chunk = call.v.device, call.v.shape[1], min(call.chunk_size, LONGEST)
     transform = UWTransform(call.k, call.v, call.beta, chunk_size=call.chunk_size, transform=call.transform, cu_seqlens=call.cu_seqlens)
     u, w = uw_transform.transformed(transform, plan.make)
 

@@ -93,7 +93,7 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
     if "inplace" in op.parameters and values[op.parameters.index("inplace")]:
         kept = [v for name, v in zip(op.parameters, values, strict=True) if name != "inplace"]
         o = getattr(namespace, f"{op.name}_")(*kept, backend)
-        return o, *(values[op.parameters.index(name)] for name in op.rewritten)  # type: ignore[return-value]  # tensors
+        return o, *(values[op.parameters.index(name)] for name in op.rewritten)
     flat = (*_flatten(op, values), backend, batch_invariant, training, may_save)
     if torch._C._are_functorch_transforms_active():
         transformed: Outputs = _functorch(op.name).apply(*flat)

@@ -96,11 +96,11 @@ def production(op: str, case: Case) -> Case:
     made = CONTRACTS[op]
     if op == "fused_uw":
         return case
-    if op == "gated_delta_step":
+    if made.max_tokens is not None:
         return replace(case, B=64, T=1, given=("g",))
     if op == "dual_core" and case.dtype == torch.float32:
         return replace(case, options={"memory": "flat", "transform": "lam"}, given=("fast_gate", "slow_gate"))
-    kept = {"fast_core": ("gate", "g"), "dual_core": ("g", "fast_gate", "slow_gate", "alpha")}.get(op, ("g",))
+    kept = {"fast_core": ("gate", "g"), "deep_core": ("gate", "g"), "dual_core": ("g", "fast_gate", "slow_gate", "alpha")}.get(op, ("g",))
     options = {"output_final_state": True} if "output_final_state" in made.option_by_name else {}
     return replace(case, options=options, given=kept)
 

@@ -92,7 +92,7 @@ class Launch:
 
 
 def every_call() -> list[tuple[str, Call]]:
-    """Every variant of every op in its largest chunks, with the widest heads and with those whose state fits a block."""
+    """Every variant of every op of ours in its largest chunks, with the widest heads and with those whose state fits a block."""
     found = []
     for op in OPS:
         made = CONTRACTS[op]

@@ -73,7 +73,8 @@ def case_dims(case: Case) -> dict[str, int]:
     spans = [tokens] if case.lengths is None else list(case.lengths)
     sequences = batch if case.lengths is None else len(case.lengths)
     return {
-        "B": batch, "T": tokens, "G": case.G, "H": case.H, "K": case.K, "V": case.V, "N": sequences, "E": sequences + 1,
+        "B": batch, "T": tokens, "G": case.G, "H": case.H, "K": case.K, "V": case.V, "N": sequences,
+        "E": sequences + 1, "W": 4, "F": max(1, case.K // 2), "J": case.K + case.V, "Y": 1,
         "M": sum(math.ceil(length / chunk) for length in spans), "P": batch + 3 if "state_indices" in case.given else batch,
     }  # fmt: skip
 
@@ -243,6 +244,6 @@ def cases(contract: Contract, dtype: torch.dtype = torch.float32) -> Iterator[Ca
     if "chunk_size" in contract.option_by_name:  # short chunks of wide heads take tiles that no other case takes
         narrow = {**first.options, "chunk_size": 16}
         yield replace(base, name=f"{first.name}, chunks of 16, heads of 128", T=40, B=1, G=1, H=2, K=128, V=128, options=narrow, given=first.given)
-    for variant in contract.variants:
+    for variant in contract.variants if "cu_seqlens" in contract.argument_by_name else ():
         packed = replace(base, lengths=(33, 0, 1, 66, 0), options=variant.options, given=variant.given)
         yield replace(packed, name=f"{variant.name}, packed with empty sequences")

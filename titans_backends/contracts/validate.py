@@ -201,15 +201,18 @@ def _check_packing(contract: Contract, call: Call, tensors: Mapping[str, Tensor]
 
 
 def _check_chunks(contract: Contract, call: Call, tensors: Mapping[str, Tensor]) -> None:
-    """One factor for each chunk; packed, their number depends on the values of cu_seqlens."""
-    decay, packed = tensors.get("chunk_decay"), tensors.get("cu_seqlens")
-    if decay is None:
+    """One entry for each chunk, `[B, M, ...]`; packed, their number depends on the values of cu_seqlens."""
+    per_chunk = [name for name in tensors if "M" in contract.argument_by_name[name].dims[0].split()]
+    if not per_chunk:
         return
+    packed = tensors.get("cu_seqlens")
     chunk = int(getattr(call, "chunk_size"))  # noqa: B009  (a Call has no static fields)
     chunks = chunk_count(tensors[contract.operands[0]].shape[1], chunk, packed)
-    if decay.shape[1] != chunks:
-        how = "the sum of ceil(len / chunk_size)" if packed is not None else "ceil(T / chunk_size)"
-        raise ValueError(f"{contract.name}: chunk_decay has M = {decay.shape[1]} chunks in shape {tuple(decay.shape)}; it must have {how} = {chunks}")
+    for name in per_chunk:
+        shape = tuple(tensors[name].shape)
+        if shape[1] != chunks:
+            how = "the sum of ceil(len / chunk_size)" if packed is not None else "ceil(T / chunk_size)"
+            raise ValueError(f"{contract.name}: {name} has M = {shape[1]} chunks in shape {shape}; it must have {how} = {chunks}")
 
 
 def check_indices(contract: Contract, call: Call) -> None:

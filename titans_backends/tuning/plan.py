@@ -34,8 +34,11 @@ PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
-_ALL = (*_STREAMED, "gated_delta_step", "fused_uw")
-"""All but the experimental ones, which are measured where `--op` names them."""
+_AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux")
+"""What a layer has around its memory."""
+_ALL = (*_STREAMED, "gated_delta_step", "fused_uw", *_AROUND)
+_LOOP = ("coupled_core",)
+"""Cores that few models have: measured at the sizes of the model that they come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,14 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(heads=((12, 12),), head_dims=((32, 32),)),
             Cells(),
             Cells(ops=_STREAMED, seq_lens=(512,), heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
+            Cells(ops=_LOOP, heads=((12, 12),), head_dims=((32, 32),)),
         ),
         ("cpu", False): (
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((12, 12), (4, 4)), head_dims=((32, 32),)),
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((16, 16), (16, 32)), head_dims=((128, 128), (64, 64))),
             Cells(ops=_STREAMED, heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
             Cells(ops=_STREAMED, regimes=("training",)),
+            Cells(ops=_LOOP, heads=((12, 12),), head_dims=((32, 32),), regimes=("inference", "training")),
         ),
         ("cuda", True): (
             Cells(seq_lens=(512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), launches=("eager", "graph")),
@@ -72,6 +77,7 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(ops=("dual_core",), seq_lens=(128, 1024, 8192, 65536), heads=((12, 12),), head_dims=((32, 32),)),
             Cells(ops=_STREAMED, seq_lens=(2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
             Cells(ops=_STREAMED, seq_lens=(8192,), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16",), regimes=("training",)),
+            Cells(ops=_LOOP, seq_lens=(512, 8192), heads=((12, 12),), head_dims=((32, 32),)),
         ),
         ("cuda", False): (
             Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((16, 32), (2, 8), (16, 64)), dtypes=("bfloat16",), launches=("eager", "graph")),
@@ -85,6 +91,7 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
                 dtypes=("bfloat16", "float32"),
                 regimes=("training",),
             ),
+            Cells(ops=_LOOP, seq_lens=(128, 512, 2048, 8192, 32768), heads=((12, 12),), head_dims=((32, 32),), regimes=("inference", "training")),
         ),
     }
 )
@@ -208,6 +215,8 @@ def _bucket(op: str, seq_len: int, heads: Heads, head_dim: HeadDim, dtype: str, 
         assert isinstance(chunk, int)
         return _made(op, {**given, "streams": 1}, chunk * -(-seq_len // chunk) * values * batch)
     has_groups = "q" in CONTRACTS[op].argument_by_name or "k" in CONTRACTS[op].argument_by_name
+    if not has_groups:
+        given["head_dim"] = (head_dim[1], head_dim[1])
     group = values // keys if has_groups else 1
     return _made(op, {**given, "streams": batch * values, "group": group, **dict.fromkeys(PRESENT.get(op, ()), True)}, seq_len)
 

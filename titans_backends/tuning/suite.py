@@ -17,7 +17,7 @@ from titans_backends.contracts import contract
 from titans_backends.contracts.case import Case, build, cotangents
 from titans_backends.contracts.chunks import chunk_spans
 from titans_backends.contracts.contract import Call, Contract, state_dtype
-from titans_backends.tuning.problem import case_of, integer
+from titans_backends.tuning.problem import case_of, ends_in_a_state, integer
 
 __all__ = ["Exam", "Outputs", "chunk_starts", "exam_of", "hostile_cases", "suite", "suite_key", "wanted_gradients"]
 
@@ -46,7 +46,7 @@ def hostile_cases(bucket: Bucket) -> Iterator[Case]:
         return
     heads = {"G": 2, "H": 2 * integer(bucket, "group")}
     made, options = contract(bucket.op), dict(timed.options)
-    if "output_final_state" in made.option_by_name and options.get("memory") != "flat":
+    if ends_in_a_state(made, options):
         options["output_final_state"] = True
     if "block_offset" in made.option_by_name:  # so that the short cases close a block
         options["block_offset"] = max(0, integer(bucket, "chunk_size") * integer(bucket, "period") - _SHORT // 2)

@@ -87,7 +87,7 @@ PRODUCTION: tuple[Case, ...] = (_LONG, _SMALL_HEADS, replace(_LONG, name="short"
 """The calls whose defaults are compiled; `production` fits them to an op."""
 TRAINING: tuple[Case, ...] = (_LONG, replace(_LONG, name="medium heads", G=16, H=16, K=64, V=64), _SMALL_HEADS)
 """The same of the backward."""
-TRAINED = ("fused_uw", "fast_core", "uw_transform", "slow_core", "gated_delta_rule", "dual_core")
+TRAINED = ("fused_uw", "fast_core", "uw_transform", "slow_core", "gated_delta_rule", "dual_core", "deep_core")
 """The ops that have one."""
 
 

@@ -1,4 +1,4 @@
-"""deep_core: one launch forward, three backward: blocks forward for what they started from, blocks in reverse, then all tokens (SPEC.md 7). Experimental.
+"""deep_core: one or two launches forward, four backward: sums, blocks forward for what they started from, in reverse, all tokens (SPEC.md 7). Experimental.
 
 Every variant of the op is served; a packed call's cu_seqlens is read on the device. The kernels: deep_scan, deep_gradients.
 """
@@ -17,13 +17,14 @@ from titans_backends.verdict import Verdict
 from .ahead import ahead_of
 from .deep_gradients import TOKENS
 from .deep_plans import backward_ways, forward_ways, steps_rows
-from .deep_scan import REVERSE, SWEEP
+from .deep_scan import BLOCKS, REVERSE, SWEEP
 from .grid import on_device, slot_count, strides, unit_stride
 from .program import remembering, remembering_backward
 from .serving import serves, tile_width
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
+_BLOCK_ROWS = 32
 _INPUTS = ("q", "k", "v", "eta", "g", "gate", "initial_state", "initial_error", "initial_mass", "initial_log_decay")
 
 
@@ -80,12 +81,29 @@ class _Call:
         square, line = (self.sequences, self.heads, self.keys, self.values), (self.sequences, self.heads)
         return tuple(self.new(torch.float32, *shape) for shape in (square, square, line, line))  # type: ignore[return-value]  # four
 
-    def sweep(self, o: Tensor | None, kept: tuple[Tensor | None, ...], final: tuple[Tensor | None, ...]) -> None:
-        """Forward: outputs, or what a backward needs of every block; the carry after the last."""
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """Mass and G of every block before it closes, `[slots, H]`."""
+        masses, logs = (self.new(torch.float32, self.slots, self.heads) for _ in range(2))
+        BLOCKS(
+            self.slots * self.heads,
+            (
+                self.k, self.eta, self.g, self.mass, self.log_decay, self.packed, masses, logs, *self.numbers[1:], self.group, self.offset,
+                *strides(self.k), *strides(self.eta), *strides(self.g), *_pair(self.mass), *_pair(self.log_decay),
+            ),
+            (self.keys, self.sizes[2], min(_BLOCK_ROWS, steps_rows(self.span)), self.span),
+            4,
+            2,
+        )  # fmt: skip
+        return masses, logs
+
+    def sweep(
+        self, o: Tensor | None, summed: tuple[Tensor | None, Tensor | None], kept: tuple[Tensor | None, ...], final: tuple[Tensor | None, ...]
+    ) -> None:
+        """Forward: outputs, or D and E of every block; the carry after the last."""
         SWEEP(
             self.programs,
             (
-                self.q, self.k, self.v, self.eta, self.g, self.gate, self.state, self.error, self.mass, self.log_decay, self.packed, o, *kept, *final,
+                self.q, self.k, self.v, self.eta, self.g, self.gate, self.state, self.error, self.mass, self.log_decay, *summed, self.packed, o, *kept, *final,
                 *self.numbers, self.group, self.offset,
                 *strides(self.q), *strides(self.k), *strides(self.v), *strides(self.eta), *strides(self.g), *strides(self.gate),
                 *strides(self.state), *strides(self.error), *_pair(self.mass), *_pair(self.log_decay),
@@ -102,7 +120,8 @@ def run(call: DeepCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     o = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
     final = made.carry() if call.output_final_state else (None,) * 4
     if o.numel() or call.output_final_state:
-        made.sweep(o, (None,) * 4, final)
+        summed = made.blocks() if candidate.variant == "prepared" else (None, None)
+        made.sweep(o, summed, (None, None), final)
     return o, *final
 
 
@@ -116,8 +135,8 @@ def run_backward(
     square, operands = (made.slots, made.heads, made.keys, made.values), made.v.dtype
     safe = made.normalize == "safe" and not into.keys().isdisjoint(("k", "eta", "initial_mass"))
     ends = made.new(torch.float32 if operands == torch.float16 else operands, *square) if safe else None
-    starts, masses, logs = made.new(operands, *square), *(made.new(torch.float32, made.slots, made.heads) for _ in range(2))
-    made.sweep(None, (starts, ends, masses, logs), (None,) * 4)
+    starts, (masses, logs) = made.new(operands, *square), made.blocks()
+    made.sweep(None, (masses, logs), (starts, ends), (None,) * 4)
     d_o = _matrix(grads[0])
     d_state, d_error = (_matrix(x) for x in grads[1:3])
     d_mass, d_log = grads[3:]

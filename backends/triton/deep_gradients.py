@@ -92,9 +92,8 @@ def _tokens(
     if WRITES:
         if part == PARTS - 1:
             k_tile = tile_of(k + batch * k_b + shared * k_h + wide * k_t, first, k_t, here, key, K, ROWS, BLOCK_K)
-            wide_k = k_tile.to(tl.float32)
-            norms = tl.sum(wide_k * wide_k, 1)
             sum_k = tl.zeros([ROWS, BLOCK_K], tl.float32)
+            pulled = tl.zeros([ROWS], tl.float32)
             closes = edge <= length
             for within in range(group):
                 head = shared * group + within
@@ -140,10 +139,12 @@ def _tokens(
                     if d_log is not None:
                         d_decay = tl.load(d_log + sequence * log_b + head * log_h)
                 drawn = d_total * weight
-                if dk is not None:
-                    sum_k += (2.0 * drawn)[:, None] * wide_k
+                pulled += 2.0 * drawn
                 if d_eta is not None:
-                    tl.store(d_eta + (token + row) * heads + head, (felt + d_total * norms).to(d_eta.dtype.element_ty), mask=here)
+                    wide_k = k_tile.to(tl.float32)
+                    felt += d_total * tl.sum(wide_k * wide_k, 1)
+                if d_eta is not None:
+                    tl.store(d_eta + (token + row) * heads + head, felt.to(d_eta.dtype.element_ty), mask=here)
                 if dg is not None:
                     tl.store(dg + (token + row) * heads + head, (tl.zeros([ROWS], tl.float32) + d_decay).to(dg.dtype.element_ty), mask=here)
                 if first <= 0:  # the step of the sequence's first token, in its first block
@@ -152,6 +153,7 @@ def _tokens(
                     if to_log is not None:
                         tl.store(to_log + sequence * heads + head, d_decay)
             if dk is not None:
+                sum_k += pulled[:, None] * k_tile.to(tl.float32)
                 tl.store(dk + grouped, sum_k.to(dk.dtype.element_ty), mask=stored)
 
 

@@ -9,13 +9,15 @@ from titans_backends.backend import Candidate
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from .serving import CONSUMER_SHARED_BYTES, dots, narrow_warps, tile_width
+from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, narrow_warps, tile_width
 
 __all__ = ["backward_ways", "forward_ways", "steps_rows"]
 
 _SMS = 108
 """Multiprocessors assumed where the machine does not say."""
 _MOST = 3
+_SHORT = 256
+"""Tokens up to which one launch is the default."""
 
 
 def steps_rows(span: int) -> int:
@@ -26,6 +28,7 @@ def steps_rows(span: int) -> int:
 def _ways(signature: Signature, machine: Machine) -> list[tuple[int, int, int, int]]:
     """(rows, value columns, warps, stages), the expected best first."""
     size, keys, values = signature.dtype.itemsize, tile_width(signature.dim("K")), tile_width(signature.dim("V"))
+    copied = copies_rows(signature)
     sequences = signature.dim("N") if signature.packed else signature.dim("B")
     streams = max(1, sequences) * signature.dim("H")
     wide, narrow = min(64, values), min(32, values)
@@ -40,7 +43,8 @@ def _ways(signature: Signature, machine: Machine) -> list[tuple[int, int, int, i
     kept: dict[tuple[int, int, int, int], None] = {}
     for rows, columns, warps, stages in found:
         rows = min(rows, steps_rows(span))
-        warps = narrow_warps(signature.dtype, max(rows, keys), columns, warps)
+        if stages < 2 or not copied:  # the loop's products read registers
+            warps = narrow_warps(signature.dtype, max(rows, keys), columns, warps)
         if shared_bytes(rows, columns, keys, stages, size) <= room:
             kept[rows, columns, warps, stages] = None
     return list(kept)[:_MOST] or [(16, min(16, values), 4, 1)]
@@ -57,7 +61,10 @@ def forward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
     first, *others = dots(signature)
     ways = [(way, first) for way in _ways(signature, machine)]
     ways += [(ways[-1][0], dot) for dot in others]
-    return [Candidate("triton", "scan", _params(way, dot)) for way, dot in ways]
+    found = [Candidate("triton", "prepared", _params(way, dot)) for way, dot in ways]
+    small = next((way for way in _ways(signature, machine)[::-1] if way[0] <= 32), None)
+    lone = [Candidate("triton", "scan", _params(small, first))] if small else []
+    return [*lone, *found] if signature.dim("T") <= _SHORT and not signature.batch_invariant else [*found, *lone]
 
 
 def backward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -66,7 +73,7 @@ def backward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
     rows = 32 if size == 4 or keys > 128 else 64
     if size == 4 and keys > 128:
         rows = 16
-    warps = narrow_warps(signature.dtype, max(rows, keys), min(keys, values, 64), 4)
+    warps = narrow_warps(signature.dtype, max(rows, keys), min(keys, values, 64), 8 if keys >= 128 else 4)
     first, *others = dots(signature)
     ways = [(way, first) for way in _ways(signature, machine)]
     ways += [(ways[-1][0], dot) for dot in others]

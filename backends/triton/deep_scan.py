@@ -1,11 +1,12 @@
 """The blocks of deep_core one after another, forward and in reverse: what a sequence carries stays in registers from its first token to its last.
 
-A program owns BLOCK_V value columns of one head of one sequence; columns never meet, but in a block's mass and summed g, which every tile sums alike.
+A program owns BLOCK_V value columns of one head of one sequence; columns never meet.
 ROWS tokens of a block cost the forward three products and no mask but that of the ragged end, 6 ROWS K BLOCK_V FLOP, on 2 ROWS (2 K + 2 BLOCK_V) bytes in 16 bits:
 
     o = gate scale Q D      w = eta (V - K D)      E += K^T w        and at a block's end, where D is made anew:  D <- exp(G) D + E / Z
 
-and the reverse, which carries the gradient of D, three: dE of a block is (gradient of D after it) / Z, and within the block
+The mass and the summed g of every block come from a launch of their own, BLOCKS, or are summed on the way, which costs registers.
+The reverse, which carries the gradient of D, has three too: dE of a block is (gradient of D after it) / Z, and within the block
 
     gradient of D before it = exp(G) (gradient after it) + sum over its tokens of  q (gate scale do)^T - k (eta dE^T k)^T
 
@@ -19,11 +20,11 @@ import triton
 import triton.language as tl
 
 from .deep_step import divisor
-from .grid import first_slot
+from .grid import first_slot, locate
 from .launch import Kernel
 from .rounding import operand
 
-__all__ = ["REVERSE", "SWEEP", "block_slot", "steps_of"]
+__all__ = ["BLOCKS", "REVERSE", "SWEEP", "block_slot", "steps_of"]
 
 
 @triton.jit
@@ -84,15 +85,53 @@ def line_of(x, first, stride, here, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _blocks(
+    k, eta, g, mass, log_decay, cu_seqlens, masses, logs, tokens, sequences, heads, group, offset,
+    k_b, k_t, k_h, eta_b, eta_t, eta_h, g_b, g_t, g_h, mass_b, mass_h, log_b, log_h,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Mass and G of one block of one head before it closes, what the sequence brought in with its first block."""
+    program = tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    slot = program // heads
+    batch, sequence, block, _, begin, end = locate(cu_seqlens, slot, tokens, sequences, offset, SPAN)
+    length = end - begin
+    key = tl.arange(0, BLOCK_K)
+    wide = begin.to(tl.int64)
+    batch = batch.to(tl.int64)
+    k += batch * k_b + head // group * k_h + wide * k_t
+    eta += batch * eta_b + head * eta_h + wide * eta_t
+    if g is not None:
+        g += batch * g_b + head * g_h + wide * g_t
+    weighed = tl.zeros([ROWS], tl.float32)
+    logged = tl.zeros([ROWS], tl.float32)
+    PER: tl.constexpr = (SPAN + ROWS - 1) // ROWS
+    for sub in range(PER):
+        _, _, _, first, here = rows_of(block * PER + sub, length, offset, SPAN, ROWS)
+        wide_k = tile_of(k, first, k_t, here, key, K, ROWS, BLOCK_K).to(tl.float32)
+        weighed += line_of(eta, first, eta_t, here, ROWS) * tl.sum(wide_k * wide_k, 1)
+        if g is not None:
+            logged += line_of(g, first, g_t, here, ROWS)
+    total = tl.sum(weighed, 0)
+    decay = tl.sum(logged, 0)
+    if mass is not None:
+        if (block == 0) & (length > 0):
+            total += tl.load(mass + sequence * mass_b + head * mass_h)
+            decay += tl.load(log_decay + sequence * log_b + head * log_h)
+    tl.store(masses + slot.to(tl.int64) * heads + head, total)
+    tl.store(logs + slot.to(tl.int64) * heads + head, decay)
+
+
+@triton.jit
 def _sweep(
-    q, k, v, eta, g, gate, state, error, mass, log_decay, cu_seqlens, o, starts, ends, masses, logs, to_state, to_error, to_mass, to_log,
+    q, k, v, eta, g, gate, state, error, mass, log_decay, masses, logs, cu_seqlens, o, starts, ends, to_state, to_error, to_mass, to_log,
     scale, tokens, sequences, heads, group, offset,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, eta_b, eta_t, eta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h,
     state_b, state_h, state_t, error_b, error_h, error_t, mass_b, mass_h, log_b, log_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
     NORMALIZE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Forward. `o`: the outputs; `starts`, `ends`, `masses`, `logs`: of every block D before it, and E, mass and G before it closes, for a backward."""
+    """Forward. `masses`, `logs`: mass and G of every block, of BLOCKS, or summed here where absent. `starts`, `ends`: D before every block, and E before it closes."""
     TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     DTYPE: tl.constexpr = k.dtype.element_ty
     program = tl.program_id(0)
@@ -134,6 +173,9 @@ def _sweep(
         k_tile = tile_of(k, first, k_t, here, key, K, ROWS, BLOCK_K)
         v_tile = tile_of(v, first, v_t, here, value, V, ROWS, BLOCK_V)
         weight = line_of(eta, first, eta_t, here, ROWS)
+        if masses is not None:
+            total = tl.load(masses + (slot + block) * heads + head)
+            decay = tl.load(logs + (slot + block) * heads + head)
         known = operand(memory, DTYPE, DOT)
         if starts is not None:
             if (step == start) | (step % ((SPAN + ROWS - 1) // ROWS) == 0):
@@ -148,17 +190,14 @@ def _sweep(
             tl.store(at, y.to(o.dtype.element_ty), mask=here[:, None] & (value[None, :] < V))
         off = (v_tile.to(tl.float32) - tl.dot(k_tile, known, input_precision=DOT)) * weight[:, None]
         missed = tl.dot(tl.trans(k_tile), operand(off, DTYPE, DOT), acc=missed, input_precision=DOT)
-        wide_k = k_tile.to(tl.float32)
-        total += tl.sum(weight * tl.sum(wide_k * wide_k, 1), 0)
-        if g is not None:
-            decay += tl.sum(line_of(g, first, g_t, here, ROWS), 0)
-        if masses is not None:
+        if masses is None:
+            wide_k = k_tile.to(tl.float32)
+            total += tl.sum(weight * tl.sum(wide_k * wide_k, 1), 0)
+            if g is not None:
+                decay += tl.sum(line_of(g, first, g_t, here, ROWS), 0)
+        if ends is not None:
             if last | (step == stop - 1):
-                if ends is not None:
-                    tl.store(ends + ((slot + block) * heads + head) * (K * V) + square, missed.to(ends.dtype.element_ty), mask=whole)
-                if tile == 0:
-                    tl.store(masses + (slot + block) * heads + head, total)
-                    tl.store(logs + (slot + block) * heads + head, decay)
+                tl.store(ends + ((slot + block) * heads + head) * (K * V) + square, missed.to(ends.dtype.element_ty), mask=whole)
         if last & (edge <= length):
             share = 1.0 / divisor(total, SPAN, NORMALIZE)
             memory = tl.exp(decay) * memory + missed * share
@@ -246,5 +285,6 @@ def _reverse(
             tl.store(to_log + at_line, tl.load(d_log + place * log_b + head * log_h) if d_log is not None else 0.0)
 
 
+BLOCKS = Kernel(_blocks)
 SWEEP = Kernel(_sweep)
 REVERSE = Kernel(_reverse)

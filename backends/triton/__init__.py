@@ -5,7 +5,7 @@ from __future__ import annotations
 from titans_backends.backend import Backend
 
 _PACKAGE = "titans_backends.backends.triton"
-_OPS = ("fast_core", "fused_uw", "uw_transform", "slow_core", "gated_delta_rule", "gated_delta_step", "dual_core")
+_OPS = ("fast_core", "fused_uw", "uw_transform", "slow_core", "gated_delta_rule", "gated_delta_step", "dual_core", "dual_core_step")
 _BACKWARD = (
     "delta_backward", "delta_backward_plans", "delta_gradients", "delta_reverse", "delta_updates", "dual_backward", "dual_joins", "fast_backward",
     "fast_edges", "fast_gradients", "uw_gradients", "uw_product_gradients",

@@ -146,6 +146,10 @@ def test_in_place_writes_the_selected_slots_of_both_states_and_no_other() -> Non
 )
 def test_what_it_refuses(changes: dict[str, object], sentence: str) -> None:
     call = given(**changes)
-    with pytest.raises(ValueError, match=sentence):
+
+    def examine() -> None:
         validate(STEP, call)
         check_indices(STEP, call)
+
+    with pytest.raises(ValueError, match=sentence):
+        examine()

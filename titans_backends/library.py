@@ -72,7 +72,8 @@ def _flatten(op: Contract, values: Sequence[object], *, in_place: bool = False) 
 
 def _unflatten(op: Contract, flat: Sequence[object], *, in_place: bool = False) -> Call:
     """The call of a schema's arguments."""
-    given, rest = {}, iter(flat)
+    given: dict[str, object] = {}
+    rest = iter(flat)
     for name in op.parameters:
         if in_place and name == "inplace":
             given[name] = True

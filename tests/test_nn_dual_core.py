@@ -329,7 +329,7 @@ def test_a_layer_compiles_as_one_graph() -> None:
         ({"chunking": "original"}, ValueError, "must not; pass chunking='regular'"),
         ({"transform": "lam"}, ValueError, "belongs to mode='dual' or 'flat'"),
         ({"resonance": True}, ValueError, "belongs to mode='dual'"),
-        ({"decay": "chunk"}, ValueError, "mode='flat' or 'dual' takes 'chunk'"),
+        ({"decay": "chunk"}, ValueError, "mode='flat' or 'loop' or 'dual' takes 'chunk'"),
         ({"mode": "flat", "resonance": False}, ValueError, "leave it out"),
         ({"chunk_size": 0}, ValueError, "at least 1, got 0"),
         ({"merge": "head", "alpha": 1.0}, ValueError, "both excluded, got 1.0"),

@@ -34,10 +34,12 @@ __all__ = ["TitansDualCore"]
 
 _CHUNK_KEEPS = 0.9
 """What a fresh layer keeps of S_slow from one chunk to the next: the 0.9 that the original names, and misses (it keeps 0.474)."""
-_WIDE = ("q_proj", "k_proj", "v_proj", "g_proj")
+_QKV = ("q_proj", "k_proj", "v_proj")
 _PER_HEAD = ("b_proj", "fast_gate_proj", "slow_gate_proj")
 _DECAYS = ("slow_decay_proj", "fast_decay_proj")
 _LEVELS = ("level_eta_proj", "level_gate_proj")
+_GATE_LATER = 16384
+"""Tokens from which on the output gate's product waits for the memory, in inference: it would hold a third of the layer's memory meanwhile."""
 
 
 class TitansDualCore(nn.Module):
@@ -244,7 +246,38 @@ class TitansDualCore(nn.Module):
         self, x: Tensor, chunk_size: int, cu_seqlens: Tensor | None, return_states: bool, cache: DualCoreCache | None = None
     ) -> tuple[Tensor, States | None]:
         """Projections, memory, merge, norm and output on one grid of chunks."""
-        joint = self._projections(x, return_states)
+        gate_later = x.shape[0] * x.shape[1] >= _GATE_LATER and not torch.is_grad_enabled()
+        joint = self._projections(x, self._names(return_states, not gate_later))
+        o, states = self._remembered(joint, chunk_size, cu_seqlens, return_states, cache)
+        if gate_later:
+            joint = self._projections(x, ["g_proj"])
+        if cache is not None:
+            cache.position += x.shape[1]
+        y: Tensor = self.o_proj(self.o_norm(o, joint["g_proj"].unflatten(-1, (self.num_heads, -1))).flatten(2))
+        return y, states
+
+    def _names(self, return_states: bool, gate: bool) -> list[str]:
+        """The projections that a call needs, neighbours in their storage."""
+        decays = _DECAYS if self.form.mode == "loop" else _DECAYS[: self.form.mode != "flat" or return_states]
+        return [*(("g_proj",) if gate else ()), *_QKV, *_PER_HEAD, *decays, *(_LEVELS if self.form.levels else ())]
+
+    def _projections(self, x: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """x's projections without their biases by name, `[B, T, width]`, views of one product; `per_head`: those of a sigmoid, side by side."""
+        modules = [cast(nn.Linear, self._modules[name]) for name in names]
+        product = joint_projection(x, modules)
+        found, at = {}, 0
+        for name, module in zip(names, modules, strict=True):
+            if name == _PER_HEAD[0]:
+                found["per_head"] = product[..., at : at + len(_PER_HEAD) * self.num_heads]
+            if name not in _PER_HEAD:
+                found[name] = product[..., at : at + module.out_features]
+            at += module.out_features
+        return found
+
+    def _remembered(
+        self, joint: dict[str, Tensor], chunk_size: int, cu_seqlens: Tensor | None, return_states: bool, cache: DualCoreCache | None
+    ) -> tuple[Tensor, States | None]:
+        """The merged cores' o `[B, T, H, V]` by the form's mode, and its states. Takes out of `joint` what only the memory needs."""
         held = self._memory(joint, chunk_size, cu_seqlens, cache)
         alpha = self._alpha(held)
         if self.form.mode == "recurrent":
@@ -253,30 +286,14 @@ class TitansDualCore(nn.Module):
             run = {"flat": memory.flat, "dual": memory.dual, "loop": memory.loop}[self.form.mode]
             o, states = run(self.form, self.resonance_flux, held, alpha, return_states)
         if self.form.levels:
-            o = with_levels(o, self.form.levels, held, joint["level_eta_proj"].sigmoid(), joint["level_gate_proj"].sigmoid(), cache)
-        if cache is not None:
-            cache.position += x.shape[1]
-        y: Tensor = self.o_proj(self.o_norm(o, joint["g_proj"].unflatten(-1, (self.num_heads, -1))).flatten(2))
-        return y, states
-
-    def _projections(self, x: Tensor, return_states: bool) -> dict[str, Tensor]:
-        """x's projections without their biases by name, `[B, T, width]`, views of one product; `per_head`: those of a sigmoid, side by side."""
-        decays = _DECAYS if self.form.mode == "loop" else _DECAYS[: self.form.mode != "flat" or return_states]
-        names = [*_WIDE, *_PER_HEAD, *decays, *(_LEVELS if self.form.levels else ())]
-        modules = [cast(nn.Linear, self._modules[name]) for name in names]
-        product = joint_projection(x, modules)
-        found, at = {}, 0
-        for name, module in zip(names, modules, strict=True):
-            found[name] = product[..., at : at + module.out_features]
-            at += module.out_features
-        first = sum(module.out_features for module in modules[: len(_WIDE)])
-        found["per_head"] = product[..., first : first + len(_PER_HEAD) * self.num_heads]
-        return found
+            eta, gate = (joint.pop(name).sigmoid() for name in _LEVELS)
+            o = with_levels(o, self.form.levels, held, eta, gate, cache)
+        return o, states
 
     def _memory(self, joint: dict[str, Tensor], chunk_size: int, cu_seqlens: Tensor | None, cache: DualCoreCache | None) -> Memory:
         """Everything that the memory ops take."""
         heads = self.num_heads
-        q, k, v = (joint[name].unflatten(-1, (heads, -1)) for name in _WIDE[:3])
+        q, k, v = (joint.pop(name).unflatten(-1, (heads, -1)) for name in _QKV)
         (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = (
             cast(ShortConv, self._modules[name]).by_head(heads) for name in ("q_conv1d", "k_conv1d", "v_conv1d")
         )
@@ -290,9 +307,9 @@ class TitansDualCore(nn.Module):
                 assert state is not None
                 cache.store(name, state)
         q, k, v = (cast(Tensor, tensor) for tensor in found[:3])
-        beta, fast_gate, slow_gate = joint["per_head"].sigmoid().split(heads, -1)
+        beta, fast_gate, slow_gate = joint.pop("per_head").sigmoid().split(heads, -1)
         slow_logit, fast_logit = (
-            joint[f"{core}_decay_proj"] + (cast(nn.Linear, self._modules[f"{core}_decay_proj"]).bias + getattr(self, f"{core}_decay_bias"))
+            joint.pop(f"{core}_decay_proj") + (cast(nn.Linear, self._modules[f"{core}_decay_proj"]).bias + getattr(self, f"{core}_decay_bias"))
             if f"{core}_decay_proj" in joint
             else None
             for core in ("slow", "fast")
@@ -318,8 +335,8 @@ class TitansDualCore(nn.Module):
 
 
 def _stand_together(layer: nn.Module, _: object = None) -> None:
-    """The weights of all that projects x, in one storage, in the order in which `_projections` reads them."""
-    names = (*_WIDE, *_PER_HEAD, *_DECAYS, *_LEVELS)
+    """The weights of all that projects x, in one storage, in the order in which `_names` has them."""
+    names = ("g_proj", *_QKV, *_PER_HEAD, *_DECAYS, *_LEVELS)
     modules = [layer._modules.get(name) for name in names]
     if all(isinstance(module, nn.Linear) for module in modules[: -len(_LEVELS)]):
         stand_together([module for module in modules if isinstance(module, nn.Linear)])

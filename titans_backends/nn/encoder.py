@@ -97,8 +97,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x's shape."""
         hidden = self.up(x)
-        for _ in range(self.times):
-            hidden = F.gelu(hidden)
+        kept = torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(self.up._forward_hooks)
+        for _ in range(self.times):  # the widest tensor of the model, in place where nobody looks at it again
+            hidden = F.gelu(hidden) if kept else torch.ops.aten.gelu_(hidden)
         return cast(Tensor, self.down(hidden))
 
 

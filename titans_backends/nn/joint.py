@@ -39,10 +39,10 @@ def stand_together(projections: list[nn.Linear]) -> None:
 
 def joint_projection(x: Tensor, projections: list[nn.Linear]) -> Tensor:
     """The projections' products without their biases, side by side: `[..., at least their widths' sum]`."""
-    if _is_compiling():
-        return F.linear(x, torch.cat([projection.weight for projection in projections]))
     if not all(map(_plain, projections)):
         return torch.cat([projection(x) if projection.bias is None else projection(x) - projection.bias for projection in projections], -1)
+    if _is_compiling():
+        return F.linear(x, torch.cat([projection.weight for projection in projections]))
     weights: list[Tensor] = [weight for weight in (projection._parameters["weight"] for projection in projections) if weight is not None]
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         standing = _standing(weights)

@@ -57,7 +57,7 @@ def flat(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
         return o, None
     u, w = _transformed(form, x)
     grid = x.grid()
-    decay = _chunk_mean(x.slow_logit, grid) * (1 - 0.05 * flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
+    decay = _scaled(_chunk_mean(x.slow_logit, grid), 0.05, flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
     slow = tracked_state(x.q, x.k, u, w, decay, x.chunk_size, x.cu_seqlens)
     return o, (torch.zeros_like(slow), slow)
 
@@ -68,7 +68,7 @@ def dual(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
     decay = _chunk_mean(x.slow_logit, grid)
     if form.resonance:
         u, _ = _transformed(form, x)
-        decay = decay * (1 - 0.05 * flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
+        decay = _scaled(decay, 0.05, flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
     o, slow, fast = get_op("dual_core")(
         x.q, x.k, x.v, x.beta,
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha, chunk_decay=decay,
@@ -84,10 +84,10 @@ def loop(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
     grid = x.grid()
     u, _ = _transformed(form, x)
     psi = flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid)
-    coupling = None if form.coupling == "head" else (0.05 + 0.1 * psi.mean((0, 2), keepdim=True)).expand_as(psi)
+    coupling = None if form.coupling == "head" else torch.rsub(psi.mean((0, 2), keepdim=True), 0.05, alpha=-0.1).expand_as(psi)
     o, slow, fast = get_op("coupled_core")(
         x.q, x.k, x.v, x.beta, psi, coupling=coupling,
-        fast_decay=_chunk_mean(x.fast_logit, grid) * (1 - 0.1 * psi), slow_decay=_chunk_mean(x.slow_logit, grid) * (1 - 0.05 * psi),
+        fast_decay=_scaled(_chunk_mean(x.fast_logit, grid), 0.1, psi), slow_decay=_scaled(_chunk_mean(x.slow_logit, grid), 0.05, psi),
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
         transform=form.transform, chunk_size=x.chunk_size, cu_seqlens=x.cu_seqlens, output_final_state=return_states,
     )  # fmt: skip
@@ -146,6 +146,11 @@ def _chunk_mean(logit: Tensor | None, grid: ChunkGrid) -> Tensor:
     """d `[B, M, H]`: the chunk's mean decay."""
     assert logit is not None
     return grid.mean(_wide(logit).sigmoid())
+
+
+def _scaled(decay: Tensor, by: float, psi: Tensor) -> Tensor:
+    """decay (1 - by psi), as one launch."""
+    return torch.addcmul(decay, decay, psi.to(decay.dtype), value=-by)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import titans_backends as tb
-from titans_backends import sameness
+from titans_backends import precision, sameness
 from titans_backends.contracts.fast_core import FastCore
 from titans_backends.errors import BoundCallMismatchError
 from titans_backends.plans import Plan
@@ -119,22 +119,100 @@ def test_a_bound_op_that_trains_gives_gradients_with_the_guard_and_none_without_
         assert not out.requires_grad
 
 
-def test_the_call_after_a_call_like_it_gets_its_plan_without_a_key_and_another_call_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_like_the_last_few_get_their_plans_without_a_key_and_another_call_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tb.reset()
     op = tb.get_op("fast_core")
     planner = op._planner
     first, second = ([torch.randn(1, length, 2, 8) for _ in range(3)] for length in (20, 24))
-    op(*first, chunk_size=16)
-    recent = planner._recent
-    assert recent is not None
+    calls: list[Callable[[], object]] = [
+        lambda: op(*first, chunk_size=16),
+        lambda: op(*second, chunk_size=16),
+        lambda: op(*first, chunk_size=8),
+    ]
+    for call in calls:
+        call()
+    assert len({id(entry.plan) for entry in planner._recent}) == len(calls)
     with monkeypatch.context() as patch:
         patch.setattr(type(planner), "_key", lambda *_: pytest.fail("a key was built"))
-        op(*first, chunk_size=16)
-        op(*(x.clone() for x in first), chunk_size=16)
-    for changed in (lambda: op(*second, chunk_size=16), lambda: op(*first, chunk_size=8), lambda: op(*first, chunk_size=16, backend="eager")):
-        changed()
-        assert planner._recent is not recent
-        op(*first, chunk_size=16)
-        assert planner._recent is recent
+        for call in (*calls, *reversed(calls), lambda: op(*(x.clone() for x in first), chunk_size=16)):
+            call()
+    plans = {id(entry.plan) for entry in planner._recent}
+    op(*first, chunk_size=16, backend="eager")
+    assert id(planner._recent[0].plan) not in plans, "a forced call has a plan of its own"
+
+
+@pytest.mark.parametrize("odd", ["inference_mode", "no_grad", "parameter"])
+def test_a_first_call_in_a_mode_of_its_own_does_not_slow_the_later_ones(odd: str, plugin_backend: Callable[..., list[str]]) -> None:
+    said: list[str] = []
+
+    def remember(call: FastCore, candidate: object) -> object:
+        return (call.q.detach().clone(), None), lambda values: (said.append("again"), (values[0].clone(), None))[1]
+
+    plugin_backend("remembering", remember=remember)
+    op = tb.get_op("fast_core", backend="remembering")
+    q, k, v = (torch.randn(1, 20, 2, 8) for _ in range(3))
+    if odd == "inference_mode":
+        with torch.inference_mode():
+            op(q, k, v, chunk_size=16)
+    elif odd == "no_grad":
+        with torch.no_grad():
+            op(q.clone().requires_grad_(), k, v, chunk_size=16)
+    else:
+        op(torch.nn.Parameter(q.clone(), requires_grad=False), k, v, chunk_size=16)
+    op(q, k, v, chunk_size=16)
+    said.clear()
+    seen = [op._planner._like(op._planner.values(op._call((q, k, v), {"chunk_size": 16}))) for _ in range(2)]
+    assert None not in seen
+    op(q, k, v, chunk_size=16)
+    assert said == ["again"]
+
+
+def test_one_tensor_for_two_inputs_does_not_end_remembering(plugin_backend: Callable[..., list[str]]) -> None:
+    said: list[str] = []
+
+    def remember(call: FastCore, candidate: object) -> object:
+        said.append("remember")
+        outputs = (call.q.detach().clone(), None)
+        return outputs, None if call.q is call.k else lambda values: (said.append("again"), outputs)[1]
+
+    plugin_backend("remembering", remember=remember)
+    op = tb.get_op("fast_core", backend="remembering")
+    q, k, v = (torch.randn(1, 20, 2, 8) for _ in range(3))
+    op(q, q, v, chunk_size=16)
+    for _ in range(2):
+        op(q, k, v, chunk_size=16)
+    op(q, q, v, chunk_size=16)
+    assert said == ["remember", "remember", "again", "again"]
+
+
+def test_torchs_newer_precision_settings_are_read_where_the_older_question_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> str:
+        raise RuntimeError("PyTorch is checking the matmul precision without a specific backend name")
+
+    given = [torch.randn(1, 20, 2, 8) for _ in range(3)]
+    op = tb.get_op("fast_core")
+    want = op(*given, chunk_size=16)[0]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refused)
+    got = op(*given, chunk_size=16)[0]
+    assert got is not None
+    assert want is not None
+    assert torch.equal(got, want)
+    for newer, older in (("ieee", "highest"), ("tf32", "high"), ("bf16", "medium"), ("none", "highest")):
+        monkeypatch.setattr(precision, "_setting", lambda on_cuda, newer=newer: newer)
+        assert precision.float32_precision(False) == older
+
+
+def test_a_bound_op_can_be_traced_whole() -> None:
+    bound, given, want = _rule()
+    run = torch.compile(lambda *x: bound(*x)[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(*given), want)
+
+
+def test_a_tensor_on_meta_among_others_is_refused_where_torch_must_see_the_call() -> None:
+    _, (q, k, v, beta), _ = _rule()
+    for first in (q, torch._neg_view(-q)):
+        with pytest.raises(ValueError, match="g is on meta, but q is on cpu"):
+            tb.get_op("gated_delta_rule")(first, k, v, beta, (-beta).to("meta"))
 
 
 def _rule() -> tuple[tb.BoundOp, list[Tensor], Tensor]:

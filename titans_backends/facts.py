@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from titans_backends.contracts.contract import Call, Contract
+from titans_backends.precision import float32_precision
 from titans_backends.signature import Launch, Regime, Signature, TensorFacts
 
 __all__ = ["signature_of", "with_sizes"]
@@ -41,7 +42,7 @@ def signature_of(
         regime=regime,
         needs=needs,
         launch=launch,
-        float32=torch.get_float32_matmul_precision(),
+        float32=float32_precision(first.device.type == "cuda"),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         batch_invariant=batch_invariant,
         may_save=may_save,
@@ -49,5 +50,6 @@ def signature_of(
 
 
 def with_sizes(dims: dict[str, int]) -> dict[str, int]:
-    """The bound letters; G defaults to H where an op has no q and k heads of its own."""
-    return dims if "G" in dims or "H" not in dims else {**dims, "G": dims["H"]}
+    """The bound letters; G defaults to H where an op has no q and k heads of its own, K to V where it has no keys."""
+    defaults = {letter: dims[like] for letter, like in (("G", "H"), ("K", "V")) if like in dims}
+    return {**defaults, **dims}

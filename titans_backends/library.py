@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
+from titans_backends.contracts.validate import check_devices
 from titans_backends.plans import Outputs, Plan, Planner, Request, request
 from titans_backends.watching import watched
 
@@ -49,7 +50,7 @@ def _parameters(op: Contract, *, mutates: str = "") -> list[str]:
             if argument.fill == "mixing":
                 parts.append(f"float {field.name}_number")
         elif option is not None:
-            kind = {"int": "SymInt" if option.name == "chunk_offset" else "int"}.get(option.kind, option.kind)
+            kind = {"int": "SymInt" if option.name in ("chunk_offset", "block_offset") else "int"}.get(option.kind, option.kind)
             parts.append(f"{kind}{'?' if option.nullable else ''} {field.name}")
     return parts
 
@@ -219,6 +220,7 @@ def _fake_forward(op: Contract) -> Callable[..., Outputs]:
     def fake(*flat: object) -> Outputs:
         made = _unflatten(op, flat[:-4])
         tensors = op.tensors(made)
+        check_devices(op, tensors)  # one tensor on meta among others brings the call here, and nothing would be computed
         sizes, first = _sizes(op, tensors), tensors[op.operands[0]]
         outputs: list[Tensor | None] = []
         for output, asked in zip(op.outputs, op.asked(made), strict=True):

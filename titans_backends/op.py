@@ -84,9 +84,9 @@ class Op:
             backend = self.backend
         if _is_compiling():
             return self._traced(args, kwargs, backend)
-        values = self._places(args, kwargs)
-        if values is not None:
-            outputs = self._planner.repeated(values, backend)
+        if self._planner.may_repeat():
+            values = self._places(args, kwargs)
+            outputs = None if values is None else self._planner.repeated(values, backend)
             if outputs is not None:
                 return outputs
         call = self._call(args, kwargs)
@@ -122,7 +122,7 @@ class Op:
             call = bind_arguments(self.contract, args, kwargs)  # raises the sentence
         return autocast(self.contract, call) if torch._C._is_any_autocast_enabled() else call
 
-    def _traced(self, args: tuple[object, ...], kwargs: dict[str, object], backend: str | None) -> Outputs:
+    def _traced(self, args: tuple[object, ...], kwargs: dict[str, object], backend: str | None, batch_invariant: bool = False) -> Outputs:
         """The call as a tracer sees it: plain Python that it can follow, ending in the registered op."""
         names = self.contract.parameters
         if len(args) > len(names) or any(name not in names for name in kwargs):
@@ -132,7 +132,7 @@ class Op:
         if given.get("inplace") and _training(tuple(given.values())):
             raise ValueError(_NO_GRADIENT.format(self.name))
         values = tuple(given[name] if name in given else self._defaults[name] for name in names)
-        return library.call(self.contract, values, backend, False, _training(values), False)  # the scope is read at run time
+        return library.call(self.contract, values, backend, batch_invariant, _training(values), False)  # the scope is read at run time
 
 
 class BoundOp:
@@ -148,6 +148,9 @@ class BoundOp:
         self._planner = op._planner
         self._facts = op._planner.facts(call)
         self._same = never if watched(op._planner.tensors(call)) else same_as(values)
+        pair = plan.choice.pair  # a traced call is forced to its backend, unless forward and backward are of two
+        self._forced = pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
+        self._invariant = plan.choice.signature.batch_invariant
         self._requires_grad = any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
     def __repr__(self) -> str:
@@ -163,7 +166,10 @@ class BoundOp:
 
     def __call__(self, *args: object, **kwargs: object) -> Outputs:
         """Runs the chosen kernel; BoundCallMismatchError names the first argument that differs."""
-        values, plan = self.op._places(args, kwargs), self._plan
+        if _is_compiling():
+            return self.op._traced(args, kwargs, self._forced, self._invariant)
+        plan = self._plan
+        values = None if plan.again is None else self.op._places(args, kwargs)
         if values is not None and self._same(values) and not (self._requires_grad and torch.is_grad_enabled()):
             outputs = plan.repeated(values)
             if outputs is not None:
@@ -186,7 +192,7 @@ class BoundOp:
             check_indices(self.op.contract, call)
         if training:
             self._expect_training()
-            return differentiated(self.op.name, plan, call, self._forced, self.choice.signature.batch_invariant)
+            return differentiated(self.op.name, plan, call, self._forced, self._invariant)
         return planner.execute(plan, call)[: len(self.op.contract.outputs)]
 
     def _fits(self, call: Call) -> bool:
@@ -197,12 +203,6 @@ class BoundOp:
             validate(self.op.contract, call)
             raise
 
-    @property
-    def _forced(self) -> str | None:
-        """The backend whose pair this is, None where forward and backward are of two."""
-        pair = self.choice.pair
-        return pair.forward.backend if pair.backward is None or pair.backward.backend == pair.forward.backend else None
-
     def _seen(self, call: Call, tensors: tuple[object, ...]) -> Outputs:
         """A call that torch's dispatcher must see, on the backend that was bound: what its memory holds may mean nothing."""
         values = self._planner.values(call)
@@ -212,7 +212,7 @@ class BoundOp:
         if training:
             self._expect_training()
         _refuse_in_place(self.op.contract, call, torch._C._are_functorch_transforms_active())
-        return library.call(self.op.contract, values, self._forced, self.choice.signature.batch_invariant, training, training)
+        return library.call(self.op.contract, values, self._forced, self._invariant, training, training)
 
     def _expect_training(self) -> None:
         if not self._training:

@@ -24,6 +24,7 @@ from titans_backends.errors import BackendRefusedError, SwitchError
 from titans_backends.facts import signature_of
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, run_modules
+from titans_backends.precision import float32_precision
 from titans_backends.sameness import same_as
 from titans_backends.signature import Launch, Signature
 
@@ -31,6 +32,8 @@ __all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "announce_change", 
 
 Outputs = tuple[Tensor | None, ...]
 _MEMO_LIMIT = 4096
+_RECENT = 4
+"""Calls that are told from one another without a key: the shapes of a model's layers."""
 _BACKWARDS_LIMIT = 64
 _LENGTHS = frozenset("BTNMEP*")
 _LONGEST_CHUNK = 512
@@ -79,7 +82,8 @@ class Plan:
     """A frozen choice with the modules that run it. `ran` says that its kernels are loaded, which graph capture needs to know.
 
     `values` gives a call's, `outputs` counts the contract's, `written` is the place of a state that the call changes.
-    `again` is what the module remembered of the first call: every call of a plan has the same facts. `fresh`: it was not asked yet. `again_backward`
+    `again` is what the module remembered of the first call: every call of a plan has the same facts. `tries`: how often it may still be asked, since a call
+    with one tensor for two inputs cannot be remembered and the next one can. `again_backward`
     holds the same of backwards, by what was needed and the facts of what arrived; None: that cannot be repeated.
     """
 
@@ -93,34 +97,38 @@ class Plan:
     written: int | None = field(default=None)
     ran: bool = field(default=False)
     again: Callable[[tuple[object, ...]], Outputs] | None = field(default=None)
-    fresh: bool = field(default=True)
+    tries: int = field(default=3)
     again_backward: dict[object, tuple[Callable[[tuple[object, ...], Outputs, Tensor | None], Outputs] | None]] = field(default_factory=dict)
 
     def run(self, call: Call) -> Outputs:
         """The forward kernel, on the current stream of the inputs' device, outside autocast."""
         if self.needs_guard():
             return self._guarded(lambda: self._run(call))
-        return self._run(call) if self.again is None else self.again(self.values(call))
+        return self._run(call)
 
     def _run(self, call: Call) -> Outputs:
         """What the module remembered of this plan's first call, or its `run`."""
-        if self.again is not None:
-            return self.again(self.values(call))
+        again = self.again
+        if again is not None:
+            return again(self.values(call))
         candidate = self.choice.pair.forward
-        module = registry.remembering(self.forward_module) if self.fresh else None
+        module = registry.remembering(self.forward_module) if self.tries else None
         if module is None:
             return self.forward_module.run(call, candidate)
-        outputs, self.again = module.remember(call, candidate)
-        self.fresh = False  # a first call that raised, for want of memory perhaps, leaves the next one to be remembered
+        outputs, again = module.remember(call, candidate)
+        self.tries -= 1  # a call that raised, for want of memory perhaps, is no try
+        if again is not None:
+            self.again = again
         return outputs
 
     def repeated(self, values: tuple[object, ...]) -> Outputs | None:
         """What the module remembered, of values that are like those of the plan's first call; None where it remembered nothing or a call has to do more."""
-        if self.again is None or self.checks_indices or self.needs_guard():
+        again = self.again
+        if again is None or self.checks_indices or self.needs_guard():
             return None
         if self.written is not None:
             announce_change(self.choice.signature.op, values[self.written])  # type: ignore[arg-type]  # a tensor, as in the first call
-        return self.again(values)[: self.outputs]
+        return again(values)[: self.outputs]
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
         """The backward kernel, where and as the forward's; the gradients follow `contract.differentiable`."""
@@ -181,43 +189,62 @@ class Planner:
         self._options = _getter(tuple(o.name for o in contract.options))
         self._may_change = "inplace" in contract.option_by_name
         self._memo: dict[object, _Entry] = {}
-        self._recent: _Entry | None = None
+        self._recent: tuple[_Entry, ...] = ()
         self._warmed: dict[object, set[Pair]] = {}
         _PLANNERS.add(self)
 
     def plan(self, call: Call, asked: Request) -> Plan:
         """The plan for a call, from the memo where it has one."""
-        entry = self._recent
-        if entry is None or not (entry.same(self.values(call)) and entry.settings == _settings(asked, entry.on_cuda)):
+        values = self.values(call)
+        entry = self._like(values)
+        if entry is None or entry.settings != _settings(asked, entry.on_cuda):
             key = self._key(call, asked)
-            entry = self._memo.get(key) if key is not None else None
-            if entry is None:
-                plan = self._decide(call, asked)
-                if key is not None:
-                    self._remember(key, plan, call, asked)
+            known = self._memo.get(key) if key is not None else None
+            plan = self._decide(call, asked) if known is None else known.plan
+            entry = known if known is not None and known.same(values) else self._entry(plan, values, asked)
+            if key is not None:
+                self._remember(key, entry)
+            if known is None:
                 return plan
-            self._recent = entry
         if entry.plan.checks_indices:
             check_indices(self.contract, call)
         return entry.plan
 
+    def may_repeat(self) -> bool:
+        """Whether one of the last few calls is remembered, so that `repeated` is worth its question."""
+        for entry in self._recent:  # noqa: SIM110  # a loop costs a third of any(), and this is in every call
+            if entry.plan.again is not None:
+                return True
+        return False
+
     def repeated(self, values: tuple[object, ...], backend: str | None) -> Outputs | None:
-        """A call just like the last one, repeated; None where it may be another, or something stands between it and the kernel."""
-        entry = self._recent
-        if entry is None or not entry.same(values) or (entry.differentiable and torch.is_grad_enabled()):
+        """A call just like one of the last few, repeated; None where it may be another, or something stands between it and the kernel."""
+        entry = self._like(values)
+        if entry is None or (entry.differentiable and torch.is_grad_enabled()):
             return None
         if entry.settings != _settings(request(backend, training=False), entry.on_cuda):
             return None
         return entry.plan.repeated(values)
 
-    def _remember(self, key: object, plan: Plan, call: Call, asked: Request) -> None:
+    def _like(self, values: tuple[object, ...]) -> _Entry | None:
+        """The entry of one of the last few calls that this one is surely like."""
+        for entry in self._recent:
+            if entry.same(values):
+                return entry
+        return None
+
+    def _entry(self, plan: Plan, values: tuple[object, ...], asked: Request) -> _Entry:
+        """What tells later calls like this one. A plan may have several: its key does not see who asks for gradients, nor torch's modes."""
+        on_cuda = plan.device.type == "cuda"
+        differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in values)
+        return _Entry(plan, same_as(values), differentiable, _settings(asked, on_cuda), on_cuda)
+
+    def _remember(self, key: object, entry: _Entry) -> None:
         if len(self._memo) >= _MEMO_LIMIT:
             self._memo.clear()
-        on_cuda = plan.device.type == "cuda"
-        values = self.values(call)
-        differentiable = any(isinstance(value, Tensor) and value.requires_grad for value in values)
-        entry = _Entry(plan, same_as(values), differentiable, _settings(asked, on_cuda), on_cuda)
-        self._memo[key] = self._recent = entry
+        self._memo[key] = entry
+        others = [one for one in self._recent if one is not entry and (one.plan is not entry.plan or one.settings != entry.settings)]
+        self._recent = (entry, *others)[:_RECENT]
 
     def execute(self, plan: Plan, call: Call) -> Outputs:
         """Runs a plan's forward, and remembers that its kernels are loaded; what was bound eagerly must not run first inside a capture."""
@@ -248,7 +275,7 @@ class Planner:
     def clear(self) -> None:
         """Forgets every plan."""
         self._memo.clear()
-        self._recent = None
+        self._recent = ()
 
     def _key(self, call: Call, asked: Request) -> object:
         """None where something cannot be hashed or is no strided tensor: validation says what."""
@@ -320,7 +347,7 @@ def announce_change(op: str, state: Tensor) -> None:
 def _settings(asked: Request, on_cuda: bool) -> tuple[object, ...]:
     """What a choice depends on outside the call."""
     capturing = on_cuda and torch.cuda.is_current_stream_capturing()
-    return None if asked is PLAIN else asked, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), capturing
+    return None if asked is PLAIN else asked, float32_precision(on_cuda), torch.are_deterministic_algorithms_enabled(), capturing
 
 
 def _compiled_for(signature: Signature) -> object:
@@ -330,9 +357,9 @@ def _compiled_for(signature: Signature) -> object:
     chunk = options.get("chunk_size")
     reach = min(dims.get("T", 1), chunk if isinstance(chunk, int) else _LONGEST_CHUNK)
     sizes = tuple(pair for pair in signature.dims if pair[0] not in _LENGTHS)
-    chosen = tuple((name, value) for name, value in signature.options if name not in ("scale", "chunk_offset"))
+    chosen = tuple((name, value) for name, value in signature.options if name not in ("scale", "chunk_offset", "block_offset"))
     given = tuple((name, facts.aligned, tuple(step % 16 == 0 for step in facts.stride)) for name, facts in signature.tensors)
-    shifted = bool(options.get("chunk_offset"))
+    shifted = bool(options.get("chunk_offset") or options.get("block_offset"))
     return signature.device, signature.dtype, sizes, chosen, given, signature.float32, signature.regime, shifted, reach.bit_length()
 
 

@@ -31,11 +31,12 @@ def same_as(values: Values) -> Callable[[Values], bool]:
     at = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
     others = [place for place, value in enumerate(values) if not isinstance(value, Tensor)]
     tensors = [cast(Tensor, values[place]) for place in at]
-    check = _guard(tensors)
-    if check is None or len(at) < 2 or len(others) < 2:  # itemgetter gives a tuple for two or more
+    if len(at) < 2:
         return never
-    taken = cast(Callable[[Values], tuple[Tensor, ...]], operator.itemgetter(*at))
-    rest = cast(Callable[[Values], Values], operator.itemgetter(*others))
+    check = _guard(tensors)
+    if check is None:
+        return never
+    taken, rest = cast(Callable[[Values], tuple[Tensor, ...]], _picking(at)), _picking(others)
     numbers = rest(values)
     kinds = tuple(map(type, numbers))
     offsets = [tensor.data_ptr() % _ALIGNMENT for tensor in tensors]
@@ -53,6 +54,13 @@ def same_as(values: Values) -> Callable[[Values], bool]:
         return check(*given) and [address & (_ALIGNMENT - 1) for address in map(_ADDRESS, given)] == offsets
 
     return same
+
+
+def _picking(places: list[int]) -> Callable[[Values], Values]:
+    """What takes the values at some places, as a tuple also where there is one or none."""
+    if len(places) > 1:
+        return cast(Callable[[Values], Values], operator.itemgetter(*places))
+    return lambda values: tuple(values[place] for place in places)
 
 
 def never(later: Values) -> bool:

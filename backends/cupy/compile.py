@@ -1,7 +1,8 @@
 """From CUDA C++ to a cubin: NVRTC for one architecture, and the folder on disk that keeps what it made.
 
 An entry's name is the hash of the source with all it includes, the options and NVRTC's version; it opens with the hash of its own content, and what
-does not match it is compiled again, with a warning. Needs no GPU and no CUDA toolkit: NVRTC comes with CuPy's wheels, and no header is included.
+does not match it is compiled again, with a warning. Needs no GPU and no CUDA
+toolkit: NVRTC is a wheel of its own, which CUDA builds of torch bring, and no header is included.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ PAGE = 256
 def places(sizes: Sequence[int], spans: Sequence[range]) -> tuple[list[int], int]:
     """Where each piece lies, and the block's size, in bytes; `spans` says between which launches a piece is needed, an empty one never.
 
-    The largest first, each at the lowest address that is free while it is needed. Launches of one stream run one after the other.
+    The largest first, each at the lowest address that is free while it is needed. Launches of one stream run one after the other (a backend that launches a kernel
+    before the one ahead of it has ended must not share).
     """
     found, end = [0] * len(sizes), 0
     laid: list[int] = []

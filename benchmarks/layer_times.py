@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import statistics
 import subprocess
@@ -40,8 +39,8 @@ LENGTHS = (128, 512, 2048, 8192, 65536, 256, 1024, 4096, 16384, 32768)
 LADDER_LENGTHS = (128, 512, 2048, 8192)
 QUICK = (128, 512, 2048)
 PRECISIONS = ("highest", "high", "bfloat16")
-LIMITS = {"highest": 2e-4, "high": 3e-2, "bfloat16": 1e-1}
-"""Of the relative root mean square error of the stack's output. The lam transform amplifies rounding some ten times; a wrong formula is off by 0.3 and more."""
+LIMITS = {"highest": 2e-4, "high": 4e-2, "bfloat16": 2e-1}
+"""Of the relative root mean square error of the stack's output. The lam transform of flat and loop amplifies rounding some ten times (bfloat16, flat: 0.09)."""
 LONG_S = 0.5
 """A call that takes longer is timed once, without a warm-up of its own length."""
 Run = Callable[[], Tensor]

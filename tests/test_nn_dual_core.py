@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import titans_backends as tb
 from tests.golden_table import Ledger
 from titans_backends.contracts import CONTRACTS
 from titans_backends.nn import TitansDualCore
-from titans_backends.nn import dual_core as module
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 FORMS: Mapping[str, dict[str, object]] = {
@@ -195,8 +195,7 @@ def test_gradients_are_those_of_the_references(form: str, monkeypatch: pytest.Mo
 
     got = gradients()
     with monkeypatch.context() as patch:
-        for where in (module, tb.nn.states):
-            patch.setattr(where, "get_op", reference_op)
+        replace_ops(patch, reference_op)
         want = gradients()
     assert got.keys() == want.keys()
     for name in got:
@@ -209,6 +208,13 @@ def reference_op(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """The contract's reference, which autograd differentiates."""
     contract = CONTRACTS[name]
     return lambda *args, **kwargs: contract.reference(contract.make_call(*args, **kwargs))
+
+
+def replace_ops(patch: pytest.MonkeyPatch, by: Callable[[str], object]) -> None:
+    """`get_op` wherever the layer names it."""
+    for name, where in list(sys.modules.items()):
+        if name.startswith("titans_backends.nn.") and hasattr(where, "get_op"):
+            patch.setattr(where, "get_op", by)
 
 
 # --- what a form promises
@@ -247,22 +253,23 @@ def test_recurrent_does_not_look_ahead(form: str) -> None:
 
 @BY_FORM
 def test_inference_calls_no_flux_network_that_it_does_not_use_and_makes_no_state(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, calls, states = layer_of(form).eval().requires_grad_(False), [], []
-    for name in ("flux_net", "token_flux_proj"):
-        getattr(layer.resonance_flux, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    layer, calls = layer_of(form).eval().requires_grad_(False), []
+    layer.resonance_flux.flux_net.register_forward_hook(lambda *_: calls.append(("flux_net", False)))
 
     def recording(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
         def op(*args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
-            states.append((name, kwargs.get("output_final_state", False)))
+            calls.append((name, kwargs.get("output_final_state", False)))
             return tb.get_op(name)(*args, **kwargs)
 
         return op
 
-    monkeypatch.setattr(module, "get_op", recording)
+    replace_ops(monkeypatch, recording)
     layer(tokens(1, 20))
-    uses_psi = layer.form.mode == "dual" and layer.form.resonance
-    assert calls == ["token_flux_proj"] * (layer.form.merge == "flux") + ["flux_net"] * uses_psi
-    assert states == [("uw_transform", False)] * uses_psi + [("dual_core", False)]
+    psi = layer.form.mode == "loop" or (layer.form.mode == "dual" and layer.form.resonance)
+    resonance = ["uw_transform", "flux_net"] * psi
+    core = "coupled_core" if layer.form.mode == "loop" else "dual_core"
+    called = ["qkv_prepare", *["token_flux"] * (layer.form.merge == "flux"), *resonance, core, "gated_rms_norm"]
+    assert calls == [(name, False) for name in called]
 
 
 @BY_FORM
@@ -317,13 +324,12 @@ def test_a_layer_compiles_as_one_graph() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "told"),
     [
-        ({"mode": "loop"}, NotImplementedError, "coupled_core"),
-        ({"mode": "fast"}, tb.UnknownNameError, "known: 'flat', 'dual', 'recurrent'"),
+        ({"mode": "fast"}, tb.UnknownNameError, "known: 'flat', 'loop', 'dual', 'recurrent'"),
         ({"merge": "mean"}, tb.UnknownNameError, "unknown merge 'mean'"),
         ({"chunking": "original"}, ValueError, "must not; pass chunking='regular'"),
         ({"transform": "lam"}, ValueError, "belongs to mode='dual' or 'flat'"),
         ({"resonance": True}, ValueError, "belongs to mode='dual'"),
-        ({"decay": "chunk"}, ValueError, "mode='flat' or 'dual' takes 'chunk'"),
+        ({"decay": "chunk"}, ValueError, "mode='flat' or 'loop' or 'dual' takes 'chunk'"),
         ({"mode": "flat", "resonance": False}, ValueError, "leave it out"),
         ({"chunk_size": 0}, ValueError, "at least 1, got 0"),
         ({"merge": "head", "alpha": 1.0}, ValueError, "both excluded, got 1.0"),
@@ -338,7 +344,7 @@ def test_a_form_without_meaning_is_refused(arguments: dict[str, object], error: 
 @pytest.mark.parametrize(
     ("arguments", "error", "told"),
     [
-        ({"cache": object()}, NotImplementedError, "without cache"),
+        ({"cache": object()}, TypeError, r"layer.new_cache\(2\), got object"),
         ({"x": torch.zeros(2, 3, 25)}, ValueError, r"\[B, T, 24\], got \(2, 3, 25\)"),
         ({"attention_mask": torch.zeros(2, 3)}, TypeError, "pass mask == 0"),
         ({"attention_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"\[2, 3\], got \[2, 4\]"),

@@ -131,9 +131,11 @@ class Bench:
             row.eager_ms = self.eager_ms(run, budget_s)
             if graph and self.cuda:
                 row.graph_ms = self.graph_ms(run, budget_s)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
+            if isinstance(
+                error, torch.AcceleratorError
+            ):  # a capture that failed is one too, and harms nothing; a device that has faulted says so again
+                torch.cuda.synchronize()
             row.failed = f"{type(error).__name__}: {str(error)[:300]}"
         finally:
             if self.cuda:

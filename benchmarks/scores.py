@@ -100,7 +100,7 @@ def scores(
     """Each as it is known."""
     for mode in modes:
         encoder = encoder_of(mode, stack, device)
-        want = similarities(Truth(encoder, mode, stack), pairs)
+        want: Tensor | None = None
         for backend in backends:
             for dtype in dtypes:
                 name = str(dtype).removeprefix("torch.")
@@ -108,6 +108,7 @@ def scores(
                 if refused:
                     yield Score(mode, backend, name, refused=refused)
                     continue
+                want = similarities(Truth(encoder, mode, stack), pairs) if want is None else want
                 with only(backend):
                     start = time.perf_counter()
                     got = similarities(encoder_of(mode, stack, device).to(dtype), pairs)

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.golden_table import Ledger
+from tests.scripts import script
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def plain() -> Iterator[ModuleType]:
-    """benchmarks/plain_layer.py, imported as its neighbours import it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import plain_layer
-
-        yield plain_layer
-    for name in ("plain_layer", "ladder"):
-        sys.modules.pop(name, None)
+plain = script("benchmarks/plain_layer.py")
+ladder = script("benchmarks/ladder.py")
 
 
 @pytest.mark.golden("lam_*_layer_*")
-def test_it_is_the_originals_layer(golden_file: Path, plain: ModuleType) -> None:
+def test_it_is_the_originals_layer(golden_file: Path) -> None:
     mode = "flat" if golden_file.stem.startswith("lam_after") else "loop"
     stored = load_file(golden_file)
     layer = plain.PlainLayer(64, 2, replace(plain.PLANS[mode], chunking="original"))
@@ -41,14 +28,10 @@ def test_it_is_the_originals_layer(golden_file: Path, plain: ModuleType) -> None
     ledger.settle()
 
 
-@pytest.mark.parametrize("step", range(8))
-def test_a_step_of_the_documents_has_one_output_with_and_without_the_ops(step: int, plain: ModuleType) -> None:
-    import ladder
-
-    plan = plain.LADDER[step].plan
+@pytest.mark.parametrize("step", plain.LADDER, ids=lambda step: step.name)
+def test_a_step_of_the_documents_has_one_output_with_and_without_the_ops(step: object) -> None:
     torch.manual_seed(0)
-    layer = plain.PlainLayer(32, 2, plan).double().requires_grad_(False)
-    by_ops = plain.PlainLayer(32, 2, plan, core=ladder.op_core).double().requires_grad_(False)
+    layer, by_ops = (plain.PlainLayer(32, 2, step.plan, core=core).double().requires_grad_(False) for core in (None, ladder.op_core))
     for parameter in layer.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
     by_ops.load_state_dict(layer.state_dict())

@@ -129,7 +129,7 @@ def tasks(parts: list[str]) -> Iterator[Task]:
             pool = replace(step, name=f"{sequences} sequences, in place", B=sequences, options={"inplace": True})
             yield Task("step", "gated_delta_step", pool, eager=True)
         gated = ("g", "fast_gate", "slow_gate")
-        for case in (replace(step, B=64), step, replace(LAM, T=1)):
+        for case in (replace(step, B=64), replace(step, B=1), replace(LAM, T=1)):
             for options in ({}, {"inplace": True}):
                 name = f"{case.B} sequences of {case.H} heads of {case.K}{', in place' if options else ''}"
                 yield Task("step", "dual_core_step", replace(case, name=name, given=gated, options=options), eager=True)

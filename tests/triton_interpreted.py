@@ -71,7 +71,7 @@ def sizes(made: Contract) -> Iterator[Case]:
         return
     first = made.variants[0]
     base = replace(base, options=first.options, given=first.given)
-    if made.name == "gated_delta_step":
+    if made.max_tokens:
         yield replace(base, name="K 80, V 48", T=2, K=80, V=48)
         yield replace(base, name="K 256, V 256", T=1, K=256, V=256)
         return
@@ -93,7 +93,7 @@ def sizes(made: Contract) -> Iterator[Case]:
 
 def few(made: Contract) -> Iterator[Case]:
     """Cases for every candidate: each of the first kind, one odd in all sizes, one packed."""
-    base = Case("", T=3 if made.name == "gated_delta_step" else 130, B=1, G=1, H=2)
+    base = Case("", T=3 if made.max_tokens else 130, B=1, G=1, H=2)
     if made.name == "fused_uw":
         yield replace(base, name="odd", K=20, V=36, options={"_chunk": 50})
         yield replace(base, name="wide", K=64, V=160)
@@ -104,7 +104,7 @@ def few(made: Contract) -> Iterator[Case]:
     first = made.variants[0]
     odd = replace(base, name="odd", K=36, V=20, view="transposed", options=first.options, given=first.given)
     yield odd
-    if made.name != "gated_delta_step":
+    if not made.max_tokens:
         yield replace(odd, name="odd, packed", lengths=(33, 0, 1, 66, 0))
 
 
@@ -178,7 +178,7 @@ def test_every_other_candidate_keeps_the_contract(op: str, case: Case) -> None:
     def others(call: Call) -> list[Candidate]:
         """Those for this call, and for long ones with few and with many heads: a candidate must be right wherever it is run."""
         known = offered(made, call)
-        if made.name not in ("fused_uw", "gated_delta_step") and case.lengths is None:
+        if made.name != "fused_uw" and not made.max_tokens and case.lengths is None:
             for heads in (2, 64):
                 known += offered(made, build(made, replace(case, T=16384, G=heads, H=heads), "meta"))
         return distinct(known)[1:]

@@ -84,6 +84,21 @@ FILES: Mapping[str, tuple[str, Case]] = {
         ),
     ),
     "deep_core_step": ("deep_core_step", replace(STEP, K=8, V=12, options={"chunk_size": 2, "period": 2}, given=("g", "gate"))),
+    "dual_core_step": (
+        "dual_core_step",
+        replace(STEP, V=12, options={"chunk_size": 4}, given=("g", "fast_gate", "slow_gate", "alpha"), seed=2),  # alpha [B, T, H]
+    ),
+    "dual_core_step_pool": (
+        "dual_core_step",
+        replace(
+            STEP,
+            K=8,
+            V=12,
+            options={"chunk_size": 2, "qk_l2norm": True, "scale": 0.5},
+            given=("g", "alpha", "state_indices"),
+            seed=1,  # alpha [H]
+        ),
+    ),
     "dual_core_packed": (
         "dual_core",
         replace(

@@ -1,0 +1,114 @@
+"""coupled_core in Triton: u and w, then the chunks' factors in parallel, the walk of both states, and the output in parallel.
+
+    walked     uw_transform's default, the factors, the walk, the outputs (coupled_walks, coupled_chunks): four launches, five with `qk_l2norm`
+
+Between the launches stand, a chunk and head, the factors and both states in float32, K^2 + 3 K V numbers: at 1x8192, 12 heads of 32, chunks of 64, 25 MB.
+The states are one program's a v head: 128 x 128 spill, and wider ones are refused. The backward is coupled_gradients'.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_backends.backend import Candidate, Param
+from titans_backends.contracts.coupled_core import CoupledCore
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+from titans_backends.verdict import Verdict, refused
+
+from . import uw_transform
+from .ahead import ahead_of
+from .coupled_chunks import OUTPUTS
+from .coupled_gradients import backward_candidates, run_backward
+from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, walked
+from .dual_recurrent import transform_signature
+from .grid import strides
+from .program import remembering, remembering_backward
+from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
+
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
+
+_WIDEST = 128
+
+
+def supports(signature: Signature, machine: Machine) -> Verdict:
+    """Whatever the backend serves, heads of up to 128, where the tiles fit the card."""
+    verdict = serves(signature, machine)
+    for letter in "KV":
+        if signature.dim(letter) > _WIDEST:
+            verdict &= refused(f"head_dim {letter}={signature.dim(letter)} is above {_WIDEST}: one program holds both states; use backend='eager'")
+    if verdict and not candidates(signature, machine):
+        sizes = f"K={signature.dim('K')}, V={signature.dim('V')}"
+        verdict = refused(f"no tiles of {sizes} fit the shared memory of {machine.name}; use backend='eager'")
+    return verdict
+
+
+def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """Warps and stages of the walk, which limits the op, and roundings; the first is the default."""
+    made = uw_transform.candidates(transform_signature(signature), machine)
+    if not made:
+        return []
+    return [plan for plan in plans(signature, made[0]) if shared_bytes(signature, plan) <= (machine.shared_memory_bytes or CONSUMER_SHARED_BYTES)]
+
+
+def plans(signature: Signature, make: Candidate) -> list[Candidate]:
+    """Ways through the walk behind one transform."""
+    chunk = signature.option("chunk_size")
+    assert isinstance(chunk, int)
+    keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
+    wide = max(keys, values) > 64
+    block = min(32 if wide else 64, tile_width(chunk))
+    usual = 2 if keys * values <= 32 * 32 else 4 if keys * values <= 64 * 64 else 8
+    ways = [(usual, 3), (2 * usual, 3), (usual, 2)] if not wide else [(usual, 2)]
+    inner: tuple[tuple[str, Param], ...] = ((f"{MAKE}variant", make.variant), *((MAKE + name, value) for name, value in make.params))
+    found = []
+    for dot in dots(signature):
+        for walk_warps, walk_stages in ways if dot == dots(signature)[0] else ways[:1]:
+            params: dict[str, Param] = {"block": block, "tile": min(64, max(keys, values)), "warps": 4}
+            params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "dot": dot}
+            found.append(Candidate("triton", "walked", (*params.items(), *inner), sources=_SOURCES))
+    return found
+
+
+def shared_bytes(signature: Signature, candidate: Candidate) -> int:
+    """An upper bound of a program's shared memory, in float32: the walk's loads and the state turned into an operand; the outputs' operands."""
+    params = dict(candidate.params)
+    keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
+    split = 2 if params["dot"] == "tf32x3" else 1
+    walk = (int(params["walk_stages"]) * (keys * keys + keys * values) + split * keys * values) * 4
+    outputs = split * (2 * block * keys + min(int(params["tile"]), values) * (block + keys) + block * block) * 4
+    return max(walk, outputs)
+
+
+def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
+    """o `[B, T, H, V]` in v's dtype and both final states `[N, H, K, V]` in float32, None unless asked."""
+    plan, call = Plan.of(dict(candidate.params)), prepared(call)
+    found = walked(call, plan, finals=call.output_final_state)
+    v = call.v
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    number, alpha = (0.0, call.alpha.expand(v.shape[:3])) if isinstance(call.alpha, Tensor) else (float(call.alpha), None)
+    sequences, slots, heads, keys, values = sizes_of(call)
+    chunk, tile = min(call.chunk_size, LONGEST), min(plan.tile, tile_width(values))
+    per = -(-min(chunk, v.shape[1]) // plan.block)
+    args = (
+        call.q, call.k, found.u, found.w, alpha, call.fast_gate, call.slow_gate, found.starts, found.numbers, o, call.cu_seqlens, v.shape[1],
+        0 if call.cu_seqlens is None else sequences, per, number, float(call.scale), *strides(call.q), *strides(call.k), *strides(found.u),
+        *strides(found.w), *strides(alpha), *strides(call.fast_gate), *strides(call.slow_gate),
+    )  # fmt: skip
+    constants = (
+        heads, heads // max(call.k.shape[2], 1), keys, values, chunk, plan.block, tile_width(keys), tile, plan.dot, 1 if chunk <= plan.block else 2,
+    )  # fmt: skip
+    OUTPUTS(slots * per * heads * -(-values // tile), args, constants, plan.warps, 2)
+    return o, found.final, found.final_fast
+
+
+_SOURCES = tuple(
+    f"titans_backends.backends.triton.{name}"
+    for name in (
+        "coupled_states", "coupled_walks", "coupled_chunks", "dual_inputs", "dual_recurrent", "uw_transform", "uw_blocks", "decay", "inverse", "grid",
+        "launch", "rounding", "serving",
+    )
+)  # fmt: skip
+compile_ahead = ahead_of(run, "coupled_core", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

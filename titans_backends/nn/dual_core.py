@@ -172,8 +172,9 @@ class TitansDualCore(nn.Module):
             return torch.zeros(batch_size, heads, *shape, dtype=dtype, device=weight.device if device is None else device)
 
         slow = zeros(keys, values)
+        positions = torch.zeros(batch_size, dtype=torch.int64, device=slow.device)
         return DualCoreCache(
-            0, self.form.chunk_size, slow, zeros(keys, values), zeros(keys, TAPS), zeros(keys, TAPS), zeros(values, TAPS),
+            0, positions, self.form.chunk_size, slow, zeros(keys, values), zeros(keys, TAPS), zeros(keys, TAPS), zeros(values, TAPS),
             zeros() if self.form.decay == "previous_chunk" else None, [empty_carry(slow) for _ in self.form.levels],
         )  # fmt: skip
 
@@ -252,7 +253,7 @@ class TitansDualCore(nn.Module):
         if gate_later:
             joint = self._projections(x, ["g_proj"])
         if cache is not None:
-            cache.position += x.shape[1]
+            cache.advance(x.shape[1])
         y: Tensor = self.o_proj(self.o_norm(o, joint["g_proj"].unflatten(-1, (self.num_heads, -1))).flatten(2))
         return y, states
 

@@ -51,7 +51,8 @@ def backward_ways(signature: Signature) -> list[Candidate]:
     few = not signature.batch_invariant and _numbers(signature) < _FULL * 64 * 128
     plans = (_WALKS[1], _WALKS[0], _WALKS[2]) if few else _WALKS
     return [
-        Candidate("triton", "walk", (("span", span), ("channels", channels), ("warps", warps)), direction="backward") for span, channels, warps in plans
+        Candidate("triton", "walk", (("span", span), ("channels", channels), ("warps", warps)), direction="backward")
+        for span, channels, warps in plans
     ]
 
 
@@ -113,7 +114,9 @@ def _span(numbers: int, width: int, heads: int) -> int:
     return min(max(1, numbers // width), 1 << (heads - 1).bit_length())
 
 
-def convolved_backward(parts: Parts, norm: str, grads: tuple[Tensor | None, ...], needs: tuple[frozenset[str], ...], candidate: Candidate) -> list[tuple[Tensor | None, ...]]:
+def convolved_backward(
+    parts: Parts, norm: str, grads: tuple[Tensor | None, ...], needs: tuple[frozenset[str], ...], candidate: Candidate
+) -> list[tuple[Tensor | None, ...]]:
     """Of each part the gradients of x, weight, bias and initial_state that its `needs` names; `grads` are those of `convolved`'s results."""
     v = parts[2]
     batch, tokens = v.x.shape[:2]
@@ -123,14 +126,21 @@ def convolved_backward(parts: Parts, norm: str, grads: tuple[Tensor | None, ...]
     d_ys = [None if grad is None else unit_stride(grad) for grad in grads[:3]]
     d_finals = [None if grad is None else grad.contiguous() for grad in grads[3:]]
     d_xs, d_weights, d_biases, d_states = (
-        [None if x is None or name not in wanted else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, wanted in zip(given, needs, strict=True)]
+        [
+            None if x is None or name not in wanted else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            for x, wanted in zip(given, needs, strict=True)
+        ]
         for name, given in (("x", xs), ("weight", weights), ("bias", biases), ("initial_state", states))
     )
     packed = on_device(v.cu_seqlens, v.x)
     slots = slot_count(batch, tokens, length, packed)
     if not tokens and packed is None:
         d_states = [_handed_on(grad, like) for grad, like in zip(d_finals, d_states, strict=True)]
-    summed = [(out, 0 if weight is None else weight.numel() // share) for weight, *outs in zip(weights, d_weights, d_biases, strict=True) for out, share in zip(outs, (1, 4), strict=True)]
+    summed = [
+        (out, 0 if weight is None else weight.numel() // share)
+        for weight, *outs in zip(weights, d_weights, d_biases, strict=True)
+        for out, share in zip(outs, (1, 4), strict=True)
+    ]
     total = sum(size for _, size in summed)
     partial = v.x.new_empty((slots, total), dtype=torch.float32) if any(out is not None for out, _ in summed) else None
     tiles = (_span(channels, tile_width(keys), groups), _span(channels, tile_width(values), heads))

@@ -143,9 +143,7 @@ def _walked_back(
     return d_mixed
 
 
-def _chunks(
-    call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_mixed: Tensor | None, needs: frozenset[str], into: Made
-) -> Made:
+def _chunks(call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_mixed: Tensor | None, needs: frozenset[str], into: Made) -> Made:
     """What the chunks' kernel makes: the parts of q and k, u, w, the two cores' share of the gates; psi and the coupling into their rooms."""
     sequences, slots, heads, keys, values = sizes_of(call)
     chunk, (batch, tokens) = min(call.chunk_size, LONGEST), call.v.shape[:2]

@@ -357,12 +357,6 @@ def test_sixteen_bits_run_plain_and_by_autocast(form: str) -> None:
     assert layer.q_proj.weight.grad is not None
 
 
-def test_a_layer_compiles_as_one_graph() -> None:
-    layer, x = layer_of("recurrent by chunks").requires_grad_(False), tokens(1, 70)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x))
-
-
 # --- refusals
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from titans_backends.contracts.gated_delta_step import MAX_TOKENS
 from titans_backends.nn.chunk_grid import ChunkGrid
 from titans_backends.nn.flux import ResonanceFlux
 from titans_backends.nn.forms import Form
@@ -96,9 +97,20 @@ def loop(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
 
 
 def recurrent(form: Form, x: Memory, alpha: Tensor | float, return_states: bool, cache: DualCoreCache | None) -> Remembered:
-    """The exact delta rule, with a log decay for each token: its own, or the chunk before's on a chunk's first; from the cache's states and into them."""
+    """The exact delta rule, with a log decay for each token: its own, or the chunk before's on a chunk's first; from the cache's states and into them.
+
+    A few tokens go by `dual_core_step`, which writes the states where they are and asks the device for the position.
+    """
     assert x.slow_logit is not None
     g = F.logsigmoid(_wide(x.slow_logit)) if form.decay == "token" else _from_the_chunk_before(x, cache)
+    if cache is not None and 1 <= g.shape[1] <= MAX_TOKENS and not return_states and not _differentiated(x, g, alpha, cache):
+        o, _, _ = get_op("dual_core_step")(
+            x.q, x.k, x.v, x.beta, g,
+            fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
+            state=cache.slow, fast_state=cache.fast, position=cache.positions, chunk_size=x.chunk_size, inplace=True,
+        )  # fmt: skip
+        assert o is not None
+        return o, None
     o, slow, fast = get_op("dual_core")(
         x.q, x.k, x.v, x.beta, g,
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
@@ -113,6 +125,14 @@ def recurrent(form: Form, x: Memory, alpha: Tensor | float, return_states: bool,
         cache.store("slow", slow)
         cache.store("fast", fast)
     return o, (fast, slow) if return_states else None
+
+
+def _differentiated(x: Memory, g: Tensor, alpha: Tensor | float, cache: DualCoreCache) -> bool:
+    """Whether a gradient may run through the step, which then must not write in place."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (x.q, x.k, x.v, x.beta, g, x.fast_gate, x.slow_gate, alpha, cache.slow, cache.fast)
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def _from_the_chunk_before(x: Memory, cache: DualCoreCache | None) -> Tensor:

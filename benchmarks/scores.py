@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from one_backend import known_backends, only, refusal
+from one_backend import known_backends, lacking, only, refusal
 from sentence_pairs import Pair, docstring_pairs, pearson, similarities, spearman
 
 LEAST = {torch.float32: 0.9999, torch.bfloat16: 0.999}
@@ -160,6 +160,8 @@ def show(found: Sequence[Score], facts: dict[str, object]) -> None:
                 one.mode, one.backend, one.dtype, f"{one.spearman:.6f}{mark}", f"{one.pearson:.6f}", f"{one.largest:.1e}", f"{one.seconds:.1f}"
             )
     console.print(table)
+    for told in dict.fromkeys(f"{one.mode}: {told}" for one in found if not one.refused and (told := lacking(one.backend, one.mode))):
+        console.print(told, markup=False, highlight=False)
     refused: dict[str, list[str]] = {}
     for one in found:
         if one.refused:

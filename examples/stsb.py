@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from one_backend import known_backends, only, refusal
+from one_backend import known_backends, lacking, only, refusal
 from rich.console import Console
 from rich.table import Table
 from sentence_pairs import Pair, pearson, similarities, spearman
@@ -91,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     stack, dtype = [int(part) for part in asked.stack.split(",")], getattr(torch, asked.dtype)
     console = Console()
-    told = f"weights of {asked.weights}" if asked.weights else "a fresh encoder: its scores are those of random features"
-    table = Table(title=f"{len(pairs)} pairs of {asked.tsv.name}, {asked.dtype}, {told}", title_justify="left")
+    origin = f"weights of {asked.weights}" if asked.weights else "a fresh encoder: its scores are those of random features"
+    table = Table(title=f"{len(pairs)} pairs of {asked.tsv.name}, {asked.dtype}, {origin}", title_justify="left")
     for name in ("mode", "backend", "Pearson", "Spearman", "seconds"):
         table.add_column(name, justify="left" if name in ("mode", "backend") else "right")
     for mode in modes:
@@ -101,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if refused:
                 console.print(f"{mode}: {refused}", markup=False, highlight=False)
                 continue
+            told = lacking(backend, mode)
+            if told:
+                console.print(f"{mode}: {told}", markup=False, highlight=False)
             with only(backend), console.status(f"{mode}, {backend}"):
                 start = time.perf_counter()
                 found = similarities(encoder_of(mode, stack, asked.weights).to(asked.device, dtype), pairs)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from one_backend import known_backends, only, refusal
+from one_backend import known_backends, lacking, only, refusal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -194,6 +194,9 @@ def train(run: Run, steps: int, backend: str, text: Tensor, asked: argparse.Name
     """Up to `steps`, with a bar; the checkpoint is written every so often and in the end."""
     curve, waiting, cuda = Curve(backend, run.step), list[Tensor](), torch.device(run.device).type == "cuda"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[said]}"))
+    told = lacking(backend, run.recipe.mode)
+    if told:
+        console.print(told, markup=False, highlight=False)
     begin = warm = time.perf_counter()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"{backend:8s}", total=steps, completed=run.step, said="")
@@ -255,7 +258,7 @@ def show(curves: Sequence[Curve], console: Console) -> None:
     first = curves[0]
     for curve in curves:
         gap = max((abs(a - b) for a, b in zip(curve.losses, first.losses, strict=False)), default=math.nan)
-        merge = "; ".join(" ".join(f"{alpha:.2f}" for alpha in layer) for layer in curve.merge)
+        merge = "; ".join(" ".join(f"{alpha:.3f}" for alpha in layer) for layer in curve.merge)
         rate = "–" if math.isnan(curve.tokens_per_s) else f"{curve.tokens_per_s:,.0f}"
         furthest = "–" if curve is first else f"{gap:.4f}"
         table.add_row(curve.backend, f"{curve.last:.4f}", f"{curve.validation:.4f}", furthest, rate, f"{curve.seconds:.1f}", merge or "–")

@@ -7,9 +7,8 @@
 // STARTED: a state is carried into the first chunk; ENDED: a gradient of the last state arrives; ALIGNED: 16-byte copies can take the rows of q, k, v and dO.
 #include "fast_gradients.cuh"
 
-constexpr int BANDS = SIDE / 16, THREADS = 32 * BANDS, SIZE = sizeof(DTYPE), SQUARE = SIDE < 32 ? 32 : SIDE;
+constexpr int BANDS = SIDE / 16, THREADS = 32 * BANDS, SQUARE = SIDE < 32 ? 32 : SIDE;
 constexpr int AT_ONCE = SIZE == 4 || WIDEST > 64 || SIDE < 32 ? 1 : (WIDEST > 32 && GROUPED ? 384 : 512) / THREADS;  // blocks that registers must allow
-constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * VALUE_WIDTH * SIZE;
 
 using Scores = Tile<DTYPE, SQUARE>;
 
@@ -21,17 +20,6 @@ template <int WIDTH> DEVICE void score(float (&x)[2][4], const Pair<DTYPE> (&own
         met.right_rows(b[0], b[1], b[2], b[3], row, 16 * s);
         Product<DTYPE>::add(x[0], own[s][0], own[s][1], own[s][2], own[s][3], b[0], b[1]);
         Product<DTYPE>::add(x[1], own[s][0], own[s][1], own[s][2], own[s][3], b[2], b[3]);
-    }
-}
-
-// acc += a (16 x 16) times 16 rows of `met`
-template <int WIDTH> DEVICE void add_rows(float (&acc)[WIDEST / 8][4], const Pair<DTYPE> (&a)[4], const Tile<DTYPE, WIDTH>& met, int row) {
-#pragma unroll
-    for (int n = 0; n < WIDTH / 16; n++) {
-        Pair<DTYPE> b[4];
-        met.right_columns(b[0], b[1], b[2], b[3], 16 * n, row);
-        Product<DTYPE>::add(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-        Product<DTYPE>::add(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
 }
 
@@ -48,10 +36,7 @@ template <int WIDTH> DEVICE void add_turned(float (&acc)[WIDEST / 8][4], const S
 // SIDE rows of a state, from `key` on, rounded
 DEVICE void load_state(const ValueTile& state, const float* w, int key) {
     __syncthreads();
-    for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) {
-        const int row = i / VALUE_WIDTH, column = i % VALUE_WIDTH;
-        *state.element(row, column) = narrow<DTYPE>(key + row < KEYS && column < VALUES ? w[(key + row) * VALUES + column] : 0.0f);
-    }
+    for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) keep_state(state, w, key, i);
     __syncthreads();
 }
 

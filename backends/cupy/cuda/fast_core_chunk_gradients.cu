@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
                 const int row = r + 8 * half;
                 if (c || row >= rows) continue;
                 if (FLOWING) flows[16 * warp + row] = sum * rate[half];
-                if (p.dgate) store_gate(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
+                if (p.dgate) store_gate<DTYPE>(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
             }
             if (p.dq && (!GROUPED || member == p.group - 1))
                 store_rows<KEY_WIDTH>(p.dq + (token * groups + shared_head) * KEYS, static_cast<int64_t>(groups) * KEYS, dq, rows, KEYS);
@@ -238,15 +238,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
             float before = STARTED && p.total && chunk.first && p.offset > 0 ? p.total[chunk.sequence * p.heads + head] : 0.0f;
             for (int base = 0; base < length; base += 32) {
                 const int t = base + lane;
-                const float own = t < length ? flows[t] : 0.0f;
-                float sum = own;
-#pragma unroll
-                for (int step = 1; step < 32; step *= 2) {
-                    const float x = __shfl_up_sync(0xffffffffu, sum, step);
-                    if (lane >= step) sum += x;
-                }
+                const float sum = sum_up_to(t < length ? flows[t] : 0.0f, lane);
                 const float up_to = __shfl_up_sync(0xffffffffu, sum, 1);
-                if (t < length) store_gate(p.dg, (static_cast<int64_t>(batch) * p.tokens + begin + t) * p.heads + head, before + (lane ? up_to : 0.0f), p.g_wide);
+                if (t < length) store_gate<DTYPE>(p.dg, (static_cast<int64_t>(batch) * p.tokens + begin + t) * p.heads + head, before + (lane ? up_to : 0.0f), p.g_wide);
                 before += __shfl_sync(0xffffffffu, sum, 31);
             }
         }

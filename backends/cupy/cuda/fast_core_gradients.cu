@@ -250,7 +250,7 @@ template <bool AS_KEYS, bool OF_KEYS> DEVICE void sweep(const Params& p, unsigne
                     p.inflow[line + row] = sum;
                 } else {
                     if (p.outflow) p.outflow[line + row] = sum * rates[16 * band + row];
-                    if (p.dgate) store_gate(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
+                    if (p.dgate) store_gate<DTYPE>(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
                 }
             }
         }
@@ -290,14 +290,9 @@ extern "C" __global__ void __launch_bounds__(32) fast_core_running(const __grid_
     float before = STARTED && p.total && chunk.first && p.offset > 0 ? p.total[chunk.sequence * p.heads + head] : 0.0f;
     for (int base = 0; base < chunk.length; base += 32) {
         const int token = base + lane;
-        float sum = token < chunk.length ? p.inflow[from + token] - p.outflow[from + token] : 0.0f;
-    #pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const float x = __shfl_up_sync(0xffffffffu, sum, step);
-            if (lane >= step) sum += x;
-        }
+        const float sum = sum_up_to(token < chunk.length ? p.inflow[from + token] - p.outflow[from + token] : 0.0f, lane);
         const float up_to = __shfl_up_sync(0xffffffffu, sum, 1);
-        if (token < chunk.length) store_gate(p.dg, to + static_cast<int64_t>(token) * p.heads, before + (lane ? up_to : 0.0f), p.g_wide);
+        if (token < chunk.length) store_gate<DTYPE>(p.dg, to + static_cast<int64_t>(token) * p.heads, before + (lane ? up_to : 0.0f), p.g_wide);
         before += __shfl_sync(0xffffffffu, sum, 31);
     }
 }

@@ -3,6 +3,7 @@
 #define TITANS_FAST_GRADIENTS_CUH
 
 #include "fast_tiles.cuh"
+#include "stores.cuh"
 
 constexpr int WIDEST = KEY_WIDTH > VALUE_WIDTH ? KEY_WIDTH : VALUE_WIDTH;
 
@@ -22,15 +23,20 @@ struct Params {
     float scale;
 };
 
-DEVICE void store_gate(void* gate, int64_t at, float x, int wide) {
-    if (wide) static_cast<float*>(gate)[at] = x;
-    else static_cast<DTYPE*>(gate)[at] = narrow<DTYPE>(x);
-}
-
 // the sum over the four lanes that hold a row
 DEVICE float row_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// the sum of x over the lanes up to this one
+DEVICE float sum_up_to(float x, int lane) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const float y = __shfl_up_sync(0xffffffffu, x, step);
+        if (lane >= step) x += y;
+    }
+    return x;
 }
 
 // acc += a (16 x 16) times 16 rows of `met` from `row` on

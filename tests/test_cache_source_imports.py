@@ -64,6 +64,14 @@ def test_a_change_in_a_shared_piece_changes_the_hash_of_what_imports_it(package:
     assert source_hash(with_imports(["pluginpkg.op"])) != before
 
 
+def test_a_modules_own_package_counts_where_something_in_it_is_taken_and_not_where_a_module_is(package: Path) -> None:
+    (package / "inner" / "deep.py").write_text("from . import other\n")
+    (package / "inner" / "other.py").write_text("")
+    assert "pluginpkg.inner" not in with_imports(["pluginpkg.inner.deep"])
+    (package / "inner" / "other.py").write_text("from . import x\n")
+    assert "pluginpkg.inner" in with_imports(["pluginpkg.inner.deep"])
+
+
 def test_the_eager_rule_stands_on_its_inverse_and_its_scan_and_not_on_another_op() -> None:
     found = source_modules(Candidate("eager", "chunked"), "gated_delta_rule")
     assert {f"{HERE}.{name}" for name in ("gated_delta_rule", "delta_scan", "triangular", "chunk_grid", "decay")} <= set(found)

@@ -22,6 +22,7 @@ from titans_backends.buckets import Bucket
 from titans_backends.cache.schema import Entry
 from titans_backends.cache.writing import CacheError
 from titans_backends.cli import app
+from titans_backends.contracts import CONTRACTS
 from titans_backends.tuning.events import OnEvent
 from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
 
@@ -96,7 +97,7 @@ def test_a_dry_run_lists_the_grid_and_measures_nothing(tmp_path: Path, monkeypat
     monkeypatch.setattr(MODULE, "run_tune", lambda *_: pytest.fail("it measured"))
     result = run(app, ["tune", "--dry-run", "--device", "cpu", "--output", str(tmp_path / "x.yaml")])
     assert result.exit_code == 0, result.output
-    for op in ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core", "gated_delta_step", "fused_uw"):
+    for op in CONTRACTS:
         assert op in result.stdout
     rows = json.loads(run(app, ["tune", "--dry-run", "--json", "--device", "cpu"]).stdout)
     assert f"{len(rows)} buckets would be measured" in result.stdout

@@ -92,9 +92,10 @@ class Launch:
 
 
 def every_call() -> list[tuple[str, Call]]:
-    """Every variant of every op in its largest chunks, with the widest heads and with those whose state fits a block."""
+    """Every variant of every op of ours in its largest chunks, with the widest heads and with those whose state fits a block."""
     found = []
-    for op, made in CONTRACTS.items():
+    for op in OPS:
+        made = CONTRACTS[op]
         for variant in made.variants:
             options = dict(variant.options)
             if "chunk_size" in made.option_by_name:

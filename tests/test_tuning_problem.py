@@ -31,6 +31,8 @@ UNUSUAL = [
     bucket("dual_core", 70, memory="flat", transform="lam", deterministic=True, float32="high"),
     bucket("dual_core", 70, normalize_read=True, chunk_decay=True, regime="training"),
     bucket("fused_uw", 96, chunk_size=32, aligned=False),
+    bucket("short_conv", 70, head_dim=(8, 8), lookahead=1),
+    bucket("qkv_prepare", 33, group=2, packed=True, streams=12, q_state=True, k_state=True, v_state=True),
 ]
 
 
@@ -63,7 +65,7 @@ def test_the_heads_of_the_caller_are_taken_where_they_divide() -> None:
 
 def test_every_op_can_be_timed_in_training() -> None:
     for op in CONTRACTS:
-        given = bucket(op, 1 if op == "gated_delta_step" else 64, regime="training")
+        given = bucket(op, 1 if contract(op).max_tokens else 64, regime="training")
         assert signature_of_bucket(given).needs
 
 

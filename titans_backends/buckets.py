@@ -28,7 +28,7 @@ _COMMON: Mapping[str, WhenValue] = {
     "aligned": True,
     "saves": "any",
 }
-_PRESENCE = ("g", "chunk_decay", "initial_state", "initial_fast_state", "state_indices")
+_PRESENCE = ("g", "chunk_decay", "initial_state", "initial_fast_state", "q_state", "k_state", "v_state", "state_indices")
 
 
 def field(bucket: Bucket, name: str) -> WhenValue:

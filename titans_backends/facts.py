@@ -50,5 +50,6 @@ def signature_of(
 
 
 def with_sizes(dims: dict[str, int]) -> dict[str, int]:
-    """The bound letters; G defaults to H where an op has no q and k heads of its own."""
-    return dims if "G" in dims or "H" not in dims else {**dims, "G": dims["H"]}
+    """The bound letters; G defaults to H where an op has no q and k heads of its own, K to V where it has no keys."""
+    defaults = {letter: dims[like] for letter, like in (("G", "H"), ("K", "V")) if like in dims}
+    return {**defaults, **dims}

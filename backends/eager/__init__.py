@@ -7,7 +7,22 @@ from __future__ import annotations
 
 from titans_backends.backend import Backend
 
-_OPS = ("fast_core", "fused_uw", "uw_transform", "slow_core", "gated_delta_rule", "gated_delta_step", "dual_core")
+_OPS = (
+    "fast_core",
+    "fused_uw",
+    "uw_transform",
+    "slow_core",
+    "gated_delta_rule",
+    "gated_delta_step",
+    "dual_core",
+    "coupled_core",
+    "deep_core",
+    "deep_core_step",
+    "short_conv",
+    "qkv_prepare",
+    "gated_rms_norm",
+    "token_flux",
+)
 
 BACKEND = Backend(
     name="eager",

@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from titans_backends.contracts import dual_core, fast_core, fused_uw, gated_delta_rule, gated_delta_step, slow_core, uw_transform
+from titans_backends.contracts import (
+    coupled_core,
+    deep_core,
+    deep_core_step,
+    dual_core,
+    fast_core,
+    fused_uw,
+    gated_delta_rule,
+    gated_delta_step,
+    gated_rms_norm,
+    qkv_prepare,
+    short_conv,
+    slow_core,
+    token_flux,
+    uw_transform,
+)
 from titans_backends.contracts.contract import Contract
 from titans_backends.errors import unknown
 
@@ -14,7 +29,22 @@ __all__ = ["CONTRACTS", "contract"]
 CONTRACTS: Mapping[str, Contract] = MappingProxyType(
     {
         module.CONTRACT.name: module.CONTRACT
-        for module in (fast_core, fused_uw, uw_transform, slow_core, gated_delta_rule, gated_delta_step, dual_core)
+        for module in (
+            fast_core,
+            fused_uw,
+            uw_transform,
+            slow_core,
+            gated_delta_rule,
+            gated_delta_step,
+            dual_core,
+            coupled_core,
+            deep_core,
+            deep_core_step,
+            short_conv,
+            qkv_prepare,
+            gated_rms_norm,
+            token_flux,
+        )
     }
 )
 """Every op's contract by name."""

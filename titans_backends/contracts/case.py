@@ -73,7 +73,8 @@ def case_dims(case: Case) -> dict[str, int]:
     spans = [tokens] if case.lengths is None else list(case.lengths)
     sequences = batch if case.lengths is None else len(case.lengths)
     return {
-        "B": batch, "T": tokens, "G": case.G, "H": case.H, "K": case.K, "V": case.V, "N": sequences, "E": sequences + 1,
+        "B": batch, "T": tokens, "G": case.G, "H": case.H, "K": case.K, "V": case.V, "N": sequences,
+        "E": sequences + 1, "W": 4, "F": max(1, case.K // 2), "J": case.K + case.V, "Y": 1,
         "M": sum(math.ceil(length / chunk) for length in spans), "P": batch + 3 if "state_indices" in case.given else batch,
     }  # fmt: skip
 
@@ -119,6 +120,8 @@ def _fill(argument: Argument, shape: tuple[int, ...], case: Case, dims: Mapping[
         if dims["B"] > 1:
             slots[-1] = -1
         return slots
+    if kind == "position":
+        return torch.randint(0, _block(case), shape, generator=source)
     if kind in ("query", "key"):
         x = normal()
         x = x + 4 * torch.randn(shape[-1], generator=source, dtype=torch.float64) if case.keys == "correlated" else torch.nn.functional.silu(x)
@@ -140,6 +143,14 @@ def _fill(argument: Argument, shape: tuple[int, ...], case: Case, dims: Mapping[
     if kind == "lower_triangular":
         return (normal() / math.sqrt(shape[-1])).tril()
     return 0.3 * normal() if kind == "state" else normal()
+
+
+def _block(case: Case) -> int:
+    """Tokens in a block of `deep_core`."""
+    chunk, period = case.options.get("chunk_size", 64), case.options.get("period", 4)
+    assert isinstance(chunk, int)
+    assert isinstance(period, int)
+    return chunk * period
 
 
 def _transformed(case: Case, made: dict[str, Tensor], source: torch.Generator) -> None:
@@ -200,7 +211,7 @@ def poisoned(tensor: Tensor) -> Tensor:
 
 def cases(contract: Contract, dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     """The conformance cases: every variant at an ordinary length, then the hostile ones on the first variants."""
-    step = contract.name == "gated_delta_step"
+    step = contract.max_tokens is not None
     base = Case(contract.name, dtype=dtype, T=3 if step else 65)
     for variant in contract.variants:
         yield replace(base, name=variant.name, options=variant.options, given=variant.given)
@@ -233,6 +244,6 @@ def cases(contract: Contract, dtype: torch.dtype = torch.float32) -> Iterator[Ca
     if "chunk_size" in contract.option_by_name:  # short chunks of wide heads take tiles that no other case takes
         narrow = {**first.options, "chunk_size": 16}
         yield replace(base, name=f"{first.name}, chunks of 16, heads of 128", T=40, B=1, G=1, H=2, K=128, V=128, options=narrow, given=first.given)
-    for variant in contract.variants:
+    for variant in contract.variants if "cu_seqlens" in contract.argument_by_name else ():
         packed = replace(base, lengths=(33, 0, 1, 66, 0), options=variant.options, given=variant.given)
         yield replace(packed, name=f"{variant.name}, packed with empty sequences")

@@ -16,14 +16,25 @@ import torch
 from titans_backends.buckets import Bucket, defaults_of, field
 from titans_backends.contracts import contract
 from titans_backends.contracts.case import Case, build
-from titans_backends.contracts.contract import OptionValue
+from titans_backends.contracts.contract import Contract, OptionValue
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.signature import Signature
 
-__all__ = ["BESIDE", "case_of", "integer", "present", "signature_of_bucket", "signature_of_case"]
+__all__ = ["BESIDE", "case_of", "ends_in_a_state", "integer", "present", "signature_of_bucket", "signature_of_case"]
 
-BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType({"fast_core": ("gate",), "slow_core": ("gate",), "dual_core": ("fast_gate", "slow_gate")})
+BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "fast_core": ("gate",),
+        "slow_core": ("gate",),
+        "dual_core": ("fast_gate", "slow_gate"),
+        "short_conv": ("bias",),
+        "qkv_prepare": ("q_bias", "k_bias", "v_bias"),
+        "coupled_core": ("fast_decay", "slow_decay", "fast_gate", "slow_gate"),
+        "deep_core": ("gate",),
+        "deep_core_step": ("gate",),
+    }
+)
 """The optional tensors that timed inputs have although the key does not name them."""
 
 _MOST_HEADS = 64
@@ -72,6 +83,11 @@ def _lengths(sequences: int, seq_len: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def ends_in_a_state(made: Contract, options: Mapping[str, OptionValue]) -> bool:
+    """Whether the op can be asked for a final state with these options."""
+    return "output_final_state" in made.option_by_name and options.get("memory") != "flat" and not options.get("lookahead")
+
+
 def case_of(bucket: Bucket, heads: int | None = None) -> Case:
     """The timed case of a bucket; `heads` says how many v heads a sequence has, where that divides the streams."""
     made = contract(bucket.op)
@@ -91,8 +107,7 @@ def case_of(bucket: Bucket, heads: int | None = None) -> Case:
         count = max(smaller, default=count)
         sequences = streams // count
     options = _key_options(bucket)
-    asks = "output_final_state" in made.option_by_name and field(bucket, "regime") == "inference"
-    if asks and options.get("memory") != "flat":
+    if ends_in_a_state(made, options) and field(bucket, "regime") == "inference":
         options["output_final_state"] = True
     sized = replace(base, H=count, G=count // group, options=options, given=present(bucket))
     if field(bucket, "packed"):

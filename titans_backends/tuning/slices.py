@@ -48,7 +48,8 @@ def heads_part(contract: Contract, call: Call, dims: Mapping[str, int], max_toke
         return _part(contract, call, {"*": sorted({0, dims["*"] - 1})}, shortened=False)
     groups, heads = dims.get("G", dims["H"]), dims["H"]
     chosen = {"G": sorted({0, groups - 1}), "H": sorted({0, heads - 1})}
-    taken, shortened = _tokens(contract, call, dims, max_tokens)
+    ahead = bool(getattr(call, "lookahead", 0))  # the last outputs of a first part would read what it lacks
+    taken, shortened = _tokens(contract, call, dims, dims["T"] if ahead else max_tokens)
     return _part(contract, call, {**chosen, **taken}, shortened)
 
 

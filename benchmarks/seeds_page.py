@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,7 +72,7 @@ def scores(path: Path, pictures: Pictures) -> str:
 def training(path: Path, pictures: Pictures) -> str:
     """The loss curves' ends."""
     told = json.loads(path.read_text(encoding="utf-8"))
-    curves = [train_bytes.Curve(**{name: math.nan if value is None else value for name, value in curve.items()}) for curve in told["curves"]]
+    curves = [train_bytes.Curve.read(curve) for curve in told["curves"]]
     pictures["train_bytes.svg"] = train_bytes.picture(curves, f"A byte-level model on {told['device']}, {told['recipe']['dtype']}")
     recipe = ", ".join(f"{name} {value}" for name, value in told["recipe"].items())
     lines = ["![loss over steps](pictures/train_bytes.svg)", "", f"On {told['device']}, torch {told['torch']}: {recipe}.", ""]

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from one_backend import known_backends, lacking, only, refusal
@@ -22,6 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from sentence_pairs import Pair, pearson, similarities, spearman
 from torch import Tensor, nn
+
+from titans_backends.nn import TitansEncoder, TitansEncoderConfig
+from titans_backends.nn.forms import Mode
 
 MODES = ("flat", "loop", "dual", "recurrent")
 
@@ -56,11 +60,9 @@ def read(path: Path, columns: str) -> tuple[list[Pair], Tensor]:
 
 def encoder_of(mode: str, stack: Sequence[int], weights: Path | None) -> nn.Module:
     """A TitansEncoder over bytes; the weights of a file, which must fit exactly, or those of seed 0."""
-    from titans_backends.nn import TitansEncoder, TitansEncoderConfig
-
     torch.manual_seed(0)
     width, heads, layers, d_ff = stack
-    encoder: nn.Module = TitansEncoder(TitansEncoderConfig(vocab_size=256, d_model=width, num_heads=heads, num_layers=layers, d_ff=d_ff, mode=mode))
+    encoder: nn.Module = TitansEncoder(TitansEncoderConfig(256, width, layers, heads, d_ff, mode=cast(Mode, mode)))
     if weights is not None:
         from safetensors.torch import load_file
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from one_backend import known_backends, lacking, only, refusal
@@ -29,6 +30,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from titans_backends.nn import TitansEncoder, TitansEncoderConfig
+from titans_backends.nn.forms import Merge, Mode
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS_BYTES = 8 << 20
@@ -68,6 +72,11 @@ class Curve:
     seconds: float = math.nan
     merge: list[list[float]] = field(default_factory=list)
 
+    @staticmethod
+    def read(told: Mapping[str, Any]) -> Curve:
+        """From JSON, where NaN is null."""
+        return Curve(**{name: math.nan if value is None else value for name, value in told.items()})
+
     @property
     def last(self) -> float:
         """The mean of the last twenty steps."""
@@ -79,11 +88,9 @@ class ByteModel(nn.Module):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        from titans_backends.nn import TitansEncoder, TitansEncoderConfig
-
         config = TitansEncoderConfig(
             vocab_size=256, d_model=recipe.width, num_layers=recipe.layers, num_heads=recipe.heads, d_ff=4 * recipe.width,
-            mode=recipe.mode, merge=recipe.merge, convolution="causal",  # the other modes' own convolution sees the byte that is to be guessed
+            mode=cast(Mode, recipe.mode), merge=cast(Merge, recipe.merge), convolution="causal",  # the other modes' own convolution sees the byte that is to be guessed
         )  # fmt: skip
         self.encoder = TitansEncoder(config)
         self.head = nn.Linear(recipe.width, 256, bias=False)

@@ -3,7 +3,7 @@
     walked     uw_transform's default, the factors, the walk, the outputs (coupled_walks, coupled_chunks): four launches, five with `qk_l2norm`
 
 Between the launches stand, a chunk and head, the factors and both states in float32, K^2 + 3 K V numbers: at 1x8192, 12 heads of 32, chunks of 64, 25 MB.
-The states are one program's a v head: 128 x 128 spill, and wider ones are refused. The backward is coupled_gradients'.
+The states are one program's a v head: heads above 64 are refused. The backward is coupled_gradients'.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
-_WIDEST = 128
+_WIDEST = 64
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
-    """Whatever the backend serves, heads of up to 128, where the tiles fit the card."""
+    """Whatever the backend serves, heads of up to 64, where the tiles fit the card."""
     verdict = serves(signature, machine)
     for letter in "KV":
         if signature.dim(letter) > _WIDEST:
@@ -45,7 +45,7 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Warps and stages of the walk, which limits the op, and roundings; the first is the default."""
+    """Warps and stages of the walk, which limits the op; the first is the default."""
     made = uw_transform.candidates(transform_signature(signature), machine)
     if not made:
         return []
@@ -57,28 +57,27 @@ def plans(signature: Signature, make: Candidate) -> list[Candidate]:
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
     keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    wide = max(keys, values) > 64
-    block = min(32 if wide else 64, tile_width(chunk))
+    block = min(64, tile_width(chunk))
     usual = 2 if keys * values <= 32 * 32 else 4 if keys * values <= 64 * 64 else 8
-    ways = [(usual, 3), (2 * usual, 3), (usual, 2)] if not wide else [(usual, 2)]
+    ways = [(usual, 3), (2 * usual, 3), (usual, 2)]
     inner: tuple[tuple[str, Param], ...] = ((f"{MAKE}variant", make.variant), *((MAKE + name, value) for name, value in make.params))
     found = []
-    for dot in dots(signature):
-        for walk_warps, walk_stages in ways if dot == dots(signature)[0] else ways[:1]:
-            params: dict[str, Param] = {"block": block, "tile": min(64, max(keys, values)), "warps": 4}
-            params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "dot": dot}
-            found.append(Candidate("triton", "walked", (*params.items(), *inner), sources=_SOURCES))
+    for walk_warps, walk_stages in ways:
+        params: dict[str, Param] = {"block": block, "tile": min(64, max(keys, values)), "warps": 4}
+        params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "dot": dots(signature)[0]}
+        found.append(Candidate("triton", "walked", (*params.items(), *inner), sources=_SOURCES))
     return found
 
 
 def shared_bytes(signature: Signature, candidate: Candidate) -> int:
-    """An upper bound of a program's shared memory, in float32: the walk's loads and the state turned into an operand; the outputs' operands."""
+    """An upper bound of a program's shared memory: the walk's pipeline and the state turned into an operand; the outputs' operands."""
     params = dict(candidate.params)
     keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
     split = 2 if params["dot"] == "tf32x3" else 1
-    walk = (int(params["walk_stages"]) * (keys * keys + keys * values) + split * keys * values) * 4
-    outputs = split * (2 * block * keys + min(int(params["tile"]), values) * (block + keys) + block * block) * 4
-    return max(walk, outputs)
+    stages = int(params["walk_stages"])
+    walk = 4 * (stages * keys * keys + (stages - 1) * keys * values + split * keys * values)
+    outputs = 4 * split * (block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
+    return max(walk, outputs) + 1024
 
 
 def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:

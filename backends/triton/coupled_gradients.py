@@ -37,6 +37,10 @@ _THROUGH = frozenset({"k", "v", "beta"})
 _GATES = frozenset({"alpha", "fast_gate", "slow_gate"})
 _MIXING = frozenset({"psi", "coupling"})
 _WALKED = frozenset({"fast_decay", "slow_decay", "initial_state", "initial_fast_state"})
+_MADE = ("q", "k", "u", "w", "fast", "slow", "psi", "coupling")
+_READS = (("q",), ("fast", "slow"))
+_PARTS = (("u", "w", "psi", "coupling"), *_READS, ("k",))
+"""What one launch of the chunks' kernel makes, so that registers hold it; each reads what it needs again, from L2."""
 Made = dict[str, Tensor]
 
 
@@ -55,7 +59,7 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     found = []
     for dot in dots(signature)[:1]:
         for walk_warps in (usual, 2 * usual if usual < 8 else 4):
-            params: dict[str, Param] = {"block": max(16, tile_width(chunk)), "tile": min(64, max(keys, values)), "warps": 8}
+            params: dict[str, Param] = {"block": max(16, tile_width(chunk)), "tile": min(32, max(keys, values)), "warps": 8}
             params |= {"walk_warps": walk_warps, "walk_stages": 2, "dot": dot}
             found.append(Candidate("triton", "again", (*params.items(), *parts), direction="backward"))
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
@@ -63,8 +67,12 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
 
 
 def shared_bytes(signature: Signature, candidate: Candidate) -> int:
-    """An upper bound of a program's shared memory."""
-    return 0
+    """An upper bound of a program's shared memory: the reverse walk's pipeline and operands; those of the chunks' kernel, fitted to Triton 3.7.1."""
+    params = dict(candidate.params)
+    keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
+    split = 2 if params["dot"] == "tf32x3" else 1
+    walk = 4 * ((int(params["walk_stages"]) - 1) * (keys * keys + 4 * keys * values) + 2 * split * keys * values)
+    return max(walk, 20 * 1024 + split * 12 * max(block, 32) * keys) + 1024
 
 
 def run_backward(
@@ -143,9 +151,7 @@ def _walked_back(
     return d_mixed
 
 
-def _chunks(
-    call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_mixed: Tensor | None, needs: frozenset[str], into: Made
-) -> Made:
+def _chunks(call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_mixed: Tensor | None, needs: frozenset[str], into: Made) -> Made:
     """What the chunks' kernel makes: the parts of q and k, u, w, the two cores' share of the gates; psi and the coupling into their rooms."""
     sequences, slots, heads, keys, values = sizes_of(call)
     chunk, (batch, tokens) = min(call.chunk_size, LONGEST), call.v.shape[:2]
@@ -158,16 +164,17 @@ def _chunks(
     if gated:
         made["fast"], made["slow"] = (torch.empty((batch, tokens, heads), dtype=torch.float32, device=call.v.device) for _ in range(2))
     shares, number = _shares(call)
-    if not needs & (_THROUGH | _MIXING):
-        d_mixed = None
-    args = (
-        call.q, call.k, found.u, found.w, d_o, *shares, call.psi, call.coupling, found.starts, found.numbers, d_mixed,
-        *(made.get(name) for name in ("q", "k", "u", "w", "fast", "slow")), into.get("psi"), into.get("coupling"),
-        call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, number, float(call.scale),
-        *strides(call.q), *strides(call.k), *strides(found.u), *strides(found.w), *strides(d_o), *(step for x in shares for step in strides(x)),
-        *strides(call.psi), *strides(call.coupling),
-    )  # fmt: skip
+    places = {**made, **{name: into[name] for name in _MIXING if name in into}}
     group, width = heads // max(call.k.shape[2], 1), tile_width(keys)
     constants = (heads, group, keys, values, chunk, plan.block, width, min(plan.tile, tile_width(values)), plan.dot)
-    INPUTS(slots * (heads // group), args, constants, plan.warps, 1)
+    for part in _PARTS:
+        if places.keys() & set(part):
+            args = (
+                call.q, call.k, found.u, found.w, d_o, *shares, call.psi, call.coupling, found.starts, found.numbers, None if part in _READS else d_mixed,
+                *(places.get(name) if name in part else None for name in _MADE),
+                call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, number, float(call.scale),
+                *strides(call.q), *strides(call.k), *strides(found.u), *strides(found.w), *strides(d_o), *(step for x in shares for step in strides(x)),
+                *strides(call.psi), *strides(call.coupling),
+            )  # fmt: skip
+            INPUTS(slots * (heads // group), args, constants, plan.warps, 1)
     return made

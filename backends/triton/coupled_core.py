@@ -3,7 +3,7 @@
     walked     uw_transform's default, the factors, the walk, the outputs (coupled_walks, coupled_chunks): four launches, five with `qk_l2norm`
 
 Between the launches stand, a chunk and head, the factors and both states in float32, K^2 + 3 K V numbers: at 1x8192, 12 heads of 32, chunks of 64, 25 MB.
-The states are one program's a v head: heads above 64 are refused. The backward is coupled_gradients'.
+The states are one program's a v head: above 64 x 64 they lie in memory (coupled_wide), K above 128 is refused. The backward is coupled_gradients'.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import uw_transform
 from .ahead import ahead_of
 from .coupled_chunks import OUTPUTS
 from .coupled_gradients import backward_candidates, run_backward
-from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, walked
+from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, walk_bytes, walked, walks
 from .dual_recurrent import transform_signature
 from .grid import strides
 from .program import remembering, remembering_backward
@@ -29,15 +29,15 @@ from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
-_WIDEST = 64
+_WIDEST = 128
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
-    """Whatever the backend serves, heads of up to 64, where the tiles fit the card."""
+    """Whatever the backend serves, K of up to 128, where the tiles fit the card."""
     verdict = serves(signature, machine)
-    for letter in "KV":
-        if signature.dim(letter) > _WIDEST:
-            verdict &= refused(f"head_dim {letter}={signature.dim(letter)} is above {_WIDEST}: one program holds both states; use backend='eager'")
+    keys = signature.dim("K")
+    if keys > _WIDEST:
+        verdict &= refused(f"head_dim K={keys} is above {_WIDEST}: a chunk's K x K factor is one tile; use backend='eager'")
     if verdict and not candidates(signature, machine):
         sizes = f"K={signature.dim('K')}, V={signature.dim('V')}"
         verdict = refused(f"no tiles of {sizes} fit the shared memory of {machine.name}; use backend='eager'")
@@ -57,14 +57,14 @@ def plans(signature: Signature, make: Candidate) -> list[Candidate]:
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
     keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    block = min(64, tile_width(chunk))
-    usual = 2 if keys * values <= 32 * 32 else 4 if keys * values <= 64 * 64 else 8
-    ways = [(usual, 3), (2 * usual, 3), (usual, 2)]
+    block = min(64 if keys <= 64 else 32, tile_width(chunk))
+    ways = walks(keys, values, backward=False)
+    staged = [(*way, 1) for way in ways] if ways[0][1] else [(*ways[0], 3), (*ways[1], 3), (*ways[0], 2)]
     inner: tuple[tuple[str, Param], ...] = ((f"{MAKE}variant", make.variant), *((MAKE + name, value) for name, value in make.params))
     found = []
-    for walk_warps, walk_stages in ways:
+    for walk_warps, walk_tile, walk_stages in staged:
         params: dict[str, Param] = {"block": block, "tile": min(64, max(keys, values)), "warps": 4}
-        params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "dot": dots(signature)[0]}
+        params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "walk_tile": walk_tile, "dot": dots(signature)[0]}
         found.append(Candidate("triton", "walked", (*params.items(), *inner), sources=_SOURCES))
     return found
 
@@ -74,10 +74,8 @@ def shared_bytes(signature: Signature, candidate: Candidate) -> int:
     params = dict(candidate.params)
     keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
     split = 2 if params["dot"] == "tf32x3" else 1
-    stages = int(params["walk_stages"])
-    walk = 4 * (stages * keys * keys + (stages - 1) * keys * values + split * keys * values)
     outputs = 4 * split * (block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
-    return max(walk, outputs) + 1024
+    return max(walk_bytes(params, keys, values, matrices=1, products=1), outputs) + 1024
 
 
 def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
@@ -105,8 +103,8 @@ def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
 _SOURCES = tuple(
     f"titans_backends.backends.triton.{name}"
     for name in (
-        "coupled_states", "coupled_walks", "coupled_chunks", "dual_inputs", "dual_recurrent", "uw_transform", "uw_blocks", "decay", "inverse", "grid",
-        "launch", "rounding", "serving",
+        "coupled_states", "coupled_walks", "coupled_wide", "coupled_chunks", "dual_inputs", "dual_recurrent", "uw_transform", "uw_blocks", "decay",
+        "inverse", "grid", "launch", "rounding", "serving",
     )
 )  # fmt: skip
 compile_ahead = ahead_of(run, "coupled_core", run_backward)

@@ -63,7 +63,7 @@ def plans(signature: Signature, make: Candidate) -> list[Candidate]:
     inner: tuple[tuple[str, Param], ...] = ((f"{MAKE}variant", make.variant), *((MAKE + name, value) for name, value in make.params))
     found = []
     for walk_warps, walk_tile, walk_stages in staged:
-        params: dict[str, Param] = {"block": block, "tile": min(64, max(keys, values)), "warps": 4}
+        params: dict[str, Param] = {"block": block, "tile": min(64 if keys <= 64 else 32, max(keys, values)), "warps": 4}
         params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "walk_tile": walk_tile, "dot": dots(signature)[0]}
         found.append(Candidate("triton", "walked", (*params.items(), *inner), sources=_SOURCES))
     return found

@@ -25,9 +25,17 @@ def _at(start, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK_K: tl.constexpr, 
 
 
 @triton.jit
-def _factor(turned_a, KEYS: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr):
-    """A^T as an operand."""
-    inner = tl.arange(0, BLOCK_K)[:, None]
+def _columns(start, part, KEYS: tl.constexpr, VALUES: tl.constexpr, STEP: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(places of STEP columns of a tile in a transposed state, which of them exist)."""
+    value = start + tl.arange(0, BLOCK_V)[:, None]
+    key = part + tl.arange(0, STEP)[None, :]
+    return value * KEYS + key, (value < VALUES) & (key < KEYS)
+
+
+@triton.jit
+def _factor(turned_a, part, KEYS: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr):
+    """STEP rows of A^T as an operand."""
+    inner = part + tl.arange(0, STEP)[:, None]
     key = tl.arange(0, BLOCK_K)[None, :]
     return as_operand(tl.load(turned_a + inner * KEYS + key, mask=(inner < KEYS) & (key < KEYS), other=0.0), tl.float32, DOT)
 
@@ -41,6 +49,7 @@ def _walk_wide(
 ):  # fmt: skip
     """As `_walk`. Blocks: sequences * HEADS."""
     MATRIX: tl.constexpr = KEYS * VALUES
+    STEP: tl.constexpr = 32 if BLOCK_K > 32 else BLOCK_K
     head = tl.program_id(0) % HEADS
     sequence = tl.program_id(0) // HEADS
     row, place, count, chunks = sequence_of(cu_seqlens, sequence, tokens, CHUNK)
@@ -93,9 +102,17 @@ def _walk_wide(
             wrote_fast = fast * (by_fast * fast_scale) + b
             wrote_slow = slow * (by_slow * slow_scale) + b
             if DELTA:
-                a = _factor(turned_a + slot * (KEYS * KEYS), KEYS, BLOCK_K, DOT)
-                wrote_fast -= read_fast * tl.dot(as_operand(fast, tl.float32, DOT), a, input_precision=DOT)
-                wrote_slow -= read_slow * tl.dot(as_operand(slow, tl.float32, DOT), a, input_precision=DOT)
+                moved_fast = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
+                moved_slow = moved_fast
+                for part in tl.range(0, KEYS, STEP, num_stages=1, disable_licm=True):  # a step of keys at a time, for registers' sake
+                    a = _factor(turned_a + slot * (KEYS * KEYS), part, KEYS, STEP, BLOCK_K, DOT)
+                    cell_part, there_part = _columns(start, part, KEYS, VALUES, STEP, BLOCK_V)
+                    left = as_operand(tl.load(here + cell_part, mask=there_part, other=0.0), tl.float32, DOT)
+                    moved_fast = tl.dot(left, a, moved_fast, input_precision=DOT)
+                    left = as_operand(tl.load(here + MATRIX + cell_part, mask=there_part, other=0.0), tl.float32, DOT)
+                    moved_slow = tl.dot(left, a, moved_slow, input_precision=DOT)
+                wrote_fast -= read_fast * moved_fast
+                wrote_slow -= read_slow * moved_slow
             fast = wrote_fast + to_fast * wrote_slow
             slow = wrote_slow + to_slow * wrote_fast
             tl.store(there_next + cell, fast, mask=there)
@@ -184,7 +201,7 @@ def _walk_back_wide(
                 read_fast = tl.load(reads + cell, mask=there, other=0.0)
                 read_slow = tl.load(reads + MATRIX + cell, mask=there, other=0.0)
             if DELTA:
-                a = tl.trans(_factor(turned_a + slot * (KEYS * KEYS), KEYS, BLOCK_K, DOT))
+                a = tl.trans(_factor(turned_a + slot * (KEYS * KEYS), 0, KEYS, BLOCK_K, BLOCK_K, DOT))
                 read_fast -= tl.dot(as_operand(wrote_fast, tl.float32, DOT), a, input_precision=DOT)
                 read_slow -= tl.dot(as_operand(wrote_slow, tl.float32, DOT), a, input_precision=DOT)
             tl.store(reads + cell, read_fast, mask=there)

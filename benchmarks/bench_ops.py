@@ -63,7 +63,7 @@ def problem(op: str, sizes: Sizes) -> Call:
     contract = CONTRACTS[op]
     variant = contract.variants[0]
     (groups, heads), (keys, values) = sizes.heads, sizes.head_dim
-    tokens = 1 if op == "gated_delta_step" else sizes.seq_len
+    tokens = 1 if contract.max_tokens else sizes.seq_len
     case = Case("benchmark", sizes.batch, tokens, groups, heads, keys, values, sizes.dtype, variant.options, variant.given, seed=2)
     return build(contract, case)
 

@@ -20,7 +20,7 @@ from titans_backends.contracts.case import build, cases
 
 def small(name: str, **changes: object) -> dict[str, object]:
     op = CONTRACTS[name]
-    case = replace(next(iter(cases(op))), **{"B": 1, "T": 3 if name == "gated_delta_step" else 37, "K": 8, "V": 8, **changes})
+    case = replace(next(iter(cases(op))), **{"B": 1, "T": 3 if op.max_tokens else 37, "K": 8, "V": 8, **changes})
     call = build(op, case, requires_grad=True)
     return {parameter: getattr(call, parameter) for parameter in op.parameters}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import titans_backends as tb
 from tests.golden_table import Ledger
+from tests.lam_flux import resonance, token_flux
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 RULE = pytest.mark.golden("hf_gdr_*", "fla_gdr_*", "fla_dr_*")
@@ -26,6 +27,8 @@ OWN = pytest.mark.golden("own_*")
 DUAL_KERNEL = pytest.mark.golden("lam_dualkernel_*")
 LAM_AFTER = pytest.mark.golden("lam_after_T*")
 LAM_AFTER_LAYER = pytest.mark.golden("lam_after_layer_*")
+LAM_BEFORE = pytest.mark.golden("lam_before_T*")
+LAM_BEFORE_GRADIENTS = pytest.mark.golden("lam_before_grad_*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,11 +375,16 @@ def lam_chunk(seq_len: int, chunk: int) -> int:
     return seq_len if seq_len <= 32 or seq_len < chunk or seq_len % chunk else chunk
 
 
+def unit_norm(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-12) over the last dimension."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 def lam_inputs(file: File, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
     """Its inputs with q and k normalised as LAM does, x / max(|x|, 1e-12), and its chunk size."""
     x = dict(file.cast(dtype))
     for name in ("q", "k"):
-        x[name] = x[name] / x[name].norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        x[name] = unit_norm(x[name])
     chunk = lam_chunk(x["q"].shape[1], int(file.metadata["chunk_size_argument"]))
     assert chunk == int(file.metadata["effective_chunk"])
     return x, chunk
@@ -412,6 +420,52 @@ def test_lam_after_is_the_lower_ops_with_a_decay_of_zero(golden_file: Path, dtyp
     assert slow_o is not None
     ledger.add("o", 0.1 * fast + 0.9 * slow_o, file["o"])
     ledger.settle()
+
+
+def lam_loop(x: Mapping[str, Tensor], chunk: int, *, delta: bool = True) -> tuple[Tensor | None, ...]:
+    """LAM's earlier op from normalised q and k: `uw_transform` for psi, then `coupled_core` with LAM's decays, coupling and blend (SPEC 5, 6)."""
+    u, _ = run("uw_transform", x["k"], x["v"], x["beta"], chunk_size=chunk, transform="lam")
+    assert u is not None
+    psi = resonance(x, x["k"], u, chunk)
+    return run(
+        "coupled_core", x["q"], x["k"], x["v"], x["beta"], psi,
+        coupling=(0.05 + 0.1 * psi.mean((0, 2), keepdim=True)).expand_as(psi),
+        fast_decay=mean_of_each_chunk(x["fast_decay"], chunk) * (1 - 0.1 * psi),
+        slow_decay=mean_of_each_chunk(x["slow_decay"], chunk) * (1 - 0.05 * psi),
+        fast_gate=x["fast_gate"], slow_gate=x["slow_gate"], alpha=0.5 + 0.3 * token_flux(x, x["k"], x["v"], x["beta"]),
+        transform="lam", chunk_size=chunk, output_final_state=True, delta=delta,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("using")
+@LAM_BEFORE
+@DTYPES
+@pytest.mark.parametrize("delta", [True, False], ids=["delta", "no delta"])
+def test_lam_before_is_the_coupled_core(golden_file: Path, dtype: torch.dtype, delta: bool) -> None:
+    file, ledger = read(golden_file), Ledger.of("float64 inside", dtype)
+    x, chunk = lam_inputs(file, dtype)
+    suffix = "" if delta else "_nodelta"
+    with torch.no_grad():
+        for name, got in zip(("o", "S_slow", "S_fast"), lam_loop(x, chunk, delta=delta), strict=True):
+            ledger.add(name + suffix, got, file[name + suffix])
+    ledger.settle()
+
+
+@pytest.mark.usefixtures("using")
+@LAM_BEFORE_GRADIENTS
+@DTYPES
+def test_gradients_of_lam_before_reach_its_inputs_and_its_flux_networks(golden_file: Path, dtype: torch.dtype) -> None:
+    file, ledger = read(golden_file), Ledger.of("float64 inside", dtype)
+    leaves = {name: t.requires_grad_() for name, t in file.cast(dtype).items() if f"grad_{name}" in file}
+    x = {**leaves, **{name: unit_norm(leaves[name]) for name in ("q", "k")}}
+    outputs = lam_loop(x, int(file.metadata["effective_chunk"]))
+    arriving = [file[name].to(dtype) for name in ("dO", "dS_slow", "dS_fast")]
+    found = torch.autograd.grad([o for o in outputs if o is not None], list(leaves.values()), arriving)
+    for name, gradient in zip(leaves, found, strict=True):
+        stored = file[f"grad_{name}"]
+        meant = stored.abs().max() > 1e-9  # with one chunk the decays cancel: what is stored is rounding
+        if meant and not (dtype == torch.float32 and name.startswith("flux.")):  # 1e-8 to 1e-4, sums that cancel: float32 has no digits of them
+            ledger.add(name, gradient, stored, gradient=True)
 
 
 @pytest.mark.usefixtures("using")

@@ -1,4 +1,4 @@
-"""The project's own golden files on every backend, and on the references that made them: all ops, packed, grouped, with gradients."""
+"""The project's own golden files on every backend, and on the references that made them: every op, packed, grouped, with gradients."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_the_heads_of_the_caller_are_taken_where_they_divide() -> None:
 
 def test_every_op_can_be_timed_in_training() -> None:
     for op in CONTRACTS:
-        given = bucket(op, 1 if op == "gated_delta_step" else 64, regime="training")
+        given = bucket(op, 1 if contract(op).max_tokens else 64, regime="training")
         assert signature_of_bucket(given).needs
 
 

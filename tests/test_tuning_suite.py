@@ -25,7 +25,7 @@ def bucket(op: str, seq_len: int = 150, **fields: WhenValue) -> Bucket:
 
 
 def case_with(op: str, variant: Variant, *, packed: bool = False) -> Case:
-    tokens, lengths = 3 if op == "gated_delta_step" else 70, (33, 0, 1, 66, 0) if packed else None
+    tokens, lengths = 3 if contract(op).max_tokens else 70, (33, 0, 1, 66, 0) if packed else None
     return Case(variant.name, T=tokens, G=2, H=4, K=8, V=4, dtype=torch.float64, options=variant.options, given=variant.given, lengths=lengths)
 
 
@@ -34,7 +34,7 @@ def case_with(op: str, variant: Variant, *, packed: bool = False) -> Case:
 def test_hostile_cases_share_the_key_of_their_bucket(op: str, packed: bool) -> None:
     if packed and "cu_seqlens" not in contract(op).argument_by_name:
         pytest.skip(f"{op} takes no packed sequences")
-    given = bucket(op, 4 if op == "gated_delta_step" else 128, **({"packed": True, "streams": 8} if packed else {}))
+    given = bucket(op, 4 if contract(op).max_tokens else 128, **({"packed": True, "streams": 8} if packed else {}))
     cases = list(hostile_cases(given))
     assert len(cases) >= 2
     for case in cases:
@@ -110,7 +110,7 @@ def test_the_reference_of_a_part_is_the_part_of_the_reference(op: str, variant: 
                 torch.testing.assert_close(got, want.reshape(got.shape), rtol=1e-9, atol=1e-12)
                 compared += 1
         assert compared
-        assert part.shortened == (most == 40 and op not in ("fused_uw", "gated_delta_step") and not packed and not getattr(call, "lookahead", 0))
+        assert part.shortened == (most == 40 and op != "fused_uw" and not made.max_tokens and not packed and not getattr(call, "lookahead", 0))
 
 
 @pytest.mark.parametrize(("op", "variant"), VARIANTS, ids=lambda v: getattr(v, "name", v))

@@ -198,10 +198,8 @@ def main() -> int:
     parser.add_argument("--case", action="append", choices=[*dict.fromkeys(case.name for case in (*PRODUCTION, *TRAINING))], help="(default: all)")
     given = parser.parse_args()
     cases = [case for case in (TRAINING if given.backward else PRODUCTION) if not given.case or case.name in given.case]
-    ops, regime = (
-        given.op or (TRAINED if given.backward else tuple(import_module(PACKAGE).BACKEND.ops)),
-        "training" if given.backward else "inference",
-    )
+    every = TRAINED if given.backward else tuple(import_module(PACKAGE).BACKEND.ops)
+    ops, regime = given.op or every, "training" if given.backward else "inference"
     failed = False
     with tempfile.TemporaryDirectory() as cache, compiler_pool(Path(cache)) as pool:
         running: dict[Compilation, Future[Usage]] = {}

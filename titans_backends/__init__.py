@@ -5,10 +5,13 @@
     o, state = rule(q, k, v, beta, g, output_final_state=True)
     print(rule.explain(q, k, v, beta, g))
 
-Importing this imports torch and no kernel package; a backend is imported when a call is about to use it.
+Importing this imports torch and no kernel package; a backend is imported when a call is about to use it, `titans_backends.nn` when it is named.
 """
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from titans_backends import _bridge
 from titans_backends._version import __version__
@@ -29,6 +32,17 @@ from titans_backends.op import BoundOp, Op, get_op  # noqa: E402
 from titans_backends.scope import autotune, policy, use_backend  # noqa: E402
 from titans_backends.signature import Signature  # noqa: E402
 from titans_backends.verdict import ACCEPTED, Verdict, refused  # noqa: E402
+
+if TYPE_CHECKING:
+    from titans_backends import nn as nn
+else:
+
+    def __getattr__(name):
+        """`titans_backends.nn`, imported when it is first named."""
+        if name == "nn":
+            return import_module("titans_backends.nn")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "ACCEPTED",

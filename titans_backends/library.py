@@ -50,7 +50,7 @@ def _parameters(op: Contract, *, mutates: str = "") -> list[str]:
             if argument.fill == "mixing":
                 parts.append(f"float {field.name}_number")
         elif option is not None:
-            kind = {"int": "SymInt" if option.name == "chunk_offset" else "int"}.get(option.kind, option.kind)
+            kind = {"int": "SymInt" if option.name in ("chunk_offset", "block_offset") else "int"}.get(option.kind, option.kind)
             parts.append(f"{kind}{'?' if option.nullable else ''} {field.name}")
     return parts
 

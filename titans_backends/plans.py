@@ -6,6 +6,7 @@ On a hit nothing is validated but the values of index tensors that lie on the CP
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import weakref
@@ -62,11 +63,17 @@ class Request:
 PLAIN = Request()
 
 
+@functools.lru_cache(maxsize=64)
+def _named(backend: str) -> Request:
+    """The request that names a backend and nothing else: one object, so that two calls' settings compare by identity."""
+    return Request(backend)
+
+
 def request(backend: str | None, *, training: bool, may_save: bool = True) -> Request:
     """The request of a call: its own `backend=`, then `use_backend`, then the switch; and the scoped policy."""
     scoped, force = scope.current(), switches.current().force
-    if backend is None and force is None and not training and scoped is scope.DEFAULT:
-        return PLAIN
+    if not training and scoped is scope.DEFAULT and (backend is not None or force is None):
+        return PLAIN if backend is None else _named(backend)
     by = "backend="
     if backend is None and scoped.forced is not None:
         backend, by = scoped.forced, "use_backend"
@@ -357,9 +364,9 @@ def _compiled_for(signature: Signature) -> object:
     chunk = options.get("chunk_size")
     reach = min(dims.get("T", 1), chunk if isinstance(chunk, int) else _LONGEST_CHUNK)
     sizes = tuple(pair for pair in signature.dims if pair[0] not in _LENGTHS)
-    chosen = tuple((name, value) for name, value in signature.options if name not in ("scale", "chunk_offset"))
+    chosen = tuple((name, value) for name, value in signature.options if name not in ("scale", "chunk_offset", "block_offset"))
     given = tuple((name, facts.aligned, tuple(step % 16 == 0 for step in facts.stride)) for name, facts in signature.tensors)
-    shifted = bool(options.get("chunk_offset"))
+    shifted = bool(options.get("chunk_offset") or options.get("block_offset"))
     return signature.device, signature.dtype, sizes, chosen, given, signature.float32, signature.regime, shifted, reach.bit_length()
 
 

@@ -23,7 +23,7 @@ SWITCHES: Mapping[str, str] = {
     "CACHE": "PATH: a cache file that is read before the user's own",
     "DISABLE": "NAME[,NAME]: backends that refuse every call",
     "PLUGINS": "MODULE[,MODULE]: modules with a BACKEND, beside the entry points",
-    "CHECK": "0 or 1: check the values of cu_seqlens and state_indices on a GPU too (waits for the device)",
+    "CHECK": "0 or 1: check the values of cu_seqlens, state_indices and position on a GPU too (waits for the device)",
 }
 """Every switch's name, without the prefix, and what it does."""
 

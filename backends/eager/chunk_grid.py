@@ -55,6 +55,11 @@ class Slab:
         """How many chunks it holds."""
         return self.last - self.first
 
+    @property
+    def widest(self) -> int:
+        """How many chunks its largest step advances."""
+        return max(step.last - step.first for step in self.steps)
+
 
 @dataclass(frozen=True, slots=True)
 class _Piece:

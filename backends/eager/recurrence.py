@@ -17,7 +17,7 @@ from .chunk_grid import ChunkGrid, Slab
 from .decay import Decay
 from .frobenius import normalized, normalized_backward
 
-__all__ = ["OperandGradients", "Operands", "advance", "chunk_starts", "corrected", "read", "retreat"]
+__all__ = ["OperandGradients", "Operands", "advance", "by_step", "chunk_starts", "corrected", "read", "retreat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Operands:
         return self.k if self.decay is None else self.k * self.decay.tail
 
 
-def _by_step(slab: Slab, x: Tensor) -> tuple[Tensor, ...]:
+def by_step(slab: Slab, x: Tensor) -> tuple[Tensor, ...]:
     """One view `[rows * H, ...]` of `x [n, H, ...]` per step."""
     return x.flatten(0, 1).split([(step.last - step.first) * x.shape[1] for step in slab.steps])
 
@@ -56,11 +56,11 @@ def advance(state: Tensor, slab: Slab, x: Operands, *, normalize_read: bool, out
     lefts = [part for part in (x.w, x.reading if outputs else None) if part is not None]
     left = None if not lefts else lefts[0] if len(lefts) == 1 else torch.cat(lefts, dim=2)
     held = None if left is None else torch.empty(*left.shape[:3], x.u.shape[3], dtype=left.dtype, device=left.device)
-    left_steps = None if left is None else _by_step(slab, left)
-    held_steps = None if held is None else _by_step(slab, held)
-    u_steps, write_steps = _by_step(slab, x.u), _by_step(slab, x.writing.mT)
-    totals = None if x.decay is None else _by_step(slab, x.decay.total)
-    factors = None if x.factor is None else _by_step(slab, x.factor)
+    left_steps = None if left is None else by_step(slab, left)
+    held_steps = None if held is None else by_step(slab, held)
+    u_steps, write_steps = by_step(slab, x.u), by_step(slab, x.writing.mT)
+    totals = None if x.decay is None else by_step(slab, x.decay.total)
+    factors = None if x.factor is None else by_step(slab, x.factor)
     for index, step in enumerate(slab.steps):
         current = state[step.rows].flatten(0, 1)
         if starts is not None:
@@ -153,11 +153,11 @@ def _retreat_states(
     leaving = torch.empty_like(starts)
     d_read = torch.zeros_like(starts) if dy is None else product(x.reading.mT, dy)
     d_factor = torch.empty(*starts.shape[:2], 1, 1, dtype=starts.dtype, device=starts.device) if "factor" in want and x.factor is not None else None
-    writes, dus, reads, outs = (_by_step(slab, t) for t in (x.writing, du, d_read, leaving))
-    starts_by, scaled_by = _by_step(slab, starts), None if scaled is None else _by_step(slab, scaled)
-    ws = None if x.w is None else _by_step(slab, x.w.mT)
-    totals = None if x.decay is None else _by_step(slab, x.decay.total)
-    factors = None if x.factor is None else _by_step(slab, x.factor)
+    writes, dus, reads, outs = (by_step(slab, t) for t in (x.writing, du, d_read, leaving))
+    starts_by, scaled_by = by_step(slab, starts), None if scaled is None else by_step(slab, scaled)
+    ws = None if x.w is None else by_step(slab, x.w.mT)
+    totals = None if x.decay is None else by_step(slab, x.decay.total)
+    factors = None if x.factor is None else by_step(slab, x.factor)
     for index in range(len(slab.steps) - 1, -1, -1):
         current = d_state[slab.steps[index].rows].flatten(0, 1)
         outs[index].copy_(current)

@@ -1,4 +1,4 @@
-"""The Numba CUDA backend's manifest: every op forward in plain Python kernels that stand beside SPEC.md; the teaching copy."""
+"""The Numba CUDA backend's manifest: every op but coupled_core forward in plain Python kernels that stand beside SPEC.md; the teaching copy."""
 
 from __future__ import annotations
 

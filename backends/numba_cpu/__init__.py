@@ -1,4 +1,4 @@
-"""The Numba backend for processors: every op but fused_uw forward, in float32; its kernels are compiled at the first call and kept on disk."""
+"""The Numba backend for processors: every op but fused_uw and coupled_core forward, in float32; its kernels are compiled at the first call and kept on disk."""
 
 from __future__ import annotations
 

@@ -63,6 +63,27 @@ FILES: Mapping[str, tuple[str, Case]] = {
     ),
     "gated_delta_step": ("gated_delta_step", replace(STEP, given=("g",))),
     "gated_delta_step_pool": ("gated_delta_step", replace(STEP, options={"qk_l2norm": True, "scale": 1.0}, given=("g", "state_indices"))),
+    "deep_core_packed": (
+        "deep_core",
+        replace(
+            PACKED,
+            K=8,
+            V=12,
+            options={"chunk_size": 2, "period": 2, "block_offset": 3, "output_final_state": True},
+            given=("g", "gate", "initial_state", "initial_error", "initial_mass", "initial_log_decay"),
+        ),
+    ),
+    "deep_core_mean": (
+        "deep_core",
+        replace(
+            GROUPED,
+            K=8,
+            V=12,
+            options={"chunk_size": 8, "period": 1, "normalize": "mean", "scale": 0.5, "output_final_state": True},
+            given=("g", "initial_state"),
+        ),
+    ),
+    "deep_core_step": ("deep_core_step", replace(STEP, K=8, V=12, options={"chunk_size": 2, "period": 2}, given=("g", "gate"))),
     "dual_core_packed": (
         "dual_core",
         replace(
@@ -115,6 +136,24 @@ FILES: Mapping[str, tuple[str, Case]] = {
     ),
     "token_flux": ("token_flux", replace(GROUPED, V=12)),
     "gated_rms_norm": ("gated_rms_norm", replace(GROUPED, V=12)),
+    "coupled_core_packed": (
+        "coupled_core",
+        replace(
+            PACKED,
+            options={"chunk_size": 8, "output_final_state": True},
+            given=("coupling", "fast_decay", "slow_decay", "fast_gate", "slow_gate", "alpha", "initial_state", "initial_fast_state"),
+            seed=2,  # alpha [B, T, H]
+        ),
+    ),
+    "coupled_core_lam": (
+        "coupled_core",
+        replace(
+            GROUPED,
+            options={"chunk_size": 8, "transform": "lam", "output_final_state": True},
+            given=("fast_decay", "slow_decay", "slow_gate", "alpha"),
+            seed=1,  # alpha [H]
+        ),
+    ),
 }
 
 

@@ -11,7 +11,6 @@ from titans_backends.cli import words
 from titans_backends.cli.failures import MisuseError, user_input
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Contract, OptionValue, Work
-from titans_backends.contracts.gated_delta_step import MAX_TOKENS
 from titans_backends.contracts.validate import validate
 from titans_backends.contracts.work import work_of
 from titans_backends.facts import signature_of
@@ -86,9 +85,9 @@ def sized(
     k_dim, v_dim = words.head_dim(head_dim)
     if regime not in ("inference", "training"):
         raise MisuseError(f"--regime must be inference or training, got {regime!r}")
-    length = seq_len if seq_len is not None else 1 if op.name == "gated_delta_step" else 512
-    if op.name == "gated_delta_step" and not 1 <= length <= MAX_TOKENS:
-        raise MisuseError(f"gated_delta_step takes 1 to {MAX_TOKENS} tokens, got --seq-len {length}; more are gated_delta_rule's")
+    length = seq_len if seq_len is not None else 1 if op.max_tokens else 512
+    if op.max_tokens and not 1 <= length <= op.max_tokens:
+        raise MisuseError(f"{op.name} takes 1 to {op.max_tokens} tokens, got --seq-len {length}; more are {op.step_of}'s")
     if length < 0 or batch < 0:
         raise MisuseError(f"--seq-len and --batch must not be negative, got {min(length, batch)}")
     if packed and "cu_seqlens" not in op.argument_by_name:

@@ -21,7 +21,7 @@ from titans_backends.cli.plan_rows import plan_json, show_plan
 from titans_backends.cli.progress import showing
 from titans_backends.cli.show import command, console, facts, print_json, say, status_console
 from titans_backends.cli.tune_rows import rows_json, show_rows
-from titans_backends.contracts.gated_delta_step import MAX_TOKENS
+from titans_backends.contracts import CONTRACTS
 from titans_backends.machine import Machine, detect
 from titans_backends.signature import Launch, Regime
 from titans_backends.tuning.plan import plan
@@ -122,13 +122,13 @@ def tune(
 
 def _say_other_lengths(asked: Sequence[int] | None, buckets: Sequence[Bucket]) -> None:
     """An op that cannot have a length that was asked for is told with what it is measured at instead."""
-    planned = sorted({bucket.seq_len for bucket in buckets if bucket.op == "gated_delta_step"})
-    beyond = [length for length in asked or () if length > MAX_TOKENS]
-    if planned and beyond:
-        told = (
-            f"gated_delta_step takes 1 to {MAX_TOKENS} tokens: it is measured at {', '.join(map(str, planned))}, not at {', '.join(map(str, beyond))}"
-        )
-        say(status_console(), told, "yellow")
+    for name, made in CONTRACTS.items():
+        most = made.max_tokens
+        planned = sorted({bucket.seq_len for bucket in buckets if bucket.op == name})
+        beyond = [length for length in asked or () if most is not None and length > most]
+        if planned and beyond:
+            told = f"{name} takes 1 to {most} tokens: it is measured at {', '.join(map(str, planned))}, not at {', '.join(map(str, beyond))}"
+            say(status_console(), told, "yellow")
 
 
 def _backends(given: list[str] | None) -> tuple[str, ...] | None:

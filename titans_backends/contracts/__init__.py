@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from titans_backends.contracts import (
+    coupled_core,
+    deep_core,
+    deep_core_step,
     dual_core,
     fast_core,
     fused_uw,
@@ -34,6 +37,9 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             gated_delta_rule,
             gated_delta_step,
             dual_core,
+            coupled_core,
+            deep_core,
+            deep_core_step,
             short_conv,
             qkv_prepare,
             gated_rms_norm,

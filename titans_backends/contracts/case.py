@@ -120,6 +120,8 @@ def _fill(argument: Argument, shape: tuple[int, ...], case: Case, dims: Mapping[
         if dims["B"] > 1:
             slots[-1] = -1
         return slots
+    if kind == "position":
+        return torch.randint(0, _block(case), shape, generator=source)
     if kind in ("query", "key"):
         x = normal()
         x = x + 4 * torch.randn(shape[-1], generator=source, dtype=torch.float64) if case.keys == "correlated" else torch.nn.functional.silu(x)
@@ -141,6 +143,14 @@ def _fill(argument: Argument, shape: tuple[int, ...], case: Case, dims: Mapping[
     if kind == "lower_triangular":
         return (normal() / math.sqrt(shape[-1])).tril()
     return 0.3 * normal() if kind == "state" else normal()
+
+
+def _block(case: Case) -> int:
+    """Tokens in a block of `deep_core`."""
+    chunk, period = case.options.get("chunk_size", 64), case.options.get("period", 4)
+    assert isinstance(chunk, int)
+    assert isinstance(period, int)
+    return chunk * period
 
 
 def _transformed(case: Case, made: dict[str, Tensor], source: torch.Generator) -> None:
@@ -201,7 +211,7 @@ def poisoned(tensor: Tensor) -> Tensor:
 
 def cases(contract: Contract, dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     """The conformance cases: every variant at an ordinary length, then the hostile ones on the first variants."""
-    step = contract.name == "gated_delta_step"
+    step = contract.max_tokens is not None
     base = Case(contract.name, dtype=dtype, T=3 if step else 65)
     for variant in contract.variants:
         yield replace(base, name=variant.name, options=variant.options, given=variant.given)

@@ -23,7 +23,7 @@ Role = Literal["operand", "gate", "state", "index"]
 
 Fill = Literal[
     "query", "key", "value", "beta", "log_decay", "gate", "decay_factor", "state", "transformed_value", "transformed_key",
-    "lower_triangular", "mixing", "cu_seqlens", "slots",
+    "lower_triangular", "mixing", "cu_seqlens", "slots", "position",
 ]  # fmt: skip
 """What a case generator puts into an argument."""
 
@@ -93,7 +93,8 @@ class Contract:
     take that class. `check(call, dims)` raises ValueError for what the tables cannot say. `reference(call)` returns the outputs,
     differentiable, in float64 for a float64 call. `work(dims, call)` gives FLOP and extra bytes. `grid(call)` is the chunk size of
     the states that a forward may save, None where the op saves none. `variants` are the option sets worth testing. `seq_len_is`
-    documents what the bucketed length means.
+    documents what the bucketed length means. `max_tokens`: a decode op takes no more tokens a call, `step_of` names the op that does. `experimental`: its
+    definition may still change, and `tune` measures it only where it is asked for by name.
 
     Derived once, since a tracer cannot follow what is computed at first use: `parameters`, every parameter's name in the order of the
     op's signature; `operands`, the arguments that share one dtype; `differentiable`, the tensor arguments that take a gradient, which a
@@ -113,6 +114,9 @@ class Contract:
     grid: Callable[[Call], int] | None = None
     seq_len_is: str = "T; packed: T / N"
     default_seq_lens: tuple[int, ...] = (128, 512, 2048)
+    max_tokens: int | None = None
+    step_of: str | None = None
+    experimental: bool = False
     parameters: tuple[str, ...] = field(init=False, repr=False)
     operands: tuple[str, ...] = field(init=False, repr=False)
     differentiable: tuple[str, ...] = field(init=False, repr=False)

@@ -114,4 +114,6 @@ CONTRACT = Contract(
     ),
     seq_len_is="T",
     default_seq_lens=(1,),
+    max_tokens=MAX_TOKENS,
+    step_of="gated_delta_rule",
 )

@@ -201,19 +201,22 @@ def _check_packing(contract: Contract, call: Call, tensors: Mapping[str, Tensor]
 
 
 def _check_chunks(contract: Contract, call: Call, tensors: Mapping[str, Tensor]) -> None:
-    """One factor for each chunk; packed, their number depends on the values of cu_seqlens."""
-    decay, packed = tensors.get("chunk_decay"), tensors.get("cu_seqlens")
-    if decay is None:
+    """One entry for each chunk, `[B, M, ...]`; packed, their number depends on the values of cu_seqlens."""
+    per_chunk = [name for name in tensors if "M" in contract.argument_by_name[name].dims[0].split()]
+    if not per_chunk:
         return
+    packed = tensors.get("cu_seqlens")
     chunk = int(getattr(call, "chunk_size"))  # noqa: B009  (a Call has no static fields)
     chunks = chunk_count(tensors[contract.operands[0]].shape[1], chunk, packed)
-    if decay.shape[1] != chunks:
-        how = "the sum of ceil(len / chunk_size)" if packed is not None else "ceil(T / chunk_size)"
-        raise ValueError(f"{contract.name}: chunk_decay has M = {decay.shape[1]} chunks in shape {tuple(decay.shape)}; it must have {how} = {chunks}")
+    for name in per_chunk:
+        shape = tuple(tensors[name].shape)
+        if shape[1] != chunks:
+            how = "the sum of ceil(len / chunk_size)" if packed is not None else "ceil(T / chunk_size)"
+            raise ValueError(f"{contract.name}: {name} has M = {shape[1]} chunks in shape {shape}; it must have {how} = {chunks}")
 
 
 def check_indices(contract: Contract, call: Call) -> None:
-    """The values of cu_seqlens and of state_indices. On a GPU this waits for the device: only `verify` and TITANS_BACKENDS_CHECK=1 ask."""
+    """The values of cu_seqlens, state_indices and position. On a GPU this waits for the device: only `verify` and TITANS_BACKENDS_CHECK=1 ask."""
     tensors = contract.tensors(call)
     packed = tensors.get("cu_seqlens")
     if packed is not None:
@@ -226,6 +229,15 @@ def check_indices(contract: Contract, call: Call) -> None:
                 f"{contract.name}: cu_seqlens must not fall, but goes from {ends[falls[0]]} to {ends[falls[0] + 1]} at entry {falls[0] + 1}"
             )
         _check_chunks(contract, call, tensors)
+    position = tensors.get("position")
+    if position is not None and position.numel():
+        block = int(getattr(call, "chunk_size")) * int(getattr(call, "period"))  # noqa: B009
+        least, most = int(position.min()), int(position.max())
+        if least < 0 or most >= block:
+            raise ValueError(
+                f"{contract.name}: position must be in [0, chunk_size * period) = [0, {block}), got {least if least < 0 else most}; "
+                f"pass position % {block}"
+            )
     slots = tensors.get("state_indices")
     if slots is not None:
         named, pool = slots.tolist(), tensors["state"].shape[0]

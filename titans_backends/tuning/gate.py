@@ -41,6 +41,8 @@ __all__ = [
 
 _NEGLIGIBLE = 0.01
 """A gradient that the formula cancels is compared on this share of the largest one."""
+_CANCELLED = frozenset({"fast_decay", "slow_decay", "psi", "coupling"})
+"""coupled_core's numbers per chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,11 +296,12 @@ def check_backward_part(made: Contract, part: Part, whole: Outputs, wanted: Outp
 
 
 def gradient_floor(call: Call, name: str, wanted: Outputs) -> float:
-    """The least scale that a gradient is compared on: 0, but for chunk_decay under normalize_read.
+    """The least scale that a gradient is compared on: 0, but for the numbers per chunk whose effect a normalisation cancels.
 
-    There the decay cancels in the read (SPEC 5), so that its gradient may be zero: nothing but rounding, of the others' size.
+    chunk_decay cancels in the read under normalize_read (SPEC 5), and so do both decays of coupled_core, whose mixing cancels too where its
+    states are parallel. Such a gradient may be zero: nothing but rounding, of the others' size.
     """
-    if name != "chunk_decay" or not getattr(call, "normalize_read", False):
+    if name not in _CANCELLED and not (name == "chunk_decay" and getattr(call, "normalize_read", False)):
         return 0.0
     return _NEGLIGIBLE * max((float(want.abs().max()) for want in wanted if want is not None and want.numel()), default=0.0)
 

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from titans_backends.buckets import Bucket, WhenValue, defaults_of
 from titans_backends.cache.schema import canonical_when
 from titans_backends.contracts import CONTRACTS, contract
-from titans_backends.contracts.gated_delta_step import MAX_TOKENS
 from titans_backends.signature import Launch, Regime
 
 __all__ = ["DEFAULT_GRIDS", "PRESENT", "Cells", "grid", "parse_head_dim", "parse_heads", "plan"]
@@ -21,7 +20,15 @@ Heads = tuple[int, int]
 HeadDim = tuple[int, int]
 
 PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"slow_core": ("g",), "uw_transform": ("g",), "gated_delta_rule": ("g",), "gated_delta_step": ("g",), "dual_core": ("g",)}
+    {
+        "slow_core": ("g",),
+        "uw_transform": ("g",),
+        "gated_delta_rule": ("g",),
+        "gated_delta_step": ("g",),
+        "dual_core": ("g",),
+        "deep_core": ("g",),
+        "deep_core_step": ("g",),
+    }
 )
 """The optional tensors in the key that the planned buckets have: decay where the op takes it, as the gated layers call it."""
 
@@ -30,6 +37,8 @@ _STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast
 _AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux")
 """What a layer has around its memory."""
 _ALL = (*_STREAMED, "gated_delta_step", "fused_uw", *_AROUND)
+_LOOP = ("coupled_core",)
+"""Cores that few models have: measured at the sizes of the model that they come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +61,14 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(heads=((12, 12),), head_dims=((32, 32),)),
             Cells(),
             Cells(ops=_STREAMED, seq_lens=(512,), heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
+            Cells(ops=_LOOP, heads=((12, 12),), head_dims=((32, 32),)),
         ),
         ("cpu", False): (
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((12, 12), (4, 4)), head_dims=((32, 32),)),
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((16, 16), (16, 32)), head_dims=((128, 128), (64, 64))),
             Cells(ops=_STREAMED, heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
             Cells(ops=_STREAMED, regimes=("training",)),
+            Cells(ops=_LOOP, heads=((12, 12),), head_dims=((32, 32),), regimes=("inference", "training")),
         ),
         ("cuda", True): (
             Cells(seq_lens=(512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), launches=("eager", "graph")),
@@ -66,6 +77,7 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(ops=("dual_core",), seq_lens=(128, 1024, 8192, 65536), heads=((12, 12),), head_dims=((32, 32),)),
             Cells(ops=_STREAMED, seq_lens=(2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
             Cells(ops=_STREAMED, seq_lens=(8192,), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16",), regimes=("training",)),
+            Cells(ops=_LOOP, seq_lens=(512, 8192), heads=((12, 12),), head_dims=((32, 32),)),
         ),
         ("cuda", False): (
             Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((16, 32), (2, 8), (16, 64)), dtypes=("bfloat16",), launches=("eager", "graph")),
@@ -79,6 +91,7 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
                 dtypes=("bfloat16", "float32"),
                 regimes=("training",),
             ),
+            Cells(ops=_LOOP, seq_lens=(128, 512, 2048, 8192, 32768), heads=((12, 12),), head_dims=((32, 32),), regimes=("inference", "training")),
         ),
     }
 )
@@ -123,7 +136,7 @@ def plan(
 ) -> tuple[Bucket, ...]:
     """The buckets of a kind of device's default grid, each option replacing one axis of it.
 
-    `seq_lens` that an op cannot have (more than 8 tokens of `gated_delta_step`) fall away for it, unless nothing is left, when its own
+    `seq_lens` that an op cannot have (more than 8 tokens of a decode op) fall away for it, unless nothing is left, when its own
     default stands. Raises ValueError for what no op accepts, UnknownNameError for an unknown op.
     """
     for name in ops or ():
@@ -188,9 +201,10 @@ def _buckets(cells: Cells) -> Iterator[Bucket]:
 
 
 def _seq_lens(op: str, asked: tuple[int, ...]) -> tuple[int, ...]:
-    if op != "gated_delta_step":
+    most = CONTRACTS[op].max_tokens
+    if most is None:
         return asked
-    return tuple(length for length in asked if length <= MAX_TOKENS) or CONTRACTS[op].default_seq_lens
+    return tuple(length for length in asked if length <= most) or CONTRACTS[op].default_seq_lens
 
 
 def _bucket(op: str, seq_len: int, heads: Heads, head_dim: HeadDim, dtype: str, regime: Regime, launch: Launch, batch: int) -> Bucket:

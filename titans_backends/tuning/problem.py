@@ -30,6 +30,9 @@ BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "dual_core": ("fast_gate", "slow_gate"),
         "short_conv": ("bias",),
         "qkv_prepare": ("q_bias", "k_bias", "v_bias"),
+        "coupled_core": ("fast_decay", "slow_decay", "fast_gate", "slow_gate"),
+        "deep_core": ("gate",),
+        "deep_core_step": ("gate",),
     }
 )
 """The optional tensors that timed inputs have although the key does not name them."""

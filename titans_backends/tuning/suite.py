@@ -45,18 +45,20 @@ def hostile_cases(bucket: Bucket) -> Iterator[Case]:
         yield from views if timed.view == "contiguous" else (replace(case, name=f"{case.name}, misaligned", view="misaligned") for case in views)
         return
     heads = {"G": 2, "H": 2 * integer(bucket, "group")}
-    options = dict(timed.options)
-    if ends_in_a_state(contract(bucket.op), options):
+    made, options = contract(bucket.op), dict(timed.options)
+    if ends_in_a_state(made, options):
         options["output_final_state"] = True
-    base = replace(timed, B=3 if bucket.op == "gated_delta_step" else 2, options=options, lengths=None, **heads)  # type: ignore[arg-type]
+    if "block_offset" in made.option_by_name:  # so that the short cases close a block
+        options["block_offset"] = max(0, integer(bucket, "chunk_size") * integer(bucket, "period") - _SHORT // 2)
+    base = replace(timed, B=3 if made.max_tokens else 2, options=options, lengths=None, **heads)  # type: ignore[arg-type]
     gentle = options.get("transform", "exact") != "exact" or options.get("normalize_read") is True
     hard = {} if gentle else {"keys": "correlated", "beta": "extreme"}
     long = {} if gentle else {"keys": "correlated"}
     cases = [
         replace(base, name="strided", T=min(_SHORT, bucket.seq_len), view="transposed"),
-        replace(base, name="correlated keys, beta 0 1 2", B=base.B if bucket.op == "gated_delta_step" else 1, T=min(_SHORT, bucket.seq_len), **hard),  # type: ignore[arg-type]
+        replace(base, name="correlated keys, beta 0 1 2", B=base.B if made.max_tokens else 1, T=min(_SHORT, bucket.seq_len), **hard),  # type: ignore[arg-type]
         replace(base, name="g 0 and -20", T=min(_SHORT, bucket.seq_len), decay="hard", seed=1),
-        replace(base, name="long memory", B=base.B if bucket.op == "gated_delta_step" else 1, T=min(_LONG, bucket.seq_len), decay="zero", **long),  # type: ignore[arg-type]
+        replace(base, name="long memory", B=base.B if made.max_tokens else 1, T=min(_LONG, bucket.seq_len), decay="zero", **long),  # type: ignore[arg-type]
     ]
     for case in cases:
         if timed.view == "misaligned" and case.view == "contiguous":

@@ -20,7 +20,7 @@ from .serving import dots, narrow_warps, serves, tile_width
 __all__ = ["Network", "forward_ways", "gradient_ways", "network", "network_gradients", "serves_network"]
 
 _WIDEST = 256
-_SLAB = 64
+_SLAB_BYTES = 128
 _ROWS = (64, 32, 16)
 _WALKS = ((32, 4), (32, 1), (16, 1))
 """Tokens of a backward program's block, and how many blocks it takes one after the other."""
@@ -53,7 +53,7 @@ def serves_network(signature: Signature, machine: Machine) -> Verdict:
 
 def _warps(dtype: torch.dtype, rows: int, columns: int, features: int) -> int:
     """Warps of a program whose narrowest product has so many columns."""
-    return narrow_warps(dtype, rows, columns, 8 if features > 64 and rows > 16 else 4 if rows > 16 else 2)
+    return narrow_warps(dtype, rows, columns, 8 if features > 64 and rows > 16 else 4 if rows > 16 or features > 32 else 2)
 
 
 def _few(signature: Signature, rows: int) -> bool:
@@ -83,7 +83,8 @@ def gradient_ways(signature: Signature) -> list[Candidate]:
 
 def _slabs(net: Network) -> tuple[int, int, int]:
     """Columns of k and of v that a product takes at a time, and the hidden layer's tile."""
-    return min(_SLAB, tile_width(net.k.shape[-1])), min(_SLAB, tile_width(net.v.shape[-1])), tile_width(net.b1.shape[0])
+    most = _SLAB_BYTES // net.k.dtype.itemsize
+    return min(most, tile_width(net.k.shape[-1])), min(most, tile_width(net.v.shape[-1])), tile_width(net.b1.shape[0])
 
 
 def _ready(net: Network) -> Network:

@@ -24,7 +24,7 @@ def _product(
 ):
     """`inner` and a part of w1 times a block of rows."""
     here = token < tokens
-    for low in tl.static_range(0, WIDTH, SLAB):
+    for low in range(0, WIDTH, SLAB):
         column = low + tl.arange(0, SLAB)
         tile = tl.load(x + token.to(tl.int64)[:, None] * x_t + column[None, :], mask=here[:, None] & (column < WIDTH)[None, :], other=0.0)
         at = w1 + feature[None, :] * inputs + column[:, None]
@@ -80,7 +80,7 @@ def _spread(
     grad, w1, out, token, tokens, out_t, feature, inputs, WIDTH: tl.constexpr, F: tl.constexpr, SLAB: tl.constexpr, DOT: tl.constexpr
 ):
     """Writes grad times a part of w1, whose gradient in `out` is contiguous."""
-    for low in tl.static_range(0, WIDTH, SLAB):
+    for low in range(0, WIDTH, SLAB):
         column = low + tl.arange(0, SLAB)
         at = w1 + feature[:, None] * inputs + column[None, :]
         weight = tl.load(at, mask=(feature < F)[:, None] & (column < WIDTH)[None, :], other=0.0)

@@ -7,11 +7,12 @@ from titans_backends.backend import Backend
 _PACKAGE = "titans_backends.backends.triton"
 _OPS = (
     "fast_core", "fused_uw", "uw_transform", "slow_core", "gated_delta_rule", "gated_delta_step", "dual_core",
-    "short_conv", "qkv_prepare", "gated_rms_norm", "token_flux",
+    "short_conv", "qkv_prepare", "gated_rms_norm", "token_flux", "chunk_flux",
 )  # fmt: skip
 _BACKWARD = (
     "delta_backward", "delta_backward_plans", "delta_gradients", "delta_reverse", "delta_updates", "dual_backward", "dual_joins", "fast_backward",
     "fast_edges", "fast_gradients", "uw_gradients", "uw_product_gradients",
+    "conv_gradients", "partial_sums", "rms_gradients", "flux_gradients", "chunk_gradients",
 )  # fmt: skip
 
 BACKEND = Backend(

@@ -12,7 +12,8 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict, refused
 
-from .flux_network import NETWORK, NETWORK_GRADIENTS, NETWORK_WEIGHTS
+from .flux_gradients import NETWORK_GRADIENTS, NETWORK_WEIGHTS
+from .flux_network import NETWORK
 from .grid import strides, unit_stride
 from .partial_sums import add_up
 from .serving import dots, narrow_warps, serves, tile_width
@@ -31,7 +32,10 @@ _FULL = 1024
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """k `[B, T, G, K]`, v `[B, T, H, V]`, beta (None: 1) `[B, T, H]`, e, contiguous, float32 (None: the network has no such input), and the weights."""
+    """k `[B, T, G, K]`, v `[B, T, H, V]`, beta (None: 1) `[B, T, H]`, e, contiguous, float32 (None: the network has no such input), and the weights.
+
+    Of chunks of packed sequences, whose rows are not all there: `cu_seqlens`, on the device, and the chunk size.
+    """
 
     k: Tensor
     v: Tensor
@@ -41,6 +45,13 @@ class Network:
     b1: Tensor
     w2: Tensor
     b2: Tensor
+    cu_seqlens: Tensor | None = None
+    chunk: int = 1
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences are packed."""
+        return 0 if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
 
 def serves_network(signature: Signature, machine: Machine) -> Verdict:
@@ -88,9 +99,8 @@ def _slabs(net: Network) -> tuple[int, int, int]:
 
 
 def _ready(net: Network) -> Network:
-    return Network(
-        unit_stride(net.k), unit_stride(net.v), net.beta, net.extra, net.w1.contiguous(), net.b1.contiguous(), net.w2.contiguous(), net.b2.contiguous()
-    )
+    weights = (x.contiguous() for x in (net.w1, net.b1, net.w2, net.b2))
+    return Network(unit_stride(net.k), unit_stride(net.v), net.beta, net.extra, *weights, net.cu_seqlens, net.chunk)
 
 
 def network(net: Network, flux: Tensor, rows: int, dot: str) -> None:
@@ -102,10 +112,10 @@ def network(net: Network, flux: Tensor, rows: int, dot: str) -> None:
     NETWORK(
         batch * -(-tokens // rows) * groups,
         (
-            net.k, net.v, net.beta, net.extra, net.w1, net.b1, net.w2, net.b2, flux,
-            tokens, heads, heads // groups if groups else 1, *strides(net.k), *strides(net.v), *strides(net.beta),
+            net.k, net.v, net.beta, net.extra, net.w1, net.b1, net.w2, net.b2, net.cu_seqlens, flux,
+            tokens, net.sequences, heads, heads // groups if groups else 1, *strides(net.k), *strides(net.v), *strides(net.beta),
         ),
-        (keys, values, net.b1.shape[0], slab_k, slab_v, features, rows, dot),
+        (keys, values, net.b1.shape[0], slab_k, slab_v, features, rows, net.chunk, dot),
         _warps(net.k.dtype, rows, features, features),
         2,
     )  # fmt: skip
@@ -129,16 +139,16 @@ def network_gradients(
         products = net.k.new_empty((weights, net.w1.numel()), dtype=torch.float32)
     if {"b1", "w2", "b2"} & set(outs):
         sums = net.k.new_empty((programs, 2 * hidden + 1), dtype=torch.float32)
-    sizes = (tokens, heads, group, *strides(net.k), *strides(net.v))
+    sizes = (tokens, net.sequences, heads, group, *strides(net.k), *strides(net.v))
     tiles = (keys, values, hidden, slab_k, slab_v, features)
     NETWORK_GRADIENTS(
         programs,
         (
-            net.k, net.v, net.beta, net.extra, net.w1, net.b1, net.w2, net.b2, d_flux,
+            net.k, net.v, net.beta, net.extra, net.w1, net.b1, net.w2, net.b2, net.cu_seqlens, d_flux,
             outs.get("k"), outs.get("v"), outs.get("beta"), outs.get("extra"), d_inner, d_keys, sums,
             *sizes, *strides(net.beta), *strides(d_flux),
         ),
-        (*tiles, rows, blocks, dot),
+        (*tiles, rows, blocks, net.chunk, dot),
         _warps(net.k.dtype, rows, min(features, slab_k, slab_v), features),
         2,
     )  # fmt: skip
@@ -149,8 +159,8 @@ def network_gradients(
     parts = -(-keys // slab_k) + -(-values // slab_v) + (net.extra is not None)
     NETWORK_WEIGHTS(
         weights * parts,
-        (net.k, net.v, net.extra, d_inner, d_keys, products, *sizes),
-        (*tiles, _WEIGHT_ROWS, dot),
+        (net.k, net.v, net.extra, d_inner, d_keys, net.cu_seqlens, products, *sizes),
+        (*tiles, _WEIGHT_ROWS, net.chunk, dot),
         _warps(net.k.dtype, features, min(slab_k, slab_v), features),
         2,
     )

@@ -1,4 +1,4 @@
-"""gated_rms_norm in one launch, and its backward in two: `rms_rows.py`."""
+"""gated_rms_norm in one launch, and its backward in two: `rms_rows.py` and `rms_gradients.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .ahead import ahead_of
 from .grid import strides, unit_stride
 from .partial_sums import add_up
 from .program import remembering, remembering_backward
-from .rms_rows import RMS, RMS_GRADIENTS
+from .rms_gradients import RMS_GRADIENTS
+from .rms_rows import RMS
 from .serving import serves, tile_width
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]

@@ -14,7 +14,6 @@ from titans_backends.contracts.chunks import chunk_rows
 from titans_backends.contracts.token_flux import LEAST, MOST
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
-from titans_backends.verdict import Verdict
 
 from .chunk_grid import compute_dtype
 from .short_conv import supports

@@ -97,7 +97,7 @@ def _form_gradients(
     warmth = tl.load(temp + head).to(tl.float32)
     found = tl.zeros([SLAB_K, SLAB_V], tl.float32)
     d_temp = warmth * 0.0
-    for round in range(0, tl.cdiv(slots - split, splits)):
+    for round in range(tl.cdiv(slots - split, splits)):
         row, start, end, place = chunk_at(cu_seqlens, split + round * splits, tokens, sequences, chunk, CHUNK)
         if start < end:
             arrived = tl.load(d_mean_e + (row * rows + place) * heads + head)

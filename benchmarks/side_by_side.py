@@ -8,8 +8,9 @@
     numba  gated_delta_rule, float32, 1x2048, 12 heads of 32: every backend's default in a graph
 
 A graph holds one call and is replayed from a cold cache, backends in turns; `wall` is the time of a call among many made back to back without
-synchronising, until the card has done them all; `host` until the host is free. A candidate whose outputs are wrong has no time, and makes the exit
-status 1. Numba's kernels are compiled at their first call, CuPy's and Triton's ahead by several processes.
+synchronising, until the card has done them all; `host` until the host is free; beside them torch's own cheapest launch, since hosts differ. A candidate
+whose outputs are wrong has no time, and makes the exit status 1. Numba's kernels are compiled at their first call, CuPy's and Triton's ahead by several
+processes.
 """
 
 from __future__ import annotations
@@ -207,6 +208,13 @@ def held(op: str, name: str, call: Call, names: Sequence[str]) -> Iterator[Line]
             yield Line(name, f"{backend} {way}", error=error, wall_us=measured.wall_us, host_us=measured.host_us, failed="wrong" if error > 1 else "")
 
 
+def yardstick() -> Line:
+    """What torch's own cheapest launch costs on this host."""
+    x = torch.zeros(256, device="cuda")
+    measured = walls(lambda: torch.add(x, 1.0, out=x))
+    return Line("this host", "torch.add, out= given", wall_us=measured.wall_us, host_us=measured.host_us)
+
+
 def rule_of(cell: Cell, dtype: torch.dtype = torch.bfloat16) -> Call:
     """against_fla's problem, in a dtype."""
     call = problem(cell)
@@ -275,7 +283,7 @@ def main() -> int:
     fla = theirs() if "rule" in parts else None
     if fla is not None:
         print(f"FLA compiled in {fla_ahead([*SMALL[:1], *WIDE[:1]]):.0f} s", flush=True)
-    lines: list[Line] = []
+    lines: list[Line] = [yardstick()]
     for op, name, call, names in problems:
         if op != "gated_delta_rule":  # the host first, while nothing else runs
             lines += held(op, name, call, names)

@@ -52,7 +52,7 @@ def test_opcheck_of_the_backward_op(name: str) -> None:
 def test_opcheck_of_the_in_place_step(name: str) -> None:
     made = CONTRACTS[name]
     call, _ = small(name)
-    arguments = (*(getattr(call, parameter) for parameter in made.parameters if parameter != "inplace"), None)
+    arguments = (*library._flatten(made, library.planner(name).values(call), in_place=True), None)
     torch.library.opcheck(getattr(torch.ops.titans_backends, f"{name}_").default, arguments)
 
 

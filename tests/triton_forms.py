@@ -96,8 +96,8 @@ def production(op: str, case: Case) -> Case:
     made = CONTRACTS[op]
     if op == "fused_uw":
         return case
-    if made.max_tokens is not None:
-        return replace(case, B=64, T=1, given=("g",))
+    if made.max_tokens:
+        return replace(case, B=64, T=1, given=("g", "fast_gate", "slow_gate") if op == "dual_core_step" else ("g",))
     if op == "dual_core" and case.dtype == torch.float32:
         return replace(case, options={"memory": "flat", "transform": "lam"}, given=("fast_gate", "slow_gate"))
     kept = {"fast_core": ("gate", "g"), "deep_core": ("gate", "g"), "dual_core": ("g", "fast_gate", "slow_gate", "alpha")}.get(op, ("g",))

@@ -6,6 +6,7 @@ On a hit nothing is validated but the values of index tensors that lie on the CP
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import weakref
@@ -35,7 +36,7 @@ _MEMO_LIMIT = 4096
 _RECENT = 4
 """Calls that are told from one another without a key: the shapes of a model's layers."""
 _BACKWARDS_LIMIT = 64
-_LENGTHS = frozenset("BTNMEP*")
+_LENGTHS = frozenset("BTNMEPZ*")
 _LONGEST_CHUNK = 512
 _PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
 
@@ -62,11 +63,17 @@ class Request:
 PLAIN = Request()
 
 
+@functools.lru_cache(maxsize=64)
+def _named(backend: str) -> Request:
+    """The request that names a backend and nothing else: one object, so that two calls' settings compare by identity."""
+    return Request(backend)
+
+
 def request(backend: str | None, *, training: bool, may_save: bool = True) -> Request:
     """The request of a call: its own `backend=`, then `use_backend`, then the switch; and the scoped policy."""
     scoped, force = scope.current(), switches.current().force
-    if backend is None and force is None and not training and scoped is scope.DEFAULT:
-        return PLAIN
+    if not training and scoped is scope.DEFAULT and (backend is not None or force is None):
+        return PLAIN if backend is None else _named(backend)
     by = "backend="
     if backend is None and scoped.forced is not None:
         backend, by = scoped.forced, "use_backend"

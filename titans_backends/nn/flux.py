@@ -1,6 +1,6 @@
 """The flux networks: how much a token, or a chunk, matters, as a number between 0.01 and 0.99 (SPEC 6).
 
-Called only where the number is used: the token flux by the merge, the resonance by the decay of S_slow.
+Their parameters are held here, the numbers are the ops'. Called only where the number is used: the token flux by the merge, the resonance by the decays.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from titans_backends.nn.chunk_grid import ChunkGrid
+from titans_backends.op import get_op
 
-__all__ = ["ResonanceFlux", "chunk_resonance", "token_flux"]
+__all__ = ["ResonanceFlux", "chunk_resonance"]
 
 
 def _two_layers(inputs: int, hidden: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Sequential:
@@ -28,11 +29,6 @@ def _two_layers(inputs: int, hidden: int, device: torch.device | str | None, dty
 def _squashed(x: Tensor) -> Tensor:
     """Zero gradient outside of [0.01, 0.99], as the original's clamp has it."""
     return x[..., 0].sigmoid().clamp(0.01, 0.99)
-
-
-def token_flux(network: nn.Module, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-    """`[B, T, H]` from unit keys `[B, T, H, K]`, v `[B, T, H, V]` and beta `[B, T, H]`."""
-    return _squashed(network(torch.cat([beta[..., None] * k, beta[..., None] * v], -1)))
 
 
 def chunk_resonance(network: nn.Module, bilinear: Tensor, temperature: Tensor, k: Tensor, u: Tensor, grid: ChunkGrid) -> Tensor:
@@ -53,9 +49,19 @@ class ResonanceFlux(nn.Module):
         nn.init.xavier_uniform_(self.W_bilinear, gain=0.1)
 
     def tokens(self, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-        """The token flux `[B, T, H]`."""
-        return token_flux(self.token_flux_proj, k, v, beta)
+        """The token flux `[B, T, H]` from unit keys `[B, T, H, K]`, v `[B, T, H, V]` and beta `[B, T, H]`."""
+        (flux,) = get_op("token_flux")(k, v, beta, *_parameters(self.token_flux_proj))
+        assert flux is not None
+        return flux
 
-    def chunks(self, k: Tensor, u: Tensor, grid: ChunkGrid) -> Tensor:
+    def chunks(self, k: Tensor, u: Tensor, chunk_size: int, cu_seqlens: Tensor | None, grid: ChunkGrid) -> Tensor:
         """The resonance psi `[B, M, H]`."""
         return chunk_resonance(self.flux_net, self.W_bilinear, self.temp, k, u, grid)
+
+
+def _parameters(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w1, b1, w2, b2."""
+    first, last = network[0], network[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    return first.weight, first.bias, last.weight, last.bias

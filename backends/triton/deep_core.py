@@ -16,6 +16,7 @@ from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
 from .deep_gradients import TOKENS
+from .deep_parallel import BACK, CHAIN, GATHER, READ
 from .deep_plans import backward_ways, forward_ways, steps_rows
 from .deep_scan import BLOCKS, REVERSE, SWEEP
 from .grid import on_device, slot_count, strides, unit_stride
@@ -68,6 +69,8 @@ class _Call:
         self.rows = min(int(candidate.param("rows")), steps_rows(self.span))
         self.tile = min(int(candidate.param("value_tile")), tile_width(self.values))
         self.warps, self.stages, self.dot = int(candidate.param("warps")), int(candidate.param("stages")), str(candidate.param("dot"))
+        self.columns = min(64, tile_width(self.values))
+        self.block_warps = int(candidate.param("block_warps")) if candidate.variant == "blocks" else 4
         self.programs = self.sequences * self.heads * -(-self.values // self.tile)
         self.slots = slot_count(self.batch, self.tokens, self.span, self.packed, self.offset)
         self.numbers = (self.scale, self.tokens, self.sequences, self.heads)
@@ -113,6 +116,58 @@ class _Call:
             self.stages,
         )  # fmt: skip
 
+    def gather(self, d_o: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+        """N, R, with `d_o` also Y, `[slots, H, K, K or V]`; mass and G of every block."""
+        maps = self.new(self.v.dtype, self.slots, self.heads, self.keys, self.keys)
+        inputs = self.new(torch.float32, self.slots, self.heads, self.keys, self.values)
+        reads = None if d_o is None else torch.empty_like(inputs)
+        masses, logs = (self.new(torch.float32, self.slots, self.heads) for _ in range(2))
+        column = self.columns
+        parts = -(-self.keys // column) + (2 if d_o is not None else 1) * -(-self.values // column) + 1
+        GATHER(
+            self.slots * self.heads * parts,
+            (
+                self.q, self.k, self.v, self.eta, self.g, self.gate, d_o, self.mass, self.log_decay, self.packed, maps, inputs, reads, masses, logs,
+                *self.numbers, self.group, self.offset,
+                *strides(self.q), *strides(self.k), *strides(self.v), *strides(self.eta), *strides(self.g), *strides(self.gate), *strides(d_o),
+                *_pair(self.mass), *_pair(self.log_decay),
+            ),
+            (*self.sizes, column, self.rows, self.span, self.dot),
+            self.block_warps,
+            2,
+        )  # fmt: skip
+        return maps, inputs, reads, (masses, logs)
+
+    def chain(
+        self, maps: Tensor, inputs: Tensor, summed: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor | None], final: tuple[Tensor | None, ...]
+    ) -> None:
+        """D of every block from N and R; the carry after the last."""
+        CHAIN(
+            self.programs,
+            (
+                maps, inputs, *summed, self.state, self.error, self.mass, self.log_decay, self.packed, *kept, *final, *self.numbers[1:], self.offset,
+                *strides(self.state), *strides(self.error), *_pair(self.mass), *_pair(self.log_decay),
+            ),
+            (*self.sizes, self.tile, self.span, self.normalize, self.dot),
+            self.warps,
+            self.stages,
+        )  # fmt: skip
+
+    def in_parallel(self, o: Tensor, final: tuple[Tensor | None, ...]) -> None:
+        """Forward with all blocks side by side."""
+        maps, inputs, _, summed = self.gather(None)
+        starts = self.new(self.v.dtype, *inputs.shape)
+        self.chain(maps, inputs, summed, (starts, None), final)
+        READ(
+            self.slots * -(-self.span // self.rows) * self.heads * -(-self.values // self.columns),
+            (
+                self.q, self.gate, starts, self.packed, o, *self.numbers, self.group, self.offset, *strides(self.q), *strides(self.gate),
+            ),
+            (*self.sizes, self.columns, self.rows, self.span, self.dot),
+            self.block_warps,
+            1,
+        )  # fmt: skip
+
 
 def run(call: DeepCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and the final carry."""
@@ -120,8 +175,10 @@ def run(call: DeepCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     o = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
     final = made.carry() if call.output_final_state else (None,) * 4
     if o.numel() or call.output_final_state:
-        summed = made.blocks() if candidate.variant == "prepared" else (None, None)
-        made.sweep(o, summed, (None, None), final)
+        if candidate.variant == "blocks":
+            made.in_parallel(o, final)
+        else:
+            made.sweep(o, made.blocks() if candidate.variant == "prepared" else (None, None), (None, None), final)
     return o, *final
 
 
@@ -135,25 +192,40 @@ def run_backward(
     square, operands = (made.slots, made.heads, made.keys, made.values), made.v.dtype
     safe = made.normalize == "safe" and not into.keys().isdisjoint(("k", "eta", "initial_mass"))
     ends = made.new(torch.float32 if operands == torch.float16 else operands, *square) if safe else None
-    starts, (masses, logs) = made.new(operands, *square), made.blocks()
-    made.sweep(None, (masses, logs), (starts, ends), (None,) * 4)
-    d_o = _matrix(grads[0])
+    starts, d_o = made.new(operands, *square), _matrix(grads[0])
+    maps, reads_of = None, None
+    if candidate.variant == "blocks":
+        maps, inputs, reads_of, (masses, logs) = made.gather(d_o)
+        made.chain(maps, inputs, (masses, logs), (starts, ends), (None,) * 4)
+    else:
+        masses, logs = made.blocks()
+        made.sweep(None, (masses, logs), (starts, ends), (None,) * 4)
     d_state, d_error = (_matrix(x) for x in grads[1:3])
     d_mass, d_log = grads[3:]
     sums = made.new(operands, *square)
     lines = (into.get("initial_mass"), into.get("initial_log_decay"))
-    REVERSE(
-        made.programs,
-        (
-            made.q, made.k, made.eta, made.gate, d_o, masses, logs, made.packed, d_state, d_error, d_mass, d_log, sums,
-            into.get("initial_state"), into.get("initial_error"), *lines, *made.numbers, made.group, made.offset,
-            *strides(made.q), *strides(made.k), *strides(made.eta), *strides(made.gate), *strides(d_o),
-            *strides(d_state), *strides(d_error), *_pair(d_mass), *_pair(d_log),
-        ),
-        (*made.sizes, made.tile, made.rows, made.span, made.normalize, made.dot),
-        made.warps,
-        made.stages,
-    )  # fmt: skip
+    arriving = (d_state, d_error, d_mass, d_log)
+    initial = (into.get("initial_state"), into.get("initial_error"), *lines)
+    carried = (*strides(d_state), *strides(d_error), *_pair(d_mass), *_pair(d_log))
+    if maps is not None:
+        BACK(
+            made.programs,
+            (maps, reads_of, masses, logs, made.packed, *arriving, sums, *initial, *made.numbers[1:], made.offset, *carried),
+            (*made.sizes, made.tile, made.span, made.normalize, made.dot),
+            made.warps,
+            made.stages,
+        )
+    else:
+        REVERSE(
+            made.programs,
+            (
+                made.q, made.k, made.eta, made.gate, d_o, masses, logs, made.packed, *arriving, sums, *initial, *made.numbers, made.group, made.offset,
+                *strides(made.q), *strides(made.k), *strides(made.eta), *strides(made.gate), *strides(d_o), *carried,
+            ),
+            (*made.sizes, made.tile, made.rows, made.span, made.normalize, made.dot),
+            made.warps,
+            made.stages,
+        )  # fmt: skip
     gradients = tuple(into.get(name) for name in ("q", "k", "v", "eta", "g", "gate"))
     reads = d_o is not None and not into.keys().isdisjoint(("q", "gate"))
     writes = any(x is not None for x in (*gradients[1:5], *lines))

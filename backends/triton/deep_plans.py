@@ -64,7 +64,10 @@ def forward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
     found = [Candidate("triton", "prepared", _params(way, dot)) for way, dot in ways]
     small = next((way for way in _ways(signature, machine)[::-1] if way[0] <= 32), None)
     lone = [Candidate("triton", "scan", _params(small, first))] if small else []
-    return [*lone, *found] if signature.dim("T") <= _SHORT and not signature.batch_invariant else [*found, *lone]
+    side = [Candidate("triton", "blocks", _side(way, first)) for way in _chains(signature, machine)]
+    if signature.dim("T") <= _SHORT and not signature.batch_invariant:
+        return [*lone, *found]
+    return [*side, *found, *lone] if _lonely(signature, machine) else [*found, *lone, *side]
 
 
 def backward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -79,7 +82,36 @@ def backward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
     ways = [(way, first) for way in slim]
     ways += [(ways[-1][0], dot) for dot in others]
     tokens = (("token_rows", rows), ("token_warps", warps))
-    return [Candidate("triton", "scan", (*_params(way, dot), *tokens), direction="backward") for way, dot in ways]
+    found = [Candidate("triton", "scan", (*_params(way, dot), *tokens), direction="backward") for way, dot in ways]
+    side = [Candidate("triton", "blocks", (*_side(way, first), *tokens), direction="backward") for way in _chains(signature, machine)]
+    return [*side, *found] if _lonely(signature, machine) else [*found, *side]
+
+
+def _lonely(signature: Signature, machine: Machine) -> bool:
+    """Whether a scan would leave most of the card idle."""
+    sequences = max(1, signature.dim("N") if signature.packed else signature.dim("B"))
+    tiles = -(-signature.dim("V") // 32)
+    return not signature.batch_invariant and sequences * signature.dim("H") * tiles * 4 <= (machine.sms or _SMS)
+
+
+def _chains(signature: Signature, machine: Machine) -> list[tuple[int, int, int, int, int]]:
+    """(rows, value columns, warps and stages of the chain, warps of the parallel parts) of the way by blocks, where it is worth its memory: at most one."""
+    span, sequences = int(signature.option("chunk_size") or 1) * int(signature.option("period") or 1), max(1, signature.dim("N"))
+    size, keys, values = signature.dtype.itemsize, tile_width(signature.dim("K")), tile_width(signature.dim("V"))
+    if span < max(keys, 64) or signature.dim("T") // sequences < 4 * span or keys > 128:
+        return []
+    columns = min(values, 64)
+    rows = 32 if size == 4 else 64
+    wide = narrow_warps(signature.dtype, max(rows, keys), min(columns, keys), 4)
+    warps = 4 if keys > 32 else 1
+    tile = min(16, values)
+    warps = narrow_warps(signature.dtype, keys, tile, warps)
+    stages = 3 if (3 * keys * (keys * size + tile * 4) + keys * tile * size) <= (machine.shared_memory_bytes or CONSUMER_SHARED_BYTES) else 2
+    return [(rows, tile, warps, stages, wide)]
+
+
+def _side(way: tuple[int, int, int, int, int], dot: str) -> tuple[tuple[str, int | str], ...]:
+    return *_params(way[:4], dot), ("block_warps", way[4])
 
 
 def _params(way: tuple[int, int, int, int], dot: str) -> tuple[tuple[str, int | str], ...]:

@@ -24,7 +24,7 @@ from .grid import first_slot, locate
 from .launch import Kernel
 from .rounding import operand
 
-__all__ = ["BLOCKS", "REVERSE", "SWEEP", "block_slot", "steps_of"]
+__all__ = ["BLOCKS", "REVERSE", "SWEEP", "block_slot", "block_sums", "line_of", "rows_of", "sequence_of", "tile_of"]
 
 
 @triton.jit
@@ -85,27 +85,15 @@ def line_of(x, first, stride, here, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _blocks(
-    k, eta, g, mass, log_decay, cu_seqlens, masses, logs, tokens, sequences, heads, group, offset,
-    k_b, k_t, k_h, eta_b, eta_t, eta_h, g_b, g_t, g_h, mass_b, mass_h, log_b, log_h,
+def block_sums(
+    k, eta, g, mass, log_decay, masses, logs, place, block, length, k_t, eta_t, g_t, offset,
     K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Mass and G of one block of one head before it closes, what the sequence brought in with its first block."""
-    program = tl.program_id(0)
-    head = (program % heads).to(tl.int64)
-    slot = program // heads
-    batch, sequence, block, _, begin, end = locate(cu_seqlens, slot, tokens, sequences, offset, SPAN)
-    length = end - begin
+    """Writes mass and G of one block of one head, before it closes, to `place`; what the sequence brought in counts to its first block."""
+    PER: tl.constexpr = (SPAN + ROWS - 1) // ROWS
     key = tl.arange(0, BLOCK_K)
-    wide = begin.to(tl.int64)
-    batch = batch.to(tl.int64)
-    k += batch * k_b + head // group * k_h + wide * k_t
-    eta += batch * eta_b + head * eta_h + wide * eta_t
-    if g is not None:
-        g += batch * g_b + head * g_h + wide * g_t
     weighed = tl.zeros([ROWS], tl.float32)
     logged = tl.zeros([ROWS], tl.float32)
-    PER: tl.constexpr = (SPAN + ROWS - 1) // ROWS
     for sub in range(PER):
         _, _, _, first, here = rows_of(block * PER + sub, length, offset, SPAN, ROWS)
         wide_k = tile_of(k, first, k_t, here, key, K, ROWS, BLOCK_K).to(tl.float32)
@@ -116,10 +104,34 @@ def _blocks(
     decay = tl.sum(logged, 0)
     if mass is not None:
         if (block == 0) & (length > 0):
-            total += tl.load(mass + sequence * mass_b + head * mass_h)
-            decay += tl.load(log_decay + sequence * log_b + head * log_h)
-    tl.store(masses + slot.to(tl.int64) * heads + head, total)
-    tl.store(logs + slot.to(tl.int64) * heads + head, decay)
+            total += tl.load(mass)
+            decay += tl.load(log_decay)
+    tl.store(masses + place, total)
+    tl.store(logs + place, decay)
+
+
+@triton.jit
+def _blocks(
+    k, eta, g, mass, log_decay, cu_seqlens, masses, logs, tokens, sequences, heads, group, offset,
+    k_b, k_t, k_h, eta_b, eta_t, eta_h, g_b, g_t, g_h, mass_b, mass_h, log_b, log_h,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Mass and G of one block of one head."""
+    program = tl.program_id(0)
+    head = (program % heads).to(tl.int64)
+    slot = program // heads
+    batch, sequence, block, _, begin, end = locate(cu_seqlens, slot, tokens, sequences, offset, SPAN)
+    wide = begin.to(tl.int64)
+    batch = batch.to(tl.int64)
+    k += batch * k_b + head // group * k_h + wide * k_t
+    eta += batch * eta_b + head * eta_h + wide * eta_t
+    if g is not None:
+        g += batch * g_b + head * g_h + wide * g_t
+    if mass is not None:
+        mass += sequence.to(tl.int64) * mass_b + head * mass_h
+        log_decay += sequence.to(tl.int64) * log_b + head * log_h
+    place = slot.to(tl.int64) * heads + head
+    block_sums(k, eta, g, mass, log_decay, masses, logs, place, block, end - begin, k_t, eta_t, g_t, offset, K, BLOCK_K, ROWS, SPAN)
 
 
 @triton.jit

@@ -33,7 +33,8 @@ def op_core(plan: Plan, x: Inputs, flux: Flux) -> Tensor:
     slow_decay, fast_decay = factor(x.slow_decay, x) * (1 - 0.05 * psi), factor(x.fast_decay, x) * (1 - 0.1 * psi)
     alpha: Tensor | float = 0.5 + 0.3 * flux.tokens(x.k, x.v, x.beta) if plan.flux_merge else plan.alpha
     if plan.normalize == "chunk":
-        coupling = (0.05 + 0.1 * psi.mean((0, 2), keepdim=True)).expand_as(psi) if plan.coupling else torch.zeros_like(psi)
+        mixing = psi.mean((0, 2), keepdim=True) if plan.coupling == "batch" else psi
+        coupling = torch.zeros_like(psi) if plan.coupling == "none" else (0.05 + 0.1 * mixing).expand_as(psi)
         o = tb.get_op("coupled_core")(
             x.q, x.k, x.v, x.beta, psi,
             coupling=coupling, fast_decay=fast_decay, slow_decay=slow_decay, fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,

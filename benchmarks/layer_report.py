@@ -1,8 +1,8 @@
-"""What layer_times.py measured, for people: tables in the terminal, the documentation's tables between their marks, and the picture.
+"""What layer_times.py measured, for people: tables in the terminal or in Markdown, and the picture. Nothing is measured here.
 
-    python benchmarks/layer_report.py [FILE] [--docs] [--picture]
+    python benchmarks/layer_report.py [FILE]
 
-FILE is benchmarks/results/layer_times.json. --docs writes the tables into docs/seeds.md, --picture docs/pictures/layer_times.svg; nothing is measured here.
+FILE is benchmarks/results/layer_times.json. The documentation's page is written by benchmarks/seeds_page.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Report", "Row", "machine_facts", "show"]
+__all__ = ["Report", "Row", "machine_facts", "markdown", "picture", "show"]
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE, PICTURE = ROOT / "benchmarks/results/layer_times.json", ROOT / "docs/seeds.md", ROOT / "docs/pictures/layer_times.svg"
-BEGIN, END = "<!-- python benchmarks/layer_report.py --docs writes from here -->", "<!-- to here -->"
+RESULTS = ROOT / "benchmarks/results/layer_times.json"
 MODES, PRECISIONS = ("flat", "loop", "dual", "recurrent"), ("highest", "high", "bfloat16")
 
 
@@ -277,15 +276,6 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def into_page(text: str, page: str) -> str:
-    """The page with the tables between its marks; ValueError where they are missing."""
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page lacks the marks {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n\n{text}\n{END}{tail}"
-
-
 def picture(report: Report) -> str:
     """Milliseconds over tokens, a panel for each mode."""
     sys.path.insert(0, str(ROOT / "docs" / "pictures"))
@@ -310,24 +300,14 @@ def picture(report: Report) -> str:
 
 
 def main() -> int:
-    """Shows, or writes, what a file holds."""
+    """Shows what a file holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, default=RESULTS, metavar="FILE")
-    parser.add_argument("--docs", action="store_true", help="write the tables into docs/seeds.md")
-    parser.add_argument("--picture", action="store_true", help="write docs/pictures/layer_times.svg")
     asked = parser.parse_args()
     if not asked.file.exists():
         print(f"error: {asked.file} is not there; type: python benchmarks/layer_times.py --json {asked.file}", file=sys.stderr)
         return 1
-    report = Report.read(asked.file)
-    if asked.docs:
-        PAGE.write_text(into_page(markdown(report), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-        print(PAGE)
-    if asked.picture:
-        PICTURE.write_text(picture(report), encoding="utf-8")
-        print(PICTURE)
-    if not asked.docs and not asked.picture:
-        show(report)
+    show(Report.read(asked.file))
     return 0
 
 

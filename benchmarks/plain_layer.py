@@ -21,9 +21,10 @@ __all__ = ["LADDER", "PLANS", "Core", "Flux", "Inputs", "PlainEncoder", "PlainLa
 class Plan:
     """What the memory computes.
 
-    `memory`: "flat" (no chunk sees another), "states" (S_slow, and S_fast where `fast_state`, cross chunks with one factor a chunk), or "rule" (the gated delta
-    rule, a decay for each token). `normalize`: "chunk" (before each read and after each update), "end". `fast`: S_fast's output by "state" (read from a state
-    with a delta correction of its own) or by "chunk" (tril(QK^T) beta V, for all chunks at once).
+    `memory`: "flat" (no chunk sees another), "states" (S_slow, and S_fast where `fast_state`, cross chunks with one factor a chunk), or "rule" (the gated
+    delta rule, a decay for each token). `coupling` of the two states: "none", "batch" (one number for all rows and heads, the original's) or "head".
+    `normalize`: "chunk" (before each read and after each update), "end". `fast`: S_fast's output by "state" (read from a state with a delta correction
+    of its own) or by "chunk" (tril(QK^T) beta V, for all chunks at once).
     """
 
     memory: str
@@ -31,7 +32,7 @@ class Plan:
     transform: str = "exact"
     chunking: str = "regular"
     causal: bool = False
-    coupling: bool = False
+    coupling: str = "none"
     normalize: str = "end"
     early_transpose: bool = True
     fast: str = "chunk"
@@ -51,7 +52,7 @@ class Step:
 
 
 _BEFORE = Plan(
-    "states", 64, "lam", coupling=True, normalize="chunk", early_transpose=False, fast="state", fast_state=True, resonance=True, flux_merge=True
+    "states", 64, "lam", coupling="batch", normalize="chunk", early_transpose=False, fast="state", fast_state=True, resonance=True, flux_merge=True
 )
 PLANS: Mapping[str, Plan] = {
     "flat": Plan("flat", transform="lam"),
@@ -70,7 +71,7 @@ def _ladder() -> tuple[Step, ...]:
         steps.append(Step(name, replace(steps[-1].plan, **changes), note))  # type: ignore[arg-type]
 
     then("(1) chunks of 64 to 128", chunk_size=128)
-    then("(2) cross-coupling removed", coupling=False)
+    then("(2) cross-coupling removed", coupling="none")
     then("(3) one normalisation, at the end", normalize="end")
     then("(4) k transposed beforehand", "of ours a detail of the kernels: it transposes nothing", early_transpose=True)
     then("(5) S_fast vectorised", "its state still follows the chunks", fast="chunk")
@@ -129,7 +130,7 @@ class PlainLayer(nn.Module):
         fast_logit = self.fast_decay_proj(x) + self.fast_decay_bias
         slow_logit = self.slow_decay_proj(x) + self.slow_decay_bias
         inputs = Inputs(
-            F.normalize(q, dim=-1, eps=1e-12), F.normalize(k, dim=-1, eps=1e-12), v,
+            F.normalize(q, dim=-1, eps=1e-12).to(q.dtype), F.normalize(k, dim=-1, eps=1e-12).to(k.dtype), v,
             self.b_proj(x).sigmoid(), self.fast_gate_proj(x).sigmoid(), self.slow_gate_proj(x).sigmoid(),
             fast_logit.sigmoid(), slow_logit.sigmoid(), slow_logit, chunk,
         )  # fmt: skip
@@ -310,7 +311,7 @@ def two_states(
     if plan.resonance:
         psi = flux.chunks(k, u, counts)[..., None]
         slow_decay, fast_decay = slow_decay * (1 - 0.05 * psi), fast_decay * (1 - 0.1 * psi)
-        coupling = 0.05 + 0.1 * psi.mean((0, 1), keepdim=True)
+        coupling = (0.05 + 0.1 * (psi.mean((0, 1), keepdim=True) if plan.coupling == "batch" else psi)).expand_as(psi)
     alpha = (0.5 + 0.3 * flux.tokens(k, v, beta))[..., None] if plan.flux_merge else q.new_full((), plan.alpha)
     blend = alpha.dim() > 0
     keys = k.transpose(-1, -2).contiguous() if plan.early_transpose else None
@@ -335,7 +336,7 @@ def two_states(
         if fast_o is not None:
             fast_n = fast_o[:, :, n]
         o[:, :, n] = alpha[:, :, n] * fast_n + (1 - alpha[:, :, n]) * slow_n if blend else slow_n
-        if plan.coupling:
+        if plan.coupling != "none":
             both, p = coupling[:, :, n, :, None], psi[:, :, n, :, None]
             fast, slow = fast + both * p * slow, slow + both * (1 - p) * fast
         if plan.normalize == "chunk":

@@ -14,8 +14,9 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from layer_report import machine_facts
@@ -24,9 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from titans_backends.nn import TitansEncoder, TitansEncoderConfig
+from titans_backends.nn.forms import Mode
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from one_backend import known_backends, only, refusal
+from one_backend import known_backends, lacking, only, refusal
 from sentence_pairs import Pair, docstring_pairs, pearson, similarities, spearman
 
 LEAST = {torch.float32: 0.9999, torch.bfloat16: 0.999}
@@ -68,7 +72,8 @@ class Truth(nn.Module):
         state_dict = encoder.state_dict()
         self.embeddings = state_dict.pop("embeddings.weight").double()
         width, heads, layers, d_ff = stack
-        self.layers = PlainEncoder(width, heads, layers, d_ff, PLANS[mode])
+        plan = replace(PLANS[mode], coupling="head") if mode == "loop" else PLANS[mode]
+        self.layers = PlainEncoder(width, heads, layers, d_ff, plan)
         self.layers.load_state_dict(state_dict, strict=True)
         self.layers.double().to(self.embeddings.device)
 
@@ -84,14 +89,12 @@ class Truth(nn.Module):
 
 def encoder_of(mode: str, stack: Sequence[int], device: str) -> nn.Module:
     """TitansEncoder over bytes, float32, seed 0."""
-    from titans_backends.nn import TitansEncoder, TitansEncoderConfig
-
     torch.manual_seed(0)
     width, heads, layers, d_ff = stack
-    more = {"coupling": "head"} if mode == "loop" else {}
-    config = TitansEncoderConfig(vocab_size=256, d_model=width, num_heads=heads, num_layers=layers, d_ff=d_ff, mode=mode, **more)
-    encoder: nn.Module = TitansEncoder(config).to(device).eval().requires_grad_(False)
-    return encoder
+    encoder: nn.Module = TitansEncoder(
+        TitansEncoderConfig(256, width, layers, heads, d_ff, mode=cast(Mode, mode))
+    )  # each head couples its states alone
+    return encoder.to(device).eval().requires_grad_(False)
 
 
 def scores(
@@ -160,6 +163,8 @@ def show(found: Sequence[Score], facts: dict[str, object]) -> None:
                 one.mode, one.backend, one.dtype, f"{one.spearman:.6f}{mark}", f"{one.pearson:.6f}", f"{one.largest:.1e}", f"{one.seconds:.1f}"
             )
     console.print(table)
+    for told in dict.fromkeys(f"{one.mode}: {told}" for one in found if not one.refused and (told := lacking(one.backend, one.mode))):
+        console.print(told, markup=False, highlight=False)
     refused: dict[str, list[str]] = {}
     for one in found:
         if one.refused:

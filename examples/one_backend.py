@@ -13,15 +13,24 @@ import torch
 
 import titans_backends as tb
 from titans_backends import registry
+from titans_backends.contracts import CONTRACTS
 
-__all__ = ["known_backends", "only", "refusal"]
+__all__ = ["known_backends", "lacking", "only", "refusal"]
 
+_EVERY_MODE, _LOOP = ("qkv_prepare", "gated_rms_norm"), ("uw_transform", "token_flux", "chunk_flux", "coupled_core")
 _DISABLE = "TITANS_BACKENDS_DISABLE"
 
 
 def known_backends() -> tuple[str, ...]:
     """Every backend whose manifest can be read."""
     return tuple(registry.known())
+
+
+def lacking(backend: str, mode: str) -> str:
+    """A sentence on those of a layer's ops that this backend does not have, and that eager runs then; empty where it has all, and for "chosen"."""
+    ops = (*_EVERY_MODE, *(_LOOP if mode == "loop" else ("dual_core",)))
+    missing = [] if backend in ("chosen", "eager") else [op for op in ops if op in CONTRACTS and op not in registry.get(backend).ops]
+    return f"{backend} has no {', '.join(missing)}: eager runs that" if missing else ""
 
 
 @contextlib.contextmanager

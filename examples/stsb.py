@@ -15,13 +15,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
-from one_backend import known_backends, only, refusal
+from one_backend import known_backends, lacking, only, refusal
 from rich.console import Console
 from rich.table import Table
 from sentence_pairs import Pair, pearson, similarities, spearman
 from torch import Tensor, nn
+
+from titans_backends.nn import TitansEncoder, TitansEncoderConfig
+from titans_backends.nn.forms import Mode
 
 MODES = ("flat", "loop", "dual", "recurrent")
 
@@ -56,11 +60,9 @@ def read(path: Path, columns: str) -> tuple[list[Pair], Tensor]:
 
 def encoder_of(mode: str, stack: Sequence[int], weights: Path | None) -> nn.Module:
     """A TitansEncoder over bytes; the weights of a file, which must fit exactly, or those of seed 0."""
-    from titans_backends.nn import TitansEncoder, TitansEncoderConfig
-
     torch.manual_seed(0)
     width, heads, layers, d_ff = stack
-    encoder: nn.Module = TitansEncoder(TitansEncoderConfig(vocab_size=256, d_model=width, num_heads=heads, num_layers=layers, d_ff=d_ff, mode=mode))
+    encoder: nn.Module = TitansEncoder(TitansEncoderConfig(256, width, layers, heads, d_ff, mode=cast(Mode, mode)))
     if weights is not None:
         from safetensors.torch import load_file
 
@@ -91,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     stack, dtype = [int(part) for part in asked.stack.split(",")], getattr(torch, asked.dtype)
     console = Console()
-    told = f"weights of {asked.weights}" if asked.weights else "a fresh encoder: its scores are those of random features"
-    table = Table(title=f"{len(pairs)} pairs of {asked.tsv.name}, {asked.dtype}, {told}", title_justify="left")
+    origin = f"weights of {asked.weights}" if asked.weights else "a fresh encoder: its scores are those of random features"
+    table = Table(title=f"{len(pairs)} pairs of {asked.tsv.name}, {asked.dtype}, {origin}", title_justify="left")
     for name in ("mode", "backend", "Pearson", "Spearman", "seconds"):
         table.add_column(name, justify="left" if name in ("mode", "backend") else "right")
     for mode in modes:
@@ -101,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if refused:
                 console.print(f"{mode}: {refused}", markup=False, highlight=False)
                 continue
+            told = lacking(backend, mode)
+            if told:
+                console.print(f"{mode}: {told}", markup=False, highlight=False)
             with only(backend), console.status(f"{mode}, {backend}"):
                 start = time.perf_counter()
                 found = similarities(encoder_of(mode, stack, asked.weights).to(asked.device, dtype), pairs)

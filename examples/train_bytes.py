@@ -21,14 +21,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from one_backend import known_backends, only, refusal
+from one_backend import known_backends, lacking, only, refusal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from titans_backends.nn import TitansEncoder, TitansEncoderConfig
+from titans_backends.nn.forms import Merge, Mode
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS_BYTES = 8 << 20
@@ -68,6 +72,11 @@ class Curve:
     seconds: float = math.nan
     merge: list[list[float]] = field(default_factory=list)
 
+    @staticmethod
+    def read(told: Mapping[str, Any]) -> Curve:
+        """From JSON, where NaN is null."""
+        return Curve(**{name: math.nan if value is None else value for name, value in told.items()})
+
     @property
     def last(self) -> float:
         """The mean of the last twenty steps."""
@@ -79,11 +88,9 @@ class ByteModel(nn.Module):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        from titans_backends.nn import TitansEncoder, TitansEncoderConfig
-
         config = TitansEncoderConfig(
             vocab_size=256, d_model=recipe.width, num_layers=recipe.layers, num_heads=recipe.heads, d_ff=4 * recipe.width,
-            mode=recipe.mode, merge=recipe.merge, convolution="causal",  # the other modes' own convolution sees the byte that is to be guessed
+            mode=cast(Mode, recipe.mode), merge=cast(Merge, recipe.merge), convolution="causal",  # the other modes' own convolution sees the byte that is to be guessed
         )  # fmt: skip
         self.encoder = TitansEncoder(config)
         self.head = nn.Linear(recipe.width, 256, bias=False)
@@ -194,6 +201,9 @@ def train(run: Run, steps: int, backend: str, text: Tensor, asked: argparse.Name
     """Up to `steps`, with a bar; the checkpoint is written every so often and in the end."""
     curve, waiting, cuda = Curve(backend, run.step), list[Tensor](), torch.device(run.device).type == "cuda"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[said]}"))
+    told = lacking(backend, run.recipe.mode)
+    if told:
+        console.print(told, markup=False, highlight=False)
     begin = warm = time.perf_counter()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"{backend:8s}", total=steps, completed=run.step, said="")
@@ -255,7 +265,7 @@ def show(curves: Sequence[Curve], console: Console) -> None:
     first = curves[0]
     for curve in curves:
         gap = max((abs(a - b) for a, b in zip(curve.losses, first.losses, strict=False)), default=math.nan)
-        merge = "; ".join(" ".join(f"{alpha:.2f}" for alpha in layer) for layer in curve.merge)
+        merge = "; ".join(" ".join(f"{alpha:.3f}" for alpha in layer) for layer in curve.merge)
         rate = "–" if math.isnan(curve.tokens_per_s) else f"{curve.tokens_per_s:,.0f}"
         furthest = "–" if curve is first else f"{gap:.4f}"
         table.add_row(curve.backend, f"{curve.last:.4f}", f"{curve.validation:.4f}", furthest, rate, f"{curve.seconds:.1f}", merge or "–")

@@ -13,6 +13,8 @@ from tests.scripts import script
 
 times = script("benchmarks/layer_times.py")
 report = script("benchmarks/layer_report.py")
+page = script("benchmarks/seeds_page.py")
+PAGE = Path(__file__).parent.parent / "docs" / "seeds.md"
 TINY = ["--device", "cpu", "--stack", "32,1,1,32", "--budget", "0.001"]
 
 
@@ -24,11 +26,19 @@ def test_every_mode_is_right_and_timed(tmp_path: Path, capsys: pytest.CaptureFix
     assert max(row.error for row in read.rows if row.precision == "highest") < 1e-5
     assert "recurrent: the stack" in capsys.readouterr().out
 
-    page = report.into_page(report.markdown(read), f"# Page\n{report.BEGIN}\nold\n{report.END}\nafter")
-    assert "old" not in page
-    assert page.endswith("after")
-    assert "| (7) merge at the end with 0.1 |" in page
-    xml.etree.ElementTree.fromstring(report.picture(read))
+    (tmp_path / "times.json").rename(tmp_path / "layer_times.json")
+    text, pictures = page.page_of(PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert "| (7) merge at the end with 0.1 |" in text
+    assert "Not measured yet: `python benchmarks/scores.py" in text
+    xml.etree.ElementTree.fromstring(pictures["layer_times.svg"])
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    written = PAGE.read_text(encoding="utf-8")
+    text, pictures = page.page_of(written, PAGE.parent.parent / "benchmarks" / "results")
+    assert text == written, "type: python benchmarks/seeds_page.py"
+    for name, picture in pictures.items():
+        assert (PAGE.parent / "pictures" / name).read_text(encoding="utf-8") == picture, f"{name}: type: python benchmarks/seeds_page.py"
 
 
 def test_what_is_wrong_has_no_time_and_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,3 +184,25 @@ def test_every_other_candidate_keeps_the_contract(op: str, case: Case) -> None:
         return distinct(known)[1:]
 
     expect_none(problems(made, case, others))
+
+
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor([0.9, 0.5, 0.2, 0.7])[::2], torch.rand(2, 6, 2)[:, ::2]], ids=["dual_core_step-H", "dual_core_step-B T H"]
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_one_products_views_and_states_of_any_strides_are_stepped(alpha: Tensor, inplace: bool) -> None:
+    made = CONTRACTS["dual_core_step"]
+    joint, rates = torch.randn(2, 3, 2 * 16 + 2 * 16 + 2 * 20), torch.rand(2, 3, 4 * 2)
+    q, k, v = (x.view(2, 3, 2, -1) for x in joint.split((32, 32, 40), -1))
+    beta, g, fast_gate, slow_gate = rates.split(2, -1)
+    state, fast_state = torch.randn(4, 20, 2, 16).permute(0, 2, 3, 1), torch.randn(2, 4, 16, 21).transpose(0, 1)[..., :20]
+    call = made.make_call(
+        q, torch.nn.functional.normalize(k, dim=-1), v, beta, -g, fast_gate=fast_gate, slow_gate=slow_gate, alpha=alpha, state=state, fast_state=fast_state,
+        position=torch.tensor([5, 0, 7, 0], dtype=torch.int32)[::2], state_indices=torch.tensor([3, 1]), inplace=inplace, chunk_size=4,
+    )  # fmt: skip
+    wanted = made.reference(call)
+    for candidate in distinct(offered(made, call)):
+        own = made.with_tensors(call, {name: x.clone() for name, x in made.tensors(call).items() if name in made.rewritten})
+        for got, want in zip(module_of(made.name).run(own, candidate), wanted, strict=True):
+            assert got is not None
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)

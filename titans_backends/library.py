@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.chunks import chunk_rows
 from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
 from titans_backends.contracts.validate import check_devices
 from titans_backends.plans import Outputs, Plan, Planner, Request, request
@@ -226,6 +227,8 @@ def _fake_forward(op: Contract) -> Callable[..., Outputs]:
         tensors = op.tensors(made)
         check_devices(op, tensors)  # one tensor on meta among others brings the call here, and nothing would be computed
         sizes, first = _sizes(op, tensors), tensors[op.operands[0]]
+        if any("Z" in output.dims.split() for output in op.outputs):
+            sizes["Z"] = chunk_rows(first.shape[1], made.chunk_size, sizes["N"] if "cu_seqlens" in tensors else None)  # type: ignore[attr-defined, arg-type]
         outputs: list[Tensor | None] = []
         for output, asked in zip(op.outputs, op.asked(made), strict=True):
             dtype = tensors[output.like].dtype if output.like else state_dtype(first.dtype)

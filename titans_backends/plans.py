@@ -36,7 +36,7 @@ _MEMO_LIMIT = 4096
 _RECENT = 4
 """Calls that are told from one another without a key: the shapes of a model's layers."""
 _BACKWARDS_LIMIT = 64
-_LENGTHS = frozenset("BTNMEP*")
+_LENGTHS = frozenset("BTNMEPZ*")
 _LONGEST_CHUNK = 512
 _PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
 

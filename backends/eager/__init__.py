@@ -23,6 +23,7 @@ _OPS = (
     "qkv_prepare",
     "gated_rms_norm",
     "token_flux",
+    "chunk_flux",
 )
 
 BACKEND = Backend(

@@ -19,6 +19,9 @@ _OPS = (
     "deep_core_step",
     "short_conv",
     "qkv_prepare",
+    "gated_rms_norm",
+    "token_flux",
+    "chunk_flux",
 )
 _BACKWARD = (
     "conv_gradients",
@@ -35,6 +38,8 @@ _BACKWARD = (
     "fast_backward",
     "fast_edges",
     "fast_gradients",
+    "flux_gradients",
+    "rms_gradients",
     "uw_gradients",
     "uw_product_gradients",
 )

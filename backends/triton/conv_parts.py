@@ -25,8 +25,10 @@ Parts = tuple[ShortConv | None, ShortConv | None, ShortConv]
 
 _TILES = ((4096, 4), (2048, 4), (1024, 2))
 """Numbers of a forward program's tile, and its warps."""
-_WALKS = ((64, 128, 1), (16, 128, 1), (128, 256, 2))
-"""Tokens that a backward program walks, its channels, and its warps."""
+_WALKS = ((64, 128), (16, 128), (128, 256))
+"""Tokens that a backward program walks, and at least how many channels it has."""
+_LANES = 128
+"""Channels of a warp in a walk: four of a thread, whose last rows and sums take 100 registers."""
 _FULL = 2048
 """Programs that fill a card."""
 
@@ -49,11 +51,13 @@ def ways(signature: Signature) -> list[Candidate]:
 def backward_ways(signature: Signature) -> list[Candidate]:
     """Walks, long ones first but where they would leave the card idle."""
     few = not signature.batch_invariant and _numbers(signature) < _FULL * 64 * 128
-    plans = (_WALKS[1], _WALKS[0], _WALKS[2]) if few else _WALKS
-    return [
-        Candidate("triton", "walk", (("span", span), ("channels", channels), ("warps", warps)), direction="backward")
-        for span, channels, warps in plans
-    ]
+    wide = max(tile_width(signature.dim("K")), tile_width(signature.dim("V")))
+    found = []
+    for length, channels in (_WALKS[1], _WALKS[0], _WALKS[2]) if few else _WALKS:
+        channels = max(channels, wide)
+        params = (("span", length), ("channels", channels), ("warps", channels // _LANES))
+        found.append(Candidate("triton", "walk", params, direction="backward"))
+    return found
 
 
 def _sizes(parts: Parts) -> tuple[int, int, int, int]:

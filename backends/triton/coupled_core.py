@@ -3,7 +3,7 @@
     walked     uw_transform's default, the factors, the walk, the outputs (coupled_walks, coupled_chunks): four launches, five with `qk_l2norm`
 
 Between the launches stand, a chunk and head, the factors and both states in float32, K^2 + 3 K V numbers: at 1x8192, 12 heads of 32, chunks of 64, 25 MB.
-The states are one program's a v head: 128 x 128 spill, and wider ones are refused. The backward is coupled_gradients'.
+The states are one program's a v head: above 64 x 64 they lie in memory (coupled_wide), K above 128 is refused. The backward is coupled_gradients'.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import uw_transform
 from .ahead import ahead_of
 from .coupled_chunks import OUTPUTS
 from .coupled_gradients import backward_candidates, run_backward
-from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, walked
+from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, walk_bytes, walked, walks
 from .dual_recurrent import transform_signature
 from .grid import strides
 from .program import remembering, remembering_backward
@@ -33,11 +33,11 @@ _WIDEST = 128
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
-    """Whatever the backend serves, heads of up to 128, where the tiles fit the card."""
+    """Whatever the backend serves, K of up to 128, where the tiles fit the card."""
     verdict = serves(signature, machine)
-    for letter in "KV":
-        if signature.dim(letter) > _WIDEST:
-            verdict &= refused(f"head_dim {letter}={signature.dim(letter)} is above {_WIDEST}: one program holds both states; use backend='eager'")
+    keys = signature.dim("K")
+    if keys > _WIDEST:
+        verdict &= refused(f"head_dim K={keys} is above {_WIDEST}: a chunk's K x K factor is one tile; use backend='eager'")
     if verdict and not candidates(signature, machine):
         sizes = f"K={signature.dim('K')}, V={signature.dim('V')}"
         verdict = refused(f"no tiles of {sizes} fit the shared memory of {machine.name}; use backend='eager'")
@@ -45,7 +45,7 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Warps and stages of the walk, which limits the op, and roundings; the first is the default."""
+    """Warps and stages of the walk, which limits the op; the first is the default."""
     made = uw_transform.candidates(transform_signature(signature), machine)
     if not made:
         return []
@@ -57,28 +57,25 @@ def plans(signature: Signature, make: Candidate) -> list[Candidate]:
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
     keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    wide = max(keys, values) > 64
-    block = min(32 if wide else 64, tile_width(chunk))
-    usual = 2 if keys * values <= 32 * 32 else 4 if keys * values <= 64 * 64 else 8
-    ways = [(usual, 3), (2 * usual, 3), (usual, 2)] if not wide else [(usual, 2)]
+    block = min(64 if keys <= 64 else 32, tile_width(chunk))
+    ways = walks(keys, values, backward=False)
+    staged = [(*way, 1) for way in ways] if ways[0][1] else [(*ways[0], 3), (*ways[1], 3), (*ways[0], 2)]
     inner: tuple[tuple[str, Param], ...] = ((f"{MAKE}variant", make.variant), *((MAKE + name, value) for name, value in make.params))
     found = []
-    for dot in dots(signature):
-        for walk_warps, walk_stages in ways if dot == dots(signature)[0] else ways[:1]:
-            params: dict[str, Param] = {"block": block, "tile": min(64, max(keys, values)), "warps": 4}
-            params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "dot": dot}
-            found.append(Candidate("triton", "walked", (*params.items(), *inner), sources=_SOURCES))
+    for walk_warps, walk_tile, walk_stages in staged:
+        params: dict[str, Param] = {"block": block, "tile": min(64 if keys <= 64 else 32, max(keys, values)), "warps": 4}
+        params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "walk_tile": walk_tile, "dot": dots(signature)[0]}
+        found.append(Candidate("triton", "walked", (*params.items(), *inner), sources=_SOURCES))
     return found
 
 
 def shared_bytes(signature: Signature, candidate: Candidate) -> int:
-    """An upper bound of a program's shared memory, in float32: the walk's loads and the state turned into an operand; the outputs' operands."""
+    """An upper bound of a program's shared memory: the walk's pipeline and the state turned into an operand; the outputs' operands."""
     params = dict(candidate.params)
     keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
     split = 2 if params["dot"] == "tf32x3" else 1
-    walk = (int(params["walk_stages"]) * (keys * keys + keys * values) + split * keys * values) * 4
-    outputs = split * (2 * block * keys + min(int(params["tile"]), values) * (block + keys) + block * block) * 4
-    return max(walk, outputs)
+    outputs = 4 * split * (block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
+    return max(walk_bytes(params, keys, values, matrices=1, products=1), outputs) + 1024
 
 
 def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
@@ -106,8 +103,8 @@ def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
 _SOURCES = tuple(
     f"titans_backends.backends.triton.{name}"
     for name in (
-        "coupled_states", "coupled_walks", "coupled_chunks", "dual_inputs", "dual_recurrent", "uw_transform", "uw_blocks", "decay", "inverse", "grid",
-        "launch", "rounding", "serving",
+        "coupled_states", "coupled_walks", "coupled_wide", "coupled_chunks", "dual_inputs", "dual_recurrent", "uw_transform", "uw_blocks", "decay",
+        "inverse", "grid", "launch", "rounding", "serving",
     )
 )  # fmt: skip
 compile_ahead = ahead_of(run, "coupled_core", run_backward)

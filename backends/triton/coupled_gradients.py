@@ -20,8 +20,9 @@ from titans_backends.signature import Signature
 from . import uw_transform
 from .coupled_chunks import ARRIVALS
 from .coupled_inputs import INPUTS
-from .coupled_states import LONGEST, MAKE, Plan, Walked, as_dual, prepared, sizes_of, walked
+from .coupled_states import LONGEST, MAKE, Plan, Walked, as_dual, prepared, sizes_of, walk_bytes, walked, walks
 from .coupled_walks import WALK_BACK
+from .coupled_wide import WALK_BACK_WIDE
 from .dual_joins import joined_operands, joined_values
 from .dual_recurrent import transform_signature
 from .grid import strides, unit_stride
@@ -37,6 +38,10 @@ _THROUGH = frozenset({"k", "v", "beta"})
 _GATES = frozenset({"alpha", "fast_gate", "slow_gate"})
 _MIXING = frozenset({"psi", "coupling"})
 _WALKED = frozenset({"fast_decay", "slow_decay", "initial_state", "initial_fast_state"})
+_MADE = ("q", "k", "u", "w", "fast", "slow", "psi", "coupling")
+_READS = (("q",), ("fast", "slow"))
+_PARTS = (("u", "w", "psi", "coupling"), *_READS, ("k",))
+"""What one launch of the chunks' kernel makes, so that registers hold it; each reads what it needs again, from L2."""
 Made = dict[str, Tensor]
 
 
@@ -48,23 +53,25 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     make, back = uw_transform.candidates(inner, machine), uw_transform.backward_candidates(inner, machine)
     if chunk > 64 or not make or not back:
         return []
-    keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    usual = 4 if keys * values <= 32 * 32 else 8
     parts = [(f"{MAKE}variant", make[0].variant), *((MAKE + name, value) for name, value in make[0].params)]
     parts += [(f"{_BACK}variant", back[0].variant), *((_BACK + name, value) for name, value in back[0].params)]
+    keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
     found = []
-    for dot in dots(signature)[:1]:
-        for walk_warps in (usual, 2 * usual if usual < 8 else 4):
-            params: dict[str, Param] = {"block": max(16, tile_width(chunk)), "tile": min(64, max(keys, values)), "warps": 8}
-            params |= {"walk_warps": walk_warps, "walk_stages": 2, "dot": dot}
-            found.append(Candidate("triton", "again", (*params.items(), *parts), direction="backward"))
+    for walk_warps, walk_tile in walks(keys, values, backward=True):
+        params: dict[str, Param] = {"block": max(16, tile_width(chunk)), "tile": min(32, max(keys, values)), "warps": 8}
+        params |= {"walk_warps": walk_warps, "walk_stages": 1 if walk_tile else 2, "walk_tile": walk_tile, "dot": dots(signature)[0]}
+        found.append(Candidate("triton", "again", (*params.items(), *parts), direction="backward"))
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     return [one for one in found if shared_bytes(signature, one) <= room]
 
 
 def shared_bytes(signature: Signature, candidate: Candidate) -> int:
-    """An upper bound of a program's shared memory."""
-    return 0
+    """An upper bound of a program's shared memory: the reverse walk's pipeline and operands; those of the chunks' kernel, fitted to Triton 3.7.1."""
+    params = dict(candidate.params)
+    keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
+    split = 2 if params["dot"] == "tf32x3" else 1
+    chunks = 20 * 1024 + split * 12 * max(block, 32) * keys
+    return max(walk_bytes(params, keys, values, matrices=4, products=2), chunks) + 1024
 
 
 def run_backward(
@@ -122,25 +129,28 @@ def _walked_back(
     sequences, slots, heads, keys, values = sizes_of(call)
     device, tokens, chunk = call.v.device, call.v.shape[1], min(call.chunk_size, LONGEST)
     width, group = tile_width(keys), heads // max(call.k.shape[2], 1)
-    d_reads = None
+    matrices = (slots, heads, 2, values, keys)
+    tiled = plan.walk_tile > 0
+    d_reads = torch.empty(matrices, dtype=torch.float32, device=device) if d_o is not None or tiled else None
     if d_o is not None:
-        d_reads = torch.empty((slots, heads, 2, values, keys), dtype=torch.float32, device=device)
         shares, number = _shares(call)
         args = (
             call.q, call.k, found.w, d_o, *shares, d_reads, call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, number,
             float(call.scale), *strides(call.q), *strides(call.k), *strides(found.w), *strides(d_o), *(step for x in shares for step in strides(x)),
         )  # fmt: skip
-        constants = (heads, group, keys, values, chunk, plan.block, width, min(plan.tile, tile_width(values)), plan.dot)
-        ARRIVALS(slots * heads, args, constants, 4, 1)
-    d_mixed = torch.empty((slots, heads, 2, values, keys), dtype=torch.float32, device=device) if mixed else None
-    d_finals = tuple(None if grad is None else grad.contiguous() for grad in d_finals)  # type: ignore[assignment]
-    args = (
-        found.turned_a, found.starts, found.numbers, d_reads, *d_finals, d_mixed, into.get("initial_fast_state"), into.get("initial_state"),
-        into.get("fast_decay"), into.get("slow_decay"), call.cu_seqlens, tokens,
-    )  # fmt: skip
-    constants = (heads, keys, values, chunk, width, tile_width(values), call.delta, plan.dot, plan.walk_stages)
-    WALK_BACK(sequences * heads, args, constants, plan.walk_warps, plan.walk_stages)
-    return d_mixed
+        tile = min(plan.tile, tile_width(values))
+        ARRIVALS(slots * heads, args, (heads, group, keys, values, chunk, plan.block, width, tile, plan.dot), 4, 1)
+    d_mixed = torch.empty(matrices, dtype=torch.float32, device=device) if mixed or tiled else None
+    finals = tuple(None if grad is None else grad.contiguous() for grad in d_finals)
+    rooms = tuple(into.get(name) for name in ("initial_fast_state", "initial_state", "fast_decay", "slow_decay"))
+    arrays = (found.turned_a, found.starts, found.numbers, d_reads, *finals, d_mixed, *rooms)
+    shape = (heads, keys, values, chunk, width, plan.walk_tile or tile_width(values), call.delta, plan.dot, plan.walk_stages)
+    if tiled:
+        d_states = torch.empty((sequences, *matrices[1:]), dtype=torch.float32, device=device)
+        WALK_BACK_WIDE(sequences * heads, (*arrays, d_states, call.cu_seqlens, tokens), (*shape, d_o is not None), plan.walk_warps, 1)
+    else:
+        WALK_BACK(sequences * heads, (*arrays, call.cu_seqlens, tokens), shape, plan.walk_warps, plan.walk_stages)
+    return d_mixed if mixed else None
 
 
 def _chunks(call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_mixed: Tensor | None, needs: frozenset[str], into: Made) -> Made:
@@ -156,16 +166,17 @@ def _chunks(call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_
     if gated:
         made["fast"], made["slow"] = (torch.empty((batch, tokens, heads), dtype=torch.float32, device=call.v.device) for _ in range(2))
     shares, number = _shares(call)
-    if not needs & (_THROUGH | _MIXING):
-        d_mixed = None
-    args = (
-        call.q, call.k, found.u, found.w, d_o, *shares, call.psi, call.coupling, found.starts, found.numbers, d_mixed,
-        *(made.get(name) for name in ("q", "k", "u", "w", "fast", "slow")), into.get("psi"), into.get("coupling"),
-        call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, number, float(call.scale),
-        *strides(call.q), *strides(call.k), *strides(found.u), *strides(found.w), *strides(d_o), *(step for x in shares for step in strides(x)),
-        *strides(call.psi), *strides(call.coupling),
-    )  # fmt: skip
+    places = {**made, **{name: into[name] for name in _MIXING if name in into}}
     group, width = heads // max(call.k.shape[2], 1), tile_width(keys)
     constants = (heads, group, keys, values, chunk, plan.block, width, min(plan.tile, tile_width(values)), plan.dot)
-    INPUTS(slots * (heads // group), args, constants, plan.warps, 1)
+    for part in _PARTS:
+        if places.keys() & set(part):
+            args = (
+                call.q, call.k, found.u, found.w, d_o, *shares, call.psi, call.coupling, found.starts, found.numbers, None if part in _READS else d_mixed,
+                *(places.get(name) if name in part else None for name in _MADE),
+                call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, number, float(call.scale),
+                *strides(call.q), *strides(call.k), *strides(found.u), *strides(found.w), *strides(d_o), *(step for x in shares for step in strides(x)),
+                *strides(call.psi), *strides(call.coupling),
+            )  # fmt: skip
+            INPUTS(slots * (heads // group), args, constants, plan.warps, 1)
     return made

@@ -16,11 +16,12 @@ from titans_backends.contracts.uw_transform import UWTransform
 from . import uw_transform
 from .coupled_chunks import FACTORS
 from .coupled_walks import NUMBERS, WALK
+from .coupled_wide import WALK_WIDE
 from .dual_inputs import unit_operands
 from .grid import on_device, slot_count, strides, unit_stride
 from .serving import tile_width
 
-__all__ = ["LONGEST", "MAKE", "Plan", "Walked", "as_dual", "prepared", "sizes_of", "walked"]
+__all__ = ["LONGEST", "MAKE", "Plan", "Walked", "as_dual", "prepared", "sizes_of", "walk_bytes", "walked", "walks"]
 
 MAKE = "make_"
 """What the transform's parameters begin with among a candidate's."""
@@ -30,13 +31,15 @@ LONGEST = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A candidate's parameters: rows and columns of a tile, warps of the parallel kernels and of the walk, stages of the walk, rounding, the transform's."""
+    """A candidate's parameters: rows and columns of a tile, warps of the parallel kernels, the walk's warps, stages and rows of a tile
+    (0: the states stay in registers), rounding, the transform's."""
 
     block: int
     tile: int
     warps: int
     walk_warps: int
     walk_stages: int
+    walk_tile: int
     dot: str
     make: Candidate
 
@@ -45,8 +48,8 @@ class Plan:
         """From a candidate's."""
         inner = {name.removeprefix(MAKE): value for name, value in params.items() if name.startswith(MAKE)}
         make = Candidate("triton", str(inner.pop("variant")), tuple(inner.items()))
-        block, tile, warps, walk_warps, walk_stages = (int(params[name]) for name in ("block", "tile", "warps", "walk_warps", "walk_stages"))
-        return cls(block, tile, warps, walk_warps, walk_stages, str(params["dot"]), make)
+        numbers = (int(params[name]) for name in ("block", "tile", "warps", "walk_warps", "walk_stages", "walk_tile"))
+        return cls(*numbers, str(params["dot"]), make)  # type: ignore[call-arg, arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,21 @@ class Walked:
     numbers: Tensor
     final: Tensor | None
     final_fast: Tensor | None
+
+
+def walks(keys: int, values: int, *, backward: bool) -> list[tuple[int, int]]:
+    """(warps, rows of a tile) of a walk over states of these tile widths, the default first: in registers up to 64 x 64."""
+    if max(keys, values) > 64:
+        return [(8, 32), (4, 32), (8, 16)]
+    usual = (2 if keys * values <= 32 * 32 else 4) * (2 if backward else 1)
+    return [(usual, 0), (2 * usual if usual < 8 else 4, 0)]
+
+
+def walk_bytes(params: Mapping[str, Param], keys: int, values: int, *, matrices: int, products: int) -> int:
+    """An upper bound of a walk's shared memory: its pipeline of the factor and of `matrices` states, and what becomes an operand."""
+    split, stages = 2 if params["dot"] == "tf32x3" else 1, int(params["walk_stages"])
+    state = keys * (int(params["walk_tile"]) or values)
+    return 4 * (stages * keys * keys + (stages - 1) * matrices * state + split * products * state)
 
 
 def as_dual(call: CoupledCore) -> DualCore:
@@ -114,6 +132,7 @@ def walked(call: CoupledCore, plan: Plan, *, finals: bool) -> Walked:
         turned_a, turned_b, call.psi, call.coupling, *decays, initial_fast, initial, starts, numbers, final_fast, final, call.cu_seqlens, tokens,
         *strides(call.psi), *strides(call.coupling), *strides(decays[0]), *strides(decays[1]),
     )  # fmt: skip
-    constants = (heads, keys, values, chunk, width, tile_width(values), call.delta, plan.dot, plan.walk_stages)
-    WALK(sequences * heads, args, constants, plan.walk_warps, plan.walk_stages)
+    constants = (heads, keys, values, chunk, width, plan.walk_tile or tile_width(values), call.delta, plan.dot, plan.walk_stages)
+    walk = WALK_WIDE if plan.walk_tile else WALK
+    walk(sequences * heads, args, constants, plan.walk_warps, plan.walk_stages)
     return Walked(u, use_w, turned_a, starts, numbers, final, final_fast)

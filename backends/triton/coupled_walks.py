@@ -18,7 +18,10 @@ from .grid import chunks_before
 from .launch import Kernel
 from .rounding import operand as as_operand
 
-__all__ = ["NUMBERS", "WALK", "WALK_BACK", "numbers_of", "reading_of", "sum_of"]
+__all__ = [
+    "NUMBERS", "WALK", "WALK_BACK", "chunk_numbers", "decay_gradient", "keep_numbers", "numbers_of", "reading_of", "sequence_of", "sum_of", "through",
+    "unmixed",
+]  # fmt: skip
 
 NUMBERS = 8
 """Numbers that the walk leaves for a chunk and head: scale and norm of both states, both decays, what flows into the fast and into the slow state."""
@@ -47,7 +50,21 @@ def numbers_of(numbers, at):
 
 
 @triton.jit
-def _given(psi, coupling, fast_decay, slow_decay, index, count, psi_t, coupling_t, fast_t, slow_t):
+def keep_numbers(numbers, at, fast_scale, slow_scale, fast_norm, slow_norm, by_fast, by_slow, to_fast, to_slow):
+    """Writes what `numbers_of` reads."""
+    numbers += at * 8
+    tl.store(numbers, fast_scale)
+    tl.store(numbers + 1, slow_scale)
+    tl.store(numbers + 2, fast_norm)
+    tl.store(numbers + 3, slow_norm)
+    tl.store(numbers + 4, by_fast)
+    tl.store(numbers + 5, by_slow)
+    tl.store(numbers + 6, to_fast)
+    tl.store(numbers + 7, to_slow)
+
+
+@triton.jit
+def chunk_numbers(psi, coupling, fast_decay, slow_decay, index, count, psi_t, coupling_t, fast_t, slow_t):
     """(both decays, what flows into the fast and into the slow state) of a chunk; zeros behind the last."""
     there = index < count
     at = tl.cast(index, tl.int64)
@@ -66,7 +83,7 @@ def _given(psi, coupling, fast_decay, slow_decay, index, count, psi_t, coupling_
 
 
 @triton.jit
-def _sequence(cu_seqlens, sequence, tokens, CHUNK: tl.constexpr):
+def sequence_of(cu_seqlens, sequence, tokens, CHUNK: tl.constexpr):
     """(batch row, first place of its states, chunks, chunks of the packed sequences before it). A sequence has a place more than it has chunks."""
     if cu_seqlens is None:
         count = tl.cdiv(tokens, CHUNK) + sequence * 0
@@ -94,7 +111,7 @@ def _walk(
     """Both Z `[V, K]` at every chunk's start and behind the last, the numbers of each, the final states. Blocks: sequences * HEADS."""
     head = tl.program_id(0) % HEADS
     sequence = tl.program_id(0) // HEADS
-    row, place, count, chunks = _sequence(cu_seqlens, sequence, tokens, CHUNK)
+    row, place, count, chunks = sequence_of(cu_seqlens, sequence, tokens, CHUNK)
     row = row.to(tl.int64)
     chunks = chunks.to(tl.int64)
     psi += row * psi_b + chunks * psi_t + head * psi_h
@@ -120,23 +137,15 @@ def _walk(
     fast_norm, slow_norm = _norms(fast, slow)
     fast_scale = fast_norm * 0.0 + 1.0
     slow_scale = fast_scale
-    by_fast, by_slow, to_fast, to_slow = _given(psi, coupling, fast_decay, slow_decay, sequence * 0, count, psi_t, coupling_t, fast_t, slow_t)
+    by_fast, by_slow, to_fast, to_slow = chunk_numbers(psi, coupling, fast_decay, slow_decay, sequence * 0, count, psi_t, coupling_t, fast_t, slow_t)
     for index in tl.range(0, count, num_stages=STAGES):
         at = (place + index) * HEADS + head
         slot = (place - sequence + index) * HEADS + head
         b = tl.load(turned_b + slot * (KEYS * VALUES) + cell, mask=there, other=0.0)
         tl.store(starts + at * (2 * KEYS * VALUES) + cell, fast, mask=there)
         tl.store(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES + cell, slow, mask=there)
-        left = numbers + at * 8
-        tl.store(left, fast_scale)
-        tl.store(left + 1, slow_scale)
-        tl.store(left + 2, fast_norm)
-        tl.store(left + 3, slow_norm)
-        tl.store(left + 4, by_fast)
-        tl.store(left + 5, by_slow)
-        tl.store(left + 6, to_fast)
-        tl.store(left + 7, to_slow)
-        next_fast, next_slow, next_to_fast, next_to_slow = _given(
+        keep_numbers(numbers, at, fast_scale, slow_scale, fast_norm, slow_norm, by_fast, by_slow, to_fast, to_slow)
+        next_fast, next_slow, next_to_fast, next_to_slow = chunk_numbers(
             psi, coupling, fast_decay, slow_decay, index + 1, count, psi_t, coupling_t, fast_t, slow_t
         )
         wrote_fast = fast * (by_fast * fast_scale) + b
@@ -156,18 +165,14 @@ def _walk(
     at = (place + count) * HEADS + head
     tl.store(starts + at * (2 * KEYS * VALUES) + cell, fast, mask=there)
     tl.store(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES + cell, slow, mask=there)
-    left = numbers + at * 8
-    tl.store(left, fast_scale)
-    tl.store(left + 1, slow_scale)
-    tl.store(left + 2, fast_norm)
-    tl.store(left + 3, slow_norm)
+    keep_numbers(numbers, at, fast_scale, slow_scale, fast_norm, slow_norm, by_fast, by_slow, to_fast, to_slow)
     if final is not None:
         tl.store(final_fast + own, fast * fast_scale, mask=there)
         tl.store(final + own, slow * slow_scale, mask=there)
 
 
 @triton.jit
-def _unmixed(d_state, state, scale, norm, along):
+def unmixed(d_state, state, scale, norm, along):
     """The gradient at Z, from that of S = Z / (||Z|| + eps) = scale Z of this norm, and <S, dS>; 0 where Z is 0."""
     size = norm / scale
     back = tl.where(norm > 0, scale, 0.0)
@@ -175,7 +180,7 @@ def _unmixed(d_state, state, scale, norm, along):
 
 
 @triton.jit
-def _through(d_wrote, d_read, state, decay, scale, norm, met):
+def through(d_wrote, d_read, state, decay, scale, norm, met):
     """The gradient at S: through S~ as it is kept, and through N(S~), which passes on nothing where S~ is 0; met: <N(S~), dN>."""
     kept = tl.abs(decay) * norm
     reading = reading_of(decay, scale, norm)
@@ -185,7 +190,7 @@ def _through(d_wrote, d_read, state, decay, scale, norm, met):
 
 
 @triton.jit
-def _decay_gradient(kept, met, decay, norm):
+def decay_gradient(kept, met, decay, norm):
     """<S, dS~>: `kept` is <S, dX>, and N(S~) passes on next to nothing along S~ itself."""
     size = tl.abs(decay) * norm
     return kept + tl.where(size > 0, met * 1e-8 / (tl.where(size > 0, decay, 1.0) * (size + 1e-8)), 0.0)
@@ -203,7 +208,7 @@ def _walk_back(
     """
     head = tl.program_id(0) % HEADS
     sequence = tl.program_id(0) // HEADS
-    row, place, count, chunks = _sequence(cu_seqlens, sequence, tokens, CHUNK)
+    row, place, count, chunks = sequence_of(cu_seqlens, sequence, tokens, CHUNK)
     value = tl.arange(0, BLOCK_V)[:, None]
     key = tl.arange(0, BLOCK_K)[None, :]
     inner = tl.arange(0, BLOCK_K)[:, None]
@@ -233,8 +238,8 @@ def _walk_back(
         before_fast = tl.load(starts + at * (2 * KEYS * VALUES) + cell, mask=there, other=0.0)
         before_slow = tl.load(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES + cell, mask=there, other=0.0)
         fast_was, slow_was, fast_size, slow_size, by_fast, by_slow, to_fast, to_slow = numbers_of(numbers, at)
-        mixed_fast = _unmixed(d_fast, fast, fast_scale, fast_norm, along_fast)
-        mixed_slow = _unmixed(d_slow, slow, slow_scale, slow_norm, along_slow)
+        mixed_fast = unmixed(d_fast, fast, fast_scale, fast_norm, along_fast)
+        mixed_slow = unmixed(d_slow, slow, slow_scale, slow_norm, along_slow)
         if d_mixed is not None:
             tl.store(d_mixed + slot * (2 * KEYS * VALUES) + cell, mixed_fast, mask=there)
             tl.store(d_mixed + slot * (2 * KEYS * VALUES) + KEYS * VALUES + cell, mixed_slow, mask=there)
@@ -259,10 +264,10 @@ def _walk_back(
         kept_slow *= slow_was
         met_fast *= reading_of(by_fast, fast_was, fast_size)
         met_slow *= reading_of(by_slow, slow_was, slow_size)
-        d_fast = _through(wrote_fast, read_fast, before_fast, by_fast, fast_was, fast_size, met_fast)
-        d_slow = _through(wrote_slow, read_slow, before_slow, by_slow, slow_was, slow_size, met_slow)
-        gain_fast = _decay_gradient(kept_fast, met_fast, by_fast, fast_size)
-        gain_slow = _decay_gradient(kept_slow, met_slow, by_slow, slow_size)
+        d_fast = through(wrote_fast, read_fast, before_fast, by_fast, fast_was, fast_size, met_fast)
+        d_slow = through(wrote_slow, read_slow, before_slow, by_slow, slow_was, slow_size, met_slow)
+        gain_fast = decay_gradient(kept_fast, met_fast, by_fast, fast_size)
+        gain_slow = decay_gradient(kept_slow, met_slow, by_slow, slow_size)
         chunk = (row * tl.cdiv(tokens, CHUNK) + chunks + index).to(tl.int64) * HEADS + head
         if d_fast_decay is not None:
             tl.store(d_fast_decay + chunk, gain_fast.to(d_fast_decay.dtype.element_ty))

@@ -64,7 +64,8 @@ def _tokens(
     shared = shared.to(tl.int64)
     wide = begin.to(tl.int64)
     token = batch * tokens + wide + first
-    grouped = (token + row[:, None]) * (groups * K) + shared * K + key[None, :]
+    into = (token * groups + shared) * K
+    grouped = row[:, None] * (groups * K) + key[None, :]
     stored = here[:, None] & (key[None, :] < K)
     if READS:
         if part == 0:
@@ -86,9 +87,9 @@ def _tokens(
                     if dq is not None:
                         sum_q = tl.dot(operand(y * through[:, None], DTYPE, DOT), tl.trans(known), acc=sum_q, input_precision=DOT)
                 if d_gate is not None:
-                    tl.store(d_gate + (token + row) * heads + head, (felt * scale).to(d_gate.dtype.element_ty), mask=here)
+                    tl.store(d_gate + token * heads + head + row * heads, (felt * scale).to(d_gate.dtype.element_ty), mask=here)
             if dq is not None:
-                tl.store(dq + grouped, sum_q.to(dq.dtype.element_ty), mask=stored)
+                tl.store(dq + into + grouped, sum_q.to(dq.dtype.element_ty), mask=stored)
     if WRITES:
         if part == PARTS - 1:
             k_tile = tile_of(k + batch * k_b + shared * k_h + wide * k_t, first, k_t, here, key, K, ROWS, BLOCK_K)
@@ -108,7 +109,7 @@ def _tokens(
                     p = tl.dot(k_tile, share, input_precision=DOT)
                     d_value = p * weight[:, None]
                     if dv is not None:
-                        at = dv + ((token + row[:, None]) * heads + head) * V + value[None, :]
+                        at = dv + (token * heads + head) * V + row[:, None] * (heads * V) + value[None, :]
                         tl.store(at, d_value.to(dv.dtype.element_ty), mask=here[:, None] & (value[None, :] < V))
                     if dk is not None or d_eta is not None or dg is not None or to_mass is not None or to_log is not None:
                         known = _matrix(starts, slot, head, heads, value, K, V, BLOCK_K, BLOCK_V)
@@ -144,9 +145,9 @@ def _tokens(
                     wide_k = k_tile.to(tl.float32)
                     felt += d_total * tl.sum(wide_k * wide_k, 1)
                 if d_eta is not None:
-                    tl.store(d_eta + (token + row) * heads + head, felt.to(d_eta.dtype.element_ty), mask=here)
+                    tl.store(d_eta + token * heads + head + row * heads, felt.to(d_eta.dtype.element_ty), mask=here)
                 if dg is not None:
-                    tl.store(dg + (token + row) * heads + head, (tl.zeros([ROWS], tl.float32) + d_decay).to(dg.dtype.element_ty), mask=here)
+                    tl.store(dg + token * heads + head + row * heads, (tl.zeros([ROWS], tl.float32) + d_decay).to(dg.dtype.element_ty), mask=here)
                 if first <= 0:  # the step of the sequence's first token, in its first block
                     if to_mass is not None:
                         tl.store(to_mass + sequence * heads + head, d_total)
@@ -154,7 +155,7 @@ def _tokens(
                         tl.store(to_log + sequence * heads + head, d_decay)
             if dk is not None:
                 sum_k += pulled[:, None] * k_tile.to(tl.float32)
-                tl.store(dk + grouped, sum_k.to(dk.dtype.element_ty), mask=stored)
+                tl.store(dk + into + grouped, sum_k.to(dk.dtype.element_ty), mask=stored)
 
 
 TOKENS = Kernel(_tokens)

@@ -75,7 +75,8 @@ def backward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
         rows = 16
     warps = narrow_warps(signature.dtype, max(rows, keys), min(keys, values, 64), 8 if keys >= 128 else 4)
     first, *others = dots(signature)
-    ways = [(way, first) for way in _ways(signature, machine)]
+    slim = [way for way in _ways(signature, machine) if way[1] <= 32]  # wider tiles spill where every block's D is written
+    ways = [(way, first) for way in slim]
     ways += [(ways[-1][0], dot) for dot in others]
     tokens = (("token_rows", rows), ("token_warps", warps))
     return [Candidate("triton", "scan", (*_params(way, dot), *tokens), direction="backward") for way, dot in ways]

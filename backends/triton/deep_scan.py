@@ -186,7 +186,7 @@ def _sweep(
             if gate is not None:
                 y *= line_of(gate, first, gate_t, here, ROWS)[:, None]
             row = tl.arange(0, ROWS)
-            at = o + (first.to(tl.int64) + row[:, None]) * (heads * V) + value[None, :]
+            at = o + first.to(tl.int64) * (heads * V) + row[:, None] * (heads * V) + value[None, :]
             tl.store(at, y.to(o.dtype.element_ty), mask=here[:, None] & (value[None, :] < V))
         off = (v_tile.to(tl.float32) - tl.dot(k_tile, known, input_precision=DOT)) * weight[:, None]
         missed = tl.dot(tl.trans(k_tile), operand(off, DTYPE, DOT), acc=missed, input_precision=DOT)

@@ -150,6 +150,8 @@ FILES: Mapping[str, tuple[str, Case]] = {
         replace(PACKED, K=8, V=6, options={"lookahead": 1, "qk_norm": "l2_eps"}, given=("q_bias", "k_bias", "v_bias")),
     ),
     "token_flux": ("token_flux", replace(GROUPED, V=12)),
+    "chunk_flux": ("chunk_flux", replace(GROUPED, V=12, options={"chunk_size": 8})),
+    "chunk_flux_packed": ("chunk_flux", replace(PACKED, V=12, options={"chunk_size": 8})),
     "gated_rms_norm": ("gated_rms_norm", replace(GROUPED, V=12)),
     "coupled_core_packed": (
         "coupled_core",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from titans_backends.contracts import (
+    chunk_flux,
     coupled_core,
     deep_core,
     deep_core_step,
@@ -46,6 +47,7 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             qkv_prepare,
             gated_rms_norm,
             token_flux,
+            chunk_flux,
         )
     }
 )

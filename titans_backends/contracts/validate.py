@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from titans_backends.contracts.chunks import chunk_count
+from titans_backends.contracts.chunks import chunk_count, chunk_rows
 from titans_backends.contracts.contract import Argument, Call, Contract, Option, arithmetic_dtype
 
 __all__ = ["OPERAND_DTYPES", "bind_arguments", "check_devices", "check_indices", "validate"]
@@ -45,6 +45,9 @@ def validate(contract: Contract, call: Call) -> dict[str, int]:
     dims = _bind_dims(contract, tensors)
     _check_heads(contract, tensors, dims)
     _check_packing(contract, call, tensors, dims)
+    if any("Z" in output.dims.split() for output in contract.outputs):
+        chunk = int(getattr(call, "chunk_size"))  # noqa: B009  (a Call has no static fields)
+        dims["Z"] = chunk_rows(dims["T"], chunk, dims["N"] if "cu_seqlens" in tensors else None)
     contract.check(call, dims)
     return dims
 

@@ -35,7 +35,7 @@ PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
-_AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux")
+_AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux", "chunk_flux")
 """What a layer has around its memory."""
 _ALL = (*_STREAMED, "gated_delta_step", "dual_core_step", "fused_uw", *_AROUND)
 _LOOP = ("coupled_core",)

@@ -17,6 +17,7 @@ _ROWS = 8
 """The product's width is rounded up to so many, where the storage allows: rows of 16 bytes in 16 bits."""
 
 _is_compiling = torch.compiler.is_compiling
+_transformed = torch._C._are_functorch_transforms_active
 
 
 def stand_together(projections: list[nn.Linear]) -> None:
@@ -58,11 +59,15 @@ def _rounded(rows: int) -> int:
 
 def _standing(weights: list[Tensor]) -> Tensor | None:
     """The weights as one tensor, where each begins where the one before ends; None otherwise."""
+    if _transformed():  # a tensor of functorch's has no address
+        return None
     first = weights[0]
+    if type(first) is not nn.Parameter:
+        return None
     at = start = first.data_ptr()
     dtype, columns, size = first.dtype, first.shape[1], first.element_size()
     for weight in weights:
-        if weight.data_ptr() != at or weight.dtype is not dtype:
+        if type(weight) is not nn.Parameter or weight.data_ptr() != at or weight.dtype is not dtype:
             return None
         at += weight.numel() * size
     held = first.untyped_storage().nbytes() // size - first.storage_offset()

@@ -8,6 +8,7 @@ from torch import Tensor
 from titans_backends.backend import Candidate
 from titans_backends.contracts.dual_core import DualCore
 from titans_backends.machine import Machine
+from titans_backends.precision import float32_precision
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
@@ -115,7 +116,7 @@ def flat(call: DualCore, candidate: Candidate) -> Tensor:
         number = float(alpha)
     size, blocks = v.element_size(), _blocks(chunk, tokens)
     cluster, parts = int(candidate.param("cluster")), int(candidate.param("parts"))
-    once = (("TF32_ONCE", True),) if size == 2 or torch.get_float32_matmul_precision() != "highest" else ()
+    once = (("TF32_ONCE", True),) if size == 2 or float32_precision(on_cuda=True) != "highest" else ()
     FLAT(
         (slots * heads * -(-values // _VALUES) * cluster, 1, 1),
         32 * parts * (blocks // cluster),

@@ -41,7 +41,7 @@ def unit_operands(call: DualCore) -> tuple[Tensor, Tensor]:
     return q, k
 
 
-def prepared(call: DualCore, *, scaled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def prepared(call: DualCore, scaled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q and k as `unit_operands` has them, beta v `[B, T, H, V]` if `scaled`, else v, and alpha f and (1 - alpha) s `[B, T, H]` in float32: one launch.
 
     Rows of q, k and v are contiguous.

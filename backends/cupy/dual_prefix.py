@@ -11,6 +11,7 @@ from torch import Tensor
 from titans_backends.backend import Candidate
 from titans_backends.contracts.dual_core import DualCore
 from titans_backends.machine import Machine
+from titans_backends.precision import float32_precision
 from titans_backends.signature import Signature
 
 from .chunks import slots_of, three_strides
@@ -70,7 +71,7 @@ def prefix(call: DualCore, candidate: Candidate) -> Tensor:
     slots = slots_of(v, call.chunk_size, call.cu_seqlens, call.chunk_offset)
     width, blocks, size = int(candidate.param("width")), blocks_of(call.chunk_size, tokens), v.element_size()
     aligned = all(aligned_rows(x) for x in (q, k, v)) and keys % 4 == 0 and values % 2 == 0
-    once = (("TF32_ONCE", True),) if size == 2 or torch.get_float32_matmul_precision() != "highest" else ()
+    once = (("TF32_ONCE", True),) if size == 2 or float32_precision(on_cuda=True) != "highest" else ()
     wide = [x is not None and x.dtype == torch.float32 for x in (call.beta, call.g, call.fast_gate, call.slow_gate, alpha)]
     if not o.numel():
         return o

@@ -1,33 +1,24 @@
-"""dual_core's backward, put together from those of its parts: o = alpha f fast + (1 - alpha) s slow is linear in both, each with its own weight.
+"""dual_core's backward, put together from those of its parts (backends/dual_parts.py); its variants:
 
 exact       the exact rule: gated_delta_rule's backward and fast_core's
 recurrent   any other recurrent call: slow_core's backward on u and w computed again, uw_transform's and fast_core's
 flat        fast_core's backward on beta v and on u computed again, and uw_transform's
-
-What the parts share (q, k, v, beta, g) is summed, the weights' gradients become those of alpha and of the two gates (dual_joins). A part that no gradient
-reaches, or that nobody needs, is not run, and what it would have found is zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from titans_backends.backend import Candidate, Param
-from titans_backends.contracts import CONTRACTS
+from titans_backends.backend import Candidate
 from titans_backends.contracts.dual_core import DualCore
-from titans_backends.contracts.fast_core import FastCore
-from titans_backends.contracts.gated_delta_rule import GRID, GatedDeltaRule
-from titans_backends.contracts.slow_core import SlowCore
-from titans_backends.contracts.uw_transform import UWTransform
+from titans_backends.contracts.gated_delta_rule import GRID
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
+from ..dual_parts import Found, Parts, joined_candidates
 from . import fast_core, gated_delta_rule, slow_core, uw_transform
 from .delta_backward_plans import backward_plans
 from .dual_exact import is_exact
@@ -38,9 +29,8 @@ from .grid import on_device, unit_stride
 
 __all__ = ["backward_candidates", "run_backward"]
 
-_INPUTS = ("q", "k", "v", "beta", "g", "fast_gate", "slow_gate", "alpha", "chunk_decay", "initial_state", "initial_fast_state")
 _MOST = 4
-Found = dict[str, Tensor]
+_EXACT = "exact"
 
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -52,143 +42,36 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     if is_exact(signature):
         if signature.option("normalize_final"):
             return []
-        return _joined("exact", {"slow": backward_plans(plain, machine, GRID)[:_MOST], "fast": fast[:1]})
+        return joined_candidates("triton", _EXACT, {"slow": backward_plans(plain, machine, GRID), "fast": fast[:1]}, _MOST)
     if signature.option("chunk_offset"):
         return []
     inner = transform_signature(plain)
     transforms = {"make": uw_transform.candidates(inner, machine)[:1], "transform": uw_transform.backward_candidates(inner, machine)[:1]}
     if signature.option("memory") == "flat":
-        return _joined("flat", {**transforms, "fast": fast[:_MOST]})
-    return _joined("recurrent", {**transforms, "slow": slow_core.backward_candidates(plain, machine)[:_MOST], "fast": fast[:1]})
-
-
-def _joined(variant: str, parts: Mapping[str, list[Candidate]]) -> list[Candidate]:
-    """One candidate for each way of the part that has several."""
-    if not all(parts.values()):
-        return []
-    ways = max(len(found) for found in parts.values())
-    made = []
-    for index in range(ways):
-        params: list[tuple[str, Param]] = []
-        for name, found in parts.items():
-            part = found[min(index, len(found) - 1)]
-            params += [(f"{name}_variant", part.variant), *((f"{name}_{key}", value) for key, value in part.params)]
-        made.append(Candidate("triton", variant, tuple(params), direction="backward"))
-    return made
-
-
-def _part(candidate: Candidate, name: str, direction: str = "backward") -> Candidate:
-    """The candidate of one part."""
-    inner = {key.removeprefix(f"{name}_"): value for key, value in candidate.params if key.startswith(f"{name}_")}
-    return Candidate("triton", str(inner.pop("variant")), tuple(inner.items()), direction="backward" if direction == "backward" else "forward")
+        return joined_candidates("triton", "flat", {**transforms, "fast": fast}, _MOST)
+    return joined_candidates("triton", "recurrent", {**transforms, "slow": slow_core.backward_candidates(plain, machine), "fast": fast[:1]}, _MOST)
 
 
 def run_backward(
     call: DualCore, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
     """The gradients of every tensor argument but cu_seqlens, in the contract's order."""
-    needs = frozenset(name for name in needs if isinstance(getattr(call, name), Tensor))
     call = replace(call, q=unit_stride(call.q), k=unit_stride(call.k), v=unit_stride(call.v), cu_seqlens=on_device(call.cu_seqlens, call.v))
     d_o = None if grads[0] is None else unit_stride(grads[0])
+    return PARTS.gradients(call, (d_o, *grads[1:]), needs, candidate)
+
+
+def _prepared(call: DualCore, scaled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the parts take: a launch for the operands' norms, one for the weights, one for beta v."""
     q, k = unit_operands(call)
-    fast_weight, slow_weight = core_weights(call)
-    alone = replace(call, q=q, k=k, qk_l2norm=False)
-    fast = _fast_part(alone, fast_weight, (d_o, grads[2]), needs, candidate)
-    if candidate.variant == "exact":
-        slow = below = _rule_part(alone, slow_weight, (d_o, grads[1]), needs, candidate)
-    else:
-        slow, below = _slow_part(alone, slow_weight, (d_o, grads[1]), needs, candidate)
-    return _collected(call, fast, slow, below, needs)
+    fast, slow = core_weights(call)
+    return q, k, scaled_values(call.v, call.beta) if scaled else call.v, fast, slow
 
 
-def _fast_part(call: DualCore, weight: Tensor, grads: tuple[Tensor | None, ...], needs: frozenset[str], candidate: Candidate) -> Found:
-    """fast_core's gradients, v standing for beta v, which only those of q, k and the gate read: the core is linear in it."""
-    asked = needs & {"q", "k"}
-    asked |= {"v"} if needs & {"v", "beta"} else set()
-    asked |= {"gate"} if needs & {"alpha", "fast_gate"} else set()
-    asked |= {"initial_state"} if "initial_fast_state" in needs else set()
-    if not _arrives(grads, asked):
-        return {}
-    values = scaled_values(call.v, call.beta) if asked & {"q", "k", "gate"} else call.v
-    return _of(fast_core, _fast(call, values, weight), grads, asked, _part(candidate, "fast"))
+def _joined(call: DualCore, fast: Found, slow: Found, below: Found, needs: AbstractSet[str]) -> Found:
+    """The sums of the parts' gradients: a launch for q's and k's, one for all others."""
+    into = joined_operands(call, fast, slow, below, frozenset(needs))
+    return into | joined_values(call, fast, slow, below, frozenset(needs - into.keys()))
 
 
-def _rule_part(call: DualCore, weight: Tensor, grads: tuple[Tensor | None, ...], needs: frozenset[str], candidate: Candidate) -> Found:
-    """gated_delta_rule's gradients."""
-    asked = needs & {"q", "k", "v", "beta", "g", "initial_state"}
-    asked |= {"gate"} if needs & {"alpha", "slow_gate"} else set()
-    if not _arrives(grads, asked):
-        return {}
-    rule = GatedDeltaRule(
-        call.q, call.k, call.v, call.beta, call.g, gate=weight, scale=call.scale, initial_state=call.initial_state,
-        output_final_state=call.output_final_state, cu_seqlens=call.cu_seqlens,
-    )  # fmt: skip
-    return _of(gated_delta_rule, rule, grads, asked, _part(candidate, "slow"))
-
-
-def _slow_part(call: DualCore, weight: Tensor, grads: tuple[Tensor | None, ...], needs: frozenset[str], candidate: Candidate) -> tuple[Found, Found]:
-    """The gradients of the core on u and w, and what those of u and w make of k, v, beta and g."""
-    through = needs & {"k", "v", "beta", "g"}
-    flat = candidate.variant == "flat"
-    asked = needs & {"q", "k", "g"} | ({"gate"} if needs & {"alpha", "slow_gate"} else set())
-    if through:
-        asked |= {"v"} if flat else {"u", "w"}
-    if flat:
-        grads = (grads[0], None)
-    else:
-        asked |= needs & {"initial_state", "chunk_decay"}
-    if not _arrives(grads, asked):
-        return {}, {}
-    transform = UWTransform(call.k, call.v, call.beta, call.g, chunk_size=call.chunk_size, transform=call.transform, cu_seqlens=call.cu_seqlens)
-    u, w = uw_transform.run(transform, _part(candidate, "make", "forward"))
-    assert u is not None
-    assert w is not None
-    if flat:
-        core = replace(_fast(call, u, weight), g=call.g, initial_state=None, output_final_state=False)
-        slow = _of(fast_core, core, grads, asked, _part(candidate, "fast"))
-    else:
-        scan = SlowCore(
-            call.q, call.k, u, w, g=call.g, gate=weight, chunk_size=call.chunk_size, scale=call.scale, initial_state=call.initial_state,
-            chunk_decay=call.chunk_decay, output_final_state=call.output_final_state, cu_seqlens=call.cu_seqlens, delta=call.delta,
-            normalize_final=call.normalize_final,
-        )  # fmt: skip
-        slow = _of(slow_core, scan, grads, asked, _part(candidate, "slow"))
-    arrived = (slow.pop("v" if flat else "u", None), slow.pop("w", None))
-    return slow, _of(uw_transform, transform, arrived, through, _part(candidate, "transform")) if _arrives(arrived, through) else {}
-
-
-def _fast(call: DualCore, values: Tensor, weight: Tensor) -> FastCore:
-    return FastCore(
-        call.q, call.k, values, gate=weight, chunk_size=call.chunk_size, scale=call.scale, initial_state=call.initial_fast_state,
-        chunk_offset=call.chunk_offset, output_final_state=call.output_final_state, cu_seqlens=call.cu_seqlens,
-    )  # fmt: skip
-
-
-def _arrives(grads: tuple[Tensor | None, ...], asked: AbstractSet[str]) -> bool:
-    """Whether a part has anything to do."""
-    return bool(asked) and any(grad is not None for grad in grads)
-
-
-def _of(module: ModuleType, call: object, grads: tuple[Tensor | None, ...], asked: AbstractSet[str], candidate: Candidate) -> Found:
-    """A part's gradients by name."""
-    differentiable = CONTRACTS[module.__name__.rpartition(".")[2]].differentiable
-    found = module.run_backward(call, grads, None, frozenset(asked), candidate)
-    return {name: grad for name, grad in zip(differentiable, found, strict=True) if grad is not None}
-
-
-def _collected(call: DualCore, fast: Found, slow: Found, below: Found, needs: frozenset[str]) -> tuple[Tensor | None, ...]:
-    """The parts' gradients as those of the call's arguments; `below`: of v and beta, and behind a transform of k and g too."""
-    exact = below is slow
-    into: Found = {}
-    whole = (
-        ("initial_state", slow.get("initial_state"), call.initial_state), ("chunk_decay", slow.get("chunk_decay"), call.chunk_decay),
-        ("initial_fast_state", fast.get("initial_state"), call.initial_fast_state),
-    )  # fmt: skip
-    for name, found, like in whole:
-        if name in needs and like is not None:
-            into[name] = torch.zeros_like(like, memory_format=torch.contiguous_format) if found is None else found
-    if "g" in needs and exact and "g" in slow:  # one part's, as it is
-        into["g"] = slow["g"]
-    into |= joined_operands(call, fast, slow, {} if exact else below, needs)
-    into |= joined_values(call, fast, slow, below, needs - into.keys())
-    return tuple(into.get(name) for name in _INPUTS)
+PARTS = Parts(fast_core, slow_core, uw_transform, gated_delta_rule, _EXACT, lambda call: call.chunk_size, _prepared, _joined)

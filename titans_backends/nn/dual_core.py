@@ -172,8 +172,9 @@ class TitansDualCore(nn.Module):
             return torch.zeros(batch_size, heads, *shape, dtype=dtype, device=weight.device if device is None else device)
 
         slow = zeros(keys, values)
+        positions = torch.zeros(batch_size, dtype=torch.int64, device=slow.device)
         return DualCoreCache(
-            0, self.form.chunk_size, slow, zeros(keys, values), zeros(keys, TAPS), zeros(keys, TAPS), zeros(values, TAPS),
+            0, positions, self.form.chunk_size, slow, zeros(keys, values), zeros(keys, TAPS), zeros(keys, TAPS), zeros(values, TAPS),
             zeros() if self.form.decay == "previous_chunk" else None, [empty_carry(slow) for _ in self.form.levels],
         )  # fmt: skip
 
@@ -250,29 +251,27 @@ class TitansDualCore(nn.Module):
         joint = self._projections(x, self._names(return_states, not gate_later))
         o, states = self._remembered(joint, chunk_size, cu_seqlens, return_states, cache)
         if gate_later:
-            joint = self._projections(x, ["g_proj"])
+            joint = self._projections(x, ("g_proj",))
         if cache is not None:
-            cache.position += x.shape[1]
+            cache.advance(x.shape[1])
         y: Tensor = self.o_proj(self.o_norm(o, joint["g_proj"].unflatten(-1, (self.num_heads, -1))).flatten(2))
         return y, states
 
-    def _names(self, return_states: bool, gate: bool) -> list[str]:
+    def _names(self, return_states: bool, gate: bool) -> tuple[str, ...]:
         """The projections that a call needs, neighbours in their storage."""
         decays = _DECAYS if self.form.mode == "loop" else _DECAYS[: self.form.mode != "flat" or return_states]
-        return [*(("g_proj",) if gate else ()), *_QKV, *_PER_HEAD, *decays, *(_LEVELS if self.form.levels else ())]
+        return (*(("g_proj",) if gate else ()), *_QKV, *_PER_HEAD, *decays, *(_LEVELS if self.form.levels else ()))
 
-    def _projections(self, x: Tensor, names: list[str]) -> dict[str, Tensor]:
-        """x's projections without their biases by name, `[B, T, width]`, views of one product; `per_head`: those of a sigmoid, side by side."""
+    def _projections(self, x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """x's projections without their biases by name, `[B, T, width]`, views of one product; `b_proj` has the gates behind it."""
         modules = [cast(nn.Linear, self._modules[name]) for name in names]
         product = joint_projection(x, modules)
-        found, at = {}, 0
-        for name, module in zip(names, modules, strict=True):
-            if name == _PER_HEAD[0]:
-                found["per_head"] = product[..., at : at + len(_PER_HEAD) * self.num_heads]
-            if name not in _PER_HEAD:
-                found[name] = product[..., at : at + module.out_features]
-            at += module.out_features
-        return found
+        parts = {name: module.out_features for name, module in zip(names, modules, strict=True) if name not in _PER_HEAD[1:]}
+        if _PER_HEAD[0] in parts:
+            parts[_PER_HEAD[0]] *= len(_PER_HEAD)
+        padding = product.shape[-1] - sum(parts.values())
+        found = product.split([*parts.values(), padding] if padding else list(parts.values()), -1)
+        return dict(zip(parts, found, strict=False))
 
     def _remembered(
         self, joint: dict[str, Tensor], chunk_size: int, cu_seqlens: Tensor | None, return_states: bool, cache: DualCoreCache | None
@@ -307,7 +306,7 @@ class TitansDualCore(nn.Module):
                 assert state is not None
                 cache.store(name, state)
         q, k, v = (cast(Tensor, tensor) for tensor in found[:3])
-        beta, fast_gate, slow_gate = joint.pop("per_head").sigmoid().split(heads, -1)
+        beta, fast_gate, slow_gate = joint.pop("b_proj").sigmoid().split(heads, -1)
         slow_logit, fast_logit = (
             joint.pop(f"{core}_decay_proj") + (cast(nn.Linear, self._modules[f"{core}_decay_proj"]).bias + getattr(self, f"{core}_decay_bias"))
             if f"{core}_decay_proj" in joint

@@ -39,10 +39,10 @@ def stand_together(projections: list[nn.Linear]) -> None:
 
 def joint_projection(x: Tensor, projections: list[nn.Linear]) -> Tensor:
     """The projections' products without their biases, side by side: `[..., at least their widths' sum]`."""
-    if _is_compiling():
-        return F.linear(x, torch.cat([projection.weight for projection in projections]))
     if not all(map(_plain, projections)):
         return torch.cat([projection(x) if projection.bias is None else projection(x) - projection.bias for projection in projections], -1)
+    if _is_compiling():
+        return F.linear(x, torch.cat([projection.weight for projection in projections]))
     weights: list[Tensor] = [weight for weight in (projection._parameters["weight"] for projection in projections) if weight is not None]
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         standing = _standing(weights)
@@ -65,15 +65,14 @@ def _rounded(rows: int) -> int:
 def _standing(weights: list[Tensor]) -> Tensor | None:
     """The weights as one tensor, where each begins where the one before ends; None otherwise."""
     first = weights[0]
-    step = first.stride(0) * first.element_size()
-    at = first.data_ptr()
+    at = start = first.data_ptr()
     for weight in weights:
         if weight.data_ptr() != at or weight.dtype != first.dtype:
             return None
-        at += len(weight) * step
-    rows = sum(map(len, weights))
+        at += weight.nbytes
+    columns = first.shape[1]
     held = first.untyped_storage().nbytes() // first.element_size() - first.storage_offset()
-    if not at or held < rows * first.shape[1] or not first.is_contiguous():
+    rows = (at - start) // (columns * first.element_size())
+    if not start or held < rows * columns or not first.is_contiguous():
         return None
-    rows = min(_rounded(rows), held // first.shape[1])
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    return first.detach().as_strided((min(_rounded(rows), held // columns), columns), (columns, 1))

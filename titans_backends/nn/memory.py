@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from titans_backends.contracts.gated_delta_step import MAX_TOKENS
 from titans_backends.nn.chunk_grid import ChunkGrid
 from titans_backends.nn.flux import ResonanceFlux
 from titans_backends.nn.forms import Form
@@ -57,7 +58,7 @@ def flat(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
         return o, None
     u, w = _transformed(form, x)
     grid = x.grid()
-    decay = _chunk_mean(x.slow_logit, grid) * (1 - 0.05 * flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
+    decay = _scaled(_chunk_mean(x.slow_logit, grid), 0.05, flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
     slow = tracked_state(x.q, x.k, u, w, decay, x.chunk_size, x.cu_seqlens)
     return o, (torch.zeros_like(slow), slow)
 
@@ -68,7 +69,7 @@ def dual(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
     decay = _chunk_mean(x.slow_logit, grid)
     if form.resonance:
         u, _ = _transformed(form, x)
-        decay = decay * (1 - 0.05 * flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
+        decay = _scaled(decay, 0.05, flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
     o, slow, fast = get_op("dual_core")(
         x.q, x.k, x.v, x.beta,
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha, chunk_decay=decay,
@@ -84,10 +85,10 @@ def loop(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
     grid = x.grid()
     u, _ = _transformed(form, x)
     psi = flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid)
-    coupling = None if form.coupling == "head" else (0.05 + 0.1 * psi.mean((0, 2), keepdim=True)).expand_as(psi)
+    coupling = None if form.coupling == "head" else torch.rsub(psi.mean((0, 2), keepdim=True), 0.05, alpha=-0.1).expand_as(psi)
     o, slow, fast = get_op("coupled_core")(
         x.q, x.k, x.v, x.beta, psi, coupling=coupling,
-        fast_decay=_chunk_mean(x.fast_logit, grid) * (1 - 0.1 * psi), slow_decay=_chunk_mean(x.slow_logit, grid) * (1 - 0.05 * psi),
+        fast_decay=_scaled(_chunk_mean(x.fast_logit, grid), 0.1, psi), slow_decay=_scaled(_chunk_mean(x.slow_logit, grid), 0.05, psi),
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
         transform=form.transform, chunk_size=x.chunk_size, cu_seqlens=x.cu_seqlens, output_final_state=return_states,
     )  # fmt: skip
@@ -96,9 +97,20 @@ def loop(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
 
 
 def recurrent(form: Form, x: Memory, alpha: Tensor | float, return_states: bool, cache: DualCoreCache | None) -> Remembered:
-    """The exact delta rule, with a log decay for each token: its own, or the chunk before's on a chunk's first; from the cache's states and into them."""
+    """The exact delta rule, with a log decay for each token: its own, or the chunk before's on a chunk's first; from the cache's states and into them.
+
+    A few tokens go by `dual_core_step`, which writes the states where they are and asks the device for the position.
+    """
     assert x.slow_logit is not None
     g = F.logsigmoid(_wide(x.slow_logit)) if form.decay == "token" else _from_the_chunk_before(x, cache)
+    if cache is not None and 1 <= g.shape[1] <= MAX_TOKENS and not return_states and not _differentiated(x, g, alpha, cache):
+        o, _, _ = get_op("dual_core_step")(
+            x.q, x.k, x.v, x.beta, g,
+            fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
+            state=cache.slow, fast_state=cache.fast, position=cache.positions, chunk_size=x.chunk_size, inplace=True,
+        )  # fmt: skip
+        assert o is not None
+        return o, None
     o, slow, fast = get_op("dual_core")(
         x.q, x.k, x.v, x.beta, g,
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
@@ -113,6 +125,14 @@ def recurrent(form: Form, x: Memory, alpha: Tensor | float, return_states: bool,
         cache.store("slow", slow)
         cache.store("fast", fast)
     return o, (fast, slow) if return_states else None
+
+
+def _differentiated(x: Memory, g: Tensor, alpha: Tensor | float, cache: DualCoreCache) -> bool:
+    """Whether a gradient may run through the step, which then must not write in place."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (x.q, x.k, x.v, x.beta, g, x.fast_gate, x.slow_gate, alpha, cache.slow, cache.fast)
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def _from_the_chunk_before(x: Memory, cache: DualCoreCache | None) -> Tensor:
@@ -146,6 +166,11 @@ def _chunk_mean(logit: Tensor | None, grid: ChunkGrid) -> Tensor:
     """d `[B, M, H]`: the chunk's mean decay."""
     assert logit is not None
     return grid.mean(_wide(logit).sigmoid())
+
+
+def _scaled(decay: Tensor, by: float, psi: Tensor) -> Tensor:
+    """decay (1 - by psi), as one launch."""
+    return torch.addcmul(decay, decay, psi.to(decay.dtype), value=-by)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class ShortConv(nn.Module):
 
     def by_head(self, heads: int) -> tuple[Tensor, Tensor]:
         """weight `[H, D / H, 4]` and bias `[H, D / H]`, views."""
-        bias = self.conv.bias
+        weight, bias = self.conv._parameters["weight"], self.conv._parameters["bias"]
+        assert weight is not None
         assert bias is not None
-        return self.conv.weight.view(heads, -1, TAPS), bias.view(heads, -1)
+        return weight.view(heads, -1, TAPS), bias.view(heads, -1)

@@ -18,12 +18,14 @@ __all__ = ["DualCoreCache"]
 class DualCoreCache:
     """One layer's memory of B sequences that advance together. Made by `layer.new_cache(batch_size)`.
 
-    `position`: tokens fed so far, the same for every row; `chunk_size`: the layer's. Tensors, in float32 (float64 in a float64 layer): `slow`, `fast`
+    `position`: tokens fed so far, the same for every row, and `positions` `[B]`, int64, the same on the device; a CUDA graph of a step advances the second
+    alone: after a replay add its tokens to the first. `chunk_size`: the layer's. Tensors, in float32 (float64 in a float64 layer): `slow`, `fast`
     `[B, H, K, V]`; `q`, `k`, `v`: the last four inputs of the convolutions `[B, H, K, 4]`, `[B, H, V, 4]`; `decay_sum` `[B, H]`: what the open chunk's decays,
     or the last one's, sum up to, where the decay is the chunk before's; `levels`: for each level its carry of `deep_core`.
     """
 
     position: int
+    positions: Tensor
     chunk_size: int
     slow: Tensor
     fast: Tensor
@@ -45,8 +47,13 @@ class DualCoreCache:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        held = [self.slow, self.fast, self.q, self.k, self.v] + ([] if self.decay_sum is None else [self.decay_sum])
+        held = [self.positions, self.slow, self.fast, self.q, self.k, self.v] + ([] if self.decay_sum is None else [self.decay_sum])
         return held + [x for level in self.levels for x in level]
+
+    def advance(self, tokens: int) -> None:
+        """So many tokens further."""
+        self.position += tokens
+        self.positions += tokens
 
     def store(self, name: str, new: Tensor) -> None:
         """`new` as the tensor of that name: written into it, or where gradients run through it, in its place."""

@@ -68,17 +68,6 @@ template <int THREADS> DEVICE void load_lines(float* lines, const float* from) {
     for (int i = threadIdx.x; i < LINES / 4; i += THREADS) cp_async_16(lines + 4 * i, from + 4 * i, true);
 }
 
-// An 8 x 8 block of sums, (r, 2c) and (r, 2c + 1) in lane 4 r + c, turned around into a tile: its columns become rows from `row` on.
-template <typename T, int COLUMNS> DEVICE void put_turned(const Tile<T, COLUMNS>& tile, int row, int column, float first, float second) {
-    const int r = lane_id() / 4, c = lane_id() % 4;
-    if constexpr (Dtype<T>::half) {
-        *tile.pair_at(row, r, column + 2 * c) = transposed(pair<T>(first, second));
-    } else {
-        *tile.element(row, 2 * c, column + r) = first;
-        *tile.element(row, 2 * c + 1, column + r) = second;
-    }
-}
-
 // two neighbours of a line
 DEVICE float2 two(const float* line) { return *reinterpret_cast<const float2*>(line); }
 

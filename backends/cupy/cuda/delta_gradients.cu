@@ -15,6 +15,7 @@
 // DTYPE; KEYS, VALUES: head_dims; SIDE; PARTS: warps that share 16 rows, each with KEY_WIDTH / PARTS columns; STAGES: slices of 32 values in shared memory;
 // GROUPED: several v heads share a q/k head; ALIGNED: 16-byte copies can take all rows of q, k, v and dO.
 #include "delta_blocks.cuh"
+#include "stores.cuh"
 
 constexpr int WARPS = BLOCKS * PARTS, THREADS = 32 * WARPS, MINE = KEY_WIDTH / PARTS, SQUARES = (BLOCKS + PARTS - 1) / PARTS;
 constexpr int SLICE = 32, SLICES = (VALUES + SLICE - 1) / SLICE, STATE_BYTES = SLICE * KEY_WIDTH * SIZE, COLUMN_BYTES = SIDE * SLICE * SIZE;
@@ -47,12 +48,6 @@ struct Stage {
     DEVICE StateTile states() const { return StateTile{base + 4 * COLUMN_BYTES}; }
     DEVICE StateTile leaving() const { return StateTile{base + 4 * COLUMN_BYTES + STATE_BYTES}; }
 };
-
-// a number of a token's vector, float32 or DTYPE
-DEVICE void store_gate(void* to, int64_t at, int wide, float x) {
-    if (wide) static_cast<float*>(to)[at] = x;
-    else static_cast<DTYPE*>(to)[at] = narrow<DTYPE>(x);
-}
 
 // An operand in two parts of DTYPE, the second what rounding left out: dg is a small difference of sums over L's rows and columns, so both have to see the same L.
 struct Parts {
@@ -413,8 +408,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                 if (here) {
                     const float asked = p.dgate || p.dg ? query_norms[token] * over_parts(told, token) : 0.0f;
                     const float erased = p.dbeta || p.dg ? key_norms[token] * over_parts(seen, token) : 0.0f;
-                    if (p.dgate) store_gate(p.dgate, at, p.gate_wide, asked);
-                    if (p.dbeta) store_gate(p.dbeta, at, p.beta_wide, direct[token] + erased);
+                    if (p.dgate) store_gate<DTYPE>(p.dgate, at, asked, p.gate_wide);
+                    if (p.dbeta) store_gate<DTYPE>(p.dbeta, at, direct[token] + erased, p.beta_wide);
                     if (p.dg) steep = through[token] * asked + beta[token] * erased - key_norms[token] * over_parts(taken, token);
                 }
 #pragma unroll
@@ -422,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                     const float after = __shfl_down_sync(0xffffffffu, steep, lanes);
                     if (lane + lanes < 32) steep += after;
                 }
-                if (here && p.dg) store_gate(p.dg, at, p.g_wide, steep + behind);
+                if (here && p.dg) store_gate<DTYPE>(p.dg, at, steep + behind, p.g_wide);
                 behind += __shfl_sync(0xffffffffu, steep, 0);
             }
         }

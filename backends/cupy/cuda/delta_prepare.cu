@@ -7,8 +7,9 @@
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a block, 16 to 64; ALIGNED: 16-byte copies can take the rows of q and k;
 // EVENLY: A' is rounded up or down by its place, so that errors of equal numbers in a diagonal cancel: gradients are small differences of sums over it.
 #include "delta_blocks.cuh"
+#include "inverse.cuh"
 
-constexpr int THREADS = 2 * SIDE, LINE = 20;
+constexpr int THREADS = 2 * SIDE;
 constexpr bool HALF = Dtype<DTYPE>::half;
 constexpr int SPACE_BYTES = 2 * (KEY_BYTES > SQUARE_BYTES ? KEY_BYTES : SQUARE_BYTES);
 
@@ -46,25 +47,6 @@ DEVICE float evenly(float x, int row, int column) {
     if constexpr (!HALF || !EVENLY) return x;
     const int level = ((row * 37344 + column * 49473) & 0xffff) >> (16 - DROPPED<DTYPE>);  // 2^16 times two irrational numbers
     return x == x ? __int_as_float((__float_as_int(x) + level) & -(1 << DROPPED<DTYPE>)) : x;
-}
-
-// lane l inverts column l of I + L of 16 rows, L from `lines`; the inverse goes to the triangle's diagonal
-DEVICE void invert_diagonal(const float* lines, const Triangle& triangle, int row) {
-    const int column = threadIdx.x % 16;
-    float x[16];
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        float line[16], sum = i == column ? 1.0f : 0.0f;
-#pragma unroll
-        for (int j = 0; j < i; j += 4) *reinterpret_cast<float4*>(line + j) = *reinterpret_cast<const float4*>(lines + i * LINE + j);
-#pragma unroll
-        for (int j = 0; j < i; j++) sum -= line[j] * x[j];
-        x[i] = sum;
-    }
-    if (threadIdx.x % 32 >= 16) return;
-#pragma unroll
-    for (int i = 0; i < 16; i++) *triangle.element(row + i, row + column) = x[i];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid_constant__ Params p) {
@@ -155,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid
             *scores.pair_at(16 * warp, 8 * half + r, j) = Make<DTYPE>::pair_of(first_score, second_score);
         }
     }
-    invert_diagonal(mine, triangle, 16 * warp);
+    invert_block(mine, triangle, Tile<float, 32>{}, 16 * warp);
     __syncthreads();
 
     // columns 16 warp to 16 warp + 15 of the inverse, transposed, from the diagonal down

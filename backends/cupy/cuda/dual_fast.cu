@@ -9,12 +9,9 @@
 // grid make the final states, SIDE keys each.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE; BUFFERS, 1 or 2 tiles of keys and values; STARTED: W0 is given; ALIGNED: 16-byte copies can take the rows.
-#include "chunks.cuh"
-#include "tiles.cuh"
+#include "fast_forward.cuh"
 
-constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, VALUE_WIDTH = VALUES <= 32 ? 32 : VALUES <= 64 ? 64 : 128;
-constexpr int WARPS = SIDE / 16, THREADS = 32 * WARPS, SIZE = sizeof(DTYPE), KEY_PARTS = (KEYS + SIDE - 1) / SIDE;
-constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, PAIR_BYTES = KEY_BYTES + SIDE * VALUE_WIDTH * SIZE;
+constexpr int KEY_PARTS = (KEYS + SIDE - 1) / SIDE;
 
 struct Params {
     const DTYPE *q, *k, *v;
@@ -27,11 +24,6 @@ struct Params {
     int heads, group, beta_wide, gate_wide, alpha_wide, cu_wide, sequences, tokens, chunk_size, offset, slots, blocks, l2norm;
     float scale, share;  // share: alpha where it is a number
 };
-
-using KeyTile = Tile<DTYPE, KEY_WIDTH>;
-using ValueTile = Tile<DTYPE, VALUE_WIDTH>;
-
-DEVICE Grid grid_of(const Params& p) { return Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, p.chunk_size, p.offset, p.slots}; }
 
 // 1 / sqrt(sum of squares + 1e-6) of row `row` + lane / 4, the same in the four lanes that share it
 DEVICE float inverse_norm(const KeyTile& tile, int row) {
@@ -104,7 +96,7 @@ DEVICE void outputs(const Params& p, unsigned char* memory, int task) {
     const int rows = chunk.length - from, tiles = from / SIDE + 1;
     load_tile<SIDE, THREADS, ALIGNED>(queries, p.q + chunk.batch * p.q_b + (chunk.begin + from) * p.q_t + head / p.group * p.q_h, p.q_t, rows, KEYS);
     Tokens tokens(p, memory + KEY_BYTES, chunk, head);
-    float sums[VALUE_WIDTH / 8][4] = {};
+    Sums sums = {};
     if constexpr (STARTED) {
         if (chunk.first && p.offset > 0) {  // q W0, SIDE rows of W0 at once where values will be
             const float* initial = p.initial + (static_cast<int64_t>(chunk.sequence) * p.heads + head) * (KEYS * VALUES);
@@ -114,24 +106,9 @@ DEVICE void outputs(const Params& p, unsigned char* memory, int task) {
             for (int key = 0; key < KEYS; key += SIDE) {
                 const ValueTile state = tokens.values(0);
 #pragma unroll 1
-                for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) {
-                    const int row = i / VALUE_WIDTH, column = i % VALUE_WIDTH;
-                    const float x = key + row < KEYS && column < VALUES ? initial[(key + row) * VALUES + column] : 0.0f;
-                    *state.element(row, column) = narrow<DTYPE>(x);
-                }
+                for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) keep_state(state, initial, key, i);
                 __syncthreads();
-#pragma unroll(STEPS_AT_ONCE<DTYPE>)
-                for (int s = 0; s < SIDE / 16; s++) {
-                    if (key + 16 * s >= KEY_WIDTH) break;
-                    Pair<DTYPE> a[4], b[4];
-                    queries.rows(a[0], a[1], a[2], a[3], 16 * warp, key + 16 * s);
-#pragma unroll
-                    for (int n = 0; n < VALUE_WIDTH / 16; n++) {
-                        state.columns(b[0], b[1], b[2], b[3], 16 * n, 16 * s);
-                        Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b[0], b[2]);
-                        Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
-                    }
-                }
+                add_state(sums, queries, state, warp, key);
                 __syncthreads();
             }
         }
@@ -144,19 +121,8 @@ DEVICE void outputs(const Params& p, unsigned char* memory, int task) {
         const KeyTile keys = tokens.keys(i);
         const ValueTile values = tokens.values(i);
         const bool diagonal = i == tiles - 1;
-        float scores[SIDE / 8][4] = {};
-#pragma unroll(STEPS_AT_ONCE<DTYPE>)
-        for (int s = 0; s < KEY_WIDTH / 16; s++) {
-            Pair<DTYPE> a[4], b[4];
-            queries.rows(a[0], a[1], a[2], a[3], 16 * warp, 16 * s);
-#pragma unroll
-            for (int j = 0; j < SIDE / 16; j++) {
-                if (diagonal && j > warp) break;
-                keys.rows(b[0], b[1], b[2], b[3], 16 * j, 16 * s);
-                Product<DTYPE>::add(scores[2 * j], a[0], a[1], a[2], a[3], b[0], b[2]);
-                Product<DTYPE>::add(scores[2 * j + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
-            }
-        }
+        Scores scores = {};
+        add_scores(scores, queries, keys, warp, diagonal);
 #pragma unroll
         for (int j = 0; j < SIDE / 16; j++) {
             if (diagonal && j > warp) break;
@@ -169,14 +135,7 @@ DEVICE void outputs(const Params& p, unsigned char* memory, int task) {
                     scores[n][e] = key > query ? 0.0f : scores[n][e] * (e % 2 ? weight.y : weight.x);
                 }
             }
-            Pair<DTYPE> a[4], b[4];
-            as_operand<DTYPE>(a, scores[2 * j], scores[2 * j + 1]);
-#pragma unroll
-            for (int n = 0; n < VALUE_WIDTH / 16; n++) {
-                values.columns(b[0], b[1], b[2], b[3], 16 * n, 16 * j);
-                Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b[0], b[2]);
-                Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
-            }
+            add_values(sums, scores, values, j);
         }
         __syncthreads();
         tokens.fetch(i + BUFFERS, tiles);
@@ -214,7 +173,7 @@ DEVICE void final_state(const Params& p, unsigned char* memory, int task) {
     const Chunk chunk = last_chunk(grid_of(p), sequence);
     const int tiles = (chunk.length + SIDE - 1) / SIDE;
     Tokens tokens(p, memory + KEY_BYTES, chunk, head);
-    float sums[VALUE_WIDTH / 8][4] = {};
+    Sums sums = {};
 #pragma unroll
     for (int i = 0; i < BUFFERS; i++) tokens.fetch(i, tiles);
 #pragma unroll 1
@@ -225,7 +184,7 @@ DEVICE void final_state(const Params& p, unsigned char* memory, int task) {
         if (key0 < KEY_WIDTH) {
 #pragma unroll(STEPS_AT_ONCE<DTYPE>)
             for (int s = 0; s < SIDE / 16; s++) {
-                Pair<DTYPE> a[4], b[4];
+                Pair<DTYPE> a[4];
                 keys.columns(a[0], a[1], a[2], a[3], key0, 16 * s);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -236,12 +195,7 @@ DEVICE void final_state(const Params& p, unsigned char* memory, int task) {
                         a[2 * half + e] = Make<DTYPE>::pair_of(weight.x * both.x, weight.y * both.y);
                     }
                 }
-#pragma unroll
-                for (int n = 0; n < VALUE_WIDTH / 16; n++) {
-                    values.columns(b[0], b[1], b[2], b[3], 16 * n, 16 * s);
-                    Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b[0], b[2]);
-                    Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
-                }
+                add_rows(sums, a, values, 16 * s);
             }
         }
         __syncthreads();
@@ -249,20 +203,7 @@ DEVICE void final_state(const Params& p, unsigned char* memory, int task) {
     }
     const int64_t at = (static_cast<int64_t>(sequence) * p.heads + head) * (KEYS * VALUES);
     const bool carried = STARTED && (chunk.length == 0 || (chunk.first && p.offset > 0));
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int key = key0 + r + 8 * half;
-        if (key >= KEYS) break;
-#pragma unroll
-        for (int n = 0; n < VALUE_WIDTH / 8; n++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int value = 8 * n + 2 * c + e;
-                const int64_t place = at + key * VALUES + value;
-                if (value < VALUES) p.final[place] = sums[n][2 * half + e] + (carried ? p.initial[place] : 0.0f);
-            }
-        }
-    }
+    store_state(p, at, sums, key0, r, c, carried, 1.0f);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) dual_fast(const __grid_constant__ Params p) {

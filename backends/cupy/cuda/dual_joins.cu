@@ -12,6 +12,7 @@
 // DTYPE; KEYS, VALUES: head_dims; ALIGNED: 16 bytes can be read and written at once; L2NORM.
 #include "fragments.cuh"
 #include "loads.cuh"
+#include "stores.cuh"
 
 constexpr int THREADS = 128, PER = 16 / sizeof(DTYPE), EACH = 4;  // rows of a thread
 constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, VALUE_WIDTH = VALUES <= 32 ? 32 : VALUES <= 64 ? 64 : 128;
@@ -86,11 +87,6 @@ template <int LANES> DEVICE float row_product(const float (&x)[PER], const float
     for (int lanes = LANES / 2; lanes; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     return sum;
 }
-DEVICE void store_gate(void* to, int64_t at, int wide, float x) {
-    if (wide) static_cast<float*>(to)[at] = x;
-    else static_cast<DTYPE*>(to)[at] = narrow<DTYPE>(x);
-}
-
 // What a block has to do: rows from `first` on, EACH of a thread's lanes.
 template <int LANES, typename Do> DEVICE void each_row(int block, uint32_t rows, Do todo) {
 #pragma unroll
@@ -167,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_behind(const __grid_c
             if (p.dbeta) {
                 if (p.fast_v) read<VALUES>(x, p.v + row.at(p.v_b, p.v_t, p.v_h), column);
                 const float found = row_product<VALUE_LANES>(arrived, x);
-                if (there && column == 0) store_gate(p.dbeta, number, p.beta_wide, found + (p.below_beta ? load_gate<DTYPE>(p.below_beta, number, p.beta_wide) : 0.0f));
+                if (there && column == 0) store_gate<DTYPE>(p.dbeta, number, found + (p.below_beta ? load_gate<DTYPE>(p.below_beta, number, p.beta_wide) : 0.0f), p.beta_wide);
             }
             if (p.dv && there) {
                 const float beta = load_gate<DTYPE>(p.beta, row.at(p.beta_b, p.beta_t, p.beta_h), p.beta_wide);
@@ -180,17 +176,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_behind(const __grid_c
         if (!there || column) return;
         if (p.dg) {
             const float slow = p.slow_g ? load_gate<DTYPE>(p.slow_g, number, p.g_wide) : 0.0f;
-            store_gate(p.dg, number, p.g_wide, slow + (p.below_g ? load_gate<DTYPE>(p.below_g, number, p.g_wide) : 0.0f));
+            store_gate<DTYPE>(p.dg, number, slow + (p.below_g ? load_gate<DTYPE>(p.below_g, number, p.g_wide) : 0.0f), p.g_wide);
         }
         if (p.d_alpha || p.d_fast_gate || p.d_slow_gate) {
             float quick = p.of_fast ? p.of_fast[number] : 0.0f, steady = p.of_slow ? p.of_slow[number] : 0.0f;
             const float share = p.alpha ? load_gate<DTYPE>(p.alpha, row.at(p.alpha_b, p.alpha_t, p.alpha_h), p.alpha_wide) : p.share;
-            if (p.d_fast_gate) store_gate(p.d_fast_gate, number, p.fast_wide, quick * share);
-            if (p.d_slow_gate) store_gate(p.d_slow_gate, number, p.slow_wide, steady * (1.0f - share));
+            if (p.d_fast_gate) store_gate<DTYPE>(p.d_fast_gate, number, quick * share, p.fast_wide);
+            if (p.d_slow_gate) store_gate<DTYPE>(p.d_slow_gate, number, steady * (1.0f - share), p.slow_wide);
             if (p.d_alpha) {
                 if (p.fast_gate) quick *= load_gate<DTYPE>(p.fast_gate, row.at(p.fast_b, p.fast_t, p.fast_h), p.fast_wide);
                 if (p.slow_gate) steady *= load_gate<DTYPE>(p.slow_gate, row.at(p.slow_b, p.slow_t, p.slow_h), p.slow_wide);
-                store_gate(p.d_alpha, number, p.d_alpha_wide, quick - steady);
+                store_gate<DTYPE>(p.d_alpha, number, quick - steady, p.d_alpha_wide);
             }
         }
     });
@@ -216,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(MANY) dual_sums(const __grid_consta
 #pragma unroll 4
     for (int row = threadIdx.x; row < p.rows; row += MANY) sum += p.from[static_cast<int64_t>(row) * p.columns + blockIdx.x];
     sum = block_sum(sum, reinterpret_cast<float*>(memory));
-    if (threadIdx.x == 0) store_gate(p.to, blockIdx.x, p.wide, sum);
+    if (threadIdx.x == 0) store_gate<DTYPE>(p.to, blockIdx.x, sum, p.wide);
 }
 
 struct States {

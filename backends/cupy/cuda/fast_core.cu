@@ -5,12 +5,7 @@
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE; BUFFERS, 1 or 2 tiles of keys and values; DECAYED: g is given; STARTED: W0 is; ALIGNED: 16-byte copies can take
 // the rows of q, k and v.
-#include "chunks.cuh"
-#include "tiles.cuh"
-
-constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, VALUE_WIDTH = VALUES <= 32 ? 32 : VALUES <= 64 ? 64 : 128;
-constexpr int WARPS = SIDE / 16, THREADS = 32 * WARPS, SIZE = sizeof(DTYPE);
-constexpr int QUERY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * VALUE_WIDTH * SIZE, PAIR_BYTES = QUERY_BYTES + VALUE_BYTES;
+#include "fast_forward.cuh"
 
 struct Params {
     const DTYPE *q, *k, *v;
@@ -24,17 +19,12 @@ struct Params {
     float scale;
 };
 
-using KeyTile = Tile<DTYPE, KEY_WIDTH>;
-using ValueTile = Tile<DTYPE, VALUE_WIDTH>;
-
-DEVICE Grid grid_of(const Params& p) { return Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, p.chunk_size, p.offset, p.slots}; }
-
 extern "C" __global__ void __launch_bounds__(THREADS) fast_core(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const KeyTile queries{memory};
-    Log* const log_decay = reinterpret_cast<Log*>(memory + QUERY_BYTES + BUFFERS * PAIR_BYTES);
-    const auto keys_of = [&](int i) { return KeyTile{memory + QUERY_BYTES + i % BUFFERS * PAIR_BYTES}; };
-    const auto values_of = [&](int i) { return ValueTile{memory + 2 * QUERY_BYTES + i % BUFFERS * PAIR_BYTES}; };
+    Log* const log_decay = reinterpret_cast<Log*>(memory + KEY_BYTES + BUFFERS * PAIR_BYTES);
+    const auto keys_of = [&](int i) { return KeyTile{memory + KEY_BYTES + i % BUFFERS * PAIR_BYTES}; };
+    const auto values_of = [&](int i) { return ValueTile{memory + 2 * KEY_BYTES + i % BUFFERS * PAIR_BYTES}; };
     const int head = blockIdx.x % p.heads, task = blockIdx.x / p.heads, from = task % p.blocks * SIDE;
     const int warp = threadIdx.x / 32, lane = lane_id(), r = lane / 4, c = lane % 4;
     const Chunk chunk = find_chunk(grid_of(p), task / p.blocks);
@@ -56,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fast_core(const __grid_con
         const int tokens = min(chunk.length, from + SIDE);
         running_log<DTYPE>(log_decay, from + SIDE, p.g, chunk.batch * p.g_b + chunk.begin * p.g_t + head * p.g_h, p.g_t, p.g_wide, tokens);
     }
-    float sums[VALUE_WIDTH / 8][4] = {};
+    Sums sums = {};
     if constexpr (STARTED) {
         if (chunk.first && p.offset > 0) {  // q W0, SIDE rows of W0 at once where values will be
             const float* initial = p.initial + (static_cast<int64_t>(chunk.sequence) * p.heads + head) * (KEYS * VALUES);
@@ -64,24 +54,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) fast_core(const __grid_con
             cp_async_wait<0>();
             for (int key = 0; key < KEYS; key += SIDE) {
                 const ValueTile state = values_of(0);
-                for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) {
-                    const int row = i / VALUE_WIDTH, column = i % VALUE_WIDTH;
-                    const float x = key + row < KEYS && column < VALUES ? initial[(key + row) * VALUES + column] : 0.0f;
-                    *state.element(row, column) = narrow<DTYPE>(x);
-                }
+                for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) keep_state(state, initial, key, i);
                 __syncthreads();
-#pragma unroll(STEPS_AT_ONCE<DTYPE>)
-                for (int s = 0; s < SIDE / 16; s++) {
-                    if (key + 16 * s >= KEY_WIDTH) break;
-                    Pair<DTYPE> a[4], b[4];
-                    queries.rows(a[0], a[1], a[2], a[3], 16 * warp, key + 16 * s);
-#pragma unroll
-                    for (int n = 0; n < VALUE_WIDTH / 16; n++) {
-                        state.columns(b[0], b[1], b[2], b[3], 16 * n, 16 * s);
-                        Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b[0], b[2]);
-                        Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
-                    }
-                }
+                add_state(sums, queries, state, warp, key);
                 __syncthreads();
             }
             if (DECAYED) {
@@ -100,19 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) fast_core(const __grid_con
         cp_async_wait<BUFFERS - 1>();
         __syncthreads();
         const bool diagonal = i == tiles - 1;
-        float scores[SIDE / 8][4] = {};
-#pragma unroll(STEPS_AT_ONCE<DTYPE>)
-        for (int s = 0; s < KEY_WIDTH / 16; s++) {
-            Pair<DTYPE> a[4], b[4];
-            queries.rows(a[0], a[1], a[2], a[3], 16 * warp, 16 * s);
-#pragma unroll
-            for (int j = 0; j < SIDE / 16; j++) {
-                if (diagonal && j > warp) break;
-                keys_of(i).rows(b[0], b[1], b[2], b[3], 16 * j, 16 * s);
-                Product<DTYPE>::add(scores[2 * j], a[0], a[1], a[2], a[3], b[0], b[2]);
-                Product<DTYPE>::add(scores[2 * j + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
-            }
-        }
+        Scores scores = {};
+        add_scores(scores, queries, keys_of(i), warp, diagonal);
 #pragma unroll
         for (int j = 0; j < SIDE / 16; j++) {
             if (diagonal && j > warp) break;
@@ -125,14 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) fast_core(const __grid_con
                     else if (DECAYED) scores[n][e] *= exp_between(log_decay[query], log_decay[key]);
                 }
             }
-            Pair<DTYPE> a[4], b[4];
-            as_operand<DTYPE>(a, scores[2 * j], scores[2 * j + 1]);
-#pragma unroll
-            for (int n = 0; n < VALUE_WIDTH / 16; n++) {
-                values_of(i).columns(b[0], b[1], b[2], b[3], 16 * n, 16 * j);
-                Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b[0], b[2]);
-                Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
-            }
+            add_values(sums, scores, values_of(i), j);
         }
         __syncthreads();
         load(i + BUFFERS);
@@ -157,7 +114,7 @@ constexpr int STATE_THREADS = 2 * KEY_WIDTH;
 extern "C" __global__ void __launch_bounds__(STATE_THREADS) fast_core_state(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const KeyTile keys{memory};
-    const ValueTile values{memory + QUERY_BYTES};
+    const ValueTile values{memory + KEY_BYTES};
     Log* const log_decay = reinterpret_cast<Log*>(memory + PAIR_BYTES);
     const int head = blockIdx.x % p.heads, sequence = blockIdx.x / p.heads;
     const int warp = threadIdx.x / 32, lane = lane_id(), r = lane / 4, c = lane % 4, tokens = p.blocks * SIDE;
@@ -166,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(STATE_THREADS) fast_core_state(cons
     const DTYPE* v = p.v + chunk.batch * p.v_b + chunk.begin * p.v_t + head * p.v_h;
     if (DECAYED && warp == 0)
         running_log<DTYPE>(log_decay, tokens, p.g, chunk.batch * p.g_b + chunk.begin * p.g_t + head * p.g_h, p.g_t, p.g_wide, chunk.length);
-    float sums[VALUE_WIDTH / 8][4] = {};
+    Sums sums = {};
     __syncthreads();
     const Log last = DECAYED ? log_decay[tokens - 1] : Log{0.0f, 0.0f};  // tokens beyond the chunk left the sum as it was
 #pragma unroll 1
@@ -178,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(STATE_THREADS) fast_core_state(cons
         __syncthreads();
 #pragma unroll(STEPS_AT_ONCE<DTYPE>)
         for (int s = 0; s < SIDE / 16; s++) {
-            Pair<DTYPE> a[4], b[4];
+            Pair<DTYPE> a[4];
             keys.columns(a[0], a[1], a[2], a[3], 16 * warp, 16 * s);
             if (DECAYED) {
 #pragma unroll
@@ -192,30 +149,11 @@ extern "C" __global__ void __launch_bounds__(STATE_THREADS) fast_core_state(cons
                     }
                 }
             }
-#pragma unroll
-            for (int n = 0; n < VALUE_WIDTH / 16; n++) {
-                values.columns(b[0], b[1], b[2], b[3], 16 * n, 16 * s);
-                Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b[0], b[2]);
-                Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
-            }
+            add_rows(sums, a, values, 16 * s);
         }
         __syncthreads();
     }
     const int64_t at = (static_cast<int64_t>(sequence) * p.heads + head) * (KEYS * VALUES);
     const bool carried = STARTED && (chunk.length == 0 || (chunk.first && p.offset > 0));
-    const float by = DECAYED ? exp_log(last) : 1.0f;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int key = 16 * warp + r + 8 * half;
-        if (key >= KEYS) break;
-#pragma unroll
-        for (int n = 0; n < VALUE_WIDTH / 8; n++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int value = 8 * n + 2 * c + e;
-                const int64_t place = at + key * VALUES + value;
-                if (value < VALUES) p.final[place] = sums[n][2 * half + e] + (carried ? by * p.initial[place] : 0.0f);
-            }
-        }
-    }
+    store_state(p, at, sums, 16 * warp, r, c, carried, DECAYED ? exp_log(last) : 1.0f);
 }

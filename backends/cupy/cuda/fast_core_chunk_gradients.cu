@@ -7,9 +7,8 @@
 // STARTED: a state is carried into the first chunk; ENDED: a gradient of the last state arrives; ALIGNED: 16-byte copies can take the rows of q, k, v and dO.
 #include "fast_gradients.cuh"
 
-constexpr int BANDS = SIDE / 16, THREADS = 32 * BANDS, SIZE = sizeof(DTYPE), SQUARE = SIDE < 32 ? 32 : SIDE;
+constexpr int BANDS = SIDE / 16, THREADS = 32 * BANDS, SQUARE = SIDE < 32 ? 32 : SIDE;
 constexpr int AT_ONCE = SIZE == 4 || WIDEST > 64 || SIDE < 32 ? 1 : (WIDEST > 32 && GROUPED ? 384 : 512) / THREADS;  // blocks that registers must allow
-constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * VALUE_WIDTH * SIZE;
 
 using Scores = Tile<DTYPE, SQUARE>;
 
@@ -21,17 +20,6 @@ template <int WIDTH> DEVICE void score(float (&x)[2][4], const Pair<DTYPE> (&own
         met.right_rows(b[0], b[1], b[2], b[3], row, 16 * s);
         Product<DTYPE>::add(x[0], own[s][0], own[s][1], own[s][2], own[s][3], b[0], b[1]);
         Product<DTYPE>::add(x[1], own[s][0], own[s][1], own[s][2], own[s][3], b[2], b[3]);
-    }
-}
-
-// acc += a (16 x 16) times 16 rows of `met`
-template <int WIDTH> DEVICE void add_rows(float (&acc)[WIDEST / 8][4], const Pair<DTYPE> (&a)[4], const Tile<DTYPE, WIDTH>& met, int row) {
-#pragma unroll
-    for (int n = 0; n < WIDTH / 16; n++) {
-        Pair<DTYPE> b[4];
-        met.right_columns(b[0], b[1], b[2], b[3], 16 * n, row);
-        Product<DTYPE>::add(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-        Product<DTYPE>::add(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
 }
 
@@ -48,10 +36,7 @@ template <int WIDTH> DEVICE void add_turned(float (&acc)[WIDEST / 8][4], const S
 // SIDE rows of a state, from `key` on, rounded
 DEVICE void load_state(const ValueTile& state, const float* w, int key) {
     __syncthreads();
-    for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) {
-        const int row = i / VALUE_WIDTH, column = i % VALUE_WIDTH;
-        *state.element(row, column) = narrow<DTYPE>(key + row < KEYS && column < VALUES ? w[(key + row) * VALUES + column] : 0.0f);
-    }
+    for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) keep_state(state, w, key, i);
     __syncthreads();
 }
 
@@ -190,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
                 const int row = r + 8 * half;
                 if (c || row >= rows) continue;
                 if (FLOWING) flows[16 * warp + row] = sum * rate[half];
-                if (p.dgate) store_gate(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
+                if (p.dgate) store_gate<DTYPE>(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
             }
             if (p.dq && (!GROUPED || member == p.group - 1))
                 store_rows<KEY_WIDTH>(p.dq + (token * groups + shared_head) * KEYS, static_cast<int64_t>(groups) * KEYS, dq, rows, KEYS);
@@ -253,15 +238,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
             float before = STARTED && p.total && chunk.first && p.offset > 0 ? p.total[chunk.sequence * p.heads + head] : 0.0f;
             for (int base = 0; base < length; base += 32) {
                 const int t = base + lane;
-                const float own = t < length ? flows[t] : 0.0f;
-                float sum = own;
-#pragma unroll
-                for (int step = 1; step < 32; step *= 2) {
-                    const float x = __shfl_up_sync(0xffffffffu, sum, step);
-                    if (lane >= step) sum += x;
-                }
+                const float sum = sum_up_to(t < length ? flows[t] : 0.0f, lane);
                 const float up_to = __shfl_up_sync(0xffffffffu, sum, 1);
-                if (t < length) store_gate(p.dg, (static_cast<int64_t>(batch) * p.tokens + begin + t) * p.heads + head, before + (lane ? up_to : 0.0f), p.g_wide);
+                if (t < length) store_gate<DTYPE>(p.dg, (static_cast<int64_t>(batch) * p.tokens + begin + t) * p.heads + head, before + (lane ? up_to : 0.0f), p.g_wide);
                 before += __shfl_sync(0xffffffffu, sum, 31);
             }
         }

@@ -13,9 +13,8 @@
 // ALIGNED: 16-byte copies can take the rows of q, k, v and dO; WORK: which kernel is compiled, 0 gradients, 1 running, 2 start.
 #include "fast_gradients.cuh"
 
-constexpr int BANDS = SIDE / 16, THREADS = 64 * BANDS, SIZE = sizeof(DTYPE), MOST = SIDE < 64 ? SIDE : 64, USUAL = SIDE < 32 ? SIDE : 32, FEW = 16;
+constexpr int BANDS = SIDE / 16, THREADS = 64 * BANDS, MOST = SIDE < 64 ? SIDE : 64, USUAL = SIDE < 32 ? SIDE : 32, FEW = 16;
 constexpr int RESIDENT = SIZE == 2 ? 512 / THREADS : 1;  // blocks that registers must allow: 16 warps of 128 registers
-constexpr int KEY_BYTES = SIDE * KEY_WIDTH * SIZE, VALUE_BYTES = SIDE * VALUE_WIDTH * SIZE, PAIR_BYTES = KEY_BYTES + VALUE_BYTES;
 
 // x (16 x 8 N) += 16 rows of `own` times rows of `met` from 16 at on, of blocks of 16 those from `low` to below `high`
 template <int WIDTH, int N>
@@ -40,14 +39,9 @@ DEVICE void add_product(float (&acc)[WIDEST / 8][4], const float (&x)[N][4], con
 #pragma unroll
     for (int j = 0; j < N / 2; j++) {
         if (at + j < low || at + j >= high) continue;
-        Pair<DTYPE> a[4], b[4];
+        Pair<DTYPE> a[4];
         as_operand<DTYPE>(a, x[2 * j], x[2 * j + 1]);
-#pragma unroll
-        for (int n = 0; n < WIDTH / 16; n++) {
-            met.right_columns(b[0], b[1], b[2], b[3], 16 * n, 16 * (at + j));
-            Product<DTYPE>::add(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-            Product<DTYPE>::add(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
+        add_rows(acc, a, met, 16 * (at + j));
     }
 }
 
@@ -150,10 +144,7 @@ template <bool AS_KEYS, bool OF_KEYS> DEVICE void sweep(const Params& p, unsigne
                 cp_async_wait<0>();
 #pragma unroll
                 for (int key = 0; key < KEY_WIDTH; key += SIDE) {  // SIDE of its keys at once
-                    for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) {
-                        const int row = i / VALUE_WIDTH, column = i % VALUE_WIDTH;
-                        *state.element(row, column) = narrow<DTYPE>(key + row < KEYS && column < VALUES ? w[(key + row) * VALUES + column] : 0.0f);
-                    }
+                    for (int i = threadIdx.x; i < SIDE * VALUE_WIDTH; i += THREADS) keep_state(state, w, key, i);
                     barrier_sync(1, THREADS);
                     if (DECAYED && key == 0) {
 #pragma unroll
@@ -167,14 +158,9 @@ template <bool AS_KEYS, bool OF_KEYS> DEVICE void sweep(const Params& p, unsigne
 #pragma unroll
                         for (int s = 0; s < SIDE / 16; s++) {
                             if (key + 16 * s >= KEY_WIDTH) break;
-                            Pair<DTYPE> a[4], b[4];
+                            Pair<DTYPE> a[4];
                             own_key.rows(a[0], a[1], a[2], a[3], 16 * band, key + 16 * s);
-#pragma unroll
-                            for (int n = 0; n < VALUE_WIDTH / 16; n++) {
-                                state.right_columns(b[0], b[1], b[2], b[3], 16 * n, 16 * s);
-                                Product<DTYPE>::add(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-                                Product<DTYPE>::add(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-                            }
+                            add_rows(acc, a, state, 16 * s);
                         }
                     } else {
 #pragma unroll
@@ -264,7 +250,7 @@ template <bool AS_KEYS, bool OF_KEYS> DEVICE void sweep(const Params& p, unsigne
                     p.inflow[line + row] = sum;
                 } else {
                     if (p.outflow) p.outflow[line + row] = sum * rates[16 * band + row];
-                    if (p.dgate) store_gate(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
+                    if (p.dgate) store_gate<DTYPE>(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
                 }
             }
         }
@@ -304,14 +290,9 @@ extern "C" __global__ void __launch_bounds__(32) fast_core_running(const __grid_
     float before = STARTED && p.total && chunk.first && p.offset > 0 ? p.total[chunk.sequence * p.heads + head] : 0.0f;
     for (int base = 0; base < chunk.length; base += 32) {
         const int token = base + lane;
-        float sum = token < chunk.length ? p.inflow[from + token] - p.outflow[from + token] : 0.0f;
-    #pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const float x = __shfl_up_sync(0xffffffffu, sum, step);
-            if (lane >= step) sum += x;
-        }
+        const float sum = sum_up_to(token < chunk.length ? p.inflow[from + token] - p.outflow[from + token] : 0.0f, lane);
         const float up_to = __shfl_up_sync(0xffffffffu, sum, 1);
-        if (token < chunk.length) store_gate(p.dg, to + static_cast<int64_t>(token) * p.heads, before + (lane ? up_to : 0.0f), p.g_wide);
+        if (token < chunk.length) store_gate<DTYPE>(p.dg, to + static_cast<int64_t>(token) * p.heads, before + (lane ? up_to : 0.0f), p.g_wide);
         before += __shfl_sync(0xffffffffu, sum, 31);
     }
 }
@@ -353,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(STATE_THREADS) fast_core_start(cons
         __syncthreads();
 #pragma unroll(2)
         for (int s = 0; s < SIDE / 16; s++) {
-            Pair<DTYPE> a[4], b[4];
+            Pair<DTYPE> a[4];
             queries.columns(a[0], a[1], a[2], a[3], 16 * warp, 16 * s);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -364,12 +345,7 @@ extern "C" __global__ void __launch_bounds__(STATE_THREADS) fast_core_start(cons
                     a[2 * half + e] = Make<DTYPE>::pair_of(factors[token] * both.x, factors[token + 1] * both.y);
                 }
             }
-#pragma unroll
-            for (int n = 0; n < VALUE_WIDTH / 16; n++) {
-                d_outputs.right_columns(b[0], b[1], b[2], b[3], 16 * n, 16 * s);
-                Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-                Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-            }
+            add_rows(sums, a, d_outputs, 16 * s);
         }
         __syncthreads();
     }

@@ -2,10 +2,9 @@
 #ifndef TITANS_FAST_GRADIENTS_CUH
 #define TITANS_FAST_GRADIENTS_CUH
 
-#include "chunks.cuh"
-#include "tiles.cuh"
+#include "fast_tiles.cuh"
+#include "stores.cuh"
 
-constexpr int KEY_WIDTH = KEYS <= 32 ? 32 : KEYS <= 64 ? 64 : 128, VALUE_WIDTH = VALUES <= 32 ? 32 : VALUES <= 64 ? 64 : 128;
 constexpr int WIDEST = KEY_WIDTH > VALUE_WIDTH ? KEY_WIDTH : VALUE_WIDTH;
 
 struct Params {
@@ -24,20 +23,31 @@ struct Params {
     float scale;
 };
 
-using KeyTile = Tile<DTYPE, KEY_WIDTH>;
-using ValueTile = Tile<DTYPE, VALUE_WIDTH>;
-
-DEVICE Grid grid_of(const Params& p) { return Grid{p.cu_seqlens, p.cu_wide, p.sequences, p.tokens, p.chunk_size, p.offset, p.slots}; }
-
-DEVICE void store_gate(void* gate, int64_t at, float x, int wide) {
-    if (wide) static_cast<float*>(gate)[at] = x;
-    else static_cast<DTYPE*>(gate)[at] = narrow<DTYPE>(x);
-}
-
 // the sum over the four lanes that hold a row
 DEVICE float row_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// the sum of x over the lanes up to this one
+DEVICE float sum_up_to(float x, int lane) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const float y = __shfl_up_sync(0xffffffffu, x, step);
+        if (lane >= step) x += y;
+    }
+    return x;
+}
+
+// acc += a (16 x 16) times 16 rows of `met` from `row` on
+template <int N, int WIDTH> DEVICE void add_rows(float (&acc)[N][4], const Pair<DTYPE> (&a)[4], const Tile<DTYPE, WIDTH>& met, int row) {
+#pragma unroll
+    for (int n = 0; n < WIDTH / 16; n++) {
+        Pair<DTYPE> b[4];
+        met.right_columns(b[0], b[1], b[2], b[3], 16 * n, row);
+        Product<DTYPE>::add(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+        Product<DTYPE>::add(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+    }
 }
 
 // 16 rows of a gradient, those below `rows`

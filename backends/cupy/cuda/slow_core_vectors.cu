@@ -3,6 +3,7 @@
 //
 // DTYPE; SIDE: tokens of a chunk at most; KEY_SLICES: sums of each.
 #include "factors.cuh"
+#include "stores.cuh"
 
 struct Params {
     const float *told, *bent, *pulled;  // [KEY_SLICES, places, SIDE] twice, [KEY_SLICES, places]; places: slots and v heads
@@ -10,11 +11,6 @@ struct Params {
     const void* cu_seqlens;
     int cu_wide, sequences, tokens, chunk_size, slots, heads, places, g_wide, decay_wide, gate_wide;
 };
-
-DEVICE void store_gate(void* to, int64_t at, float x, int wide) {
-    if (wide) static_cast<float*>(to)[at] = x;
-    else static_cast<DTYPE*>(to)[at] = narrow<DTYPE>(x);
-}
 
 // A warp a chunk and v head: the slices' sums in order, and G's gradient summed from the chunk's end on.
 extern "C" __global__ void __launch_bounds__(32) slow_core_vectors(const __grid_constant__ Params p) {
@@ -27,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(32) slow_core_vectors(const __grid_
         float sum = 0.0f;
         for (int slice = 0; slice < KEY_SLICES; slice++) sum += p.pulled[slice * static_cast<int64_t>(p.places) + place];
         const int64_t at = factor_index(grid, chunk);
-        if (lane == 0) store_gate(p.d_decay, (chunk.batch * p.slots + at) * p.heads + head, sum, p.decay_wide);
+        if (lane == 0) store_gate<DTYPE>(p.d_decay, (chunk.batch * p.slots + at) * p.heads + head, sum, p.decay_wide);
     }
     float behind = 0.0f;
     for (int base = (chunk.length - 1) / 32 * 32; base >= 0; base -= 32) {
@@ -38,14 +34,14 @@ extern "C" __global__ void __launch_bounds__(32) slow_core_vectors(const __grid_
             if (p.d_gate) told += p.told[at];
             if (p.dg) bent += p.bent[at];
         }
-        if (p.d_gate && token < chunk.length) store_gate(p.d_gate, first + static_cast<int64_t>(token) * p.heads, told, p.gate_wide);
+        if (p.d_gate && token < chunk.length) store_gate<DTYPE>(p.d_gate, first + static_cast<int64_t>(token) * p.heads, told, p.gate_wide);
         if (!p.dg) continue;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             const float later = __shfl_down_sync(0xffffffffu, bent, step);
             if (lane + step < 32) bent += later;
         }
-        if (token < chunk.length) store_gate(p.dg, first + static_cast<int64_t>(token) * p.heads, bent + behind, p.g_wide);
+        if (token < chunk.length) store_gate<DTYPE>(p.dg, first + static_cast<int64_t>(token) * p.heads, bent + behind, p.g_wide);
         behind += __shfl_sync(0xffffffffu, bent, 0);
     }
 }

@@ -134,4 +134,15 @@ template <bool PAIRS, typename T> DEVICE void store_turned(T* to, int64_t stride
     }
 }
 
+// An 8 x 8 block of sums, (r, 2c) and (r, 2c + 1) in lane 4 r + c, turned around into a tile: its columns become rows from `row` on.
+template <typename T, int COLUMNS> DEVICE void put_turned(const Tile<T, COLUMNS>& tile, int row, int column, float first, float second) {
+    const int r = lane_id() / 4, c = lane_id() % 4;
+    if constexpr (Dtype<T>::half) {
+        *tile.pair_at(row, r, column + 2 * c) = transposed(pair<T>(first, second));
+    } else {
+        *tile.element(row, 2 * c, column + r) = first;
+        *tile.element(row, 2 * c + 1, column + r) = second;
+    }
+}
+
 #endif

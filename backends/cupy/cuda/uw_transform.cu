@@ -7,15 +7,10 @@
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; TRANSFORM: 0 none, 1 exact, 2 lam; SLICE: columns that are loaded at once;
 // WARPS, at least SIDE / 16; ALIGNED: 16-byte copies can take the rows of k and v.
-#include "chunks.cuh"
-#include "tiles.cuh"
+#include "uw_tiles.cuh"
 
-constexpr int NONE = 0, EXACT = 1, LAM = 2;
-constexpr int BLOCKS = SIDE / 16, THREADS = 32 * WARPS, TRIANGLE = SIDE < 32 ? 32 : SIDE, LINE = 20;
-constexpr int KEY_SLICES = (KEYS + SLICE - 1) / SLICE, VALUE_SLICES = (VALUES + SLICE - 1) / SLICE;
 constexpr bool HALF = Dtype<DTYPE>::half, TOGETHER = KEY_SLICES == 1 && VALUE_SLICES == 1;
-constexpr int SLICE_BYTES = SIDE * SLICE * sizeof(DTYPE), TRIANGLE_BYTES = TRANSFORM == NONE ? 0 : SIDE * TRIANGLE * sizeof(DTYPE);
-constexpr int REST_BYTES = TRANSFORM == EXACT && HALF ? SIDE * 32 * sizeof(DTYPE) : 0, LINES_BYTES = TRANSFORM == EXACT ? BLOCKS * 16 * LINE * 4 : 0;
+constexpr int TRIANGLE_BYTES = TRANSFORM == NONE ? 0 : SQUARE_BYTES, LINES_BYTES = TRANSFORM == EXACT ? BLOCKS * 16 * LINE * 4 : 0;
 
 struct Params {
     const DTYPE *k, *v;
@@ -26,36 +21,8 @@ struct Params {
     int heads, group, beta_wide, g_wide, cu_wide, sequences, tokens, chunk_size, slots;
 };
 
-using Right = Tile<DTYPE, SLICE>;
-using Triangle = Tile<DTYPE, TRIANGLE>;
-using Rest = Tile<DTYPE, 32>;
-
-// lane l inverts column l of I + L of 16 rows, L from `lines`; the inverse's blocks go to the triangle, and to `rest` what rounding left out
-DEVICE void invert_block(const float* lines, const Triangle& triangle, const Rest& rest, int row) {
-    const int column = threadIdx.x % 16;
-    float x[16];
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        float line[16], sum = i == column ? 1.0f : 0.0f;
-#pragma unroll
-        for (int j = 0; j < i; j += 4) *reinterpret_cast<float4*>(line + j) = *reinterpret_cast<const float4*>(lines + i * LINE + j);
-#pragma unroll
-        for (int j = 0; j < i; j++) sum -= line[j] * x[j];
-        x[i] = sum;
-    }
-    if (threadIdx.x % 32 < 16) {
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const DTYPE high = narrow<DTYPE>(x[i]);
-            *triangle.element(row + i, row + column) = high;
-            if constexpr (HALF) *rest.element(row + i, column) = narrow<DTYPE>(x[i] - widen(high));
-        }
-    }
-}
-
 // 16 columns of T times the right side whose tokens are weighted: `right`'s columns from `column` on, to `out`'s from its own on
-DEVICE void solve(const Right& right, int column, const float* weight, const Triangle& triangle, const Rest& rest, DTYPE* out, int64_t stride, int columns, int length) {
+DEVICE void solve(const Right& right, int column, const float* weight, const Square& triangle, const Rest& rest, DTYPE* out, int64_t stride, int columns, int length) {
     const int lane = lane_id(), r = lane / 4, c = lane % 4;
     Pair<DTYPE> solved[BLOCKS][4];
 #pragma unroll
@@ -112,7 +79,7 @@ DEVICE void solve(const Right& right, int column, const float* weight, const Tri
 extern "C" __global__ void __launch_bounds__(THREADS) uw_transform(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
     const Right buffers[2] = {Right{memory}, Right{memory + SLICE_BYTES}};
-    const Triangle triangle{memory + 2 * SLICE_BYTES};
+    const Square triangle{memory + 2 * SLICE_BYTES};
     const Rest rest{triangle.base + TRIANGLE_BYTES};
     float* const lines = reinterpret_cast<float*>(rest.base + REST_BYTES);
     Log* const log_decay = reinterpret_cast<Log*>(reinterpret_cast<unsigned char*>(lines) + LINES_BYTES);

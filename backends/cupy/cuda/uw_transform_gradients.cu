@@ -10,17 +10,14 @@
 // DTYPE; KEYS, VALUES: head_dims; SIDE: tokens of a tile, 16 to 128; TRANSFORM: 0 none, 1 exact, 2 lam; SLICE: columns of a tile; RESIDENT: all of K and of V
 // in one tile each, loaded once; WARPS, a multiple of SIDE / 16; GROUPED: several v heads share a k head; ALIGNED: 16-byte copies
 // can take the rows of k, v, du and dw.
-#include "chunks.cuh"
-#include "tiles.cuh"
+#include "stores.cuh"
+#include "uw_tiles.cuh"
 
-constexpr int NONE = 0, EXACT = 1, LAM = 2;
-constexpr int BLOCKS = SIDE / 16, THREADS = 32 * WARPS, TRIANGLE = SIDE < 32 ? 32 : SIDE, LINE = 20, PARTS = WARPS / BLOCKS, COLUMNS = (BLOCKS + PARTS - 1) / PARTS;
+constexpr int PARTS = WARPS / BLOCKS, COLUMNS = (BLOCKS + PARTS - 1) / PARTS;
 constexpr int KEY_GROUPS = (KEYS + 15) / 16, VALUE_GROUPS = (VALUES + 15) / 16, KEY_ROUNDS = (KEY_GROUPS + WARPS - 1) / WARPS, GROUPS = SLICE / 16;
-constexpr int KEY_SLICES = (KEYS + SLICE - 1) / SLICE, VALUE_SLICES = (VALUES + SLICE - 1) / SLICE;
-constexpr int SIZE = sizeof(DTYPE), AT_ONCE = SIZE == 4 || SIDE > 64 ? 1 : COLUMNS > 2 ? 384 / THREADS : 512 / THREADS;  // blocks that registers must allow
-constexpr int SLICE_BYTES = SIDE * SLICE * SIZE, SQUARE_BYTES = SIDE * TRIANGLE * SIZE, LINES_BYTES = BLOCKS * 16 * LINE * 4;
-constexpr int TILES_BYTES = (RESIDENT ? 5 : 3) * SLICE_BYTES, TRIANGLE_BYTES = TRANSFORM == NONE ? 0 : SQUARE_BYTES;
-constexpr int OTHER_BYTES = TRANSFORM == LAM ? SQUARE_BYTES : TRANSFORM == EXACT && SIZE == 2 ? SIDE * 32 * SIZE : 0;
+constexpr int AT_ONCE = SIZE == 4 || SIDE > 64 ? 1 : COLUMNS > 2 ? 384 / THREADS : 512 / THREADS;  // blocks that registers must allow
+constexpr int LINES_BYTES = BLOCKS * 16 * LINE * 4, TILES_BYTES = (RESIDENT ? 5 : 3) * SLICE_BYTES, TRIANGLE_BYTES = TRANSFORM == NONE ? 0 : SQUARE_BYTES;
+constexpr int OTHER_BYTES = TRANSFORM == LAM ? SQUARE_BYTES : REST_BYTES;
 constexpr bool TURNS = TRANSFORM == LAM && RESIDENT && SIDE > 64;  // T's place is the symmetric matrices' when it has been used
 constexpr int SYMMETRIC_BYTES = TRANSFORM == NONE || TURNS ? 0 : SQUARE_BYTES > LINES_BYTES ? SQUARE_BYTES : LINES_BYTES;
 
@@ -35,50 +32,7 @@ struct Params {
     int heads, group, beta_wide, g_wide, cu_wide, sequences, tokens, chunk_size, offset, slots;
 };
 
-using Right = Tile<DTYPE, SLICE>;
-using Square = Tile<DTYPE, TRIANGLE>;
-using Rest = Tile<DTYPE, 32>;
 using Sums = float[2 * COLUMNS][4];  // of a warp's 16 rows of a square: blocks of 16 columns PARTS * j + part
-
-DEVICE void store_gate(void* gate, int64_t at, float x, int wide) {
-    if (wide) static_cast<float*>(gate)[at] = x;
-    else static_cast<DTYPE*>(gate)[at] = narrow<DTYPE>(x);
-}
-
-// lane l inverts column l of I + L of 16 rows, L from `lines`; the inverse's blocks go to the triangle, and to `rest` what rounding left out
-DEVICE void invert_block(const float* lines, const Square& triangle, const Rest& rest, int row) {
-    const int column = threadIdx.x % 16;
-    float x[16];
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        float line[16], sum = i == column ? 1.0f : 0.0f;
-#pragma unroll
-        for (int j = 0; j < i; j += 4) *reinterpret_cast<float4*>(line + j) = *reinterpret_cast<const float4*>(lines + i * LINE + j);
-#pragma unroll
-        for (int j = 0; j < i; j++) sum -= line[j] * x[j];
-        x[i] = sum;
-    }
-    if (threadIdx.x % 32 < 16) {
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const DTYPE high = narrow<DTYPE>(x[i]);
-            *triangle.element(row + i, row + column) = high;
-            if constexpr (SIZE == 2) *rest.element(row + i, column) = narrow<DTYPE>(x[i] - widen(high));
-        }
-    }
-}
-
-// An 8 x 8 block of sums, (column r, tokens 2c and 2c + 1) in lane 4 r + c, to a tile of rows of tokens.
-template <typename T> DEVICE void keep_turned(const Tile<T, SLICE>& tile, int token, int column, float first, float second) {
-    const int r = lane_id() / 4, c = lane_id() % 4;
-    if constexpr (Dtype<T>::half) {
-        *tile.pair_at(token, r, column + 2 * c) = transposed(pair<T>(first, second));
-    } else {
-        *tile.element(token, 2 * c, column + r) = first;
-        *tile.element(token, 2 * c + 1, column + r) = second;
-    }
-}
 
 // 16 columns of a tile by 16 tokens, transposed, of float32
 struct Columns {
@@ -110,7 +64,7 @@ struct Columns {
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) keep_turned(tile, token + 8 * half, column + 8 * e, x[half][2 * e], x[half][2 * e + 1]);
+            for (int e = 0; e < 2; e++) put_turned(tile, token + 8 * half, column + 8 * e, x[half][2 * e], x[half][2 * e + 1]);
     }
     DEVICE void store(DTYPE* to, int64_t stride, int rows, int columns) const {
 #pragma unroll
@@ -476,7 +430,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
                 for (int i = 0; p.dw && i < KEY_GROUPS; i++) from_w += met_w[i * SIDE + t];
                 for (int i = 0; TRANSFORM != NONE && i < PARTS; i++) row += row_parts[i * SIDE + t];
                 for (int i = t / 16; TRANSFORM != NONE && p.dg && i < BLOCKS; i++) column += column_parts[i * SIDE + t];
-                if (p.dbeta && t < length) store_gate(p.dbeta, out + static_cast<int64_t>(t) * p.heads, from_u + exp_log(log_decay[t]) * from_w + row, p.beta_wide);
+                if (p.dbeta && t < length) store_gate<DTYPE>(p.dbeta, out + static_cast<int64_t>(t) * p.heads, from_u + exp_log(log_decay[t]) * from_w + row, p.beta_wide);
                 flows[t] = decayed[t] * from_w + beta[t] * row - column;
             }
             __syncthreads();
@@ -490,7 +444,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
                         const float x = __shfl_down_sync(0xffffffffu, sum, step);
                         if (lane + step < 32) sum += x;
                     }
-                    if (t < length) store_gate(p.dg, out + static_cast<int64_t>(t) * p.heads, sum + after, p.g_wide);
+                    if (t < length) store_gate<DTYPE>(p.dg, out + static_cast<int64_t>(t) * p.heads, sum + after, p.g_wide);
                     after += __shfl_sync(0xffffffffu, sum, 0);
                 }
             }

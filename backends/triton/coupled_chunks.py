@@ -47,8 +47,9 @@ def blended(alpha, fast_gate, slow_gate, number, rows, ok, alpha_t, fast_t, slow
 def _gathered(
     x, k, out, count, x_t, k_t, start,
     WIDTH: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows start to start + TILE of x^T K over a chunk of `count` tokens."""
+    """Rows start to start + TILE of x^T K over a chunk of `count` tokens. ROUNDED: as an operand."""
     line = tl.arange(0, BLOCK)
     total = tl.zeros([TILE, BLOCK_K], tl.float32)
     for begin in tl.range(0, count, BLOCK, num_stages=STAGES):
@@ -58,7 +59,7 @@ def _gathered(
         keys = wide_tile(k + at * k_t, line, ok, k_t, 0, KEYS, BLOCK_K, DOT)
         total = tl.dot(tl.trans(left), keys, total, input_precision=DOT)
     lines = start + tl.arange(0, TILE)
-    store_tile(out, lines, lines < WIDTH, KEYS, 0, total, KEYS, BLOCK_K)
+    store_tile(out, lines, lines < WIDTH, KEYS, 0, as_operand(total, tl.float32, DOT) if ROUNDED else total, KEYS, BLOCK_K)
 
 
 @triton.jit
@@ -81,11 +82,11 @@ def _factors(
     k += row * k_b + first * k_t + (head // GROUP) * k_h
     u += row * u_b + first * u_t + head * u_h
     for start in tl.static_range(0, VALUES, TILE):
-        _gathered(u, k, turned_b + at * (VALUES * KEYS), count, u_t, k_t, start, VALUES, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES)
+        _gathered(u, k, turned_b + at * (VALUES * KEYS), count, u_t, k_t, start, VALUES, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES, False)
     if w is not None:
         w += row * w_b + first * w_t + head * w_h
         for start in tl.static_range(0, KEYS, TILE):
-            _gathered(w, k, turned_a + at * (KEYS * KEYS), count, w_t, k_t, start, KEYS, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES)
+            _gathered(w, k, turned_a + at * (KEYS * KEYS), count, w_t, k_t, start, KEYS, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES, True)
 
 
 @triton.jit

@@ -21,11 +21,11 @@ from . import uw_transform
 from .ahead import ahead_of
 from .coupled_chunks import OUTPUTS
 from .coupled_gradients import backward_candidates, run_backward
-from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, walk_bytes, walked, walks
+from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, tile_of, walk_bytes, walked, walks
 from .dual_recurrent import transform_signature
 from .grid import strides
 from .program import remembering, remembering_backward
-from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
+from .serving import CONSUMER_SHARED_BYTES, dots, serves
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
@@ -56,8 +56,8 @@ def plans(signature: Signature, make: Candidate) -> list[Candidate]:
     """Ways through the walk behind one transform."""
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
-    keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    block = min(64 if keys <= 64 else 32, tile_width(chunk))
+    keys, values = tile_of(signature.dim("K")), tile_of(signature.dim("V"))
+    block = min(64 if keys <= 64 else 32, tile_of(chunk))
     ways = walks(keys, values, backward=False)
     staged = [(*way, 1) for way in ways] if ways[0][1] else [(*ways[0], 3), (*ways[1], 3), (*ways[0], 2)]
     inner: tuple[tuple[str, Param], ...] = ((f"{MAKE}variant", make.variant), *((MAKE + name, value) for name, value in make.params))
@@ -72,7 +72,7 @@ def plans(signature: Signature, make: Candidate) -> list[Candidate]:
 def shared_bytes(signature: Signature, candidate: Candidate) -> int:
     """An upper bound of a program's shared memory: the walk's pipeline and the state turned into an operand; the outputs' operands."""
     params = dict(candidate.params)
-    keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
+    keys, values, block = tile_of(signature.dim("K")), tile_of(signature.dim("V")), int(params["block"])
     split = 2 if params["dot"] == "tf32x3" else 1
     outputs = 4 * split * (block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
     return max(walk_bytes(params, keys, values, matrices=1, products=1), outputs) + 1024
@@ -86,7 +86,7 @@ def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     number, alpha = (0.0, call.alpha.expand(v.shape[:3])) if isinstance(call.alpha, Tensor) else (float(call.alpha), None)
     sequences, slots, heads, keys, values = sizes_of(call)
-    chunk, tile = min(call.chunk_size, LONGEST), min(plan.tile, tile_width(values))
+    chunk, tile = min(call.chunk_size, LONGEST), min(plan.tile, tile_of(values))
     per = -(-min(chunk, v.shape[1]) // plan.block)
     args = (
         call.q, call.k, found.u, found.w, alpha, call.fast_gate, call.slow_gate, found.starts, found.numbers, o, call.cu_seqlens, v.shape[1],
@@ -94,7 +94,7 @@ def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
         *strides(found.w), *strides(alpha), *strides(call.fast_gate), *strides(call.slow_gate),
     )  # fmt: skip
     constants = (
-        heads, heads // max(call.k.shape[2], 1), keys, values, chunk, plan.block, tile_width(keys), tile, plan.dot, 1 if chunk <= plan.block else 2,
+        heads, heads // max(call.k.shape[2], 1), keys, values, chunk, plan.block, tile_of(keys), tile, plan.dot, 1 if chunk <= plan.block else 2,
     )  # fmt: skip
     OUTPUTS(slots * per * heads * -(-values // tile), args, constants, plan.warps, 2)
     return o, found.final, found.final_fast

@@ -20,13 +20,13 @@ from titans_backends.signature import Signature
 from . import uw_transform
 from .coupled_chunks import ARRIVALS
 from .coupled_inputs import INPUTS
-from .coupled_states import LONGEST, MAKE, Plan, Walked, as_dual, prepared, sizes_of, walk_bytes, walked, walks
+from .coupled_states import LONGEST, MAKE, Plan, Walked, as_dual, prepared, sizes_of, tile_of, walk_bytes, walked, walks
 from .coupled_walks import WALK_BACK
 from .coupled_wide import WALK_BACK_WIDE
 from .dual_joins import joined_operands, joined_values
 from .dual_recurrent import transform_signature
 from .grid import strides, unit_stride
-from .serving import CONSUMER_SHARED_BYTES, dots, tile_width
+from .serving import CONSUMER_SHARED_BYTES, dots
 
 __all__ = ["backward_candidates", "run_backward"]
 
@@ -55,10 +55,10 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
         return []
     parts = [(f"{MAKE}variant", make[0].variant), *((MAKE + name, value) for name, value in make[0].params)]
     parts += [(f"{_BACK}variant", back[0].variant), *((_BACK + name, value) for name, value in back[0].params)]
-    keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
+    keys, values = tile_of(signature.dim("K")), tile_of(signature.dim("V"))
     found = []
     for walk_warps, walk_tile in walks(keys, values, backward=True):
-        params: dict[str, Param] = {"block": max(16, tile_width(chunk)), "tile": min(32, max(keys, values)), "warps": 8}
+        params: dict[str, Param] = {"block": max(16, tile_of(chunk)), "tile": min(32, max(keys, values)), "warps": 8}
         params |= {"walk_warps": walk_warps, "walk_stages": 1 if walk_tile else 2, "walk_tile": walk_tile, "dot": dots(signature)[0]}
         found.append(Candidate("triton", "again", (*params.items(), *parts), direction="backward"))
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
@@ -68,7 +68,7 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
 def shared_bytes(signature: Signature, candidate: Candidate) -> int:
     """An upper bound of a program's shared memory: the reverse walk's pipeline and operands; those of the chunks' kernel, fitted to Triton 3.7.1."""
     params = dict(candidate.params)
-    keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
+    keys, values, block = tile_of(signature.dim("K")), tile_of(signature.dim("V")), int(params["block"])
     split = 2 if params["dot"] == "tf32x3" else 1
     chunks = 20 * 1024 + split * 12 * max(block, 32) * keys
     return max(walk_bytes(params, keys, values, matrices=4, products=2), chunks) + 1024
@@ -128,7 +128,7 @@ def _walked_back(
     """dZ `[slots, H, 2, V, K]` of the mixed states where it is wanted; the gradients of decays and initial states into their rooms."""
     sequences, slots, heads, keys, values = sizes_of(call)
     device, tokens, chunk = call.v.device, call.v.shape[1], min(call.chunk_size, LONGEST)
-    width, group = tile_width(keys), heads // max(call.k.shape[2], 1)
+    width, group = tile_of(keys), heads // max(call.k.shape[2], 1)
     matrices = (slots, heads, 2, values, keys)
     tiled = plan.walk_tile > 0
     d_reads = torch.empty(matrices, dtype=torch.float32, device=device) if d_o is not None or tiled else None
@@ -138,13 +138,13 @@ def _walked_back(
             call.q, call.k, found.w, d_o, *shares, d_reads, call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, number,
             float(call.scale), *strides(call.q), *strides(call.k), *strides(found.w), *strides(d_o), *(step for x in shares for step in strides(x)),
         )  # fmt: skip
-        tile = min(plan.tile, tile_width(values))
+        tile = min(plan.tile, tile_of(values))
         ARRIVALS(slots * heads, args, (heads, group, keys, values, chunk, plan.block, width, tile, plan.dot), 4, 1)
     d_mixed = torch.empty(matrices, dtype=torch.float32, device=device) if mixed or tiled else None
     finals = tuple(None if grad is None else grad.contiguous() for grad in d_finals)
     rooms = tuple(into.get(name) for name in ("initial_fast_state", "initial_state", "fast_decay", "slow_decay"))
     arrays = (found.turned_a, found.starts, found.numbers, d_reads, *finals, d_mixed, *rooms)
-    shape = (heads, keys, values, chunk, width, plan.walk_tile or tile_width(values), call.delta, plan.dot, plan.walk_stages)
+    shape = (heads, keys, values, chunk, width, plan.walk_tile or tile_of(values), call.delta, plan.dot, plan.walk_stages)
     if tiled:
         d_states = torch.empty((sequences, *matrices[1:]), dtype=torch.float32, device=device)
         WALK_BACK_WIDE(sequences * heads, (*arrays, d_states, call.cu_seqlens, tokens), (*shape, d_o is not None), plan.walk_warps, 1)
@@ -167,8 +167,8 @@ def _chunks(call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_
         made["fast"], made["slow"] = (torch.empty((batch, tokens, heads), dtype=torch.float32, device=call.v.device) for _ in range(2))
     shares, number = _shares(call)
     places = {**made, **{name: into[name] for name in _MIXING if name in into}}
-    group, width = heads // max(call.k.shape[2], 1), tile_width(keys)
-    constants = (heads, group, keys, values, chunk, plan.block, width, min(plan.tile, tile_width(values)), plan.dot)
+    group, width = heads // max(call.k.shape[2], 1), tile_of(keys)
+    constants = (heads, group, keys, values, chunk, plan.block, width, min(plan.tile, tile_of(values)), plan.dot)
     for part in _PARTS:
         if places.keys() & set(part):
             args = (

@@ -21,7 +21,7 @@ from .dual_inputs import unit_operands
 from .grid import on_device, slot_count, strides, unit_stride
 from .serving import tile_width
 
-__all__ = ["LONGEST", "MAKE", "Plan", "Walked", "as_dual", "prepared", "sizes_of", "walk_bytes", "walked", "walks"]
+__all__ = ["LONGEST", "MAKE", "Plan", "Walked", "as_dual", "prepared", "sizes_of", "tile_of", "walk_bytes", "walked", "walks"]
 
 MAKE = "make_"
 """What the transform's parameters begin with among a candidate's."""
@@ -68,12 +68,17 @@ class Walked:
     final_fast: Tensor | None
 
 
+def tile_of(size: int) -> int:
+    """The width of a tile, at least 32: float32 products of 64 rows and 16 columns end in illegal addresses (H100, Triton 3.6)."""
+    return max(32, tile_width(size))
+
+
 def walks(keys: int, values: int, *, backward: bool) -> list[tuple[int, int]]:
     """(warps, rows of a tile) of a walk over states of these tile widths, the default first: in registers up to 64 x 64."""
     if max(keys, values) > 64:
         return [(8, 32), (4, 32), (8, 16)]
-    usual = (2 if keys * values <= 32 * 32 else 4) * (2 if backward else 1)
-    return [(usual, 0), (2 * usual if usual < 8 else 4, 0)]
+    usual = 4 if keys * values <= 32 * 64 and not backward else 8
+    return [(usual, 0), (12 - usual, 0)]
 
 
 def walk_bytes(params: Mapping[str, Param], keys: int, values: int, *, matrices: int, products: int) -> int:
@@ -115,14 +120,14 @@ def walked(call: CoupledCore, plan: Plan, *, finals: bool) -> Walked:
 
     turned_a = room(slots, heads, keys, keys) if call.delta else None
     turned_b = room(slots, heads, values, keys)
-    width, group = tile_width(keys), heads // max(call.k.shape[2], 1)
+    width, group = tile_of(keys), heads // max(call.k.shape[2], 1)
     use_w = w if call.delta else None
     args = (
         call.k, u, use_w, turned_a, turned_b, call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences,
         *strides(call.k), *strides(u), *strides(use_w),
     )  # fmt: skip
     several = 1 if chunk <= plan.block else 2
-    tile = min(plan.tile, max(tile_width(values), width))
+    tile = min(plan.tile, max(tile_of(values), width))
     FACTORS(slots * heads, args, (heads, group, keys, values, chunk, plan.block, width, tile, plan.dot, several), plan.warps, 2)
     starts, numbers = room(slots + sequences, heads, 2, values, keys), room(slots + sequences, heads, NUMBERS)
     final, final_fast = (room(sequences, heads, keys, values), room(sequences, heads, keys, values)) if finals else (None, None)
@@ -132,7 +137,7 @@ def walked(call: CoupledCore, plan: Plan, *, finals: bool) -> Walked:
         turned_a, turned_b, call.psi, call.coupling, *decays, initial_fast, initial, starts, numbers, final_fast, final, call.cu_seqlens, tokens,
         *strides(call.psi), *strides(call.coupling), *strides(decays[0]), *strides(decays[1]),
     )  # fmt: skip
-    constants = (heads, keys, values, chunk, width, plan.walk_tile or tile_width(values), call.delta, plan.dot, plan.walk_stages)
+    constants = (heads, keys, values, chunk, width, plan.walk_tile or tile_of(values), call.delta, plan.dot, plan.walk_stages)
     walk = WALK_WIDE if plan.walk_tile else WALK
     walk(sequences * heads, args, constants, plan.walk_warps, plan.walk_stages)
     return Walked(u, use_w, turned_a, starts, numbers, final, final_fast)

@@ -67,7 +67,7 @@ def _plans(signature: Signature, chunk: int, make: Candidate | None) -> list[Can
         params: dict[str, Param] = {
             "block": block,
             "tile": min(64 if keys <= 64 else 32, max(keys, values)),
-            "warps": 8 if keys > 64 or dots(signature)[0] == "tf32x3" else 4,
+            "warps": 8 if keys > 64 else 4,
         }
         params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "walk_tile": walk_tile, "dot": dots(signature)[0]}
         if make is not None:

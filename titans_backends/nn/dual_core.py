@@ -309,9 +309,7 @@ class TitansDualCore(nn.Module):
             q_state=None if cache is None else cache.q, k_state=None if cache is None else cache.k, v_state=None if cache is None else cache.v,
         )  # fmt: skip
         if cache is not None:
-            for name, state in zip("qkv", found[3:], strict=True):
-                assert state is not None
-                cache.store(name, state)
+            cache.store(**{name: cast(Tensor, state) for name, state in zip("qkv", found[3:], strict=True)})
         q, k, v = (cast(Tensor, tensor) for tensor in found[:3])
         beta, fast_gate, slow_gate = joint.pop("b_proj").sigmoid().chunk(3, -1)
         slow_logit = self._decay_logit("slow", joint) if "slow_decay_proj" in joint else None

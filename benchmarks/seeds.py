@@ -5,7 +5,7 @@
     seeds    fast_core, fused_uw, uw_transform, slow_core at 1x8192, 16/32 heads of 128 and 12 heads of 32, bf16: the share of the floor
     dual     dual_core, 12 heads of 32, float32: flat with lam, recurrent and exact, over lengths and matmul precisions
     short    gated_delta_rule at 1x512, 16/32 heads of 128: what a call costs its caller, bound and through get_op
-    step     gated_delta_step: 64 sequences of 32 heads of 128 against the copy, one sequence in a graph
+    step     gated_delta_step and dual_core_step: 64 sequences of 32 heads of 128 against the copy, one sequence in a graph
     memory   the peak of every schedule of gated_delta_rule over inputs plus outputs
     cold     from the first call to the first result with nothing compiled, a fresh process for each op
 
@@ -39,6 +39,7 @@ from titans_backends.backend import Candidate
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call
+from titans_backends.contracts.dual_core_step import DualCoreStep
 from titans_backends.contracts.slow_core import SlowCore
 from titans_backends.contracts.tolerance import compare, tolerance
 from titans_backends.contracts.validate import validate
@@ -49,6 +50,8 @@ PARTS = ("seeds", "dual", "short", "step", "memory", "cold")
 Outputs = tuple[Tensor | None, ...]
 Run = Callable[[], object]
 _MOST_TOKENS = 4096
+_PLACE = 17
+"""Where in its chunk every row of dual_core_step stands."""
 
 LARGE = Case("1x8192 16/32 D128", B=1, T=8192, G=16, H=32, K=128, V=128, dtype=torch.bfloat16)
 SMALL = replace(LARGE, name="1x8192 12/12 D32", G=12, H=12, K=32, V=32)
@@ -125,6 +128,11 @@ def tasks(parts: list[str]) -> Iterator[Task]:
             yield Task("step", "gated_delta_step", replace(step, name=f"{sequences} sequences", B=sequences), eager=True)
             pool = replace(step, name=f"{sequences} sequences, in place", B=sequences, options={"inplace": True})
             yield Task("step", "gated_delta_step", pool, eager=True)
+        gated = ("g", "fast_gate", "slow_gate")
+        for case in (replace(step, B=64), replace(step, B=1), replace(LAM, T=1)):
+            for options in ({}, {"inplace": True}):
+                name = f"{case.B} sequences of {case.H} heads of {case.K}{', in place' if options else ''}"
+                yield Task("step", "dual_core_step", replace(case, name=name, given=gated, options=options), eager=True)
 
 
 def call_of(task: Task) -> Call:
@@ -138,7 +146,10 @@ def call_of(task: Task) -> Call:
         assert u is not None
         assert w is not None
         return SlowCore(rule.q, rule.k, u, w, g=rule.g, scale=case.K**-0.5, output_final_state=True)
-    return drawn(task) if case.T * case.H * case.K > 1 << 20 else build(made, case, "cuda")
+    call = drawn(task) if case.T * case.H * case.K > 1 << 20 else build(made, case, "cuda")
+    if isinstance(call, DualCoreStep):
+        call.position.fill_(_PLACE)
+    return call
 
 
 def drawn(task: Task) -> Call:
@@ -191,9 +202,9 @@ class Truth:
 
 
 def fresh(op: str, call: Call) -> Call:
-    """The call with a state of its own where it is changed in place."""
+    """The call with states of its own where they are changed in place."""
     made = CONTRACTS[op]
-    return made.with_tensors(call, {"state": made.tensors(call)["state"].clone()}) if getattr(call, "inplace", False) else call
+    return made.with_tensors(call, {name: made.tensors(call)[name].clone() for name in made.rewritten}) if getattr(call, "inplace", False) else call
 
 
 def peers(task: Task, call: Call) -> Iterator[tuple[str, Callable[[], Outputs]]]:
@@ -209,6 +220,11 @@ def peers(task: Task, call: Call) -> Iterator[tuple[str, Callable[[], Outputs]]]
             return uw[..., :width], uw[..., width:]
 
         yield "one torch.bmm on a concatenation made before", one
+    if isinstance(call, DualCoreStep) and not call.inplace:
+        given = {name: getattr(call, name) for name in ("q", "k", "v", "beta", "g", "fast_gate", "slow_gate", "alpha", "chunk_size", "scale")}
+        given |= {"initial_state": call.state, "initial_fast_state": call.fast_state, "chunk_offset": _PLACE, "output_final_state": True}
+        core = tb.get_op("dual_core").bind(**given, backend="triton")
+        yield "dual_core of one token", lambda: core(**given)
     if task.op == "slow_core":
         run = fla_slow(call)
         if run is not None:
@@ -278,7 +294,7 @@ def measure(task: Task, asked: str, top: Ceilings, budget_s: float) -> list[Line
                 told = eager(bound(task.op, fresh(task.op, call)))
                 line.wall_us, line.host_us = told.wall_us, told.host_us
                 line.notes["get_op_wall_us"] = eager(plain(task.op, fresh(task.op, call))).wall_us
-            if line.who in candidates and task.op == "gated_delta_step" and not line.failed:
+            if line.who in candidates and task.op.endswith("_step") and not line.failed:
                 line.notes["chained_us"] = chained(runs[line.who][1])
                 line.notes["share_of_copy"] = work(task.op, call).bytes / (line.graph_us * 1e-6) / top.copy
     best = min((one for one in lines if one.who in candidates and not math.isnan(one.graph_us)), key=lambda one: one.graph_us, default=None)

@@ -48,10 +48,12 @@ def test_opcheck_of_the_backward_op(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.titans_backends, f"{name}_backward").default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_opcheck_of_the_in_place_step() -> None:
-    call, _ = small("gated_delta_step")
-    arguments = (call.q, call.k, call.v, call.beta, call.g, call.state, None, None, False, None)
-    torch.library.opcheck(torch.ops.titans_backends.gated_delta_step_.default, arguments)
+@pytest.mark.parametrize("name", [name for name, made in CONTRACTS.items() if made.rewritten])
+def test_opcheck_of_the_in_place_step(name: str) -> None:
+    made = CONTRACTS[name]
+    call, _ = small(name)
+    arguments = (*library._flatten(made, library.planner(name).values(call), in_place=True), None)
+    torch.library.opcheck(getattr(torch.ops.titans_backends, f"{name}_").default, arguments)
 
 
 def test_an_op_can_be_traced_before_it_was_ever_called() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,8 +15,7 @@ from torch import Tensor
 import titans_backends as tb
 from tests.golden_table import Ledger
 from titans_backends.contracts import CONTRACTS
-from titans_backends.nn import TitansDualCore
-from titans_backends.nn import dual_core as module
+from titans_backends.nn import Level, TitansDualCore
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 FORMS: Mapping[str, dict[str, object]] = {
@@ -26,8 +26,13 @@ FORMS: Mapping[str, dict[str, object]] = {
     "dual psi": {"mode": "dual", "resonance": True, "merge": "flux"},
     "dual lam": {"mode": "dual", "transform": "lam", "chunk_size": 8, "resonance": True, "merge": "scalar"},
     "dual original": {"mode": "dual", "chunking": "original"},
+    "loop": {"mode": "loop"},
+    "loop original": {"mode": "loop", "chunking": "original", "merge": "fixed", "alpha": 0.3},
+    "loop exact": {"mode": "loop", "transform": "exact", "coupling": "batch", "merge": "head"},
     "recurrent": {"mode": "recurrent"},
     "recurrent by chunks": {"mode": "recurrent", "decay": "previous_chunk", "merge": "flux"},
+    "recurrent of four cores": {"mode": "recurrent", "levels": (Level(1, 0.2), Level(2, 0.1, "mean"))},
+    "flat of three cores": {"mode": "flat", "levels": (Level(1, 0.3, "sum"),)},
 }
 BY_FORM = pytest.mark.parametrize("form", FORMS)
 
@@ -61,11 +66,12 @@ def original(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str
     return state_dict, {name: t for name, t in stored.items() if not name.startswith("sd.")}, sizes
 
 
-@pytest.mark.golden("lam_after_layer_*")
+@pytest.mark.golden("lam_*_layer_*")
 @DTYPES
-def test_flat_is_the_originals_layer(golden_file: Path, dtype: torch.dtype) -> None:
+def test_flat_and_loop_are_the_originals_layers(golden_file: Path, dtype: torch.dtype) -> None:
     state_dict, stored, sizes = original(golden_file)
-    layer = TitansDualCore(**sizes, mode="flat", chunking="original")
+    mode = "flat" if "after" in golden_file.name else "loop"
+    layer = TitansDualCore(**sizes, mode=mode, chunking="original")
     layer.load_state_dict(state_dict, strict=True)
     layer.to(dtype)
     ledger = Ledger.of("layer", dtype)
@@ -75,14 +81,15 @@ def test_flat_is_the_originals_layer(golden_file: Path, dtype: torch.dtype) -> N
     ledger.add("y", y, stored["y"])
     ledger.add("S_slow", slow, stored["S_slow"])
     ledger.add("ortho_loss", loss.reshape(1), stored["ortho_loss"])
+    if mode == "loop":
+        ledger.add("S_fast", fast, stored["S_fast"])
     ledger.settle()
     assert fast.shape == stored["S_fast"].shape
-    assert not fast.any()
-    assert not stored["S_fast"].any()
+    assert fast.any() == stored["S_fast"].any()
 
 
 @pytest.mark.golden("lam_*_layer_d64h2v1_T16")
-@pytest.mark.parametrize("mode", ["flat", "dual", "recurrent"])
+@pytest.mark.parametrize("mode", ["flat", "loop", "dual", "recurrent"])
 def test_every_mode_loads_either_originals_state_dict(golden_file: Path, mode: str) -> None:
     state_dict, stored, sizes = original(golden_file)
     layer = TitansDualCore(**sizes, mode=mode)
@@ -121,7 +128,9 @@ def plain_layer(layer: TitansDualCore, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     q, k, v = (convolved(name) for name in "qkv")
     q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
     beta, fast_gate, slow_gate = ((x @ p[f"{name}_proj.weight"].T).sigmoid()[..., None] for name in ("b", "fast_gate", "slow_gate"))
-    decay = (x @ p["slow_decay_proj.weight"].T + p["slow_decay_proj.bias"] + p["slow_decay_bias"]).sigmoid()
+    decay, fast_decay = (
+        (x @ p[f"{core}_decay_proj.weight"].T + p[f"{core}_decay_proj.bias"] + p[f"{core}_decay_bias"]).sigmoid() for core in ("slow", "fast")
+    )
     alpha: Tensor | float = form.alpha
     if form.merge == "flux":
         alpha = 0.5 + 0.3 * network("token_flux_proj", torch.cat([beta * k, beta * v], -1))[..., None]
@@ -136,9 +145,26 @@ def plain_layer(layer: TitansDualCore, x: Tensor) -> tuple[Tensor, Tensor, Tenso
         factor = decay[part].mean(0)
         if form.resonance:
             energy = torch.einsum("chk,hkv,chv->ch", k[part], p["resonance_flux.W_bilinear"], u) / p["resonance_flux.temp"]
-            factor = factor * (1 - 0.05 * network("flux_net", torch.cat([k[part].mean(0), u.mean(0), energy.mean(0)[:, None]], -1)))
+            resonance = network("flux_net", torch.cat([k[part].mean(0), u.mean(0), energy.mean(0)[:, None]], -1))
+            factor = factor * (1 - 0.05 * resonance)
         if form.decay == "previous_chunk":
             factor = decay[start - chunk : start].mean(0) if start else torch.ones(heads, dtype=x.dtype)
+        if form.mode == "loop":
+            psi = resonance[:, None, None]
+            strength = 0.05 + 0.1 * (psi.mean() if form.coupling == "batch" else psi)
+            fast_factor = fast_decay[part].mean(0)[:, None, None] * (1 - 0.1 * psi)
+            written = []
+            for state, decays, gate, out in ((fast, fast_factor, fast_gate, fast_o), (slow, factor[:, None, None], slow_gate, slow_o)):
+                state = decays * state
+                running = read = state / (state.norm(dim=(-2, -1), keepdim=True) + 1e-8)
+                for i, t in enumerate(range(start, part.stop)):
+                    update = torch.einsum("hk,hv->hkv", k[t], u[i] - torch.einsum("hk,hkv->hv", w[i], read))
+                    running, state = running + update, state + update
+                    out[t] = torch.einsum("hk,hkv->hv", q[t], running) * (gate[t] if out is fast_o else 1)
+                written.append(state)
+            mixed = written[0] + strength * psi * written[1], written[1] + strength * (1 - psi) * written[0]
+            fast, slow = (state / (state.norm(dim=(-2, -1), keepdim=True) + 1e-8) for state in mixed)
+            continue
         fast = torch.zeros_like(slow)
         slow = before = slow if form.decay == "token" else slow * factor[:, None, None]
         read = torch.zeros_like(slow) if form.mode == "flat" else before
@@ -155,8 +181,18 @@ def plain_layer(layer: TitansDualCore, x: Tensor) -> tuple[Tensor, Tensor, Tenso
             slow = slow + torch.einsum("hk,hv->hkv", k[t], update)
             slow_o[t] = torch.einsum("hk,hkv->hv", q[t], read)
     o = alpha * fast_o + (1 - alpha) * slow_gate * slow_o
+    o = o * (1 - sum(level.weight for level in form.levels))
+    for index, level in enumerate(form.levels):
+        deep, rates = torch.zeros_like(slow), slice(index * heads, (index + 1) * heads)
+        eta, gate = ((x @ p[f"level_{name}_proj.weight"].T).sigmoid()[:, rates, None] for name in ("eta", "gate"))
+        for start in range(0, seq_len, chunk * level.period):
+            block = slice(start, start + chunk * level.period)
+            o[block] += level.weight * gate[block] * torch.einsum("thk,hkv->thv", q[block], deep)
+            missed = v[block] - torch.einsum("thk,hkv->thv", k[block], deep)
+            by = {"sum": 1.0, "mean": float(chunk * level.period), "safe": eta[block].sum(0).clamp_min(1)[..., None]}[level.normalize]
+            deep = deep + torch.einsum("thk,thv->hkv", eta[block] * k[block], missed) / by
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * p["o_norm.weight"] * (x @ p["g_proj.weight"].T).reshape(o.shape).sigmoid()
-    if form.mode != "recurrent":
+    if form.mode in ("flat", "dual"):
         slow = slow / (slow.norm(dim=(-2, -1), keepdim=True) + 1e-8)
     return (o.flatten(1) @ p["o_proj.weight"].T)[:given], torch.zeros_like(fast) if form.mode == "flat" else fast, slow
 
@@ -175,9 +211,9 @@ def lam_or_exact(k: Tensor, v: Tensor, beta: Tensor, transform: str) -> tuple[Te
 def test_a_layer_is_what_its_form_says(form: str) -> None:
     layer = layer_of(form).requires_grad_(False)
     for seq_len in (5, 32, 41, 70):
-        x = tokens(2, seq_len)
+        x = tokens(1 if layer.form.coupling == "batch" else 2, seq_len)
         y, states, _ = layer(x, return_states=True)
-        for row in range(2):
+        for row in range(len(x)):
             for name, got, want in zip(("y", "S_fast", "S_slow"), (y, *states), plain_layer(layer, x[row]), strict=True):
                 torch.testing.assert_close(got[row], want, rtol=1e-8, atol=1e-9, msg=lambda told, name=name, t=seq_len: f"{name}, T = {t}: {told}")
 
@@ -195,8 +231,7 @@ def test_gradients_are_those_of_the_references(form: str, monkeypatch: pytest.Mo
 
     got = gradients()
     with monkeypatch.context() as patch:
-        for where in (module, tb.nn.states):
-            patch.setattr(where, "get_op", reference_op)
+        replace_ops(patch, reference_op)
         want = gradients()
     assert got.keys() == want.keys()
     for name in got:
@@ -209,6 +244,13 @@ def reference_op(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """The contract's reference, which autograd differentiates."""
     contract = CONTRACTS[name]
     return lambda *args, **kwargs: contract.reference(contract.make_call(*args, **kwargs))
+
+
+def replace_ops(patch: pytest.MonkeyPatch, by: Callable[[str], object]) -> None:
+    """`get_op` wherever the layer names it."""
+    for name, where in list(sys.modules.items()):
+        if name.startswith("titans_backends.nn.") and hasattr(where, "get_op"):
+            patch.setattr(where, "get_op", by)
 
 
 # --- what a form promises
@@ -247,22 +289,31 @@ def test_recurrent_does_not_look_ahead(form: str) -> None:
 
 @BY_FORM
 def test_inference_calls_no_flux_network_that_it_does_not_use_and_makes_no_state(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, calls, states = layer_of(form).eval().requires_grad_(False), [], []
-    for name in ("flux_net", "token_flux_proj"):
-        getattr(layer.resonance_flux, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    layer, calls = layer_of(form).eval().requires_grad_(False), []
 
     def recording(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
         def op(*args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
-            states.append((name, kwargs.get("output_final_state", False)))
+            calls.append((name, kwargs.get("output_final_state", False)))
             return tb.get_op(name)(*args, **kwargs)
 
         return op
 
-    monkeypatch.setattr(module, "get_op", recording)
+    replace_ops(monkeypatch, recording)
     layer(tokens(1, 20))
-    uses_psi = layer.form.mode == "dual" and layer.form.resonance
-    assert calls == ["token_flux_proj"] * (layer.form.merge == "flux") + ["flux_net"] * uses_psi
-    assert states == [("uw_transform", False)] * uses_psi + [("dual_core", False)]
+    psi = layer.form.mode == "loop" or (layer.form.mode == "dual" and layer.form.resonance)
+    resonance = ["uw_transform", "chunk_flux"] * psi
+    core = "coupled_core" if layer.form.mode == "loop" else "dual_core"
+    levels = ["deep_core"] * len(layer.form.levels)
+    called = ["qkv_prepare", *["token_flux"] * (layer.form.merge == "flux"), *resonance, core, *levels, "gated_rms_norm"]
+    assert calls == [(name, False) for name in called]
+
+
+def test_coupling_by_the_batch_lets_a_row_depend_on_its_neighbours_and_by_the_head_does_not() -> None:
+    x = tokens(2, 70)
+    for coupling in ("batch", "head"):
+        layer = layer_of("loop", coupling=coupling).requires_grad_(False)
+        torch.testing.assert_close(layer(x[:1].expand(2, -1, -1))[:1], layer(x[:1]))
+        assert torch.allclose(layer(x)[:1], layer(x[:1]), rtol=1e-9, atol=1e-10) == (coupling == "head")
 
 
 @BY_FORM
@@ -305,29 +356,26 @@ def test_sixteen_bits_run_plain_and_by_autocast(form: str) -> None:
     assert layer.q_proj.weight.grad is not None
 
 
-def test_a_layer_compiles_as_one_graph() -> None:
-    layer, x = layer_of("recurrent by chunks").requires_grad_(False), tokens(1, 70)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x))
-
-
 # --- refusals
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "told"),
     [
-        ({"mode": "loop"}, NotImplementedError, "coupled_core"),
-        ({"mode": "fast"}, tb.UnknownNameError, "known: 'flat', 'dual', 'recurrent'"),
+        ({"mode": "fast"}, tb.UnknownNameError, "known: 'flat', 'loop', 'dual', 'recurrent'"),
         ({"merge": "mean"}, tb.UnknownNameError, "unknown merge 'mean'"),
         ({"chunking": "original"}, ValueError, "must not; pass chunking='regular'"),
         ({"transform": "lam"}, ValueError, "belongs to mode='dual' or 'flat'"),
         ({"resonance": True}, ValueError, "belongs to mode='dual'"),
-        ({"decay": "chunk"}, ValueError, "mode='flat' or 'dual' takes 'chunk'"),
+        ({"decay": "chunk"}, ValueError, "mode='flat' or 'loop' or 'dual' takes 'chunk'"),
         ({"mode": "flat", "resonance": False}, ValueError, "leave it out"),
         ({"chunk_size": 0}, ValueError, "at least 1, got 0"),
         ({"merge": "head", "alpha": 1.0}, ValueError, "both excluded, got 1.0"),
         ({"num_heads": 5}, ValueError, "num_heads=5 must divide"),
+        ({"coupling": "head"}, ValueError, "mode='recurrent' couples nothing"),
+        ({"mode": "loop", "resonance": False}, ValueError, "leave resonance out"),
+        ({"mode": "flat", "chunking": "original", "levels": [Level()]}, ValueError, "a model that has none"),
+        ({"levels": [Level(weight=0.6), Level(weight=0.4)]}, ValueError, "sum must be below 1"),
     ],
 )
 def test_a_form_without_meaning_is_refused(arguments: dict[str, object], error: type[Exception], told: str) -> None:
@@ -338,7 +386,7 @@ def test_a_form_without_meaning_is_refused(arguments: dict[str, object], error: 
 @pytest.mark.parametrize(
     ("arguments", "error", "told"),
     [
-        ({"cache": object()}, NotImplementedError, "without cache"),
+        ({"cache": object()}, TypeError, r"layer.new_cache\(2\), got object"),
         ({"x": torch.zeros(2, 3, 25)}, ValueError, r"\[B, T, 24\], got \(2, 3, 25\)"),
         ({"attention_mask": torch.zeros(2, 3)}, TypeError, "pass mask == 0"),
         ({"attention_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"\[2, 3\], got \[2, 4\]"),

@@ -43,7 +43,7 @@ def offered(op: str, case: Case, machine: Machine = HOPPER) -> list[Candidate]:
 def variant(op: str, case: Case) -> Case:
     """The case with the op's first variant."""
     first = CONTRACTS[op].variants[0]
-    return replace(case, options=first.options, given=first.given, T=3 if op == "gated_delta_step" else case.T)
+    return replace(case, options=first.options, given=first.given, T=3 if CONTRACTS[op].max_tokens else case.T)
 
 
 @pytest.mark.parametrize("view", ["contiguous", "transposed", "misaligned"])

@@ -70,7 +70,7 @@ def test_every_head_size_up_to_256_is_served_on_a_small_card(op: str, head_dim: 
 
 @pytest.mark.parametrize("op", OPS)
 def test_under_batch_invariance_nothing_depends_on_batch_length_or_card(op: str) -> None:
-    other, least = {"gated_delta_step": (2, 1), "fused_uw": (128, 64)}.get(op, (100, 1))  # fused_uw: whole chunks, so that its C stays
+    other, least = (128, 64) if op == "fused_uw" else (2 if CONTRACTS[op].max_tokens else 100, 1)  # fused_uw: whole chunks, so that its C stays
     sizes = [LONG, replace(LONG, B=7, T=other), replace(LONG, B=64, T=least)]
     machines = [H100, replace(H100, sms=16)]
     found = [offered(op, facts(op, case, batch_invariant=True), machine) for case in sizes for machine in machines]
@@ -78,10 +78,10 @@ def test_under_batch_invariance_nothing_depends_on_batch_length_or_card(op: str)
     assert any(candidate.batch_invariant for candidate in found[0])
 
 
-@pytest.mark.parametrize("op", ["slow_core", "gated_delta_rule", "dual_core", "uw_transform", "fused_uw", "gated_delta_step"])
+@pytest.mark.parametrize("op", ["slow_core", "gated_delta_rule", "dual_core", "uw_transform", "fused_uw", "gated_delta_step", "dual_core_step"])
 @pytest.mark.parametrize("head_dim", [32, 128])
 def test_the_number_of_streams_decides_the_order_and_never_the_set(op: str, head_dim: int) -> None:
-    case = replace(LONG, K=head_dim, V=head_dim, T=1 if op == "gated_delta_step" else LONG.T)
+    case = replace(LONG, K=head_dim, V=head_dim, T=1 if CONTRACTS[op].max_tokens else LONG.T)
     found = [set(offered(op, facts(op, replace(case, B=batch)))) for batch in (1, 2, 16)]
     assert found[0] == found[1] == found[2]
 

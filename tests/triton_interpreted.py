@@ -71,7 +71,7 @@ def sizes(made: Contract) -> Iterator[Case]:
         return
     first = made.variants[0]
     base = replace(base, options=first.options, given=first.given)
-    if made.name == "gated_delta_step":
+    if made.max_tokens:
         yield replace(base, name="K 80, V 48", T=2, K=80, V=48)
         yield replace(base, name="K 256, V 256", T=1, K=256, V=256)
         return
@@ -93,7 +93,7 @@ def sizes(made: Contract) -> Iterator[Case]:
 
 def few(made: Contract) -> Iterator[Case]:
     """Cases for every candidate: each of the first kind, one odd in all sizes, one packed."""
-    base = Case("", T=3 if made.name == "gated_delta_step" else 130, B=1, G=1, H=2)
+    base = Case("", T=3 if made.max_tokens else 130, B=1, G=1, H=2)
     if made.name == "fused_uw":
         yield replace(base, name="odd", K=20, V=36, options={"_chunk": 50})
         yield replace(base, name="wide", K=64, V=160)
@@ -104,7 +104,7 @@ def few(made: Contract) -> Iterator[Case]:
     first = made.variants[0]
     odd = replace(base, name="odd", K=36, V=20, view="transposed", options=first.options, given=first.given)
     yield odd
-    if made.name != "gated_delta_step":
+    if not made.max_tokens:
         yield replace(odd, name="odd, packed", lengths=(33, 0, 1, 66, 0))
 
 
@@ -178,9 +178,31 @@ def test_every_other_candidate_keeps_the_contract(op: str, case: Case) -> None:
     def others(call: Call) -> list[Candidate]:
         """Those for this call, and for long ones with few and with many heads: a candidate must be right wherever it is run."""
         known = offered(made, call)
-        if made.name not in ("fused_uw", "gated_delta_step") and case.lengths is None:
+        if made.name != "fused_uw" and not made.max_tokens and case.lengths is None:
             for heads in (2, 64):
                 known += offered(made, build(made, replace(case, T=16384, G=heads, H=heads), "meta"))
         return distinct(known)[1:]
 
     expect_none(problems(made, case, others))
+
+
+@pytest.mark.parametrize(
+    "alpha", [torch.tensor([0.9, 0.5, 0.2, 0.7])[::2], torch.rand(2, 6, 2)[:, ::2]], ids=["dual_core_step-H", "dual_core_step-B T H"]
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_one_products_views_and_states_of_any_strides_are_stepped(alpha: Tensor, inplace: bool) -> None:
+    made = CONTRACTS["dual_core_step"]
+    joint, rates = torch.randn(2, 3, 2 * 16 + 2 * 16 + 2 * 20), torch.rand(2, 3, 4 * 2)
+    q, k, v = (x.view(2, 3, 2, -1) for x in joint.split((32, 32, 40), -1))
+    beta, g, fast_gate, slow_gate = rates.split(2, -1)
+    state, fast_state = torch.randn(4, 20, 2, 16).permute(0, 2, 3, 1), torch.randn(2, 4, 16, 21).transpose(0, 1)[..., :20]
+    call = made.make_call(
+        q, torch.nn.functional.normalize(k, dim=-1), v, beta, -g, fast_gate=fast_gate, slow_gate=slow_gate, alpha=alpha, state=state, fast_state=fast_state,
+        position=torch.tensor([5, 0, 7, 0], dtype=torch.int32)[::2], state_indices=torch.tensor([3, 1]), inplace=inplace, chunk_size=4,
+    )  # fmt: skip
+    wanted = made.reference(call)
+    for candidate in distinct(offered(made, call)):
+        own = made.with_tensors(call, {name: x.clone() for name, x in made.tensors(call).items() if name in made.rewritten})
+        for got, want in zip(module_of(made.name).run(own, candidate), wanted, strict=True):
+            assert got is not None
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.chunks import chunk_rows
 from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
 from titans_backends.contracts.validate import check_devices
 from titans_backends.plans import Outputs, Plan, Planner, Request, request
@@ -39,13 +40,14 @@ def _default(option: Option) -> str:
     return "None" if option.default is None else f'"{option.default}"' if option.kind == "str" else str(option.default)
 
 
-def _parameters(op: Contract, *, mutates: str = "") -> list[str]:
+def _parameters(op: Contract, *, mutates: tuple[str, ...] = ()) -> list[str]:
     """The schema of each field; a tensor that may also be a number is two."""
+    alias = dict(zip(mutates, "abcdefgh", strict=False))
     parts: list[str] = []
     for field in fields(op.make_call):  # type: ignore[arg-type]  # a dataclass by contract
         argument, option = op.argument_by_name.get(field.name), op.option_by_name.get(field.name)
         if argument is not None:
-            kind = "Tensor(a!)" if field.name == mutates else "Tensor?" if argument.optional else "Tensor"
+            kind = f"Tensor({alias[field.name]}!)" if field.name in alias else "Tensor?" if argument.optional else "Tensor"
             parts.append(f"{kind} {field.name}")
             if argument.fill == "mixing":
                 parts.append(f"float {field.name}_number")
@@ -55,10 +57,12 @@ def _parameters(op: Contract, *, mutates: str = "") -> list[str]:
     return parts
 
 
-def _flatten(op: Contract, values: Sequence[object]) -> list[object]:
-    """A call's field values as the schema wants them."""
+def _flatten(op: Contract, values: Sequence[object], *, in_place: bool = False) -> list[object]:
+    """A call's field values as the schema wants them; that of the op in place has no `inplace`."""
     flat: list[object] = []
     for name, value in zip(op.parameters, values, strict=True):
+        if in_place and name == "inplace":
+            continue
         argument = op.argument_by_name.get(name)
         if argument is not None and argument.fill == "mixing":
             flat += (value, 0.0) if isinstance(value, Tensor) else (None, value)
@@ -67,10 +71,14 @@ def _flatten(op: Contract, values: Sequence[object]) -> list[object]:
     return flat
 
 
-def _unflatten(op: Contract, flat: Sequence[object]) -> Call:
+def _unflatten(op: Contract, flat: Sequence[object], *, in_place: bool = False) -> Call:
     """The call of a schema's arguments."""
-    given, rest = {}, iter(flat)
+    given: dict[str, object] = {}
+    rest = iter(flat)
     for name in op.parameters:
+        if in_place and name == "inplace":
+            given[name] = True
+            continue
         value = next(rest)
         argument = op.argument_by_name.get(name)
         if argument is not None and argument.fill == "mixing":
@@ -90,9 +98,8 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
     _refuse_duals(op, values)
     namespace = torch.ops.titans_backends
     if "inplace" in op.parameters and values[op.parameters.index("inplace")]:
-        kept = [v for name, v in zip(op.parameters, values, strict=True) if name != "inplace"]
-        o = namespace.gated_delta_step_(*kept, backend)
-        return o, values[op.parameters.index("state")]  # type: ignore[return-value]  # the state is a tensor
+        o = getattr(namespace, f"{op.name}_")(*_flatten(op, values, in_place=True), backend)
+        return o, *(values[op.parameters.index(name)] for name in op.rewritten)
     flat = (*_flatten(op, values), backend, batch_invariant, training, may_save)
     if torch._C._are_functorch_transforms_active():
         transformed: Outputs = _functorch(op.name).apply(*flat)
@@ -173,11 +180,9 @@ def gradients(
 
 
 def _in_place(op: Contract) -> Callable[..., Tensor]:
-    names = [name for name in op.parameters if name != "inplace"]
-
     def run(*flat: object) -> Tensor:
         *inputs, backend = flat
-        made = op.make_call(**dict(zip(names, inputs, strict=True)), inplace=True)
+        made = _unflatten(op, inputs, in_place=True)
         plan = _plan(op, made, _asked(backend, False, training=False, may_save=False))
         o = _PLANNERS[op.name].execute(plan, made)[0]
         assert o is not None
@@ -222,6 +227,8 @@ def _fake_forward(op: Contract) -> Callable[..., Outputs]:
         tensors = op.tensors(made)
         check_devices(op, tensors)  # one tensor on meta among others brings the call here, and nothing would be computed
         sizes, first = _sizes(op, tensors), tensors[op.operands[0]]
+        if any("Z" in output.dims.split() for output in op.outputs):
+            sizes["Z"] = chunk_rows(first.shape[1], made.chunk_size, sizes["N"] if "cu_seqlens" in tensors else None)  # type: ignore[attr-defined, arg-type]
         outputs: list[Tensor | None] = []
         for output, asked in zip(op.outputs, op.asked(made), strict=True):
             dtype = tensors[output.like].dtype if output.like else state_dtype(first.dtype)
@@ -338,7 +345,7 @@ def register() -> None:
         torch.library.register_fake(f"{NAMESPACE}::{back}", _fake_backward(op), lib=library)
         torch.library.register_autograd(f"{NAMESPACE}::{back}", _second_order(op), setup_context=lambda ctx, inputs, output: None, lib=library)
         if "inplace" in op.parameters:
-            kept = [p for p in _parameters(op, mutates="state") if p.split()[-1] != "inplace"]
+            kept = [p for p in _parameters(op, mutates=op.rewritten) if p.split()[-1] != "inplace"]
             library.define(f"{op.name}_({', '.join([*kept, 'str? backend'])}) -> Tensor")
             library.impl(f"{op.name}_", _in_place(op), "CompositeExplicitAutograd")
             torch.library.register_fake(

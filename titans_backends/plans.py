@@ -36,7 +36,7 @@ _MEMO_LIMIT = 4096
 _RECENT = 4
 """Calls that are told from one another without a key: the shapes of a model's layers."""
 _BACKWARDS_LIMIT = 64
-_LENGTHS = frozenset("BTNMEP*")
+_LENGTHS = frozenset("BTNMEPZ*")
 _LONGEST_CHUNK = 512
 _PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
 
@@ -88,7 +88,7 @@ def request(backend: str | None, *, training: bool, may_save: bool = True) -> Re
 class Plan:
     """A frozen choice with the modules that run it. `ran` says that its kernels are loaded, which graph capture needs to know.
 
-    `values` gives a call's, `outputs` counts the contract's, `written` is the place of a state that the call changes.
+    `values` gives a call's, `outputs` counts the contract's, `written` are the places of what the call changes.
     `again` is what the module remembered of the first call: every call of a plan has the same facts. `tries`: how often it may still be asked, since a call
     with one tensor for two inputs cannot be remembered and the next one can. `again_backward`
     holds the same of backwards, by what was needed and the facts of what arrived; None: that cannot be repeated.
@@ -101,7 +101,7 @@ class Plan:
     device: torch.device
     values: Callable[[Call], tuple[object, ...]]
     outputs: int = field(default=0)
-    written: int | None = field(default=None)
+    written: tuple[int, ...] = field(default=())
     ran: bool = field(default=False)
     again: Callable[[tuple[object, ...]], Outputs] | None = field(default=None)
     tries: int = field(default=3)
@@ -133,8 +133,8 @@ class Plan:
         again = self.again
         if again is None or self.checks_indices or self.needs_guard():
             return None
-        if self.written is not None:
-            announce_change(self.choice.signature.op, values[self.written])  # type: ignore[arg-type]  # a tensor, as in the first call
+        for place in self.written:
+            announce_change(self.choice.signature.op, values[place])  # type: ignore[arg-type]  # a tensor, as in the first call
         return again(values)[: self.outputs]
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
@@ -260,7 +260,8 @@ class Planner:
                 f"{self.contract.name}: a graph is being captured, and this bound op has not run yet; call it once before the capture"
             )
         if self._may_change and call.inplace:  # type: ignore[attr-defined]
-            announce_change(self.contract.name, call.state)  # type: ignore[attr-defined]
+            for name in self.contract.rewritten:
+                announce_change(self.contract.name, getattr(call, name), name)
         outputs = plan.run(call)
         if not plan.ran:
             self._warmed.setdefault(_compiled_for(plan.choice.signature), set()).add(plan.choice.pair)
@@ -337,17 +338,18 @@ class Planner:
             tune_call(self.contract, call, signature, asked.tune_budget_s)
             choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
-        written = self.contract.parameters.index("state") if self._may_change and call.inplace else None  # type: ignore[attr-defined]
+        changed = self.contract.rewritten if self._may_change and call.inplace else ()  # type: ignore[attr-defined]
+        written = tuple(self.contract.parameters.index(name) for name in changed)
         return Plan(choice, forward, backward, checks, device, self.values, len(self.contract.outputs), written)
 
 
-def announce_change(op: str, state: Tensor) -> None:
+def announce_change(op: str, state: Tensor, name: str = "state") -> None:
     """Tells autograd that a kernel writes this tensor, which it cannot see: what was saved of it for a backward is refused there."""
     if not state.is_inference():
         torch.autograd.graph.increment_version(state)
     elif not torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{op}: inplace=True would change an inference tensor outside torch.inference_mode(); pass state.clone(), or inplace=False"
+            f"{op}: inplace=True would change an inference tensor outside torch.inference_mode(); pass {name}.clone(), or inplace=False"
         )
 
 

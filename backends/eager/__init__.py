@@ -15,6 +15,7 @@ _OPS = (
     "gated_delta_rule",
     "gated_delta_step",
     "dual_core",
+    "dual_core_step",
     "coupled_core",
     "deep_core",
     "deep_core_step",
@@ -22,6 +23,7 @@ _OPS = (
     "qkv_prepare",
     "gated_rms_norm",
     "token_flux",
+    "chunk_flux",
 )
 
 BACKEND = Backend(

@@ -1,4 +1,7 @@
-"""deep_core_step: token after token on the carry, each row's block closed by a mask; nothing here waits for the device (SPEC.md 7, 9). Experimental."""
+"""deep_core_step: token after token on the carry, each row's block closed by a mask; nothing here waits for the device (SPEC.md 7, 9). Experimental.
+
+A row with index -1 is skipped: its o is 0 and no slot changes for it. In place, the given carry is written and returned.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from titans_backends.verdict import ACCEPTED, Verdict
 
 from .chunk_grid import compute_dtype
 from .deep_blocks import Closing, Tokens, close, close_backward, masses, token_gradients
+from .pool_slots import PoolSlots
 
 __all__ = ["backward_candidates", "candidates", "run", "run_backward", "supports"]
 
@@ -45,18 +49,18 @@ class _Steps:
         self.q, k, v, eta = (self.heads_first(x) for x in (call.q, call.k, call.v, call.eta))
         self.x = Tokens(k, v, eta, eta * k)
         self.g = None if call.g is None else self.heads_first(call.g)[..., 0]
-        self.ends = [(call.position + t + 1) % self.how.block == 0 for t in range(call.v.shape[1])]
+        position = call.position.to(call.v.device)
+        self.ends = [(position + t + 1) % self.how.block == 0 for t in range(call.v.shape[1])]
+        self.slots = None if call.state_indices is None else PoolSlots(call.state_indices, call.v.device)
 
     def heads_first(self, x: Tensor) -> Tensor:
         """`[B, T, G, D]` or `[B, T, H]` as `[B, H, T, D]`, each of the G heads repeated."""
         x = (x[..., None] if x.dim() == 3 else x).transpose(1, 2).to(self.dtype)
         return x if x.shape[1] == self.heads else x.repeat_interleave(self.heads // x.shape[1], 1)
 
-    def carry(self, given: tuple[Tensor | None, ...]) -> Carry:
-        """Fresh tensors of the arithmetic's dtype: copies of what is given, zeros for the rest."""
-        like = tuple(getattr(self.call, name) for name in _CARRIED)
-        made = (torch.zeros_like(y) if x is None else x for x, y in zip(given, like, strict=True))
-        return Carry(*(x.to(dtype=self.dtype, copy=True, memory_format=torch.contiguous_format) for x in made))
+    def rows(self, pools: tuple[Tensor, ...]) -> Carry:
+        """The carry's rows of this call's sequences in the arithmetic's dtype, to be read only."""
+        return Carry(*((x if self.slots is None else self.slots.take(x)).to(self.dtype) for x in pools))
 
     def token(self, t: int) -> Tokens:
         part = slice(t, t + 1)
@@ -64,7 +68,7 @@ class _Steps:
 
     def forward(self, kept: list[Carry] | None = None) -> tuple[Tensor, Carry]:
         """o `[B, H, T, V]` before scale and gate, and the carry; `kept` collects each token's carry before its block closes."""
-        carry = Carry(*(getattr(self.call, name).to(self.dtype) for name in _CARRIED))  # read only: every token makes a new one
+        carry = self.rows(_carried(self.call))  # every token makes a new one
         read = torch.empty_like(self.x.v, memory_format=torch.contiguous_format)
         for t, ends in enumerate(self.ends):
             x = self.token(t)
@@ -77,12 +81,11 @@ class _Steps:
             carry = close(before, ends, self.how)
         return read, carry
 
-    def backward(self, grads: tuple[Tensor | None, ...]) -> tuple[dict[str, Tensor], Carry]:
-        """Gradients of the inputs as `[B, H, T, D]`, and of the carry before the tokens."""
+    def backward(self, d_o: Tensor | None, d: Carry) -> tuple[dict[str, Tensor], Carry]:
+        """Gradients of the inputs as `[B, H, T, D]`, and of the carry's rows before the tokens, from those of what came out."""
         call, kept = self.call, list[Carry]()
         read, _ = self.forward(kept)
-        d = self.carry(grads[1:])
-        do = torch.zeros_like(read) if grads[0] is None else self.heads_first(grads[0])
+        do = torch.zeros_like(read) if d_o is None else self.heads_first(d_o)
         dy = call.scale * (do if call.gate is None else do * self.heads_first(call.gate))
         out = {name: torch.empty_like(x) for name, x in (("q", self.q), ("k", self.x.k), ("v", self.x.v), ("eta", self.x.eta), ("g", self.x.eta))}
         out["gate"] = call.scale * (do * read).sum(-1, keepdim=True)
@@ -106,21 +109,48 @@ def _tokens_first(x: Tensor, like: Tensor) -> Tensor:
     return x if like.dim() == 4 else x[..., 0]
 
 
+def _carried(call: DeepCoreStep) -> tuple[Tensor, ...]:
+    return call.state, call.error, call.mass, call.log_decay
+
+
 def run(call: DeepCoreStep, candidate: Candidate) -> tuple[Tensor | None, ...]:
-    """o `[B, T, H, V]` and the carry after the tokens, in the dtypes of the given one."""
+    """o `[B, T, H, V]` and the carry after the tokens, in the dtypes of the given one: new tensors, or the given ones when in place."""
+    given = _carried(call)
+    if not call.state.shape[0]:  # an empty pool: every row is skipped
+        return torch.zeros(call.v.shape, dtype=call.v.dtype, device=call.v.device), *(x if call.inplace else x.clone() for x in given)
     steps = _Steps(call)
-    read, carry = steps.forward()
+    read, rows = steps.forward()
     read.mul_(call.scale)
     if call.gate is not None:
         read.mul_(steps.heads_first(call.gate))
-    return (_tokens_first(read, call.v), *(x.to(getattr(call, name).dtype) for name, x in zip(_CARRIED, carry, strict=True)))
+    if steps.slots is None:
+        after = tuple(old.copy_(new) if call.inplace else new.to(old.dtype) for old, new in zip(given, rows, strict=True))
+        return _tokens_first(read, call.v), *after
+    after = given if call.inplace else tuple(x.clone(memory_format=torch.contiguous_format) for x in given)
+    for pool, new in zip(after, rows, strict=True):
+        steps.slots.put(pool, new)
+    return _tokens_first(steps.slots.where_used(read), call.v), *after
 
 
 def run_backward(
     call: DeepCoreStep, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, eta, g, gate and the carry, in that order."""
-    found, d = _Steps(call).backward(grads)
+    """Gradients of q, k, v, eta, g, gate and the carry, in that order, for the form that is not in place."""
+    if not call.state.shape[0]:
+        return tuple(torch.zeros_like(x) if name in needs and (x := getattr(call, name)) is not None else None for name in _INPUTS)
+    steps, d_o = _Steps(call), grads[0]
+    arrived = zip(grads[1:], _carried(call), strict=True)
+    pools = Carry(*(torch.zeros_like(x, memory_format=torch.contiguous_format) if d is None else d for d, x in arrived))
+    d_rows = steps.rows(pools)
+    if steps.slots is not None:
+        d_rows = Carry(*map(steps.slots.where_used, d_rows))
+        d_o = None if d_o is None else steps.slots.where_used(d_o)
+    found, d = steps.backward(d_o, d_rows)
+    if steps.slots is not None:
+        pools, rows = Carry(*(x.clone(memory_format=torch.contiguous_format) for x in pools)), d
+        for pool, new in zip(pools, rows, strict=True):
+            steps.slots.put(pool, new)
+        d = pools
     carried = dict(zip(_CARRIED, d, strict=True))
     out: list[Tensor | None] = []
     for name in _INPUTS:

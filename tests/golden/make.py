@@ -84,6 +84,21 @@ FILES: Mapping[str, tuple[str, Case]] = {
         ),
     ),
     "deep_core_step": ("deep_core_step", replace(STEP, K=8, V=12, options={"chunk_size": 2, "period": 2}, given=("g", "gate"))),
+    "dual_core_step": (
+        "dual_core_step",
+        replace(STEP, V=12, options={"chunk_size": 4}, given=("g", "fast_gate", "slow_gate", "alpha"), seed=2),  # alpha [B, T, H]
+    ),
+    "dual_core_step_pool": (
+        "dual_core_step",
+        replace(
+            STEP,
+            K=8,
+            V=12,
+            options={"chunk_size": 2, "qk_l2norm": True, "scale": 0.5},
+            given=("g", "alpha", "state_indices"),
+            seed=1,  # alpha [H]
+        ),
+    ),
     "dual_core_packed": (
         "dual_core",
         replace(
@@ -135,6 +150,8 @@ FILES: Mapping[str, tuple[str, Case]] = {
         replace(PACKED, K=8, V=6, options={"lookahead": 1, "qk_norm": "l2_eps"}, given=("q_bias", "k_bias", "v_bias")),
     ),
     "token_flux": ("token_flux", replace(GROUPED, V=12)),
+    "chunk_flux": ("chunk_flux", replace(GROUPED, V=12, options={"chunk_size": 8})),
+    "chunk_flux_packed": ("chunk_flux", replace(PACKED, V=12, options={"chunk_size": 8})),
     "gated_rms_norm": ("gated_rms_norm", replace(GROUPED, V=12)),
     "coupled_core_packed": (
         "coupled_core",

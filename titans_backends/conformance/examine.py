@@ -92,7 +92,7 @@ def _choose(item: Item, call: Call, training: bool) -> Choice:
 def _public(made: Contract, item: Item, exam: Exam, bound: Tolerance, ledger: Ledger, where: str, training: bool) -> None:
     """The call as a user makes it, with autograd in training."""
     given = made.tensors(exam.call)
-    fresh = {name: t.detach().clone(memory_format=torch.preserve_format) for name, t in given.items() if name == "state"}
+    fresh = {name: t.detach().clone(memory_format=torch.preserve_format) for name, t in given.items() if name in made.rewritten}
     leaves: dict[str, Tensor] = {}
     if training:
         leaves = {name: given[name].detach().requires_grad_() for name in made.differentiable if name in given}

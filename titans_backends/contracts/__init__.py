@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from titans_backends.contracts import (
+    chunk_flux,
     coupled_core,
     deep_core,
     deep_core_step,
     dual_core,
+    dual_core_step,
     fast_core,
     fused_uw,
     gated_delta_rule,
@@ -37,6 +39,7 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             gated_delta_rule,
             gated_delta_step,
             dual_core,
+            dual_core_step,
             coupled_core,
             deep_core,
             deep_core_step,
@@ -44,6 +47,7 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             qkv_prepare,
             gated_rms_norm,
             token_flux,
+            chunk_flux,
         )
     }
 )

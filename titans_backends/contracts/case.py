@@ -74,7 +74,7 @@ def case_dims(case: Case) -> dict[str, int]:
     sequences = batch if case.lengths is None else len(case.lengths)
     return {
         "B": batch, "T": tokens, "G": case.G, "H": case.H, "K": case.K, "V": case.V, "N": sequences,
-        "E": sequences + 1, "W": 4, "F": max(1, case.K // 2), "J": case.K + case.V, "Y": 1,
+        "E": sequences + 1, "W": 4, "F": max(1, case.K // 2), "J": case.K + case.V, "X": case.K + case.V + 1, "Y": 1,
         "M": sum(math.ceil(length / chunk) for length in spans), "P": batch + 3 if "state_indices" in case.given else batch,
     }  # fmt: skip
 

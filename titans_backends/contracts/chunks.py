@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-__all__ = ["Span", "chunk_count", "chunk_spans", "sequence_bounds"]
+__all__ = ["Span", "chunk_count", "chunk_rows", "chunk_spans", "sequence_bounds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +47,8 @@ def chunk_spans(seq_len: int, chunk_size: int, cu_seqlens: Tensor | None = None,
 def chunk_count(seq_len: int, chunk_size: int, cu_seqlens: Tensor | None = None) -> int:
     """M: the number of chunks of a call whose grid starts at each sequence's first token."""
     return sum(-(-(end - begin) // chunk_size) for begin, end in sequence_bounds(seq_len, cu_seqlens))
+
+
+def chunk_rows(seq_len: int, chunk_size: int, sequences: int | None) -> int:
+    """Z: the rows of a result with one for each chunk; packed (`sequences` is N) as many as there can be, whatever the lengths are."""
+    return -(-seq_len // chunk_size) if sequences is None else seq_len // chunk_size + sequences

@@ -98,7 +98,7 @@ class Contract:
 
     Derived once, since a tracer cannot follow what is computed at first use: `parameters`, every parameter's name in the order of the
     op's signature; `operands`, the arguments that share one dtype; `differentiable`, the tensor arguments that take a gradient, which a
-    backward's result follows; the tensor arguments and the options by name.
+    backward's result follows; `rewritten`, the arguments that `inplace=True` changes and hands back; the tensor arguments and the options by name.
     """
 
     name: str
@@ -120,6 +120,7 @@ class Contract:
     parameters: tuple[str, ...] = field(init=False, repr=False)
     operands: tuple[str, ...] = field(init=False, repr=False)
     differentiable: tuple[str, ...] = field(init=False, repr=False)
+    rewritten: tuple[str, ...] = field(init=False, repr=False)
     argument_by_name: Mapping[str, Argument] = field(init=False, repr=False)
     option_by_name: Mapping[str, Option] = field(init=False, repr=False)
 
@@ -134,6 +135,7 @@ class Contract:
             "parameters": parameters,
             "operands": tuple(a.name for a in self.arguments if a.role == "operand"),
             "differentiable": tuple(name for name in parameters if name in floating),
+            "rewritten": tuple(o.name for o in self.outputs if o.name in parameters) if "inplace" in declared else (),
             "argument_by_name": {a.name: a for a in self.arguments},
             "option_by_name": {o.name: o for o in self.options},
         }

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from titans_backends.contracts.chunks import chunk_count
+from titans_backends.contracts.chunks import chunk_count, chunk_rows
 from titans_backends.contracts.contract import Argument, Call, Contract, Option, arithmetic_dtype
 
 __all__ = ["OPERAND_DTYPES", "bind_arguments", "check_devices", "check_indices", "validate"]
@@ -45,6 +45,9 @@ def validate(contract: Contract, call: Call) -> dict[str, int]:
     dims = _bind_dims(contract, tensors)
     _check_heads(contract, tensors, dims)
     _check_packing(contract, call, tensors, dims)
+    if any("Z" in output.dims.split() for output in contract.outputs):
+        chunk = int(getattr(call, "chunk_size"))  # noqa: B009  (a Call has no static fields)
+        dims["Z"] = chunk_rows(dims["T"], chunk, dims["N"] if "cu_seqlens" in tensors else None)
     contract.check(call, dims)
     return dims
 
@@ -229,15 +232,8 @@ def check_indices(contract: Contract, call: Call) -> None:
                 f"{contract.name}: cu_seqlens must not fall, but goes from {ends[falls[0]]} to {ends[falls[0] + 1]} at entry {falls[0] + 1}"
             )
         _check_chunks(contract, call, tensors)
-    position = tensors.get("position")
-    if position is not None and position.numel():
-        block = int(getattr(call, "chunk_size")) * int(getattr(call, "period"))  # noqa: B009
-        least, most = int(position.min()), int(position.max())
-        if least < 0 or most >= block:
-            raise ValueError(
-                f"{contract.name}: position must be in [0, chunk_size * period) = [0, {block}), got {least if least < 0 else most}; "
-                f"pass position % {block}"
-            )
+    if "position" in tensors and tensors["position"].numel():
+        _check_positions(contract, call, tensors["position"])
     slots = tensors.get("state_indices")
     if slots is not None:
         named, pool = slots.tolist(), tensors["state"].shape[0]
@@ -248,3 +244,17 @@ def check_indices(contract: Contract, call: Call) -> None:
         twice = sorted({slot for slot in used if used.count(slot) > 1})
         if twice:
             raise ValueError(f"{contract.name}: state_indices names slot {twice[0]} more than once; every row needs a slot of its own")
+
+
+def _check_positions(contract: Contract, call: Call, position: Tensor) -> None:
+    """Inside a block, where the op has blocks; else any number of tokens."""
+    least, most = int(position.min()), int(position.max())
+    if "period" not in contract.option_by_name:
+        if least < 0:
+            raise ValueError(f"{contract.name}: position must be at least 0, got {least}; pass how many tokens each row has seen")
+        return
+    block = int(getattr(call, "chunk_size")) * int(getattr(call, "period"))  # noqa: B009
+    if least < 0 or most >= block:
+        raise ValueError(
+            f"{contract.name}: position must be in [0, chunk_size * period) = [0, {block}), got {least if least < 0 else most}; pass position % {block}"
+        )

@@ -6,5 +6,8 @@
 from __future__ import annotations
 
 from titans_backends.nn.dual_core import TitansDualCore
+from titans_backends.nn.encoder import EncoderOutput, TitansEncoder, TitansEncoderConfig
+from titans_backends.nn.level import Level
+from titans_backends.nn.streaming import DualCoreCache
 
-__all__ = ["TitansDualCore"]
+__all__ = ["DualCoreCache", "EncoderOutput", "Level", "TitansDualCore", "TitansEncoder", "TitansEncoderConfig"]

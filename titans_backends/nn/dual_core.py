@@ -1,83 +1,82 @@
-"""TitansDualCore: the dual-core memory layer, with the parameters of the original LAM layer, on the op `dual_core`.
+"""TitansDualCore: the dual-core memory layer, with the parameters of the original LAM layer, on the registry's ops.
 
     q, k, v = SiLU(conv(x W))          q, k of norm 1          beta, gates, decays = sigmoid(x W)
     o = alpha o_fast + (1 - alpha) o_slow                      y = (RMSNorm(o) * weight * sigmoid(x Wg)) Wo
 
-Not here: mode "loop", a cache for streaming, more than two cores. Each is refused with a sentence.
+One product for all of x's projections, `qkv_prepare`, the memory (`memory.py`), `gated_rms_norm`, one product: a layer is six to a dozen launches.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from titans_backends.nn.chunk_grid import ChunkGrid
+from titans_backends.nn import memory
 from titans_backends.nn.flux import ResonanceFlux
-from titans_backends.nn.forms import Chunking, Convolution, Decay, Merge, Mode, Transform, resolve
+from titans_backends.nn.forms import Chunking, Convolution, Coupling, Decay, Merge, Mode, Transform, resolve
+from titans_backends.nn.joint import joint_projection, stand_together
+from titans_backends.nn.level import Level
+from titans_backends.nn.levels import empty_carry, with_levels
+from titans_backends.nn.memory import Memory, States
 from titans_backends.nn.merge import LearnedMerge, flux_merge
-from titans_backends.nn.normalization import GatedRMSNorm, unit_norm
+from titans_backends.nn.normalization import GatedRMSNorm
 from titans_backends.nn.sequences import Packing, original_chunk_size, original_groups, original_length, pad_tokens
-from titans_backends.nn.short_conv import ShortConv
-from titans_backends.nn.states import orthogonality_loss, tracked_state
+from titans_backends.nn.short_conv import TAPS, ShortConv
+from titans_backends.nn.states import orthogonality_loss
+from titans_backends.nn.streaming import DualCoreCache
 from titans_backends.op import get_op
 
 __all__ = ["TitansDualCore"]
 
-States = tuple[Tensor, Tensor]
 _CHUNK_KEEPS = 0.9
 """What a fresh layer keeps of S_slow from one chunk to the next: the 0.9 that the original names, and misses (it keeps 0.474)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What the memory ops take: unit q, k `[B, T, H, K]`, v `[B, T, H, V]`, the rest `[B, T, H]`; `decay_logit`: the sigmoid's argument."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    beta: Tensor
-    fast_gate: Tensor
-    slow_gate: Tensor
-    decay_logit: Tensor
-    chunk_size: int
-    cu_seqlens: Tensor | None
-
-    def grid(self) -> ChunkGrid:
-        """Where its chunks lie."""
-        return ChunkGrid.of(self.v.shape[1], self.chunk_size, self.cu_seqlens, self.v.device)
+_GATE = ("g_proj",)
+_QKV = ("q_proj", "k_proj", "v_proj")
+_BY_HEAD = _GATE + _QKV
+_PER_HEAD = ("b_proj", "fast_gate_proj", "slow_gate_proj")
+_DECAYS = ("slow_decay_proj", "fast_decay_proj")
+_LEVELS = ("level_eta_proj", "level_gate_proj")
+_GATE_LATER = 16384
+"""Tokens from which on the output gate's product waits for the memory, in inference: it would hold a third of the layer's memory meanwhile."""
 
 
 class TitansDualCore(nn.Module):
     """A token-mixing layer with two memories: S_fast inside each chunk, and S_slow, a delta rule.
 
     `TitansDualCore(d_model, num_heads)`, then `layer(x)` for x `[B, T, d_model]`. The parameters have the original's names and shapes in every mode, so
-    that `load_state_dict(original, strict=True)` works unless `merge` adds one of its own.
+    that `load_state_dict(original, strict=True)` works unless `merge` or `levels` add some of their own.
 
     **mode** says what crosses from one chunk to the next, what it costs and what it loses:
 
     - `"recurrent"` (default): S_slow is the exact gated delta rule over the whole sequence, the convolution is causal, so y[t] depends on x[:t + 1] only.
-      `decay="token"` forgets by each token's own factor; `"previous_chunk"` by the mean over the chunk before, on a chunk's first token.
+      `decay="token"` forgets by each token's own factor; `"previous_chunk"` by the mean over the chunk before, on a chunk's first token. Streams, with a `cache`.
     - `"dual"`: S_slow crosses chunks and forgets by the chunk's mean decay (times 1 - 0.05 psi with `resonance=True`), and is divided by its norm where it is
       returned. Sees one token ahead in the convolution, and in a chunk's mean the rest of the chunk. `transform="lam"` is no inverse: for short
       sequences only, since its error grows from chunk to chunk (a fresh layer of 2 heads of 32: NaN within 2048 tokens).
+    - `"loop"`: the original's earlier version. Two states, read and kept at norm 1, which mix after every chunk of 64; the blend is the flux's. One chunk after
+      another, and the dearest. `coupling="head"`: by each head's own resonance; `"batch"`, the original's: by its mean over batch and heads, so that a row depends
+      on its neighbours. The original's dropout on the state updates in training is not there.
     - `"flat"`: the original's current inference. Nothing crosses a chunk: no long memory, and the cheapest. Its S_slow, on request, is tracked
       beside the output and never read. Sees one token ahead.
 
-    **chunking**: `"regular"` chunks of `chunk_size`, the last one shorter. `"original"` (flat, dual): lengths from 64 on are padded with zeros to a multiple of 32
-    and a length that is no multiple of `chunk_size` is one chunk, so that 257 tokens cost a chunk of 288 and change the first 256 outputs; needed to
-    reproduce the original's numbers, and for nothing else.
+    **chunking**: `"regular"` chunks of `chunk_size` (64 in the loop mode, 128 in the others), the last one shorter. `"original"` (flat, dual, loop): lengths
+    from 64 on are padded with zeros to a multiple of 32 and a length that is no multiple of `chunk_size` is one chunk, so that 257 tokens cost a chunk of 288
+    and change the first 256 outputs; needed to reproduce the original's numbers, and for nothing else.
 
     **merge**: alpha, the share of S_fast: `"fixed"` at `alpha` (0.1); learned from there, `"scalar"` or per `"head"` (adds `merge.logit`);
-    `"flux"`: 0.5 + 0.3 token flux, for each token.
+    `"flux"`: 0.5 + 0.3 token flux, for each token, the loop mode's default.
+
+    **levels** (experimental): more cores that learn one block of chunks at a time, `[Level(period=4, weight=0.1)]`; each takes its weight from the two cores.
 
     The other options default to the mode's: `convolution` `"original"` or `"causal"`, `transform`, `decay`, `resonance`.
     `expand_k`, `expand_v`: the width of all keys, all values, as a multiple of d_model; `norm_eps` is o_norm's.
 
-    Not implemented, and refused: `mode="loop"`, `cache`. Parameters that a mode does not use (`fast_decay*` in all three, the flux networks where
-    no flux is asked for, `o_norm.gate`) get no gradient: DistributedDataParallel needs `find_unused_parameters=True`.
+    Parameters that a mode does not use (`fast_decay*` outside of the loop mode, the flux networks where no flux is asked for, `o_norm.gate`) get no
+    gradient: DistributedDataParallel needs `find_unused_parameters=True`.
     """
 
     def __init__(
@@ -89,19 +88,21 @@ class TitansDualCore(nn.Module):
         expand_v: float = 1.0,
         mode: Mode = "recurrent",
         chunking: Chunking = "regular",
-        chunk_size: int = 128,
+        chunk_size: int | None = None,
         convolution: Convolution | None = None,
         transform: Transform | None = None,
         decay: Decay | None = None,
         resonance: bool | None = None,
-        merge: Merge = "fixed",
+        coupling: Coupling | None = None,
+        merge: Merge | None = None,
         alpha: float = 0.1,
+        levels: Sequence[Level] | None = None,
         norm_eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.form = resolve(mode, chunking, chunk_size, convolution, transform, decay, resonance, merge, alpha)
+        self.form = resolve(mode, chunking, chunk_size, convolution, transform, decay, resonance, coupling, merge, alpha, levels)
         keys, values = _widths(d_model, num_heads, expand_k, expand_v)
         self.d_model, self.num_heads = d_model, num_heads
 
@@ -109,7 +110,7 @@ class TitansDualCore(nn.Module):
             return nn.Linear(inputs, outputs, bias, device, dtype)
 
         self.q_proj, self.k_proj, self.v_proj = linear(d_model, keys), linear(d_model, keys), linear(d_model, values)
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(width, self.form.look_ahead, device, dtype) for width in (keys, keys, values))
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(width, device, dtype) for width in (keys, keys, values))
         self.b_proj = linear(d_model, num_heads)
         self.fast_decay_proj, self.slow_decay_proj = linear(d_model, num_heads, True), linear(d_model, num_heads, True)
         self.fast_decay_bias, self.slow_decay_bias = (nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) for _ in range(2))
@@ -117,8 +118,13 @@ class TitansDualCore(nn.Module):
         self.resonance_flux = ResonanceFlux(num_heads, keys // num_heads, values // num_heads, device, dtype)
         self.g_proj, self.o_proj = linear(d_model, values), linear(values, d_model)
         self.o_norm = GatedRMSNorm(values // num_heads, norm_eps, device, dtype)
-        self.merge = LearnedMerge(num_heads if merge == "head" else None, alpha, device, dtype) if merge in ("scalar", "head") else None
+        learned = self.form.merge in ("scalar", "head")
+        self.merge = LearnedMerge(num_heads if merge == "head" else None, alpha, device, dtype) if learned else None
+        for name in _LEVELS if self.form.levels else ():
+            setattr(self, name, linear(d_model, num_heads * len(self.form.levels)))
         self.reset_decay()
+        self.register_load_state_dict_post_hook(_stand_together)  # type: ignore[no-untyped-call]
+        _stand_together(self)
 
     def reset_decay(self) -> None:
         """Sets the decay's biases for a new model: S_slow keeps 0.9 of itself from one chunk to the next, or as much in `chunk_size` tokens of their own."""
@@ -137,28 +143,66 @@ class TitansDualCore(nn.Module):
         x: Tensor,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: object | None = None,
+        cache: DualCoreCache | None = None,
         *,
         return_states: bool = False,
     ) -> Tensor | tuple[Tensor, States, Tensor]:
         """y `[B, T, d_model]`, or `(y, (S_fast, S_slow), orthogonality_loss)` with `return_states=True`.
 
         x `[B, T, d_model]`; `attention_mask` `[B, T]`, bool or int, non-zero where a token counts: what it hides is taken out before anything else, and y is 0 there.
-        Or `cu_seqlens` `[N + 1]` for sequences packed along T, with B = 1. The states are `[N, H, K, V]`, N = B unless packed: the recurrent forms' after the last
-        token; in the flat mode S_fast is 0. Raises NotImplementedError for a cache, ValueError or TypeError for what does not fit.
+        Or `cu_seqlens` `[N + 1]` for sequences packed along T, with B = 1. The states are `[N, H, K, V]`, N = B unless packed: after the last token; in the flat
+        mode S_fast is 0. `cache`, of `new_cache`: x continues what it holds, and it is brought up to date in place (recurrent only).
+        Raises ValueError or TypeError for what does not fit.
         """
-        self._check(x, attention_mask, cu_seqlens, cache)
+        self.check(x, attention_mask, cu_seqlens, cache)
         if attention_mask is None:
-            y, states = self._in_chunks(x, cu_seqlens, return_states)
+            y, states = self._in_chunks(x, cu_seqlens, return_states, cache)
         else:
             packing = Packing.of(attention_mask.to(x.device))
-            y, states = self._in_chunks(packing.pack(x), packing.cu_seqlens, return_states)
+            y, states = self._in_chunks(packing.pack(x), packing.cu_seqlens, return_states, None)
             y = packing.unpack(y)
         return y if states is None else (y, states, orthogonality_loss(*states))
 
-    def _check(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: object | None) -> None:
-        if cache is not None:
-            raise NotImplementedError("TitansDualCore: cache is not implemented; call the layer on the whole sequence, without cache")
+    def new_cache(self, batch_size: int, device: torch.device | str | None = None) -> DualCoreCache:
+        """The memory of `batch_size` sequences that have not begun, for `layer(x, cache=cache)`; on the parameters' device unless told."""
+        self._check_streamed()
+        weight = self.q_proj.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        heads, keys, values = self.num_heads, self.q_proj.out_features // self.num_heads, self.v_proj.out_features // self.num_heads
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch_size, heads, *shape, dtype=dtype, device=weight.device if device is None else device)
+
+        slow = zeros(keys, values)
+        positions = torch.zeros(batch_size, dtype=torch.int64, device=slow.device)
+        return DualCoreCache(
+            0, positions, self.form.chunk_size, slow, zeros(keys, values), zeros(keys, TAPS), zeros(keys, TAPS), zeros(values, TAPS),
+            zeros() if self.form.decay == "previous_chunk" else None, [empty_carry(slow) for _ in self.form.levels],
+        )  # fmt: skip
+
+    def _check_streamed(self) -> None:
+        why = self.form.not_streamed_because
+        if why is not None:
+            raise ValueError(f"TitansDualCore: a cache cannot continue this layer: {why}, or call the layer on the whole sequence, without cache")
+
+    def _check_cache(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: DualCoreCache) -> None:
+        self._check_streamed()
+        if mask is not None or cu_seqlens is not None:
+            raise ValueError(
+                f"TitansDualCore: cache with {'attention_mask' if cu_seqlens is None else 'cu_seqlens'}: the rows of a cache advance together, each by all T tokens. "
+                "Feed rows of different lengths with a cache each, or without one"
+            )
+        if not isinstance(cache, DualCoreCache):
+            raise TypeError(f"TitansDualCore: cache must be a DualCoreCache, made by layer.new_cache({x.shape[0]}), got {type(cache).__name__}")
+        wanted = (x.shape[0], self.num_heads, self.q_proj.out_features // self.num_heads, self.v_proj.out_features // self.num_heads)
+        if cache.slow.shape != wanted or cache.chunk_size != self.form.chunk_size or len(cache.levels) != len(self.form.levels):
+            raise ValueError(
+                f"TitansDualCore: this cache holds states {tuple(cache.slow.shape)} with chunks of {cache.chunk_size}, and this call needs {wanted} with chunks of "
+                f"{self.form.chunk_size}; make one with layer.new_cache({x.shape[0]})"
+            )
+
+    def check(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: DualCoreCache | None) -> None:
+        """Raises the sentence of what does not fit; `forward` asks it first."""
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"TitansDualCore: x must have shape [B, T, {self.d_model}], got {tuple(x.shape)}")
         if cu_seqlens is not None and mask is not None:
@@ -168,6 +212,8 @@ class TitansDualCore(nn.Module):
                 f"TitansDualCore: cu_seqlens packs sequences along T: it must be [N + 1] and x [1, T, {self.d_model}], "
                 f"got {tuple(cu_seqlens.shape)} and {tuple(x.shape)}; reshape x to [1, B * T, {self.d_model}]"
             )
+        if cache is not None:
+            self._check_cache(x, mask, cu_seqlens, cache)
         if mask is None:
             return
         if mask.is_floating_point():
@@ -178,11 +224,11 @@ class TitansDualCore(nn.Module):
         if mask.shape != x.shape[:2]:
             raise ValueError(f"TitansDualCore: attention_mask must have shape [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
 
-    def _in_chunks(self, x: Tensor, cu_seqlens: Tensor | None, return_states: bool) -> tuple[Tensor, States | None]:
+    def _in_chunks(self, x: Tensor, cu_seqlens: Tensor | None, return_states: bool, cache: DualCoreCache | None) -> tuple[Tensor, States | None]:
         """By the form's chunk rule."""
         size = self.form.chunk_size
         if self.form.chunking == "regular" or (cu_seqlens is not None and len(cu_seqlens) < 2):
-            return self._mix(x, size, cu_seqlens, return_states)
+            return self._mix(x, size, cu_seqlens, return_states, cache)
         if cu_seqlens is None:
             length = original_length(x.shape[1])
             y, states = self._mix(pad_tokens(x, length), original_chunk_size(length, size), None, return_states)
@@ -199,30 +245,84 @@ class TitansDualCore(nn.Module):
         fast, slow = (torch.cat(group_states)[place] for group_states in zip(*found, strict=True))
         return y, (fast, slow)
 
-    def _mix(self, x: Tensor, chunk_size: int, cu_seqlens: Tensor | None, return_states: bool) -> tuple[Tensor, States | None]:
+    def _mix(
+        self, x: Tensor, chunk_size: int, cu_seqlens: Tensor | None, return_states: bool, cache: DualCoreCache | None = None
+    ) -> tuple[Tensor, States | None]:
         """Projections, memory, merge, norm and output on one grid of chunks."""
-        memory = self._memory(x, chunk_size, cu_seqlens)
-        alpha = self._alpha(memory)
-        if self.form.mode == "flat":
-            o, states = self._flat(memory, alpha, return_states)
-        elif self.form.mode == "dual":
-            o, states = self._dual(memory, alpha, return_states)
-        else:
-            o, states = self._recurrent(memory, alpha, return_states)
-        gate = self.g_proj(x).unflatten(-1, (self.num_heads, -1))
-        y: Tensor = self.o_proj(self.o_norm(o, gate).flatten(2))
+        gate_later = x.shape[0] * x.shape[1] >= _GATE_LATER and not torch.is_grad_enabled()
+        joint = self._projections(x, self._names(return_states, not gate_later))
+        o, states = self._remembered(joint, chunk_size, cu_seqlens, return_states, cache)
+        if gate_later:
+            joint = self._projections(x, _GATE)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        y: Tensor = self.o_proj(self.o_norm(o, joint["g_proj"]).flatten(2))
         return y, states
 
-    def _memory(self, x: Tensor, chunk_size: int, cu_seqlens: Tensor | None) -> Memory:
-        """Everything that the memory ops take, from x."""
-        heads = (self.num_heads, -1)
-        q, k, v = (
-            convolution(projection(x), cu_seqlens).unflatten(-1, heads)
-            for projection, convolution in ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d), (self.v_proj, self.v_conv1d))
+    def _names(self, return_states: bool, gate: bool) -> tuple[str, ...]:
+        """The projections that a call needs, neighbours in their storage."""
+        decays = _DECAYS if self.form.mode == "loop" else _DECAYS[: self.form.mode != "flat" or return_states]
+        return (*(_GATE if gate else ()), *_QKV, *_PER_HEAD, *decays, *(_LEVELS if self.form.levels else ()))
+
+    def _projections(self, x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """x's projections without their biases by name, views of one product: a head's width apart, `[B, T, H, K]`, the wide ones; `b_proj` has the gates behind it."""
+        modules = [cast(nn.Linear, self._modules[name]) for name in names]
+        product = joint_projection(x, modules)
+        batch, tokens, padding = product.shape
+        widths = {name: module.out_features for name, module in zip(names, modules, strict=True) if name not in _PER_HEAD[1:]}
+        if "b_proj" in widths:
+            widths["b_proj"] *= len(_PER_HEAD)
+        sizes = list(widths.values())
+        padding -= sum(sizes)
+        found = dict(zip(widths, torch.split_with_sizes(product, [*sizes, padding] if padding else sizes, -1), strict=False))
+        for name in _BY_HEAD:
+            if name in found:
+                found[name] = found[name].view(batch, tokens, self.num_heads, widths[name] // self.num_heads)
+        return found
+
+    def _remembered(
+        self, joint: dict[str, Tensor], chunk_size: int, cu_seqlens: Tensor | None, return_states: bool, cache: DualCoreCache | None
+    ) -> tuple[Tensor, States | None]:
+        """The merged cores' o `[B, T, H, V]` by the form's mode, and its states. Takes out of `joint` what only the memory needs."""
+        held = self._memory(joint, chunk_size, cu_seqlens, cache)
+        alpha = self._alpha(held)
+        if self.form.mode == "recurrent":
+            o, states = memory.recurrent(self.form, held, alpha, return_states, cache)
+        else:
+            run = {"flat": memory.flat, "dual": memory.dual, "loop": memory.loop}[self.form.mode]
+            o, states = run(self.form, self.resonance_flux, held, alpha, return_states)
+        if self.form.levels:
+            eta, gate = (joint.pop(name).sigmoid() for name in _LEVELS)
+            o = with_levels(o, self.form.levels, held, eta, gate, cache)
+        return o, states
+
+    def _memory(self, joint: dict[str, Tensor], chunk_size: int, cu_seqlens: Tensor | None, cache: DualCoreCache | None) -> Memory:
+        """Everything that the memory ops take."""
+        heads = self.num_heads
+        q, k, v = joint.pop("q_proj"), joint.pop("k_proj"), joint.pop("v_proj")
+        (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = (
+            cast(ShortConv, self._modules[name]).by_head(heads) for name in ("q_conv1d", "k_conv1d", "v_conv1d")
         )
-        beta, fast_gate, slow_gate = (projection(x).sigmoid() for projection in (self.b_proj, self.fast_gate_proj, self.slow_gate_proj))
-        decay_logit = self.slow_decay_proj(x) + self.slow_decay_bias
-        return Memory(unit_norm(q), unit_norm(k), v, beta, fast_gate, slow_gate, decay_logit, chunk_size, cu_seqlens)
+        found = get_op("qkv_prepare")(
+            q, k, v, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias,
+            lookahead=self.form.look_ahead, cu_seqlens=cu_seqlens, output_final_state=cache is not None,
+            q_state=None if cache is None else cache.q, k_state=None if cache is None else cache.k, v_state=None if cache is None else cache.v,
+        )  # fmt: skip
+        if cache is not None:
+            for name, state in zip("qkv", found[3:], strict=True):
+                assert state is not None
+                cache.store(name, state)
+        q, k, v = (cast(Tensor, tensor) for tensor in found[:3])
+        beta, fast_gate, slow_gate = joint.pop("b_proj").sigmoid().chunk(3, -1)
+        slow_logit = self._decay_logit("slow", joint) if "slow_decay_proj" in joint else None
+        fast_logit = self._decay_logit("fast", joint) if "fast_decay_proj" in joint else None
+        return Memory(q, k, v, beta, fast_gate, slow_gate, slow_logit, fast_logit, chunk_size, cu_seqlens)
+
+    def _decay_logit(self, core: str, joint: dict[str, Tensor]) -> Tensor:
+        """`[B, T, H]`, with both of its biases."""
+        bias, more = cast(nn.Linear, self._modules[f"{core}_decay_proj"]).bias, self._parameters[f"{core}_decay_bias"]
+        assert more is not None
+        return joint.pop(f"{core}_decay_proj") + (bias + more)
 
     def _alpha(self, x: Memory) -> Tensor | float:
         """The merge's weight of S_fast: a number, 0-d, `[H]` or `[B, T, H]`."""
@@ -230,64 +330,24 @@ class TitansDualCore(nn.Module):
             return flux_merge(self.resonance_flux.tokens(x.k, x.v, x.beta))
         return self.form.alpha if self.merge is None else self.merge()
 
-    def _flat(self, x: Memory, alpha: Tensor | float, return_states: bool) -> tuple[Tensor, States | None]:
-        """Every chunk from an empty memory; the state that the original tracks only where it is asked for."""
-        o, _, _ = get_op("dual_core")(
-            x.q, x.k, x.v, x.beta,
-            fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
-            memory="flat", transform=self.form.transform, chunk_size=x.chunk_size, cu_seqlens=x.cu_seqlens,
-        )  # fmt: skip
-        assert o is not None
-        if not return_states:
-            return o, None
-        u, w = self._transformed(x)
-        slow = tracked_state(x.q, x.k, u, w, self._chunk_decay(x, u), x.chunk_size, x.cu_seqlens)
-        return o, (torch.zeros_like(slow), slow)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TitansDualCore:
+        """As every module's; afterwards the projections' weights stand together again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _stand_together(self)
+        return self
 
-    def _dual(self, x: Memory, alpha: Tensor | float, return_states: bool) -> tuple[Tensor, States | None]:
-        """S_slow over the whole sequence, one factor a chunk, normalised at the end."""
-        u = self._transformed(x)[0] if self.form.resonance else None
-        o, slow, fast = get_op("dual_core")(
-            x.q, x.k, x.v, x.beta,
-            fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha, chunk_decay=self._chunk_decay(x, u),
-            transform=self.form.transform, chunk_size=x.chunk_size, cu_seqlens=x.cu_seqlens,
-            output_final_state=return_states, normalize_final=return_states,
-        )  # fmt: skip
-        assert o is not None
-        return o, None if fast is None or slow is None else (fast, slow)
-
-    def _recurrent(self, x: Memory, alpha: Tensor | float, return_states: bool) -> tuple[Tensor, States | None]:
-        """The exact delta rule, with a log decay for each token: its own, or the chunk before's on a chunk's first."""
-        if self.form.decay == "token":
-            g = nn.functional.logsigmoid(_gate_dtype(x.decay_logit))
-        else:
-            grid = x.grid()
-            g = grid.from_the_chunk_before(grid.mean(_gate_dtype(x.decay_logit).sigmoid()).log())
-        o, slow, fast = get_op("dual_core")(
-            x.q, x.k, x.v, x.beta, g,
-            fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
-            chunk_size=x.chunk_size, cu_seqlens=x.cu_seqlens, output_final_state=return_states,
-        )  # fmt: skip
-        assert o is not None
-        return o, None if fast is None or slow is None else (fast, slow)
-
-    def _transformed(self, x: Memory) -> tuple[Tensor, Tensor]:
-        """u and w, for those who look at them; `dual_core` makes its own."""
-        u, w = get_op("uw_transform")(x.k, x.v, x.beta, chunk_size=x.chunk_size, transform=self.form.transform, cu_seqlens=x.cu_seqlens)
-        assert u is not None
-        assert w is not None
-        return u, w
-
-    def _chunk_decay(self, x: Memory, u: Tensor | None) -> Tensor:
-        """d `[B, M, H]`: the chunk's mean decay, times 1 - 0.05 psi where u is given."""
-        grid = x.grid()
-        decay = grid.mean(_gate_dtype(x.decay_logit).sigmoid())
-        return decay if u is None else decay * (1 - 0.05 * self.resonance_flux.chunks(x.k, u, grid))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's weights stand together too."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _stand_together(self)
 
 
-def _gate_dtype(x: Tensor) -> Tensor:
-    """float32, or float64: a decay near 1 has no place in 16 bits."""
-    return x if x.dtype == torch.float64 else x.float()
+def _stand_together(layer: nn.Module, _: object = None) -> None:
+    """The weights of all that projects x, in one storage, in the order in which `_names` has them."""
+    names = (*_GATE, *_QKV, *_PER_HEAD, *_DECAYS, *_LEVELS)
+    modules = [layer._modules.get(name) for name in names]
+    if all(isinstance(module, nn.Linear) for module in modules[: -len(_LEVELS)]):
+        stand_together([module for module in modules if isinstance(module, nn.Linear)])
 
 
 def _widths(d_model: int, num_heads: int, expand_k: float, expand_v: float) -> tuple[int, int]:

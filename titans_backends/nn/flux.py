@@ -1,6 +1,6 @@
 """The flux networks: how much a token, or a chunk, matters, as a number between 0.01 and 0.99 (SPEC 6).
 
-Called only where the number is used: the token flux by the merge, the resonance by the decay of S_slow.
+Their parameters are held here, the numbers are the ops'. Called only where the number is used: the token flux by the merge, the resonance by the decays.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from titans_backends.nn.chunk_grid import ChunkGrid
+from titans_backends.op import get_op
 
-__all__ = ["ResonanceFlux", "chunk_resonance", "token_flux"]
+__all__ = ["ResonanceFlux"]
 
 
 def _two_layers(inputs: int, hidden: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Sequential:
@@ -23,22 +23,6 @@ def _two_layers(inputs: int, hidden: int, device: torch.device | str | None, dty
         nn.init.xavier_uniform_(layer.weight, gain=0.1)
         nn.init.zeros_(layer.bias)
     return layers
-
-
-def _squashed(x: Tensor) -> Tensor:
-    """Zero gradient outside of [0.01, 0.99], as the original's clamp has it."""
-    return x[..., 0].sigmoid().clamp(0.01, 0.99)
-
-
-def token_flux(network: nn.Module, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-    """`[B, T, H]` from unit keys `[B, T, H, K]`, v `[B, T, H, V]` and beta `[B, T, H]`."""
-    return _squashed(network(torch.cat([beta[..., None] * k, beta[..., None] * v], -1)))
-
-
-def chunk_resonance(network: nn.Module, bilinear: Tensor, temperature: Tensor, k: Tensor, u: Tensor, grid: ChunkGrid) -> Tensor:
-    """psi `[B, M, H]` from unit keys and transformed values; `bilinear` `[H, K, V]`, `temperature` `[H]`."""
-    energy = (torch.einsum("bthk,hkv->bthv", k, bilinear) * u).sum(-1) / temperature
-    return _squashed(network(torch.cat([grid.mean(k), grid.mean(u), grid.mean(energy)[..., None]], -1)))
 
 
 class ResonanceFlux(nn.Module):
@@ -53,9 +37,21 @@ class ResonanceFlux(nn.Module):
         nn.init.xavier_uniform_(self.W_bilinear, gain=0.1)
 
     def tokens(self, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-        """The token flux `[B, T, H]`."""
-        return token_flux(self.token_flux_proj, k, v, beta)
+        """The token flux `[B, T, H]` from unit keys `[B, T, H, K]`, v `[B, T, H, V]` and beta `[B, T, H]`."""
+        (flux,) = get_op("token_flux")(k, v, beta, *_parameters(self.token_flux_proj))
+        assert flux is not None
+        return flux
 
-    def chunks(self, k: Tensor, u: Tensor, grid: ChunkGrid) -> Tensor:
-        """The resonance psi `[B, M, H]`."""
-        return chunk_resonance(self.flux_net, self.W_bilinear, self.temp, k, u, grid)
+    def chunks(self, k: Tensor, u: Tensor, chunk_size: int, cu_seqlens: Tensor | None, count: int) -> Tensor:
+        """The resonance psi `[B, M, H]` of the call's `count` chunks, from unit keys and transformed values u `[B, T, H, V]`; float32 at least."""
+        (psi,) = get_op("chunk_flux")(k, u, self.W_bilinear, self.temp, *_parameters(self.flux_net), chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+        assert psi is not None
+        return psi if psi.shape[1] == count else psi[:, :count]
+
+
+def _parameters(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w1, b1, w2, b2."""
+    first, last = network[0], network[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    return first.weight, first.bias, last.weight, last.bias

@@ -153,15 +153,15 @@ def _compare_forward(made: Contract, found: Outputs, exam: Exam, limit: Toleranc
 
 
 def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Call, where: str, *, repeated: bool = False) -> Outputs:
-    """One run on memory that is poisoned where it can be, with the inputs guarded; a call in place gets a state of its own.
+    """One run on memory that is poisoned where it can be, with the inputs guarded; a call in place gets states of its own.
 
     `repeated`: as a plan's second call is run, by what the module remembered of a first one on other tensors of the same facts, if it does.
     """
-    writes = "state" if getattr(call, "inplace", False) is True else None
+    writes = made.rewritten if getattr(call, "inplace", False) is True else ()
     given = made.tensors(call)
-    call = made.with_tensors(call, {"state": given["state"].clone()}) if writes else call
+    call = made.with_tensors(call, {name: given[name].clone() for name in writes})
     given = made.tensors(call)
-    before = {name: tensor.clone() for name, tensor in given.items() if name != writes}
+    before = {name: tensor.clone() for name, tensor in given.items() if name not in writes}
     remembering, again = registry.remembering(module) if repeated else None, None
     if remembering is not None:
         with torch.no_grad():
@@ -173,14 +173,14 @@ def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Ca
     if not isinstance(found, tuple) or len(found) != expected:
         raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not a tuple of {expected}, on {where}")
     names = [spec.name for spec in made.outputs]
-    own = {tensor.untyped_storage().data_ptr(): name for name, tensor in given.items() if tensor.numel() and name != writes}
+    own = {tensor.untyped_storage().data_ptr(): name for name, tensor in given.items() if tensor.numel() and name not in writes}
     for name, tensor in zip([*names, "states"], found, strict=False):
         if tensor is not None and tensor.numel() and tensor.untyped_storage().data_ptr() in own:
             raise Rejected(f"{name} shares the memory of {own[tensor.untyped_storage().data_ptr()]} on {where}")
-    if writes:
-        returned = found[names.index(writes)]
-        if returned is None or returned.data_ptr() != given[writes].data_ptr():
-            raise Rejected(f"{writes} was to be changed in place, but another tensor came back, on {where}")
+    for name in writes:
+        returned = found[names.index(name)]
+        if returned is None or returned.data_ptr() != given[name].data_ptr():
+            raise Rejected(f"{name} was to be changed in place, but another tensor came back, on {where}")
     return found
 
 

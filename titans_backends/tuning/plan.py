@@ -26,6 +26,7 @@ PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gated_delta_rule": ("g",),
         "gated_delta_step": ("g",),
         "dual_core": ("g",),
+        "dual_core_step": ("g",),
         "deep_core": ("g",),
         "deep_core_step": ("g",),
     }
@@ -34,9 +35,9 @@ PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
-_AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux")
+_AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux", "chunk_flux")
 """What a layer has around its memory."""
-_ALL = (*_STREAMED, "gated_delta_step", "fused_uw", *_AROUND)
+_ALL = (*_STREAMED, "gated_delta_step", "dual_core_step", "fused_uw", *_AROUND)
 _LOOP = ("coupled_core",)
 """Cores that few models have: measured at the sizes of the model that they come from."""
 

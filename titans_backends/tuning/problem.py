@@ -28,6 +28,7 @@ BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "fast_core": ("gate",),
         "slow_core": ("gate",),
         "dual_core": ("fast_gate", "slow_gate"),
+        "dual_core_step": ("fast_gate", "slow_gate"),
         "short_conv": ("bias",),
         "qkv_prepare": ("q_bias", "k_bias", "v_bias"),
         "coupled_core": ("fast_decay", "slow_decay", "fast_gate", "slow_gate"),

@@ -75,8 +75,8 @@ class Session:
         self.contract, self.machine = contract(bucket.op), detect(device)
         self.call: Call = build(self.contract, case_of(bucket, heads), device)
         given = self.contract.tensors(self.call)
-        own = {"state": given["state"].clone()} if getattr(self.call, "inplace", False) is True else {}
-        self.timed: Call = self.contract.with_tensors(self.call, own)  # a call in place changes a state of its own
+        own = {name: given[name].clone() for name in self.contract.rewritten} if getattr(self.call, "inplace", False) is True else {}
+        self.timed: Call = self.contract.with_tensors(self.call, own)  # a call in place changes states of its own
         self.dims = with_sizes(validate(self.contract, self.call))
         self.sampler: Sampler = sampler_for(torch.device(device), "graph" if field(bucket, "launch") == "graph" else "eager")
         self.training = field(bucket, "regime") == "training"

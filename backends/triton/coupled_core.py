@@ -1,0 +1,111 @@
+"""coupled_core in Triton: u and w, then the chunks' factors in parallel, the walk of both states, and the output in parallel.
+
+    walked     uw_transform's default, the factors, the walk, the outputs (coupled_walks, coupled_chunks): four launches, five with `qk_l2norm`
+
+Between the launches stand, a chunk and head, the factors and both states in float32, K^2 + 3 K V numbers: at 1x8192, 12 heads of 32, chunks of 64, 25 MB.
+The states are one program's a v head: above 64 x 64 they lie in memory (coupled_wide), K above 128 is refused. The backward is coupled_gradients'.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_backends.backend import Candidate, Param
+from titans_backends.contracts.coupled_core import CoupledCore
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+from titans_backends.verdict import Verdict, refused
+
+from . import uw_transform
+from .ahead import ahead_of
+from .coupled_chunks import OUTPUTS
+from .coupled_gradients import backward_candidates, run_backward
+from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, walk_bytes, walked, walks
+from .dual_recurrent import transform_signature
+from .grid import strides
+from .program import remembering, remembering_backward
+from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
+
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
+
+_WIDEST = 128
+
+
+def supports(signature: Signature, machine: Machine) -> Verdict:
+    """Whatever the backend serves, K of up to 128, where the tiles fit the card."""
+    verdict = serves(signature, machine)
+    keys = signature.dim("K")
+    if keys > _WIDEST:
+        verdict &= refused(f"head_dim K={keys} is above {_WIDEST}: a chunk's K x K factor is one tile; use backend='eager'")
+    if verdict and not candidates(signature, machine):
+        sizes = f"K={signature.dim('K')}, V={signature.dim('V')}"
+        verdict = refused(f"no tiles of {sizes} fit the shared memory of {machine.name}; use backend='eager'")
+    return verdict
+
+
+def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """Warps and stages of the walk, which limits the op; the first is the default."""
+    made = uw_transform.candidates(transform_signature(signature), machine)
+    if not made:
+        return []
+    return [plan for plan in plans(signature, made[0]) if shared_bytes(signature, plan) <= (machine.shared_memory_bytes or CONSUMER_SHARED_BYTES)]
+
+
+def plans(signature: Signature, make: Candidate) -> list[Candidate]:
+    """Ways through the walk behind one transform."""
+    chunk = signature.option("chunk_size")
+    assert isinstance(chunk, int)
+    keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
+    block = min(64 if keys <= 64 else 32, tile_width(chunk))
+    ways = walks(keys, values, backward=False)
+    staged = [(*way, 1) for way in ways] if ways[0][1] else [(*ways[0], 3), (*ways[1], 3), (*ways[0], 2)]
+    inner: tuple[tuple[str, Param], ...] = ((f"{MAKE}variant", make.variant), *((MAKE + name, value) for name, value in make.params))
+    found = []
+    for walk_warps, walk_tile, walk_stages in staged:
+        params: dict[str, Param] = {"block": block, "tile": min(64 if keys <= 64 else 32, max(keys, values)), "warps": 4}
+        params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "walk_tile": walk_tile, "dot": dots(signature)[0]}
+        found.append(Candidate("triton", "walked", (*params.items(), *inner), sources=_SOURCES))
+    return found
+
+
+def shared_bytes(signature: Signature, candidate: Candidate) -> int:
+    """An upper bound of a program's shared memory: the walk's pipeline and the state turned into an operand; the outputs' operands."""
+    params = dict(candidate.params)
+    keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
+    split = 2 if params["dot"] == "tf32x3" else 1
+    outputs = 4 * split * (block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
+    return max(walk_bytes(params, keys, values, matrices=1, products=1), outputs) + 1024
+
+
+def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
+    """o `[B, T, H, V]` in v's dtype and both final states `[N, H, K, V]` in float32, None unless asked."""
+    plan, call = Plan.of(dict(candidate.params)), prepared(call)
+    found = walked(call, plan, finals=call.output_final_state)
+    v = call.v
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    number, alpha = (0.0, call.alpha.expand(v.shape[:3])) if isinstance(call.alpha, Tensor) else (float(call.alpha), None)
+    sequences, slots, heads, keys, values = sizes_of(call)
+    chunk, tile = min(call.chunk_size, LONGEST), min(plan.tile, tile_width(values))
+    per = -(-min(chunk, v.shape[1]) // plan.block)
+    args = (
+        call.q, call.k, found.u, found.w, alpha, call.fast_gate, call.slow_gate, found.starts, found.numbers, o, call.cu_seqlens, v.shape[1],
+        0 if call.cu_seqlens is None else sequences, per, number, float(call.scale), *strides(call.q), *strides(call.k), *strides(found.u),
+        *strides(found.w), *strides(alpha), *strides(call.fast_gate), *strides(call.slow_gate),
+    )  # fmt: skip
+    constants = (
+        heads, heads // max(call.k.shape[2], 1), keys, values, chunk, plan.block, tile_width(keys), tile, plan.dot, 1 if chunk <= plan.block else 2,
+    )  # fmt: skip
+    OUTPUTS(slots * per * heads * -(-values // tile), args, constants, plan.warps, 2)
+    return o, found.final, found.final_fast
+
+
+_SOURCES = tuple(
+    f"titans_backends.backends.triton.{name}"
+    for name in (
+        "coupled_states", "coupled_walks", "coupled_wide", "coupled_chunks", "dual_inputs", "dual_recurrent", "uw_transform", "uw_blocks", "decay",
+        "inverse", "grid", "launch", "rounding", "serving",
+    )
+)  # fmt: skip
+compile_ahead = ahead_of(run, "coupled_core", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

@@ -1,0 +1,131 @@
+"""One product for several projections: it reads every parameter as it is now, whatever has happened to it, and calls what is more than a product."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titans_backends.nn import TitansDualCore, TitansEncoder, TitansEncoderConfig
+
+X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
+
+
+def layer_of(seed: int = 0, **more: object) -> TitansDualCore:
+    torch.manual_seed(seed)
+    return TitansDualCore(24, 2, **more)
+
+
+class Launches(TorchDispatchMode):
+    """What a call would launch, by name: ops that only look at memory another way are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if not func.is_view and name not in ("detach", "_unsafe_view", "empty", "split_with_sizes"):
+            self.names.append(name)
+        return found
+
+
+def launches(module: nn.Module, *args: Tensor) -> list[str]:
+    with torch.no_grad(), Launches() as counted:
+        module(*args)
+    return counted.names
+
+
+@pytest.mark.parametrize(("mode", "most"), [("flat", 6), ("recurrent", 9), ("dual", 13), ("loop", 21)])
+def test_a_layer_is_few_launches_in_inference(mode: str, most: int) -> None:
+    found = launches(layer_of(mode=mode, chunk_size=3), X)
+    assert len(found) <= most, found
+    assert found.count("mm") == 2
+    encoder = TitansEncoder(TitansEncoderConfig(0, 24, 1, 2, 32, mode, chunk_size=3, pooling="last", normalize=False))
+    with torch.no_grad(), Launches() as counted:
+        encoder(inputs_embeds=X)
+    assert len(counted.names) <= most + 7, counted.names
+
+
+def as_apart(layer: TitansDualCore, x: Tensor) -> Tensor:
+    """y with every projection's weight where it can be no other's neighbour."""
+    apart = copy.deepcopy(layer)
+    for module in apart.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().clone())
+    with torch.no_grad():
+        assert launches(apart, x)[0] == "cat"
+        return apart(x)
+
+
+def saved_and_loaded(layer: TitansDualCore) -> TitansDualCore:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        saved_and_loaded,
+        lambda layer: layer.double().float(),
+        lambda layer: (layer.load_state_dict(layer_of(1).state_dict()), layer)[1],
+        lambda layer: (layer.load_state_dict(layer_of(1).state_dict(), assign=True), layer)[1],
+        lambda layer: (layer.k_proj.weight.data.mul_(2), layer)[1],
+        lambda layer: (
+            layer.to("meta").to_empty(device="cpu").requires_grad_(False).apply(lambda m: [p.normal_() for p in m.parameters(recurse=False)])
+        ),
+    ],
+    ids=["copied", "saved", "cast", "loaded", "assigned", "written to", "from meta"],
+)
+def test_inference_sees_the_parameters_of_now_in_one_product(change) -> None:  # type: ignore[no-untyped-def]
+    layer = layer_of()
+    layer(X)
+    layer = change(layer)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(X), as_apart(layer, X))
+    assert launches(layer, X)[0] == "mm"
+
+
+def test_a_parameter_that_was_replaced_counts() -> None:
+    layer = layer_of()
+    layer.v_proj.weight = nn.Parameter(torch.randn_like(layer.v_proj.weight))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(X), as_apart(layer, X))
+
+
+def test_training_and_inference_agree_and_an_optimizer_moves_both() -> None:
+    layer = layer_of()
+    optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)
+    for _ in range(2):
+        y = layer(X)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(X), y)
+        y.square().sum().backward()
+        optimizer.step()
+    assert layer.b_proj.weight.grad is not None
+
+
+def test_a_projection_that_is_more_than_its_product_is_called() -> None:
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner, self.out_features, self.bias = inner, inner.out_features, inner.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    adapted, doubled, hooked = layer_of(), layer_of(), layer_of()
+    adapted.v_proj = Doubled(adapted.v_proj)
+    doubled.v_proj.weight.data.mul_(2)
+    hooked.v_proj.register_forward_hook(lambda module, args, y: 2 * y)
+    with torch.no_grad():
+        for layer in (adapted, hooked):
+            torch.testing.assert_close(layer(X), doubled(X))

@@ -1,0 +1,68 @@
+"""The byte-level example: a run that was interrupted and resumed is the run that was not, and the model guesses no byte that it has seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.scripts import script
+
+train_bytes = script("examples/train_bytes.py")
+TINY = ["--width", "32", "--heads", "1", "--layers", "1", "--batch", "2", "--tokens", "40", "--warmup", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file, many times."""
+    text = torch.frombuffer(bytearray(Path(__file__).read_bytes() * 10), dtype=torch.uint8)
+    monkeypatch.setattr(train_bytes, "corpus", lambda: text)
+
+
+@pytest.mark.parametrize("merge", ["scalar", "flux"])
+def test_three_steps_and_one_more_are_four(merge: str, tmp_path: Path) -> None:
+    whole, parts, curve = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors", tmp_path / "curve.json"
+    assert train_bytes.main([*TINY, "--merge", merge, "--steps", "4", "--checkpoint", str(whole)]) == 0
+    assert train_bytes.main([*TINY, "--merge", merge, "--steps", "3", "--checkpoint", str(parts)]) == 0
+    assert train_bytes.main(["--device", "cpu", "--resume", "--steps", "4", "--checkpoint", str(parts), "--json", str(curve)]) == 0
+    want, got = load_file(whole), load_file(parts)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    (told,) = json.loads(curve.read_text())["curves"]
+    assert told["first"] == 3
+    assert len(told["losses"]) == 1
+    assert bool(told["merge"]) == (merge == "scalar")
+
+
+@pytest.mark.parametrize("mode", ["recurrent", "flat"])
+def test_no_logit_depends_on_a_later_byte(mode: str) -> None:
+    torch.manual_seed(0)
+    model = train_bytes.ByteModel(train_bytes.Recipe(mode=mode, width=32, heads=1, layers=2)).requires_grad_(False)
+    ids = torch.randint(0, 256, (1, 140))
+    changed = ids.clone()
+    changed[0, 135:] = 0
+    torch.testing.assert_close(model(changed)[:, :135], model(ids)[:, :135])
+
+
+def test_no_step_draws_what_validation_reads() -> None:
+    recipe, text = train_bytes.Recipe(batch=32, tokens=16), torch.arange(256, dtype=torch.uint8).repeat(500)
+    held_out = set(range(0, (len(text) - 1) // 16, train_bytes.HELD_OUT))
+    starts = torch.arange(len(text))
+    drawn = {int(piece[0]) // 16 for step in range(50) for piece in train_bytes.pieces(starts, recipe, step)}
+    assert not drawn & held_out
+    assert {int(piece[0]) // 16 for piece in train_bytes.pieces(starts, recipe, -1)} <= held_out
+
+
+def test_comparing_leaves_out_who_cannot_train_here_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "curves.svg"
+    assert train_bytes.main([*TINY, "--compare", "--steps", "2", "--picture", str(picture)]) == 0
+    told = capsys.readouterr()
+    assert "eager" in told.out
+    assert "triton is left out" in told.err
+    assert picture.read_text().startswith("<svg")
+    with pytest.raises(SystemExit):
+        train_bytes.main(["--compare", "--resume"])
+    assert "leave --checkpoint and --resume out" in capsys.readouterr().err

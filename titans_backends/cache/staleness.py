@@ -44,7 +44,11 @@ def grade(bucket: Bucket, entry: Entry | Measurement, environment: Environment, 
     if current_source != entry.source:
         was = f"source {entry.source}, now {current_source}" if entry.source else f"no source hash stored, now {current_source}"
         return Staleness("ignored", f"{entry.label} has changed since ({was})", command)
-    versions = [("torch", environment.torch, current.torch), ("triton", environment.triton, current.triton), ("numba", environment.numba, current.numba)]
+    versions = [
+        ("torch", environment.torch, current.torch),
+        ("triton", environment.triton, current.triton),
+        ("numba", environment.numba, current.numba),
+    ]
     raced = [(name, getattr(environment, name), getattr(current, name)) for name in IF_RACED]
     versions += [(name, was, now) for name, was, now in raced if was is not None and now is not None]
     changed = [f"{name} {was or 'absent'}, now {now or 'absent'}" for name, was, now in versions if was != now]

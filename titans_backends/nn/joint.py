@@ -17,6 +17,7 @@ _ROWS = 8
 """The product's width is rounded up to so many, where the storage allows: rows of 16 bytes in 16 bits."""
 
 _is_compiling = torch.compiler.is_compiling
+_transformed = torch._C._are_functorch_transforms_active
 
 
 def stand_together(projections: list[nn.Linear]) -> None:
@@ -39,23 +40,17 @@ def stand_together(projections: list[nn.Linear]) -> None:
 
 def joint_projection(x: Tensor, projections: list[nn.Linear]) -> Tensor:
     """The projections' products without their biases, side by side: `[..., at least their widths' sum]`."""
-    if not all(map(_plain, projections)):
-        return torch.cat([projection(x) if projection.bias is None else projection(x) - projection.bias for projection in projections], -1)
+    for projection in projections:  # an adapter, a parametrization or a hook must have its say
+        if type(projection) is not nn.Linear or projection._forward_hooks or projection._forward_pre_hooks or "forward" in projection.__dict__:
+            return torch.cat([each(x) if each.bias is None else each(x) - each.bias for each in projections], -1)
     if _is_compiling():
         return F.linear(x, torch.cat([projection.weight for projection in projections]))
-    weights: list[Tensor] = [weight for weight in (projection._parameters["weight"] for projection in projections) if weight is not None]
+    weights: list[Tensor] = [projection._parameters["weight"] for projection in projections]  # type: ignore[misc]  # a Linear has one
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         standing = _standing(weights)
         if standing is not None:
             return F.linear(x, standing)
     return F.linear(x, torch.cat(weights))
-
-
-def _plain(projection: nn.Module) -> bool:
-    """Whether its call is nothing but its product: an adapter, a parametrization or a hook must have its say."""
-    return (
-        type(projection) is nn.Linear and not projection._forward_hooks and not projection._forward_pre_hooks and "forward" not in projection.__dict__
-    )
 
 
 def _rounded(rows: int) -> int:
@@ -64,15 +59,19 @@ def _rounded(rows: int) -> int:
 
 def _standing(weights: list[Tensor]) -> Tensor | None:
     """The weights as one tensor, where each begins where the one before ends; None otherwise."""
+    if _transformed():  # a tensor of functorch's has no address
+        return None
     first = weights[0]
+    if type(first) is not nn.Parameter:
+        return None
     at = start = first.data_ptr()
+    dtype, columns, size = first.dtype, first.shape[1], first.element_size()
     for weight in weights:
-        if weight.data_ptr() != at or weight.dtype != first.dtype:
+        if type(weight) is not nn.Parameter or weight.data_ptr() != at or weight.dtype is not dtype:
             return None
-        at += weight.nbytes
-    columns = first.shape[1]
-    held = first.untyped_storage().nbytes() // first.element_size() - first.storage_offset()
-    rows = (at - start) // (columns * first.element_size())
+        at += weight.numel() * size
+    held = first.untyped_storage().nbytes() // size - first.storage_offset()
+    rows = (at - start) // (columns * size)
     if not start or held < rows * columns or not first.is_contiguous():
         return None
-    return first.detach().as_strided((min(_rounded(rows), held // columns), columns), (columns, 1))
+    return first.as_strided((min(_rounded(rows), held // columns), columns), (columns, 1))

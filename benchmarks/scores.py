@@ -114,7 +114,7 @@ def scores(
         for backend in backends:
             for dtype in dtypes:
                 name = str(dtype).removeprefix("torch.")
-                refused = refusal(backend, mode, device, dtype, stack[0] // stack[1])
+                refused = refusal(backend, mode, device, dtype, stack[0] // stack[1], packed=True)
                 if refused:
                     yield Score(mode, backend, name, refused=refused)
                     continue

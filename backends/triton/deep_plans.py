@@ -32,8 +32,10 @@ def _ways(signature: Signature, machine: Machine) -> list[tuple[int, int, int, i
     sequences = signature.dim("N") if signature.packed else signature.dim("B")
     streams = max(1, sequences) * signature.dim("H")
     wide, narrow = min(64, values), min(32, values)
-    if size == 4 or keys > 128:
-        found = [(32, narrow, 4, 2), (32, min(16, values), 4, 2), (16, narrow, 4, 2), (16, min(16, values), 4, 1)]
+    if keys > 128 or (size == 4 and keys > 64):  # a step's q and k are in registers
+        found = [(16, narrow, 8, 2), (32, min(16, values), 8, 2), (16, min(16, values), 4, 2), (16, min(16, values), 4, 1)]
+    elif size == 4:
+        found = [(32, min(16, values), 4, 2), (16, narrow, 4, 2), (32, narrow, 4, 2), (16, min(16, values), 4, 1)]
     else:
         found = [(64, wide, 4, 3), (64, narrow, 4, 3), (32, narrow, 4, 3), (64, narrow, 4, 2), (32, narrow, 4, 2)]
         if not signature.batch_invariant and streams * -(-values // wide) < (machine.sms or _SMS):
@@ -98,7 +100,8 @@ def _chains(signature: Signature, machine: Machine) -> list[tuple[int, int, int,
     """(rows, value columns, warps and stages of the chain, warps of the parallel parts) of the way by blocks, where it is worth its memory: at most one."""
     span, sequences = int(signature.option("chunk_size") or 1) * int(signature.option("period") or 1), max(1, signature.dim("N"))
     size, keys, values = signature.dtype.itemsize, tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    if span < max(keys, 64) or signature.dim("T") // sequences < 4 * span or keys > 128:
+    tokens = signature.dim("T") // (sequences if signature.packed else 1)
+    if signature.batch_invariant or span < max(keys, 64) or tokens < 4 * span or keys > 128:
         return []
     columns = min(values, 64)
     rows = 32 if size == 4 else 64

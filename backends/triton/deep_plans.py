@@ -78,7 +78,7 @@ def backward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
     rows = 32 if size == 4 or keys > 128 else 64
     if size == 4 and keys > 128:
         rows = 16
-    warps = narrow_warps(signature.dtype, max(rows, keys), min(keys, values, 64), 8 if keys >= 128 else 4)
+    warps = narrow_warps(signature.dtype, max(rows, keys), min(keys, values, 64), 4)
     first, *others = dots(signature)
     slim = [way for way in _ways(signature, machine) if way[1] <= 32]  # wider tiles spill where every block's D is written
     ways = [(way, first) for way in slim]
@@ -90,10 +90,10 @@ def backward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
 
 
 def _lonely(signature: Signature, machine: Machine) -> bool:
-    """Whether a scan would leave most of the card idle."""
+    """Whether a scan would leave most of the card idle, and for long."""
     sequences = max(1, signature.dim("N") if signature.packed else signature.dim("B"))
     tiles = -(-signature.dim("V") // 32)
-    return not signature.batch_invariant and sequences * signature.dim("H") * tiles * 4 <= (machine.sms or _SMS)
+    return not signature.batch_invariant and signature.dim("T") > _SHORT and sequences * signature.dim("H") * tiles * 4 <= (machine.sms or _SMS)
 
 
 def _chains(signature: Signature, machine: Machine) -> list[tuple[int, int, int, int, int]]:
@@ -101,10 +101,10 @@ def _chains(signature: Signature, machine: Machine) -> list[tuple[int, int, int,
     span, sequences = int(signature.option("chunk_size") or 1) * int(signature.option("period") or 1), max(1, signature.dim("N"))
     size, keys, values = signature.dtype.itemsize, tile_width(signature.dim("K")), tile_width(signature.dim("V"))
     tokens = signature.dim("T") // (sequences if signature.packed else 1)
-    if signature.batch_invariant or span < max(keys, 64) or tokens < 4 * span or keys > 128:
+    if signature.batch_invariant or 2 * span < keys or tokens < 2 * span or keys > 128:
         return []
     columns = min(values, 64)
-    rows = 32 if size == 4 else 64
+    rows = min(32 if size == 4 else 64, steps_rows(span))
     wide = narrow_warps(signature.dtype, max(rows, keys), min(columns, keys), 4)
     warps = 4 if keys > 32 else 1
     tile = min(16, values)

@@ -41,7 +41,7 @@ def richest(made: Contract) -> Case:
     """The variant with the most tensors, one row of one head, two or three blocks of which the last is ragged."""
     chosen = next(variant for variant in made.variants if variant.name == RICH.get(made.name, made.variants[0].name))
     given = dict.fromkeys((*chosen.given, *(("gate",) if "gate" in made.argument_by_name else ())))
-    return Case("", B=1, T=70, G=1, H=1, options=chosen.options, given=tuple(given))
+    return Case("", B=1, T=40 if made.experimental else 70, G=1, H=1, options=chosen.options, given=tuple(given))
 
 
 def kinds(made: Contract) -> Iterator[Case]:

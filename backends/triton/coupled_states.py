@@ -55,7 +55,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A^T and B^T of every chunk, and of u, w, the reader and the inside what was asked for."""
+    """A^T and B^T of every chunk, and of u, w, the reader and the inside what was asked for; k and v, in float32 where u and w are."""
 
     turned_a: Tensor | None
     turned_b: Tensor
@@ -63,6 +63,8 @@ class Factors:
     w: Tensor | None
     reader: Tensor | None
     inside: Tensor | None
+    k: Tensor
+    v: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +168,11 @@ def _prepared(call: CoupledCore, plan: Plan, operands: bool, outputs: bool) -> F
     w = _room(call, batch, tokens, heads, keys) if operands and call.delta else None
     inside = _room(call, batch, tokens, heads, values) if outputs and not operands else None
     reader = _room(call, batch, tokens, heads, keys) if outputs else None
+    wide = operands and call.v.dtype != torch.float32
+    k = _room(call, *call.k.shape) if wide else None
+    v = _room(call, *call.v.shape) if wide else None
     args = (
-        call.q, call.k, call.v, call.beta, u, w, reader, inside, turned_a, turned_b, call.cu_seqlens, tokens,
+        call.q, call.k, call.v, call.beta, u, w, reader, inside, turned_a, turned_b, k, v, call.cu_seqlens, tokens,
         0 if call.cu_seqlens is None else sequences, float(call.scale), *strides(call.q), *strides(call.k), *strides(call.v), *strides(call.beta),
     )  # fmt: skip
     constants = (
@@ -175,7 +180,7 @@ def _prepared(call: CoupledCore, plan: Plan, operands: bool, outputs: bool) -> F
         call.transform == "lam", call.transform == "none", call.delta, plan.dot,
     )  # fmt: skip
     PREPARE(slots * heads, args, constants, plan.warps, 1)
-    return Factors(turned_a, turned_b, u, w, reader, inside)
+    return Factors(turned_a, turned_b, u, w, reader, inside, call.k if k is None else k, call.v if v is None else v)
 
 
 def _transformed(call: CoupledCore, plan: Plan) -> Factors:
@@ -194,4 +199,4 @@ def _transformed(call: CoupledCore, plan: Plan) -> Factors:
     width, chunk = tile_of(keys), grid_of(call)
     constants = (heads, heads // max(call.k.shape[2], 1), keys, values, chunk, plan.block, width, min(plan.tile, max(tile_of(values), width)))
     FACTORS(slots * heads, args, (*constants, plan.dot, 2), plan.warps, 2)
-    return Factors(turned_a, turned_b, u, w, None, None)
+    return Factors(turned_a, turned_b, u, w, None, None, call.k, call.v)

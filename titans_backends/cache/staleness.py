@@ -1,7 +1,8 @@
 """How far a stored row still holds: fresh, stale (used, and marked), or ignored; with the sentence and the command that renews it.
 
-A version of cupy or numba-cuda counts only against a row that names one: no candidate of the others needed it. Another device or schema never comes here:
-such a file is not read. The driver alone does not make a row stale. Pure: who calls it gathers the current versions and source hashes.
+cupy and numba-cuda count where the row names one and another is here: a race without them, or the loss of a loser, changes nothing, and a winner that cannot run
+is not offered. Another device or schema never comes here: such a file is not read. The driver alone does not make a row stale. Pure: who calls it gathers the
+current versions and source hashes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def grade(bucket: Bucket, entry: Entry | Measurement, environment: Environment, 
         ("triton", environment.triton, current.triton),
         ("numba", environment.numba, current.numba),
     ]
-    versions += [(name, was, getattr(current, name)) for name in IF_RACED if (was := getattr(environment, name)) is not None]
+    raced = [(name, getattr(environment, name), getattr(current, name)) for name in IF_RACED]
+    versions += [(name, was, now) for name, was, now in raced if was is not None and now is not None]
     changed = [f"{name} {was or 'absent'}, now {now or 'absent'}" for name, was, now in versions if was != now]
     if changed:
         return Staleness("stale", f"measured with {'; '.join(changed)}", command)

@@ -105,6 +105,8 @@ def sizes(made: Contract) -> Iterator[Case]:
     yield replace(base, name="K 80, V 48", T=70, K=80, V=48)
     yield replace(base, name="K 64, V 160", T=130, K=64, V=160)
     yield replace(base, name="K 256, V 256", T=20, K=256 if made.name != "coupled_core" else 128, V=256)
+    if made.experimental:
+        return
     yield replace(base, name="long memory", T=300, decay="zero", G=1, H=2)
     yield replace(base, name="many short sequences", lengths=(1, 1, 1, 64, 1, 65, 0, 63, 1, 128))
     for variant in made.variants:

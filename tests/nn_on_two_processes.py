@@ -49,6 +49,7 @@ def main(mode: str) -> None:
         for layer in sharded.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(sharded, mesh=mesh)
+        assert all(layer.mixer._standing.joint is None for layer in sharded.layers), "the unsharded weights are still held"
         for model in (DistributedDataParallel(encoder_of(mode), find_unused_parameters=True), sharded):
             found = trained(model, mine)
             dist.all_reduce(found)

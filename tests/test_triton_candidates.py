@@ -78,7 +78,9 @@ def test_under_batch_invariance_nothing_depends_on_batch_length_or_card(op: str)
     assert any(candidate.batch_invariant for candidate in found[0])
 
 
-@pytest.mark.parametrize("op", ["slow_core", "gated_delta_rule", "dual_core", "uw_transform", "fused_uw", "gated_delta_step", "dual_core_step", "deep_core"])
+@pytest.mark.parametrize(
+    "op", ["slow_core", "gated_delta_rule", "dual_core", "uw_transform", "fused_uw", "gated_delta_step", "dual_core_step", "deep_core"]
+)
 @pytest.mark.parametrize("head_dim", [32, 128])
 def test_the_number_of_streams_decides_the_order_and_never_the_set(op: str, head_dim: int) -> None:
     case = replace(LONG, K=head_dim, V=head_dim, T=1 if CONTRACTS[op].max_tokens else LONG.T)

@@ -1,4 +1,4 @@
-"""deep_core: one or two launches forward, four backward: sums, blocks forward for what they started from, in reverse, all tokens (SPEC.md 7). Experimental.
+"""deep_core: one to three launches forward, five backward: sums, blocks forward and in reverse, their scalars, all tokens (SPEC.md 7). Experimental.
 
 Every variant of the op is served; a packed call's cu_seqlens is read on the device. The kernels: deep_scan, deep_gradients.
 """
@@ -15,7 +15,7 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
-from .deep_gradients import TOKENS
+from .deep_gradients import SCALARS, TOKENS
 from .deep_parallel import BACK, CHAIN, GATHER, READ
 from .deep_plans import backward_ways, forward_ways, steps_rows
 from .deep_scan import BLOCKS, REVERSE, SWEEP
@@ -228,21 +228,35 @@ def run_backward(
         )  # fmt: skip
     gradients = tuple(into.get(name) for name in ("q", "k", "v", "eta", "g", "gate"))
     reads = d_o is not None and not into.keys().isdisjoint(("q", "gate"))
-    writes = any(x is not None for x in (*gradients[1:5], *lines))
+    writes = any(x is not None for x in gradients[1:5])
     if d_o is None:
         for name in into.keys() & {"q", "gate"}:
             into[name].zero_()
+    drawn = made.new(torch.float32, made.slots, made.heads) if ("k" in into or "eta" in into) and (safe or d_mass is not None) else None
+    grown = made.new(torch.float32, made.slots, made.heads) if "g" in into or lines[1] is not None else None
+    tile = min(64, tile_width(made.values))
+    if drawn is not None or grown is not None or lines[0] is not None:
+        SCALARS(
+            made.slots * made.heads,
+            (
+                starts, ends, sums, masses, logs, d_mass, d_log, made.packed, drawn, grown, *lines,
+                made.tokens, made.sequences, made.heads, made.offset, *_pair(d_mass), *_pair(d_log),
+            ),
+            (*made.sizes, tile, made.span, made.normalize),
+            4 if made.keys > 32 else 1,
+            1,
+        )  # fmt: skip
     if reads or writes:
-        rows, tile = min(int(candidate.param("token_rows")), steps_rows(made.span)), min(64, tile_width(made.values))
+        rows = min(int(candidate.param("token_rows")), steps_rows(made.span))
         read = gradients if reads else (None, *gradients[1:5], None)
         TOKENS(
             made.slots * -(-made.span // rows) * made.groups * (reads + writes),
             (
-                made.q, made.k, made.v, made.eta, made.gate, d_o, starts, ends, sums, masses, logs, d_mass, d_log, made.packed, *read, *lines,
+                made.q, made.k, made.v, made.eta, made.gate, d_o, starts, sums, drawn, grown, made.packed, *read,
                 *made.numbers, made.groups, made.group, made.offset,
-                *strides(made.q), *strides(made.k), *strides(made.v), *strides(made.eta), *strides(made.gate), *strides(d_o), *_pair(d_mass), *_pair(d_log),
+                *strides(made.q), *strides(made.k), *strides(made.v), *strides(made.eta), *strides(made.gate), *strides(d_o),
             ),
-            (*made.sizes, tile, rows, made.span, int(reads), int(writes), made.normalize, made.dot),
+            (*made.sizes, tile, rows, made.span, int(reads), int(writes), made.dot),
             int(candidate.param("token_warps")),
             1,
         )  # fmt: skip

@@ -32,8 +32,10 @@ def _ways(signature: Signature, machine: Machine) -> list[tuple[int, int, int, i
     sequences = signature.dim("N") if signature.packed else signature.dim("B")
     streams = max(1, sequences) * signature.dim("H")
     wide, narrow = min(64, values), min(32, values)
-    if size == 4 or keys > 128:
-        found = [(32, narrow, 4, 2), (32, min(16, values), 4, 2), (16, narrow, 4, 2), (16, min(16, values), 4, 1)]
+    if keys > 128 or (size == 4 and keys > 64):  # a step's q and k are in registers
+        found = [(16, narrow, 8, 2), (32, min(16, values), 8, 2), (16, min(16, values), 4, 2), (16, min(16, values), 4, 1)]
+    elif size == 4:
+        found = [(32, min(16, values), 4, 2), (16, narrow, 4, 2), (32, narrow, 4, 2), (16, min(16, values), 4, 1)]
     else:
         found = [(64, wide, 4, 3), (64, narrow, 4, 3), (32, narrow, 4, 3), (64, narrow, 4, 2), (32, narrow, 4, 2)]
         if not signature.batch_invariant and streams * -(-values // wide) < (machine.sms or _SMS):
@@ -76,7 +78,7 @@ def backward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
     rows = 32 if size == 4 or keys > 128 else 64
     if size == 4 and keys > 128:
         rows = 16
-    warps = narrow_warps(signature.dtype, max(rows, keys), min(keys, values, 64), 8 if keys >= 128 else 4)
+    warps = narrow_warps(signature.dtype, max(rows, keys), min(keys, values, 64), 4)
     first, *others = dots(signature)
     slim = [way for way in _ways(signature, machine) if way[1] <= 32]  # wider tiles spill where every block's D is written
     ways = [(way, first) for way in slim]
@@ -88,20 +90,21 @@ def backward_ways(signature: Signature, machine: Machine) -> list[Candidate]:
 
 
 def _lonely(signature: Signature, machine: Machine) -> bool:
-    """Whether a scan would leave most of the card idle."""
+    """Whether a scan would leave most of the card idle, and for long."""
     sequences = max(1, signature.dim("N") if signature.packed else signature.dim("B"))
     tiles = -(-signature.dim("V") // 32)
-    return not signature.batch_invariant and sequences * signature.dim("H") * tiles * 4 <= (machine.sms or _SMS)
+    return not signature.batch_invariant and signature.dim("T") > _SHORT and sequences * signature.dim("H") * tiles * 4 <= (machine.sms or _SMS)
 
 
 def _chains(signature: Signature, machine: Machine) -> list[tuple[int, int, int, int, int]]:
     """(rows, value columns, warps and stages of the chain, warps of the parallel parts) of the way by blocks, where it is worth its memory: at most one."""
     span, sequences = int(signature.option("chunk_size") or 1) * int(signature.option("period") or 1), max(1, signature.dim("N"))
     size, keys, values = signature.dtype.itemsize, tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    if span < max(keys, 64) or signature.dim("T") // sequences < 4 * span or keys > 128:
+    tokens = signature.dim("T") // (sequences if signature.packed else 1)
+    if signature.batch_invariant or 2 * span < keys or tokens < 2 * span or keys > 128:
         return []
     columns = min(values, 64)
-    rows = 32 if size == 4 else 64
+    rows = min(32 if size == 4 else 64, steps_rows(span))
     wide = narrow_warps(signature.dtype, max(rows, keys), min(columns, keys), 4)
     warps = 4 if keys > 32 else 1
     tile = min(16, values)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from titans_backends.nn import memory
 from titans_backends.nn.flux import ResonanceFlux
 from titans_backends.nn.forms import Chunking, Convolution, Coupling, Decay, Merge, Mode, Transform, resolve
-from titans_backends.nn.joint import joint_projection, stand_together
+from titans_backends.nn.joint import Standing, joint_projection
 from titans_backends.nn.level import Level
 from titans_backends.nn.levels import empty_carry, with_levels
 from titans_backends.nn.memory import Memory, States
@@ -122,6 +122,7 @@ class TitansDualCore(nn.Module):
         self.merge = LearnedMerge(num_heads if merge == "head" else None, alpha, device, dtype) if learned else None
         for name in _LEVELS if self.form.levels else ():
             setattr(self, name, linear(d_model, num_heads * len(self.form.levels)))
+        self._standing = Standing()
         self.reset_decay()
         self.register_load_state_dict_post_hook(_stand_together)  # type: ignore[no-untyped-call]
         _stand_together(self)
@@ -267,7 +268,7 @@ class TitansDualCore(nn.Module):
     def _projections(self, x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """x's projections without their biases by name, views of one product: a head's width apart, `[B, T, H, K]`, the wide ones; `b_proj` has the gates behind it."""
         modules = [cast(nn.Linear, self._modules[name]) for name in names]
-        product = joint_projection(x, modules)
+        product = joint_projection(x, modules, self._standing)
         batch, tokens, padding = product.shape
         widths = {name: module.out_features for name, module in zip(names, modules, strict=True) if name not in _PER_HEAD[1:]}
         if "b_proj" in widths:
@@ -309,9 +310,7 @@ class TitansDualCore(nn.Module):
             q_state=None if cache is None else cache.q, k_state=None if cache is None else cache.k, v_state=None if cache is None else cache.v,
         )  # fmt: skip
         if cache is not None:
-            for name, state in zip("qkv", found[3:], strict=True):
-                assert state is not None
-                cache.store(name, state)
+            cache.store(**{name: cast(Tensor, state) for name, state in zip("qkv", found[3:], strict=True)})
         q, k, v = (cast(Tensor, tensor) for tensor in found[:3])
         beta, fast_gate, slow_gate = joint.pop("b_proj").sigmoid().chunk(3, -1)
         slow_logit = self._decay_logit("slow", joint) if "slow_decay_proj" in joint else None
@@ -342,12 +341,12 @@ class TitansDualCore(nn.Module):
         _stand_together(self)
 
 
-def _stand_together(layer: nn.Module, _: object = None) -> None:
-    """The weights of all that projects x, in one storage, in the order in which `_names` has them."""
+def _stand_together(layer: TitansDualCore, _: object = None) -> None:
+    """The weights of all that projects x, side by side in memory, in the order in which `_names` has them."""
     names = (*_GATE, *_QKV, *_PER_HEAD, *_DECAYS, *_LEVELS)
     modules = [layer._modules.get(name) for name in names]
     if all(isinstance(module, nn.Linear) for module in modules[: -len(_LEVELS)]):
-        stand_together([module for module in modules if isinstance(module, nn.Linear)])
+        layer._standing.move([module for module in modules if isinstance(module, nn.Linear)])
 
 
 def _widths(d_model: int, num_heads: int, expand_k: float, expand_v: float) -> tuple[int, int]:

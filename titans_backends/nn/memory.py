@@ -126,8 +126,7 @@ def recurrent(form: Form, x: Memory, alpha: Tensor | float, return_states: bool,
     if slow is None or fast is None:
         return o, None
     if cache is not None:
-        cache.store("slow", slow)
-        cache.store("fast", fast)
+        cache.store(slow=slow, fast=fast)
     return o, (fast, slow) if return_states else None
 
 
@@ -154,7 +153,7 @@ def _from_the_chunk_before(x: Memory, cache: DualCoreCache | None) -> Tensor:
     told = F.pad(cache.decay_sum[:, None], (0, 0, 0, earlier - 1)) if earlier else decay[:, :0]
     grid = ChunkGrid(earlier + tokens, size, None)
     means = grid.mean(torch.cat([told.to(decay.dtype), decay], 1))
-    cache.store("decay_sum", means[:, -1] * ((earlier + tokens - 1) % size + 1))
+    cache.store(decay_sum=means[:, -1] * ((earlier + tokens - 1) % size + 1))
     return grid.from_the_chunk_before(means.log())[:, earlier:]
 
 

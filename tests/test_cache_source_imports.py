@@ -23,6 +23,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "near.py": "from .op import run  # a circle\n",
         "inner/__init__.py": "from ..above import x\n",
         "inner/deep.py": "",
+        "inner/beside.py": "from . import deep\n",
+        "inner/taken.py": "from . import x\n",
         "above.py": "x = 1",
         "plain.py": "",
         "named.py": "something = 1\n",
@@ -62,6 +64,12 @@ def test_a_change_in_a_shared_piece_changes_the_hash_of_what_imports_it(package:
     before = source_hash(with_imports(["pluginpkg.op"]))
     (package / "inner" / "deep.py").write_text("changed = True\n")
     assert source_hash(with_imports(["pluginpkg.op"])) != before
+
+
+@pytest.mark.usefixtures("package")
+def test_a_modules_own_package_counts_where_something_in_it_is_taken_and_not_where_a_module_is() -> None:
+    assert with_imports(["pluginpkg.inner.beside"]) == ("pluginpkg.inner.beside", "pluginpkg.inner.deep")
+    assert "pluginpkg.inner" in with_imports(["pluginpkg.inner.taken"])
 
 
 def test_the_eager_rule_stands_on_its_inverse_and_its_scan_and_not_on_another_op() -> None:

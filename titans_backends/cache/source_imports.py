@@ -71,7 +71,8 @@ def _imports(name: str, path: Path, _mtime_ns: int, _size: int) -> tuple[str, ..
 
 
 def _named(tree: ast.AST, package: str) -> Iterator[str]:
-    """Every name that an import statement could mean: a module, or something in one."""
+    """Every name that an import statement could mean: a module, or something in one. A module's own package of which it takes only modules does not count:
+    a manifest that lists one op more changes no kernel."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -80,5 +81,7 @@ def _named(tree: ast.AST, package: str) -> Iterator[str]:
             if node.level:
                 parent = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
                 base = f"{parent}.{base}" if base else parent
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            taken = [f"{base}.{alias.name}" for alias in node.names]
+            if base != package or any(_locate(one) is None for one in taken):
+                yield base
+            yield from taken

@@ -1,4 +1,4 @@
-"""The Triton backend's manifest: every op but coupled_core forward, all but decode backward, for any GPU that Triton serves; measured on Hopper."""
+"""The Triton backend's manifest: the ops of the memory forward, all but decode backward, for any GPU that Triton serves; measured on Hopper."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ _OPS = (
     "chunk_flux",
 )
 _BACKWARD = (
-    "chunk_gradients",
     "conv_gradients",
     "coupled_gradients",
     "coupled_inputs",
@@ -40,7 +39,6 @@ _BACKWARD = (
     "fast_edges",
     "fast_gradients",
     "flux_gradients",
-    "partial_sums",
     "rms_gradients",
     "uw_gradients",
     "uw_product_gradients",

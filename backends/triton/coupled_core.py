@@ -23,7 +23,7 @@ from .ahead import ahead_of
 from .coupled_chunks import OUTPUTS
 from .coupled_gradients import backward_candidates, run_backward
 from .coupled_prepare import READ
-from .coupled_states import MAKE, Plan, Walked, grid_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
+from .coupled_states import MAKE, Plan, Walked, grid_of, parts_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
 from .dual_recurrent import transform_signature
 from .grid import strides
 from .program import remembering, remembering_backward
@@ -53,7 +53,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     assert isinstance(chunk, int)
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     made = [None] if chunk <= _BLOCK else uw_transform.candidates(transform_signature(signature), machine)[:1]
-    return [plan for make in made for plan in _plans(signature, chunk, make) if shared_bytes(signature, plan) <= room]
+    return [plan for make in made for plan in _plans(signature, chunk, make) if shared_bytes(signature, plan, machine) <= room]
 
 
 def _plans(signature: Signature, chunk: int, make: Candidate | None) -> list[Candidate]:
@@ -76,13 +76,12 @@ def _plans(signature: Signature, chunk: int, make: Candidate | None) -> list[Can
     return found
 
 
-def shared_bytes(signature: Signature, candidate: Candidate) -> int:
+def shared_bytes(signature: Signature, candidate: Candidate, machine: Machine) -> int:
     """An upper bound of a program's shared memory: the walk's pipeline and the state turned into an operand; the outputs' operands."""
     params = dict(candidate.params)
     keys, values, block = tile_of(signature.dim("K")), tile_of(signature.dim("V")), int(params["block"])
-    split = 2 if params["dot"] == "tf32x3" else 1
-    outputs = 4 * split * (2 * block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
-    return max(walk_bytes(params, keys, values, matrices=1, products=1), outputs) + 1024
+    outputs = 4 * parts_of(params, machine) * (2 * block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
+    return max(walk_bytes(params, machine, keys, values, matrices=1, products=1), outputs) + 1024
 
 
 def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@
 
 u and w are float32 and never rounded to the call's 16 bits, which identical keys would add up over a chunk; products take float32 operands (tf32 holds 16-bit ones
 but for float16's subnormals). At 1x8192, 12 heads of 32, chunks of 64, bfloat16: prepare moves 56 MB, read 44 MB: 17 and 13 us of memory.
+Compiled for sm_90 by Triton 3.6.0, heads of 32: prepare 226 registers and 32 KB, read 92 and 8 KB; in tf32x3 prepare spills 272 bytes.
 """
 
 from __future__ import annotations

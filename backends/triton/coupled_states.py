@@ -12,6 +12,7 @@ from titans_backends.backend import Candidate, Param
 from titans_backends.contracts.coupled_core import CoupledCore
 from titans_backends.contracts.dual_core import DualCore
 from titans_backends.contracts.uw_transform import UWTransform
+from titans_backends.machine import Machine
 
 from . import uw_transform
 from .coupled_chunks import FACTORS
@@ -22,7 +23,21 @@ from .dual_inputs import unit_operands
 from .grid import on_device, slot_count, strides, unit_stride
 from .serving import tile_width
 
-__all__ = ["MAKE", "Plan", "Walked", "as_dual", "grid_of", "prepared", "shares_of", "sizes_of", "tile_of", "walk_bytes", "walked", "walks"]
+__all__ = [
+    "MAKE",
+    "Plan",
+    "Walked",
+    "as_dual",
+    "grid_of",
+    "parts_of",
+    "prepared",
+    "shares_of",
+    "sizes_of",
+    "tile_of",
+    "walk_bytes",
+    "walked",
+    "walks",
+]
 
 MAKE = "make_"
 """What the transform's parameters begin with among a candidate's."""
@@ -94,11 +109,21 @@ def walks(keys: int, values: int, *, backward: bool) -> list[tuple[int, int]]:
     return [(usual, 0), (12 - usual, 0)]
 
 
-def walk_bytes(params: Mapping[str, Param], keys: int, values: int, *, matrices: int, products: int) -> int:
+def is_direct(machine: Machine) -> bool:
+    """Whether products read their operands from shared memory."""
+    return (machine.sm or 90) // 10 in (9, 10, 11)
+
+
+def parts_of(params: Mapping[str, Param], machine: Machine) -> int:
+    """How many times an operand lies there: both parts of a split float32."""
+    return 2 if params["dot"] == "tf32x3" and is_direct(machine) else 1
+
+
+def walk_bytes(params: Mapping[str, Param], machine: Machine, keys: int, values: int, *, matrices: int, products: int) -> int:
     """An upper bound of a walk's shared memory: its pipeline of the factor and of `matrices` states, and what becomes an operand."""
-    split, stages = 2 if params["dot"] == "tf32x3" else 1, int(params["walk_stages"])
+    split, stages, direct = parts_of(params, machine), int(params["walk_stages"]), is_direct(machine)
     state = keys * (int(params["walk_tile"]) or values)
-    return 4 * ((stages + split - 1) * keys * keys + (stages - 1) * matrices * state + split * products * state)
+    return 4 * ((stages + split - 2 + direct) * keys * keys + (stages - 1) * matrices * state + split * products * state)
 
 
 def as_dual(call: CoupledCore) -> DualCore:

@@ -6,7 +6,9 @@ dividing by the norm costs no pass, and the product does not wait for the norm, 
 <S, dS> of the next chunk follows from <S, dX> and <N(S~), dN> of this one, and more exactly so than from dS, which is nearly orthogonal to S.
 
 One program per sequence and v head. A chunk moves, in float32, K^2 + V K numbers in and 2 V K out (back: K^2 + 4 V K in and 2 V K out), for 4 K^2 V FLOP each way:
-at 1x8192, 12 heads of 32, chunks of 64, 25 MB and 0.2 GFLOP, 8 us of memory; the length of the chain is what counts, 128 chunks of about half a microsecond.
+at 1x8192, 12 heads of 32, chunks of 64, 25 MB and 0.2 GFLOP, 8 us of memory; the length of the chain is what counts.
+Compiled for sm_90 by Triton 3.6.0, heads of 32, 4 warps: forward 159 registers a thread (tf32x3: 217), 20 KB of shared memory; back, 8 warps, 186 (254) and 24 KB; no
+spills. Heads of 64, 8 warps: 206 and 64 KB (three stages 96), back 251 and 112 KB; float32 forward spills 176 bytes.
 """
 
 from __future__ import annotations

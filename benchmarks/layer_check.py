@@ -205,9 +205,10 @@ def figures(findings: Findings, mode: str, device: str) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             run()
             torch.cuda.synchronize()
-        kernels = sorted((e.key, e.count) for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
-        findings.tell(f"{mode} kernels a layer", sum(count for _, count in kernels) / 6)
-        findings.tell(f"{mode} kernels", ", ".join(f"{count} {name[:50]}" for name, count in kernels))
+        kernels = sorted(((e.device_time_total, e.count, e.key) for e in profile.key_averages() if e.device_time_total), reverse=True)
+        findings.tell(f"{mode} kernels a layer", sum(count for _, count, _ in kernels) / 6)
+        for us, count, name in kernels:
+            findings.tell(f"{mode} kernel {name[:90]}", f"{count} in {us:.0f} us")
 
         def wall(call: Callable[[], object]) -> float:
             torch.cuda.synchronize()

@@ -1,6 +1,6 @@
 """The dual-core layer in plain eager torch, as the original is built: what the layer of the library is measured against, written from the formulas.
 
-One torch call after the other on `[B, H, N, C, D]`, some fifty launches a layer before any loop over chunks. Parameters have the original's names, so
+One torch call after the other on `[B, H, N, C, D]`, some sixty launches a layer before any loop over chunks. Parameters have the original's names, so
 that it loads the state dicts of `titans_backends.nn.TitansDualCore`. A `Plan` says which of the documents' versions it computes; `LADDER` is the
 second document's seven steps from the earlier version to the later one. No masks, no packing, no cache, no gradients wanted.
 """
@@ -184,12 +184,11 @@ class Conv(nn.Module):
 
     def __init__(self, width: int, before: int) -> None:
         super().__init__()
-        self.before, self.conv = before, nn.Conv1d(width, width, 4, groups=width)
+        self.conv = nn.Conv1d(width, width, 4, padding=before, groups=width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, T, D]`."""
-        padded = F.pad(x.transpose(1, 2), (self.before, 3 - self.before))
-        return F.silu(self.conv(padded)).transpose(1, 2)
+        return F.silu(self.conv(x.transpose(1, 2))[..., : x.shape[1]]).transpose(1, 2)
 
 
 class Norm(nn.Module):
@@ -235,12 +234,12 @@ def in_chunks(x: Tensor, chunk: int) -> Tensor:
     x = x.transpose(1, 2)
     if missing:
         x = F.pad(x, (0, missing) if x.dim() == 3 else (0, 0, 0, missing))
-    return x.unflatten(2, (-1, chunk))
+    return x.contiguous().unflatten(2, (-1, chunk)) if x.dim() == 4 else x.unflatten(2, (-1, chunk))
 
 
-def transformed(k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, mask: Tensor | None, transform: str) -> tuple[Tensor, Tensor]:
+def transformed(k: Tensor, v_beta: Tensor, beta: Tensor, log_decay: Tensor | None, mask: Tensor | None, transform: str) -> tuple[Tensor, Tensor]:
     """u and w. `log_decay` `[..., C]`: its sum from the chunk's start; `mask` `[..., C, C]`: its differences, exponentiated, lower triangle."""
-    k_beta, v_beta = k * beta[..., None], v * beta[..., None]
+    k_beta = k * beta[..., None]
     attention = -(k_beta @ k.transpose(-1, -2))
     attention = (attention if mask is None else attention * mask).tril(-1)
     if log_decay is not None:
@@ -251,7 +250,7 @@ def transformed(k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, ma
         return matrix @ v_beta, matrix @ k_beta
     triangle = torch.eye(k.shape[-2], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device) - attention
     both = torch.linalg.solve_triangular(triangle, torch.cat([v_beta, k_beta], -1).to(triangle.dtype), upper=False, unitriangular=True).to(k.dtype)
-    return both[..., : v.shape[-1]], both[..., v.shape[-1] :]
+    return both[..., : v_beta.shape[-1]], both[..., v_beta.shape[-1] :]
 
 
 def unit(state: Tensor) -> Tensor:
@@ -268,14 +267,15 @@ def plain_core(plan: Plan, x: Inputs, flux: Flux) -> Tensor:
     if plan.memory == "rule":
         log_decay = in_chunks(F.logsigmoid(x.decay_logit), chunk).cumsum(-1)
         mask = (log_decay[..., :, None] - log_decay[..., None, :]).tril().exp().tril()
-    u, w = transformed(k, v, beta, log_decay, mask, plan.transform)
+    v_beta = v * beta[..., None]
+    u, w = transformed(k, v_beta, beta, log_decay, mask, plan.transform)
     scores = (q @ k.transpose(-1, -2)).tril()
     if plan.memory == "flat":
-        fast, slow = fast_gate * (scores @ (v * beta[..., None])), slow_gate * (scores @ u)
+        fast, slow = fast_gate * (scores @ v_beta), slow_gate * (scores @ u)
     elif log_decay is not None and mask is not None:
-        fast, slow = fast_gate * (scores @ (v * beta[..., None])), slow_gate * rule(q, k, u, w, scores * mask, log_decay)
+        fast, slow = fast_gate * (scores @ v_beta), slow_gate * rule(q, k, u, w, scores * mask, log_decay)
     else:
-        o = two_states(plan, x, flux, q, k, v, u, w, scores, fast_gate, slow_gate)
+        o = two_states(plan, x, flux, q, k, v, v_beta, u, w, scores, fast_gate, slow_gate)
         return o.flatten(2, 3)[:, :, :tokens].transpose(1, 2)
     o = plan.alpha * fast + (1 - plan.alpha) * slow
     return o.flatten(2, 3)[:, :, :tokens].transpose(1, 2)
@@ -296,7 +296,18 @@ def rule(q: Tensor, k: Tensor, u: Tensor, w: Tensor, scores: Tensor, log_decay: 
 
 
 def two_states(
-    plan: Plan, x: Inputs, flux: Flux, q: Tensor, k: Tensor, v: Tensor, u: Tensor, w: Tensor, scores: Tensor, fast_gate: Tensor, slow_gate: Tensor
+    plan: Plan,
+    x: Inputs,
+    flux: Flux,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    v_beta: Tensor,
+    u: Tensor,
+    w: Tensor,
+    scores: Tensor,
+    fast_gate: Tensor,
+    slow_gate: Tensor,
 ) -> Tensor:
     """States that cross chunks with one factor a chunk: S_slow, and S_fast in the earlier versions; `[B, H, N, C, V]`."""
     tokens, chunk, count = x.q.shape[1], x.chunk_size, q.shape[2]
@@ -315,7 +326,7 @@ def two_states(
     alpha = (0.5 + 0.3 * flux.tokens(k, v, beta))[..., None] if plan.flux_merge else q.new_full((), plan.alpha)
     blend = alpha.dim() > 0
     keys = k.transpose(-1, -2).contiguous() if plan.early_transpose else None
-    fast_o = fast_gate * (scores @ (v * beta[..., None])) if plan.fast == "chunk" else None
+    fast_o = fast_gate * (scores @ v_beta) if plan.fast == "chunk" else None
     slow = torch.zeros(*q.shape[:2], q.shape[-1], u.shape[-1], dtype=u.dtype, device=u.device)
     fast, o = slow, torch.zeros_like(u)
     for n in range(count):

@@ -13,8 +13,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import cast
 
@@ -98,25 +99,38 @@ def encoder_of(mode: str, stack: Sequence[int], device: str) -> nn.Module:
 
 
 def scores(
-    pairs: Sequence[Pair], modes: Sequence[str], backends: Sequence[str], dtypes: Sequence[torch.dtype], stack: Sequence[int], device: str
+    pairs: Sequence[Pair],
+    modes: Sequence[str],
+    backends: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    stack: Sequence[int],
+    device: str,
+    truths: dict[str, Tensor] | None = None,
 ) -> Iterator[Score]:
-    """Each as it is known."""
+    """Each as it is known; the float64 similarities of a mode that something runs go into `truths`."""
+    truths = {} if truths is None else truths
     for mode in modes:
         encoder = encoder_of(mode, stack, device)
-        want: Tensor | None = None
         for backend in backends:
             for dtype in dtypes:
                 name = str(dtype).removeprefix("torch.")
-                refused = refusal(backend, mode, device, dtype, stack[0] // stack[1])
+                refused = refusal(backend, mode, device, dtype, stack[0] // stack[1], packed=True)
                 if refused:
                     yield Score(mode, backend, name, refused=refused)
                     continue
-                want = similarities(Truth(encoder, mode, stack), pairs) if want is None else want
+                if mode not in truths:
+                    truths[mode] = similarities(Truth(encoder, mode, stack), pairs)
+                want = truths[mode]
                 with only(backend):
                     start = time.perf_counter()
                     got = similarities(encoder_of(mode, stack, device).to(dtype), pairs)
                     spent = time.perf_counter() - start
                 yield Score(mode, backend, name, spearman(got, want), pearson(got, want), float((got - want).abs().max()), LEAST[dtype], spent)
+
+
+def between(truths: Mapping[str, Tensor]) -> dict[str, float]:
+    """Spearman between the modes, which are different functions: what a change of mode does to the ranks."""
+    return {f"{one} and {other}": spearman(truths[one], truths[other]) for one, other in combinations(truths, 2)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,13 +153,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False
     found, stack = list[Score](), [int(part) for part in asked.stack.split(",")]
     facts = {**machine_facts(asked.device), "pairs": asked.pairs, "stack": stack}
-    for score in scores(docstring_pairs(asked.pairs), modes, backends, [NAMES[name] for name in dtypes], stack, asked.device):
+    truths: dict[str, Tensor] = {}
+    for score in scores(docstring_pairs(asked.pairs), modes, backends, [NAMES[name] for name in dtypes], stack, asked.device, truths):
         found.append(score)
         print(score.mode, score.backend, score.dtype, score.refused or f"{score.spearman:.6f}", file=sys.stderr, flush=True)
         if asked.json is not None:
             told = [{name: None if value != value else value for name, value in asdict(one).items()} for one in found]
-            asked.json.write_text(json.dumps({"facts": facts, "scores": told}, indent=1) + "\n", encoding="utf-8")
+            asked.json.write_text(json.dumps({"facts": facts, "scores": told, "between_modes": between(truths)}, indent=1) + "\n", encoding="utf-8")
     show(found, facts)
+    for pair, value in between(truths).items():
+        print(f"{pair}, float64, the same parameters: Spearman {value:.4f}")
     return 1 if any(score.wrong for score in found) else 0
 
 

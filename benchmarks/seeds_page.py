@@ -66,6 +66,8 @@ def scores(path: Path, pictures: Pictures) -> str:
     for one in told["scores"]:
         if one["refused"]:
             refused.setdefault(one["backend"], []).append(f"{one['mode']} {one['dtype']}")
+    modes = ", ".join(f"{pair} {value:.4f}" for pair, value in told["between_modes"].items())
+    lines += ["", f"Between modes, in float64, with the same parameters (Spearman): {modes}."] if modes else []
     return "\n".join([*lines, "", *(f"`{backend}` does not run here: {', '.join(where)}.\n" for backend, where in refused.items())])
 
 

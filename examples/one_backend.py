@@ -53,23 +53,27 @@ def only(backend: str) -> Iterator[None]:
         tb.reset()
 
 
-def refusal(backend: str, mode: str, device: torch.device | str, dtype: torch.dtype, head_dim: int = 32, *, training: bool = False) -> str:
-    """Why this backend cannot run the memory of a layer's mode here (`dual_core`, for "loop" `coupled_core`); empty where it can."""
+def refusal(
+    backend: str, mode: str, device: torch.device | str, dtype: torch.dtype, head_dim: int = 32, *, training: bool = False, packed: bool = False
+) -> str:
+    """Why this backend cannot run the memory of a layer's mode here (`dual_core`, for "loop" `coupled_core`); empty where it can. A mask packs sequences."""
     if backend == "chosen":
         return ""
     q, k, v = (torch.zeros(1, 64, 2, head_dim, device=device, dtype=dtype, requires_grad=training) for _ in range(3))
     beta, fast_gate, slow_gate = torch.zeros(3, 1, 64, 2, device=device, dtype=dtype)
+    ends = torch.tensor([0, 40, 64], dtype=torch.int32, device=device) if packed else None
+    always = {"fast_gate": fast_gate, "slow_gate": slow_gate, "cu_seqlens": ends, "backend": backend}
     try:
         with torch.set_grad_enabled(training):
             if mode == "loop":
-                psi = torch.zeros(1, 1, 2, device=device)
-                tb.get_op("coupled_core").bind(q, k, v, beta, psi, fast_gate=fast_gate, slow_gate=slow_gate, transform="lam", backend=backend)
+                psi = torch.zeros(1, 2 if packed else 1, 2, device=device)
+                tb.get_op("coupled_core").bind(q, k, v, beta, psi, transform="lam", **always)
             elif mode == "flat":
-                tb.get_op("dual_core").bind(
-                    q, k, v, beta, fast_gate=fast_gate, slow_gate=slow_gate, memory="flat", transform="lam", backend=backend
-                )  # fmt: skip
+                tb.get_op("dual_core").bind(q, k, v, beta, memory="flat", transform="lam", **always)
+            elif mode == "recurrent":
+                tb.get_op("dual_core").bind(q, k, v, beta, torch.zeros(1, 64, 2, device=device), **always)
             else:
-                tb.get_op("dual_core").bind(q, k, v, beta, fast_gate=fast_gate, slow_gate=slow_gate, backend=backend)
+                tb.get_op("dual_core").bind(q, k, v, beta, **always)
     except tb.BackendRefusedError as error:
         return str(error)
     return ""

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_column(name, justify="left" if name in ("mode", "backend") else "right")
     for mode in modes:
         for backend in backends:
-            refused = refusal(backend, mode, asked.device, dtype, stack[0] // stack[1])
+            refused = refusal(backend, mode, asked.device, dtype, stack[0] // stack[1], packed=True)
             if refused:
                 console.print(f"{mode}: {refused}", markup=False, highlight=False)
                 continue

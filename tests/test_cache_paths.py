@@ -44,6 +44,7 @@ def test_environment_holds_this_process_versions():
     assert torch.__version__.startswith(found.torch)
     assert (found.triton, found.cuda, found.driver, found.date) == (None, None, None, "2026-12-01")
     assert found.titans_backends == titans_backends.__version__
+    assert (found.cupy, found.numba_cuda) == (None, None)
     assert current_environment("cuda").cuda == torch.version.cuda
 
 

@@ -15,7 +15,7 @@ times = script("benchmarks/layer_times.py")
 report = script("benchmarks/layer_report.py")
 page = script("benchmarks/seeds_page.py")
 PAGE = Path(__file__).parent.parent / "docs" / "seeds.md"
-TINY = ["--device", "cpu", "--stack", "32,1,1,32", "--budget", "0.001"]
+TINY = ["--device", "cpu", "--stack", "32,1,1,32", "--budget", "0.0001"]
 
 
 def test_every_mode_is_right_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -290,7 +290,6 @@ def test_recurrent_does_not_look_ahead(form: str) -> None:
 @BY_FORM
 def test_inference_calls_no_flux_network_that_it_does_not_use_and_makes_no_state(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, calls = layer_of(form).eval().requires_grad_(False), []
-    layer.resonance_flux.flux_net.register_forward_hook(lambda *_: calls.append(("flux_net", False)))
 
     def recording(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
         def op(*args: object, **kwargs: object) -> tuple[Tensor | None, ...]:
@@ -302,7 +301,7 @@ def test_inference_calls_no_flux_network_that_it_does_not_use_and_makes_no_state
     replace_ops(monkeypatch, recording)
     layer(tokens(1, 20))
     psi = layer.form.mode == "loop" or (layer.form.mode == "dual" and layer.form.resonance)
-    resonance = ["uw_transform", "flux_net"] * psi
+    resonance = ["uw_transform", "chunk_flux"] * psi
     core = "coupled_core" if layer.form.mode == "loop" else "dual_core"
     levels = ["deep_core"] * len(layer.form.levels)
     called = ["qkv_prepare", *["token_flux"] * (layer.form.merge == "flux"), *resonance, core, *levels, "gated_rms_norm"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def launches(module: nn.Module, *args: Tensor) -> list[str]:
     return counted.names
 
 
-@pytest.mark.parametrize(("mode", "most"), [("flat", 6), ("recurrent", 9), ("dual", 12), ("loop", 32)])
+@pytest.mark.parametrize(("mode", "most"), [("flat", 6), ("recurrent", 9), ("dual", 13), ("loop", 21)])
 def test_a_layer_is_few_launches_in_inference(mode: str, most: int) -> None:
     found = launches(layer_of(mode=mode, chunk_size=3), X)
     assert len(found) <= most, found
@@ -129,3 +130,52 @@ def test_a_projection_that_is_more_than_its_product_is_called() -> None:
     with torch.no_grad():
         for layer in (adapted, hooked):
             torch.testing.assert_close(layer(X), doubled(X))
+
+
+def test_every_weight_has_a_storage_of_its_own_for_whatever_saves_it(tmp_path: Path) -> None:
+    layer, other = layer_of(), layer_of(1)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_model(layer, tmp_path / "layer")  # refuses views of a larger storage
+    safetensors.load_model(other, tmp_path / "layer")
+    with torch.no_grad():
+        assert torch.equal(layer(X), other(X))
+    for weight in layer.parameters():
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert len({weight.untyped_storage().data_ptr() for weight in layer.parameters()}) == len(list(layer.parameters()))
+
+
+def test_the_memory_is_let_go_where_the_weights_have_left_it() -> None:
+    replaced, moved, shared = layer_of(), layer_of(), layer_of()
+    replaced.v_proj.weight = nn.Parameter(replaced.v_proj.weight.detach().clone())  # as sharding does
+    assert replaced._standing.joint is None
+    for weight in moved.parameters():
+        weight.data = weight.data.clone()
+    moved(X)
+    assert moved._standing.joint is None
+    assert launches(copy.copy(shared), X)[0] == launches(shared, X)[0] == "mm"
+
+
+def test_what_is_no_plain_weight_is_multiplied_by_its_own_class() -> None:
+    class Halved(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            assert function is not torch.cat
+            found = super().__torch_function__(function, types, args, kwargs)
+            return found.as_subclass(Tensor) / 2 if function is nn.functional.linear else found
+
+    layer, halved = layer_of(), layer_of()
+    layer.v_proj.weight.data.div_(2)
+    halved.v_proj.weight = nn.Parameter(halved.v_proj.weight.detach().as_subclass(Halved))
+    with torch.no_grad():
+        torch.testing.assert_close(halved(X), layer(X))
+
+
+def test_other_parameters_by_functional_call_and_its_gradient() -> None:
+    layer = layer_of()
+    other = {name: p.detach() for name, p in layer_of(1).named_parameters()}
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.functional_call(layer, other, (X,)), layer_of(1)(X))
+    found = torch.func.grad(lambda given: torch.func.functional_call(layer, given, (X,)).square().sum())(other)
+    same = layer_of(1)
+    same(X).square().sum().backward()
+    torch.testing.assert_close(found["v_proj.weight"], same.v_proj.weight.grad)

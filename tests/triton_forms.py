@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from titans_backends.backends.triton.launch import Form
 
 __all__ = [
+    "AROUND",
     "PRODUCTION",
     "TRAINED",
     "TRAINING",
@@ -87,7 +88,9 @@ PRODUCTION: tuple[Case, ...] = (_LONG, _SMALL_HEADS, replace(_LONG, name="short"
 """The calls whose defaults are compiled; `production` fits them to an op."""
 TRAINING: tuple[Case, ...] = (_LONG, replace(_LONG, name="medium heads", G=16, H=16, K=64, V=64), _SMALL_HEADS)
 """The same of the backward."""
-TRAINED = ("fused_uw", "fast_core", "uw_transform", "slow_core", "gated_delta_rule", "dual_core", "deep_core")
+AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux", "chunk_flux")
+"""The ops around the memory, whose kernels depend on little: they are compiled and interpreted for fewer calls."""
+TRAINED = ("fused_uw", "fast_core", "uw_transform", "slow_core", "gated_delta_rule", "dual_core", "coupled_core", "deep_core", *AROUND)
 """The ops that have one."""
 
 
@@ -100,6 +103,8 @@ def production(op: str, case: Case) -> Case:
         return replace(case, B=64, T=1, given=("g", "fast_gate", "slow_gate") if op == "dual_core_step" else ("g",))
     if op == "dual_core" and case.dtype == torch.float32:
         return replace(case, options={"memory": "flat", "transform": "lam"}, given=("fast_gate", "slow_gate"))
+    if op == "coupled_core":
+        return replace(case, options={"transform": "lam", "output_final_state": True}, given=made.variants[1].given)
     kept = {"fast_core": ("gate", "g"), "deep_core": ("gate", "g"), "dual_core": ("g", "fast_gate", "slow_gate", "alpha")}.get(op, ("g",))
     options = {"output_final_state": True} if "output_final_state" in made.option_by_name else {}
     return replace(case, options=options, given=kept)

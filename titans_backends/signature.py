@@ -5,10 +5,13 @@ A signature holds facts only. `contracts` makes it from a validated call, `bucke
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from titans_backends.contracts import contract
 
 __all__ = ["Launch", "Regime", "Signature", "TensorFacts"]
 
@@ -73,5 +76,11 @@ class Signature:
 
     @property
     def aligned(self) -> bool:
-        """Whether every operand starts on a 16-byte boundary."""
-        return all(facts.aligned for _, facts in self.tensors)
+        """Whether every operand and state starts on a 16-byte boundary: what kernels copy by whole rows. Gates, read number by number, do not count."""
+        copied = _copied_by_rows(self.op)
+        return all(facts.aligned for name, facts in self.tensors if name in copied)
+
+
+@functools.cache
+def _copied_by_rows(op: str) -> frozenset[str]:
+    return frozenset(argument.name for argument in contract(op).arguments if argument.role in ("operand", "state"))

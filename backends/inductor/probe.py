@@ -8,6 +8,7 @@ from titans_backends.backend import Candidate
 from titans_backends.contracts.fast_core import CONTRACT, FastCore, reference
 from titans_backends.contracts.tolerance import compare, tolerance
 from titans_backends.machine import Machine
+from titans_backends.precision import float32_precision
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 from .fast_core import run
@@ -35,7 +36,7 @@ def _tried(machine: Machine) -> Verdict:
     want, _ = reference(CONTRACT.to(call, torch.float64))  # type: ignore[arg-type]
     assert o is not None
     assert want is not None
-    limit = tolerance(torch.float32, "highest" if machine.kind == "cpu" else torch.get_float32_matmul_precision()).outputs
+    limit = tolerance(torch.float32, "highest" if machine.kind == "cpu" else float32_precision(on_cuda=True)).outputs
     difference = compare("o", o, want)
     return ACCEPTED if difference.within(limit) else refused(f"the smallest case is wrong: {difference}, where {limit:.0e} is allowed")
 

@@ -30,10 +30,10 @@ def _token_gradients(
     program = tl.program_id(0)
     groups = heads // group
     shared = (program % groups).to(tl.int64)
-    row, start, end, place = chunk_at(cu_seqlens, program // groups, tokens, sequences, chunk, CHUNK)
+    row, start, end, index = chunk_at(cu_seqlens, program // groups, tokens, sequences, chunk, CHUNK)
+    place = row * rows + index
     if start < end:
         share = 1.0 / (end - start).to(tl.float32)
-        place = row * rows + place
         line = tl.arange(0, ROWS)
         k += row * k_b + shared * k_h
         for low in range(0, end - start, ROWS):
@@ -52,28 +52,28 @@ def _token_gradients(
                         for of in range(0, V, SLAB_V):
                             value = of + tl.arange(0, SLAB_V)
                             tile = tl.load(u + row * u_b + head * u_h + wide * u_t + value[None, :], mask=here & (value < V)[None, :], other=0.0)
-                            at = bilinear + (head * K + column)[None, :] * V + value[:, None]
-                            form = tl.load(at, mask=(column < K)[None, :] & (value < V)[:, None], other=0.0)
+                            forms = bilinear + (head * K + column)[None, :] * V + value[:, None]
+                            form = tl.load(forms, mask=(column < K)[None, :] & (value < V)[:, None], other=0.0)
                             part = tl.dot(tile, form.to(DTYPE), part, input_precision=DOT)
                         found += part * weigh
-                    at = dk + ((row * tokens + token) * groups + shared)[:, None] * K + column[None, :]
-                    tl.store(at, found.to(DTYPE), mask=here & (column < K)[None, :])
+                    keys = dk + ((row * tokens + token) * groups + shared)[:, None] * K + column[None, :]
+                    tl.store(keys, found.to(DTYPE), mask=here & (column < K)[None, :])
             if du is not None:
                 for step in range(group):
-                    head = shared * group + step
-                    weigh = tl.load(d_mean_e + place * heads + head) * share / tl.load(temp + head).to(tl.float32)
-                    for first in range(0, V, SLAB_V):
-                        value = first + tl.arange(0, SLAB_V)
-                        part = tl.zeros([ROWS, SLAB_V], tl.float32)
-                        for of in range(0, K, SLAB_K):
-                            column = of + tl.arange(0, SLAB_K)
-                            tile = tl.load(k + wide * k_t + column[None, :], mask=here & (column < K)[None, :], other=0.0)
-                            at = bilinear + (head * K + column)[:, None] * V + value[None, :]
-                            form = tl.load(at, mask=(column < K)[:, None] & (value < V)[None, :], other=0.0)
-                            part = tl.dot(tile, form.to(DTYPE), part, input_precision=DOT)
-                        mean = tl.load(d_mean_u + (place * heads + head) * V + value, mask=value < V, other=0.0) * share
-                        at = du + ((row * tokens + token) * heads + head)[:, None] * V + value[None, :]
-                        tl.store(at, (part * weigh + mean[None, :]).to(DTYPE), mask=here & (value < V)[None, :])
+                    h = shared * group + step
+                    scale = tl.load(d_mean_e + place * heads + h) * share / tl.load(temp + h).to(tl.float32)
+                    for at_u in range(0, V, SLAB_V):
+                        of_u = at_u + tl.arange(0, SLAB_V)
+                        sum_u = tl.zeros([ROWS, SLAB_V], tl.float32)
+                        for at_k in range(0, K, SLAB_K):
+                            of_k = at_k + tl.arange(0, SLAB_K)
+                            tall = tl.load(k + wide * k_t + of_k[None, :], mask=here & (of_k < K)[None, :], other=0.0)
+                            turned = bilinear + (h * K + of_k)[:, None] * V + of_u[None, :]
+                            held = tl.load(turned, mask=(of_k < K)[:, None] & (of_u < V)[None, :], other=0.0)
+                            sum_u = tl.dot(tall, held.to(DTYPE), sum_u, input_precision=DOT)
+                        middle = tl.load(d_mean_u + (place * heads + h) * V + of_u, mask=of_u < V, other=0.0) * share
+                        values = du + ((row * tokens + token) * heads + h)[:, None] * V + of_u[None, :]
+                        tl.store(values, (sum_u * scale + middle[None, :]).to(DTYPE), mask=here & (of_u < V)[None, :])
 
 
 @triton.jit

@@ -39,34 +39,34 @@ def _means(
     program = tl.program_id(0)
     groups = heads // group
     shared = (program % groups).to(tl.int64)
-    row, start, end, place = chunk_at(cu_seqlens, program // groups, tokens, sequences, chunk, CHUNK)
+    row, start, end, index = chunk_at(cu_seqlens, program // groups, tokens, sequences, chunk, CHUNK)
+    place = row * rows + index
     if start < end:
         share = 1.0 / (end - start).to(tl.float32)
-        place = row * rows + place
         column = tl.arange(0, BLOCK_K)
         k += row * k_b + shared * k_h
         line = tl.arange(0, ROWS)
         total = tl.zeros([BLOCK_K], tl.float32)
         for low in range(0, end - start, ROWS):
             token = start + low + line
-            at = k + token.to(tl.int64)[:, None] * k_t + column[None, :]
-            total += tl.sum(tl.load(at, mask=(token < end)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32), 0)
+            keys = k + token.to(tl.int64)[:, None] * k_t + column[None, :]
+            total += tl.sum(tl.load(keys, mask=(token < end)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32), 0)
         tl.store(mean_k + (place * groups + shared) * K + column, total * share, mask=column < K)
         for step in range(group):
             head = shared * group + step
             energy = tl.zeros([ROWS], tl.float32)
             for first in range(0, V, SLAB):
                 value = first + tl.arange(0, SLAB)
-                at = bilinear + (head * K + column)[:, None] * V + value[None, :]
-                form = tl.load(at, mask=(column < K)[:, None] & (value < V)[None, :], other=0.0).to(k.dtype.element_ty)
+                forms = bilinear + (head * K + column)[:, None] * V + value[None, :]
+                form = tl.load(forms, mask=(column < K)[:, None] & (value < V)[None, :], other=0.0).to(k.dtype.element_ty)
                 summed = tl.zeros([SLAB], tl.float32)
                 for low in range(0, end - start, ROWS):
-                    token = start + low + line
-                    wide = token.to(tl.int64)[:, None]
-                    here = (token < end)[:, None]
+                    late = start + low + line
+                    wide = late.to(tl.int64)[:, None]
+                    here = (late < end)[:, None]
                     key = tl.load(k + wide * k_t + column[None, :], mask=here & (column < K)[None, :], other=0.0)
-                    at = u + row * u_b + head * u_h + wide * u_t + value[None, :]
-                    tile = tl.load(at, mask=here & (value < V)[None, :], other=0.0).to(tl.float32)
+                    values = u + row * u_b + head * u_h + wide * u_t + value[None, :]
+                    tile = tl.load(values, mask=here & (value < V)[None, :], other=0.0).to(tl.float32)
                     energy += tl.sum(tl.dot(key, form, input_precision=DOT) * tile, 1)
                     summed += tl.sum(tile, 0)
                 tl.store(mean_u + (place * heads + head) * V + value, summed * share, mask=value < V)

@@ -56,12 +56,12 @@ def _convolved(
                     z += old * tl.load(weight + column * 4 + j, mask=live, other=0.0).to(tl.float32)[None, :]
             if final is not None:
                 step = tl.arange(0, 4)
-                place = end - 4 + step
-                shown = live[:, None] & (place >= begin)[None, :]
-                last = tl.load(x + place.to(tl.int64)[None, :] * x_t + column[:, None], mask=shown, other=0.0).to(tl.float32)
+                late = end - 4 + step
+                shown = live[:, None] & (late >= begin)[None, :]
+                last = tl.load(x + late.to(tl.int64)[None, :] * x_t + column[:, None], mask=shown, other=0.0).to(tl.float32)
                 if state is not None:
-                    older = place - begin + 4
-                    last += tl.load(state + at + column[:, None] * 4 + older[None, :], mask=live[:, None] & (older < 4)[None, :], other=0.0)
+                    kept = late - begin + 4
+                    last += tl.load(state + at + column[:, None] * 4 + kept[None, :], mask=live[:, None] & (kept < 4)[None, :], other=0.0)
                 tl.store(final + at + column[:, None] * 4 + step[None, :], last, mask=live[:, None])
     if SILU:
         z *= tl.sigmoid(z)

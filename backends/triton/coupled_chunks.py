@@ -3,7 +3,7 @@
     factors    A^T = w^T K and B^T = u^T K of a chunk, for the walk (coupled_walks): 2 C K (K + V) FLOP; moves C (2 K + V) elements, K (K + V) in float32
     outputs    y_x = M u + (scale Q - M w) N(S~_x), both cores' reads and corrections at once:  o = alpha f y_f + (1 - alpha) s y_s
                4 C^2 K + 2 C^2 V + 4 C K V FLOP a chunk and head; moves C (3 K + 2 V) elements and 2 V K in float32
-    arrivals   what o passes to N(S~_x), (scale Q - M w)^T dy_x, transposed: the reverse walk's input
+    arrivals   what o passes to N(S~_x), P^T dy_x with the reader P = scale Q - M w, transposed: the reverse walk's input
 
 Products take float32 operands: 16-bit ones, which tf32 holds exactly but for float16's subnormals, are widened, for narrow products of 16 bits are
 miscompiled (`serving.narrow_warps`). At 1x8192, 12 heads of 32, chunks of 64, bfloat16, factors and outputs move 22 and 41 MB: 7 and 12 us of memory.
@@ -47,8 +47,9 @@ def blended(alpha, fast_gate, slow_gate, number, rows, ok, alpha_t, fast_t, slow
 def _gathered(
     x, k, out, count, x_t, k_t, start,
     WIDTH: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows start to start + TILE of x^T K over a chunk of `count` tokens."""
+    """Rows start to start + TILE of x^T K over a chunk of `count` tokens. ROUNDED: as an operand."""
     line = tl.arange(0, BLOCK)
     total = tl.zeros([TILE, BLOCK_K], tl.float32)
     for begin in tl.range(0, count, BLOCK, num_stages=STAGES):
@@ -58,7 +59,7 @@ def _gathered(
         keys = wide_tile(k + at * k_t, line, ok, k_t, 0, KEYS, BLOCK_K, DOT)
         total = tl.dot(tl.trans(left), keys, total, input_precision=DOT)
     lines = start + tl.arange(0, TILE)
-    store_tile(out, lines, lines < WIDTH, KEYS, 0, total, KEYS, BLOCK_K)
+    store_tile(out, lines, lines < WIDTH, KEYS, 0, as_operand(total, tl.float32, DOT) if ROUNDED else total, KEYS, BLOCK_K)
 
 
 @triton.jit
@@ -81,11 +82,11 @@ def _factors(
     k += row * k_b + first * k_t + (head // GROUP) * k_h
     u += row * u_b + first * u_t + head * u_h
     for start in tl.static_range(0, VALUES, TILE):
-        _gathered(u, k, turned_b + at * (VALUES * KEYS), count, u_t, k_t, start, VALUES, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES)
+        _gathered(u, k, turned_b + at * (VALUES * KEYS), count, u_t, k_t, start, VALUES, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES, False)
     if w is not None:
         w += row * w_b + first * w_t + head * w_h
         for start in tl.static_range(0, KEYS, TILE):
-            _gathered(w, k, turned_a + at * (KEYS * KEYS), count, w_t, k_t, start, KEYS, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES)
+            _gathered(w, k, turned_a + at * (KEYS * KEYS), count, w_t, k_t, start, KEYS, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES, True)
 
 
 @triton.jit
@@ -150,12 +151,12 @@ def _outputs(
 
 @triton.jit
 def _arrivals(
-    q, k, w, d_o, alpha, fast_gate, slow_gate, d_reads, cu_seqlens, tokens, sequences, number, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, o_b, o_t, o_h, alpha_b, alpha_t, alpha_h, fast_b, fast_t, fast_h, slow_b, slow_t, slow_h,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr,
+    reader, d_o, alpha, fast_gate, slow_gate, d_reads, cu_seqlens, tokens, sequences, number,
+    o_b, o_t, o_h, alpha_b, alpha_t, alpha_h, fast_b, fast_t, fast_h, slow_b, slow_t, slow_h,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """d_reads `[slots, H, 2, V, K]` in float32, of chunks of one block. Blocks: slots * HEADS."""
+    """d_reads `[slots, H, 2, V, K]` in float32, of chunks of one block, from the reader `[B, T, H, K]`. Blocks: slots * HEADS."""
     head = tl.program_id(0) % HEADS
     slot = tl.program_id(0) // HEADS
     row, _, _, first, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, CHUNK)
@@ -165,8 +166,6 @@ def _arrivals(
     line = tl.arange(0, BLOCK)
     ok = line < tl.minimum(end - first, CHUNK)
     first = tl.cast(first, tl.int64)
-    q += row * q_b + first * q_t + (head // GROUP) * q_h
-    k += row * k_b + first * k_t + (head // GROUP) * k_h
     d_o += row * o_b + first * o_t + head * o_h
     if alpha is not None:
         alpha += row * alpha_b + first * alpha_t + head * alpha_h
@@ -175,16 +174,10 @@ def _arrivals(
     if slow_gate is not None:
         slow_gate += row * slow_b + first * slow_t + head * slow_h
     share, rest = blended(alpha, fast_gate, slow_gate, number, line, ok, alpha_t, fast_t, slow_t)
-    reader = wide_tile(q, line, ok, q_t, 0, KEYS, BLOCK_K, DOT) * scale
-    if w is not None:
-        w += row * w_b + first * w_t + head * w_h
-        keys = wide_tile(k, line, ok, k_t, 0, KEYS, BLOCK_K, DOT)
-        scores = tl.dot(as_operand(reader, tl.float32, DOT), tl.trans(keys), input_precision=DOT)
-        scores = as_operand(tl.where(line[:, None] >= line[None, :], scores, 0.0), tl.float32, DOT)
-        reader -= tl.dot(scores, wide_tile(w, line, ok, w_t, 0, KEYS, BLOCK_K, DOT), input_precision=DOT)
+    rows = load_tile(reader + ((row * tokens + first) * HEADS + head) * KEYS, line, ok, HEADS * KEYS, 0, KEYS, BLOCK_K)
     d_reads += (slot.to(tl.int64) * HEADS + head) * (2 * KEYS * VALUES)
-    quick = as_operand(reader * share[:, None], tl.float32, DOT)
-    steady = as_operand(reader * rest[:, None], tl.float32, DOT)
+    quick = as_operand(rows * share[:, None], tl.float32, DOT)
+    steady = as_operand(rows * rest[:, None], tl.float32, DOT)
     for start in tl.static_range(0, VALUES, BLOCK_V):
         value = start + tl.arange(0, BLOCK_V)
         arrived = tl.trans(wide_tile(d_o, line, ok, o_t, start, VALUES, BLOCK_V, DOT))

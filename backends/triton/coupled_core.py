@@ -1,6 +1,7 @@
-"""coupled_core in Triton: u and w, then the chunks' factors in parallel, the walk of both states, and the output in parallel.
+"""coupled_core in Triton: all that does not hang on the states in parallel, the walk of both states over the chunks, the output in parallel.
 
-    walked     uw_transform's default, the factors, the walk, the outputs (coupled_walks, coupled_chunks): four launches, five with `qk_l2norm`
+    prepared   chunks of at most 64 tokens: coupled_prepare, the walk (coupled_walks), the output: three launches, four with `qk_l2norm`
+    walked     longer ones: uw_transform's default, the factors, the walk, the outputs (coupled_chunks): one more
 
 Between the launches stand, a chunk and head, the factors and both states in float32, K^2 + 3 K V numbers: at 1x8192, 12 heads of 32, chunks of 64, 25 MB.
 The states are one program's a v head: above 64 x 64 they lie in memory (coupled_wide), K above 128 is refused. The backward is coupled_gradients'.
@@ -21,15 +22,17 @@ from . import uw_transform
 from .ahead import ahead_of
 from .coupled_chunks import OUTPUTS
 from .coupled_gradients import backward_candidates, run_backward
-from .coupled_states import LONGEST, MAKE, Plan, prepared, sizes_of, walk_bytes, walked, walks
+from .coupled_prepare import READ
+from .coupled_states import MAKE, Plan, Walked, grid_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
 from .dual_recurrent import transform_signature
 from .grid import strides
 from .program import remembering, remembering_backward
-from .serving import CONSUMER_SHARED_BYTES, dots, serves, tile_width
+from .serving import CONSUMER_SHARED_BYTES, dots, serves
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 _WIDEST = 128
+_BLOCK = 64
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -46,64 +49,82 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Warps and stages of the walk, which limits the op; the first is the default."""
-    made = uw_transform.candidates(transform_signature(signature), machine)
-    if not made:
-        return []
-    return [plan for plan in plans(signature, made[0]) if shared_bytes(signature, plan) <= (machine.shared_memory_bytes or CONSUMER_SHARED_BYTES)]
-
-
-def plans(signature: Signature, make: Candidate) -> list[Candidate]:
-    """Ways through the walk behind one transform."""
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
-    keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    block = min(64 if keys <= 64 else 32, tile_width(chunk))
+    room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
+    made = [None] if chunk <= _BLOCK else uw_transform.candidates(transform_signature(signature), machine)[:1]
+    return [plan for make in made for plan in _plans(signature, chunk, make) if shared_bytes(signature, plan) <= room]
+
+
+def _plans(signature: Signature, chunk: int, make: Candidate | None) -> list[Candidate]:
+    """Ways through the walk, behind a transform where a chunk is more than one block."""
+    keys, values = tile_of(signature.dim("K")), tile_of(signature.dim("V"))
     ways = walks(keys, values, backward=False)
     staged = [(*way, 1) for way in ways] if ways[0][1] else [(*ways[0], 3), (*ways[1], 3), (*ways[0], 2)]
-    inner: tuple[tuple[str, Param], ...] = ((f"{MAKE}variant", make.variant), *((MAKE + name, value) for name, value in make.params))
+    block = min(64 if keys <= 64 else 32, tile_of(chunk)) if make else tile_of(chunk)
     found = []
     for walk_warps, walk_tile, walk_stages in staged:
-        params: dict[str, Param] = {"block": block, "tile": min(64 if keys <= 64 else 32, max(keys, values)), "warps": 4}
+        params: dict[str, Param] = {
+            "block": block,
+            "tile": min(64 if keys <= 64 else 32, max(keys, values)),
+            "warps": 8 if keys > 64 else 4,
+        }
         params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "walk_tile": walk_tile, "dot": dots(signature)[0]}
-        found.append(Candidate("triton", "walked", (*params.items(), *inner), sources=_SOURCES))
+        if make is not None:
+            params |= {f"{MAKE}variant": make.variant, **{MAKE + name: value for name, value in make.params}}
+        found.append(Candidate("triton", "walked" if make else "prepared", tuple(params.items()), sources=_SOURCES))
     return found
 
 
 def shared_bytes(signature: Signature, candidate: Candidate) -> int:
     """An upper bound of a program's shared memory: the walk's pipeline and the state turned into an operand; the outputs' operands."""
     params = dict(candidate.params)
-    keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
+    keys, values, block = tile_of(signature.dim("K")), tile_of(signature.dim("V")), int(params["block"])
     split = 2 if params["dot"] == "tf32x3" else 1
-    outputs = 4 * split * (block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
+    outputs = 4 * split * (2 * block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
     return max(walk_bytes(params, keys, values, matrices=1, products=1), outputs) + 1024
 
 
 def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o `[B, T, H, V]` in v's dtype and both final states `[N, H, K, V]` in float32, None unless asked."""
     plan, call = Plan.of(dict(candidate.params)), prepared(call)
-    found = walked(call, plan, finals=call.output_final_state)
-    v = call.v
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    number, alpha = (0.0, call.alpha.expand(v.shape[:3])) if isinstance(call.alpha, Tensor) else (float(call.alpha), None)
-    sequences, slots, heads, keys, values = sizes_of(call)
-    chunk, tile = min(call.chunk_size, LONGEST), min(plan.tile, tile_width(values))
-    per = -(-min(chunk, v.shape[1]) // plan.block)
-    args = (
-        call.q, call.k, found.u, found.w, alpha, call.fast_gate, call.slow_gate, found.starts, found.numbers, o, call.cu_seqlens, v.shape[1],
-        0 if call.cu_seqlens is None else sequences, per, number, float(call.scale), *strides(call.q), *strides(call.k), *strides(found.u),
-        *strides(found.w), *strides(alpha), *strides(call.fast_gate), *strides(call.slow_gate),
-    )  # fmt: skip
-    constants = (
-        heads, heads // max(call.k.shape[2], 1), keys, values, chunk, plan.block, tile_width(keys), tile, plan.dot, 1 if chunk <= plan.block else 2,
-    )  # fmt: skip
-    OUTPUTS(slots * per * heads * -(-values // tile), args, constants, plan.warps, 2)
+    found = walked(call, plan, finals=call.output_final_state, operands=plan.make is not None, outputs=plan.make is None)
+    o = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
+    (_outputs if plan.make is not None else _read)(call, plan, found, o)
     return o, found.final, found.final_fast
+
+
+def _read(call: CoupledCore, plan: Plan, found: Walked, o: Tensor) -> None:
+    """The output of chunks of one block."""
+    sequences, slots, heads, keys, values = sizes_of(call)
+    shares, number = shares_of(call)
+    args = (
+        found.factors.reader, found.factors.inside, *shares, found.starts, found.numbers, o, call.cu_seqlens, o.shape[1],
+        0 if call.cu_seqlens is None else sequences, number, *(step for x in shares for step in strides(x)),
+    )  # fmt: skip
+    tile = min(plan.tile, tile_of(values))
+    constants = (heads, keys, values, grid_of(call), plan.block, tile_of(keys), tile, plan.dot)
+    READ(slots * heads * -(-values // tile), args, constants, 4, 1)
+
+
+def _outputs(call: CoupledCore, plan: Plan, found: Walked, o: Tensor) -> None:
+    """The output of chunks of any length."""
+    sequences, slots, heads, keys, values = sizes_of(call)
+    (u, w), (shares, number) = (found.factors.u, found.factors.w), shares_of(call)
+    chunk, tile, tokens = grid_of(call), min(plan.tile, tile_of(values)), o.shape[1]
+    per = -(-min(chunk, tokens) // plan.block)
+    args = (
+        call.q, call.k, u, w, *shares, found.starts, found.numbers, o, call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, per, number,
+        float(call.scale), *strides(call.q), *strides(call.k), *strides(u), *strides(w), *(step for x in shares for step in strides(x)),
+    )  # fmt: skip
+    constants = (heads, heads // max(call.k.shape[2], 1), keys, values, chunk, plan.block, tile_of(keys), tile, plan.dot, 2)
+    OUTPUTS(slots * per * heads * -(-values // tile), args, constants, plan.warps, 2)
 
 
 _SOURCES = tuple(
     f"titans_backends.backends.triton.{name}"
     for name in (
-        "coupled_states", "coupled_walks", "coupled_wide", "coupled_chunks", "dual_inputs", "dual_recurrent", "uw_transform", "uw_blocks", "decay",
+        "coupled_states", "coupled_prepare", "coupled_walks", "coupled_wide", "coupled_chunks", "dual_inputs", "dual_recurrent", "uw_transform", "uw_blocks", "decay",
         "inverse", "grid", "launch", "rounding", "serving",
     )
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """coupled_core's backward: the states computed again, what arrives at them, the reverse walk, the chunks' gradients, those of the transform, the sums.
 
-Launches: the forward's first three (four with `qk_l2norm`), arrivals, the reverse walk, the chunks, uw_transform's backward, the sums for q and k, those for the
-gates and alpha. None of them runs where nothing needs it. A chunk is one block of at most 64 tokens; longer ones are left to another backend.
+Launches: the forward's preparation and walk (norms before it with `qk_l2norm`), arrivals, the reverse walk, four for the chunks, uw_transform's
+backward, the sums for q and k, those for the gates and alpha. None of them runs where nothing needs it. A chunk is one block of at most 64 tokens; longer ones
+are left to another backend.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from titans_backends.signature import Signature
 from . import uw_transform
 from .coupled_chunks import ARRIVALS
 from .coupled_inputs import INPUTS
-from .coupled_states import LONGEST, MAKE, Plan, Walked, as_dual, prepared, sizes_of, walk_bytes, walked, walks
+from .coupled_states import Plan, Walked, as_dual, grid_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
 from .coupled_walks import WALK_BACK
 from .coupled_wide import WALK_BACK_WIDE
 from .dual_joins import joined_operands, joined_values
 from .dual_recurrent import transform_signature
 from .grid import strides, unit_stride
-from .serving import CONSUMER_SHARED_BYTES, dots, tile_width
+from .serving import CONSUMER_SHARED_BYTES, dots
 
 __all__ = ["backward_candidates", "run_backward"]
 
@@ -50,15 +51,16 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
     inner = transform_signature(replace(signature, may_save=False))
-    make, back = uw_transform.candidates(inner, machine), uw_transform.backward_candidates(inner, machine)
-    if chunk > 64 or not make or not back:
+    if signature.dtype != torch.float32:  # u and w are float32 here, and so is what becomes of them
+        inner = replace(inner, dtype=torch.float32, float32="high")
+    back = uw_transform.backward_candidates(inner, machine)
+    if chunk > 64 or not back:
         return []
-    parts = [(f"{MAKE}variant", make[0].variant), *((MAKE + name, value) for name, value in make[0].params)]
-    parts += [(f"{_BACK}variant", back[0].variant), *((_BACK + name, value) for name, value in back[0].params)]
-    keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
+    parts = [(f"{_BACK}variant", back[0].variant), *((_BACK + name, value) for name, value in back[0].params)]
+    keys, values = tile_of(signature.dim("K")), tile_of(signature.dim("V"))
     found = []
     for walk_warps, walk_tile in walks(keys, values, backward=True):
-        params: dict[str, Param] = {"block": max(16, tile_width(chunk)), "tile": min(32, max(keys, values)), "warps": 8}
+        params: dict[str, Param] = {"block": max(16, tile_of(chunk)), "tile": min(32, max(keys, values)), "warps": 8}
         params |= {"walk_warps": walk_warps, "walk_stages": 1 if walk_tile else 2, "walk_tile": walk_tile, "dot": dots(signature)[0]}
         found.append(Candidate("triton", "again", (*params.items(), *parts), direction="backward"))
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
@@ -68,7 +70,7 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
 def shared_bytes(signature: Signature, candidate: Candidate) -> int:
     """An upper bound of a program's shared memory: the reverse walk's pipeline and operands; those of the chunks' kernel, fitted to Triton 3.7.1."""
     params = dict(candidate.params)
-    keys, values, block = tile_width(signature.dim("K")), tile_width(signature.dim("V")), int(params["block"])
+    keys, values, block = tile_of(signature.dim("K")), tile_of(signature.dim("V")), int(params["block"])
     split = 2 if params["dot"] == "tf32x3" else 1
     chunks = 20 * 1024 + split * 12 * max(block, 32) * keys
     return max(walk_bytes(params, keys, values, matrices=4, products=2), chunks) + 1024
@@ -84,11 +86,10 @@ def run_backward(
     call = prepared(call)
     into = _rooms(whole, needs)
     if needs:
-        found = walked(call, plan, finals=False)
+        back = bool(needs & (_THROUGH | _MIXING | _WALKED))
+        found = walked(call, plan, finals=False, operands=bool(needs - _WALKED), outputs=back and grads[0] is not None)
         d_o = None if grads[0] is None else unit_stride(grads[0])
-        d_mixed = None
-        if needs & (_THROUGH | _MIXING | _WALKED):
-            d_mixed = _walked_back(call, plan, found, d_o, (grads[2], grads[1]), into, bool(needs & (_THROUGH | _MIXING)))
+        d_mixed = _walked_back(call, plan, found, d_o, (grads[2], grads[1]), into, bool(needs & (_THROUGH | _MIXING))) if back else None
         inner: Made = {}
         if needs - _WALKED:
             inner = _chunks(call, plan, found, d_o, d_mixed, needs, into)
@@ -96,17 +97,17 @@ def run_backward(
         below: Made = {}
         if through:
             names = {name.removeprefix(_BACK): value for name, value in params.items() if name.startswith(_BACK)}
-            back = Candidate("triton", str(names.pop("variant")), tuple(names.items()), direction="backward")
-            transform = UWTransform(call.k, call.v, call.beta, chunk_size=call.chunk_size, transform=call.transform, cu_seqlens=call.cu_seqlens)
-            made = uw_transform.run_backward(transform, (inner["u"], inner.get("w")), None, through, back)
+            way = Candidate("triton", str(names.pop("variant")), tuple(names.items()), direction="backward")
+            transform = UWTransform(
+                found.factors.k, found.factors.v, call.beta, chunk_size=grid_of(call), transform=call.transform, cu_seqlens=call.cu_seqlens
+            )
+            made = uw_transform.run_backward(transform, (inner["u"], inner.get("w")), None, through, way)
             below = {name: grad for name, grad in zip(("k", "v", "beta"), made, strict=False) if grad is not None}
-        for name in ("v", "beta"):
-            if name in needs:
-                into[name] = below[name]
         if needs & {"q", "k"}:
             into |= joined_operands(as_dual(whole), {}, inner, below, needs)
-        if needs & _GATES:
-            into |= joined_values(as_dual(whole), {"gate": inner["fast"]}, {"gate": inner["slow"]}, {}, needs & _GATES)
+        if needs & (_GATES | {"v", "beta"}):
+            fast, slow = ({"gate": inner[name]} if name in inner else {} for name in ("fast", "slow"))
+            into |= joined_values(as_dual(whole), fast, slow, below, needs & (_GATES | {"v", "beta"}))
     return tuple(into.get(name) for name in _INPUTS)
 
 
@@ -116,35 +117,28 @@ def _rooms(call: CoupledCore, needs: frozenset[str]) -> Made:
     return {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in given.items()}
 
 
-def _shares(call: CoupledCore) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], float]:
-    """alpha `[B, T, H]` and both gates, and alpha where it is a number."""
-    alpha, number = (call.alpha.expand(call.v.shape[:3]), 0.0) if isinstance(call.alpha, Tensor) else (None, float(call.alpha))
-    return (alpha, call.fast_gate, call.slow_gate), number
-
-
 def _walked_back(
     call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_finals: tuple[Tensor | None, Tensor | None], into: Made, mixed: bool
 ) -> Tensor | None:
     """dZ `[slots, H, 2, V, K]` of the mixed states where it is wanted; the gradients of decays and initial states into their rooms."""
     sequences, slots, heads, keys, values = sizes_of(call)
-    device, tokens, chunk = call.v.device, call.v.shape[1], min(call.chunk_size, LONGEST)
-    width, group = tile_width(keys), heads // max(call.k.shape[2], 1)
+    device, tokens, chunk = call.v.device, call.v.shape[1], grid_of(call)
+    width = tile_of(keys)
     matrices = (slots, heads, 2, values, keys)
     tiled = plan.walk_tile > 0
     d_reads = torch.empty(matrices, dtype=torch.float32, device=device) if d_o is not None or tiled else None
     if d_o is not None:
-        shares, number = _shares(call)
+        shares, number = shares_of(call)
         args = (
-            call.q, call.k, found.w, d_o, *shares, d_reads, call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, number,
-            float(call.scale), *strides(call.q), *strides(call.k), *strides(found.w), *strides(d_o), *(step for x in shares for step in strides(x)),
+            found.factors.reader, d_o, *shares, d_reads, call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, number,
+            *strides(d_o), *(step for x in shares for step in strides(x)),
         )  # fmt: skip
-        tile = min(plan.tile, tile_width(values))
-        ARRIVALS(slots * heads, args, (heads, group, keys, values, chunk, plan.block, width, tile, plan.dot), 4, 1)
+        ARRIVALS(slots * heads, args, (heads, keys, values, chunk, plan.block, width, min(plan.tile, tile_of(values)), plan.dot), 4, 1)
     d_mixed = torch.empty(matrices, dtype=torch.float32, device=device) if mixed or tiled else None
     finals = tuple(None if grad is None else grad.contiguous() for grad in d_finals)
     rooms = tuple(into.get(name) for name in ("initial_fast_state", "initial_state", "fast_decay", "slow_decay"))
-    arrays = (found.turned_a, found.starts, found.numbers, d_reads, *finals, d_mixed, *rooms)
-    shape = (heads, keys, values, chunk, width, plan.walk_tile or tile_width(values), call.delta, plan.dot, plan.walk_stages)
+    arrays = (found.factors.turned_a, found.starts, found.numbers, d_reads, *finals, d_mixed, *rooms)
+    shape = (heads, keys, values, chunk, width, plan.walk_tile or tile_of(values), call.delta, plan.dot, plan.walk_stages)
     if tiled:
         d_states = torch.empty((sequences, *matrices[1:]), dtype=torch.float32, device=device)
         WALK_BACK_WIDE(sequences * heads, (*arrays, d_states, call.cu_seqlens, tokens), (*shape, d_o is not None), plan.walk_warps, 1)
@@ -156,26 +150,26 @@ def _walked_back(
 def _chunks(call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_mixed: Tensor | None, needs: frozenset[str], into: Made) -> Made:
     """What the chunks' kernel makes: the parts of q and k, u, w, the two cores' share of the gates; psi and the coupling into their rooms."""
     sequences, slots, heads, keys, values = sizes_of(call)
-    chunk, (batch, tokens) = min(call.chunk_size, LONGEST), call.v.shape[:2]
+    chunk, (batch, tokens) = grid_of(call), call.v.shape[:2]
     through, gated = needs & _THROUGH, bool(needs & _GATES)
     made: Made = {name: torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) for name in needs & {"q", "k"}}
     if through:
-        made["u"] = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
-    if through & {"k", "beta"} and found.w is not None:
-        made["w"] = torch.empty((batch, tokens, heads, keys), dtype=call.v.dtype, device=call.v.device)
+        made["u"] = torch.empty(call.v.shape, dtype=torch.float32, device=call.v.device)
+    if through & {"k", "beta"} and found.factors.w is not None:
+        made["w"] = torch.empty((batch, tokens, heads, keys), dtype=torch.float32, device=call.v.device)
     if gated:
         made["fast"], made["slow"] = (torch.empty((batch, tokens, heads), dtype=torch.float32, device=call.v.device) for _ in range(2))
-    shares, number = _shares(call)
+    shares, number = shares_of(call)
     places = {**made, **{name: into[name] for name in _MIXING if name in into}}
-    group, width = heads // max(call.k.shape[2], 1), tile_width(keys)
-    constants = (heads, group, keys, values, chunk, plan.block, width, min(plan.tile, tile_width(values)), plan.dot)
+    group, width = heads // max(call.k.shape[2], 1), tile_of(keys)
+    constants = (heads, group, keys, values, chunk, plan.block, width, min(plan.tile, tile_of(values)), plan.dot)
     for part in _PARTS:
         if places.keys() & set(part):
             args = (
-                call.q, call.k, found.u, found.w, d_o, *shares, call.psi, call.coupling, found.starts, found.numbers, None if part in _READS else d_mixed,
+                call.q, call.k, found.factors.u, found.factors.w, d_o, *shares, call.psi, call.coupling, found.starts, found.numbers, None if part in _READS else d_mixed,
                 *(places.get(name) if name in part else None for name in _MADE),
                 call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, number, float(call.scale),
-                *strides(call.q), *strides(call.k), *strides(found.u), *strides(found.w), *strides(d_o), *(step for x in shares for step in strides(x)),
+                *strides(call.q), *strides(call.k), *strides(found.factors.u), *strides(found.factors.w), *strides(d_o), *(step for x in shares for step in strides(x)),
                 *strides(call.psi), *strides(call.coupling),
             )  # fmt: skip
             INPUTS(slots * (heads // group), args, constants, plan.warps, 1)

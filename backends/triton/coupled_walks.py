@@ -16,10 +16,9 @@ import triton.language as tl
 
 from .grid import chunks_before
 from .launch import Kernel
-from .rounding import operand as as_operand
 
 __all__ = [
-    "NUMBERS", "WALK", "WALK_BACK", "chunk_numbers", "decay_gradient", "keep_numbers", "numbers_of", "reading_of", "sequence_of", "sum_of", "through",
+    "NUMBERS", "WALK", "WALK_BACK", "chunk_numbers", "decay_gradient", "keep_numbers", "numbers_of", "reading_of", "rounded", "sequence_of", "sum_of", "through",
     "unmixed",
 ]  # fmt: skip
 
@@ -31,6 +30,33 @@ NUMBERS = 8
 def sum_of(x):
     """The sum of a matrix."""
     return tl.sum(tl.sum(x, 1), 0)
+
+
+@triton.jit
+def rounded(x, DOT: tl.constexpr):
+    """`rounding.operand` of float32, which may lose a NaN: the walks carry every number of a state past its product, too."""
+    if DOT == "tf32":
+        return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def _matrix(base, cell, there, FULL: tl.constexpr):
+    """A matrix; zero where it does not exist."""
+    if FULL:
+        return tl.load(base + cell)
+    else:
+        return tl.load(base + cell, mask=there, other=0.0)
+
+
+@triton.jit
+def _put(base, cell, there, x, FULL: tl.constexpr):
+    """Writes what `_matrix` reads."""
+    if FULL:
+        tl.store(base + cell, x)
+    else:
+        tl.store(base + cell, x, mask=there)
 
 
 @triton.jit
@@ -109,6 +135,7 @@ def _walk(
     DELTA: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Both Z `[V, K]` at every chunk's start and behind the last, the numbers of each, the final states. Blocks: sequences * HEADS."""
+    FULL: tl.constexpr = (KEYS == BLOCK_K) & (VALUES == BLOCK_V)
     head = tl.program_id(0) % HEADS
     sequence = tl.program_id(0) // HEADS
     row, place, count, chunks = sequence_of(cu_seqlens, sequence, tokens, CHUNK)
@@ -141,9 +168,9 @@ def _walk(
     for index in tl.range(0, count, num_stages=STAGES):
         at = (place + index) * HEADS + head
         slot = (place - sequence + index) * HEADS + head
-        b = tl.load(turned_b + slot * (KEYS * VALUES) + cell, mask=there, other=0.0)
-        tl.store(starts + at * (2 * KEYS * VALUES) + cell, fast, mask=there)
-        tl.store(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES + cell, slow, mask=there)
+        b = _matrix(turned_b + slot * (KEYS * VALUES), cell, there, FULL)
+        _put(starts + at * (2 * KEYS * VALUES), cell, there, fast, FULL)
+        _put(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES, cell, there, slow, FULL)
         keep_numbers(numbers, at, fast_scale, slow_scale, fast_norm, slow_norm, by_fast, by_slow, to_fast, to_slow)
         next_fast, next_slow, next_to_fast, next_to_slow = chunk_numbers(
             psi, coupling, fast_decay, slow_decay, index + 1, count, psi_t, coupling_t, fast_t, slow_t
@@ -151,9 +178,9 @@ def _walk(
         wrote_fast = fast * (by_fast * fast_scale) + b
         wrote_slow = slow * (by_slow * slow_scale) + b
         if DELTA:
-            a = as_operand(tl.load(turned_a + slot * (KEYS * KEYS) + inner * KEYS + key, mask=square, other=0.0), tl.float32, DOT)
-            wrote_fast -= reading_of(by_fast, fast_scale, fast_norm) * tl.dot(as_operand(fast, tl.float32, DOT), a, input_precision=DOT)
-            wrote_slow -= reading_of(by_slow, slow_scale, slow_norm) * tl.dot(as_operand(slow, tl.float32, DOT), a, input_precision=DOT)
+            a = _matrix(turned_a + slot * (KEYS * KEYS), inner * KEYS + key, square, FULL)
+            wrote_fast -= reading_of(by_fast, fast_scale, fast_norm) * tl.dot(rounded(fast, DOT), a, input_precision=DOT)
+            wrote_slow -= reading_of(by_slow, slow_scale, slow_norm) * tl.dot(rounded(slow, DOT), a, input_precision=DOT)
         fast = wrote_fast + to_fast * wrote_slow
         slow = wrote_slow + to_slow * wrote_fast
         fast_norm, slow_norm = _norms(fast, slow)
@@ -163,8 +190,8 @@ def _walk(
         slow_norm *= slow_scale
         by_fast, by_slow, to_fast, to_slow = next_fast, next_slow, next_to_fast, next_to_slow
     at = (place + count) * HEADS + head
-    tl.store(starts + at * (2 * KEYS * VALUES) + cell, fast, mask=there)
-    tl.store(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES + cell, slow, mask=there)
+    _put(starts + at * (2 * KEYS * VALUES), cell, there, fast, FULL)
+    _put(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES, cell, there, slow, FULL)
     keep_numbers(numbers, at, fast_scale, slow_scale, fast_norm, slow_norm, by_fast, by_slow, to_fast, to_slow)
     if final is not None:
         tl.store(final_fast + own, fast * fast_scale, mask=there)
@@ -206,6 +233,7 @@ def _walk_back(
 
     d_reads `[slots, H, 2, V, K]`: what the outputs pass to N(S~) (None: nothing).
     """
+    FULL: tl.constexpr = (KEYS == BLOCK_K) & (VALUES == BLOCK_V)
     head = tl.program_id(0) % HEADS
     sequence = tl.program_id(0) // HEADS
     row, place, count, chunks = sequence_of(cu_seqlens, sequence, tokens, CHUNK)
@@ -223,8 +251,8 @@ def _walk_back(
         d_fast = tl.load(d_final_fast + own, mask=there, other=0.0).to(tl.float32)
     if d_final is not None:
         d_slow = tl.load(d_final + own, mask=there, other=0.0).to(tl.float32)
-    fast = tl.load(starts + at * (2 * KEYS * VALUES) + cell, mask=there, other=0.0)
-    slow = tl.load(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES + cell, mask=there, other=0.0)
+    fast = _matrix(starts + at * (2 * KEYS * VALUES), cell, there, FULL)
+    slow = _matrix(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES, cell, there, FULL)
     fast_scale = tl.load(numbers + at * 8)
     slow_scale = tl.load(numbers + at * 8 + 1)
     fast_norm = tl.load(numbers + at * 8 + 2)
@@ -235,26 +263,26 @@ def _walk_back(
         index = count - 1 - step
         at = (place + index) * HEADS + head
         slot = (place - sequence + index) * HEADS + head
-        before_fast = tl.load(starts + at * (2 * KEYS * VALUES) + cell, mask=there, other=0.0)
-        before_slow = tl.load(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES + cell, mask=there, other=0.0)
+        before_fast = _matrix(starts + at * (2 * KEYS * VALUES), cell, there, FULL)
+        before_slow = _matrix(starts + at * (2 * KEYS * VALUES) + KEYS * VALUES, cell, there, FULL)
         fast_was, slow_was, fast_size, slow_size, by_fast, by_slow, to_fast, to_slow = numbers_of(numbers, at)
         mixed_fast = unmixed(d_fast, fast, fast_scale, fast_norm, along_fast)
         mixed_slow = unmixed(d_slow, slow, slow_scale, slow_norm, along_slow)
         if d_mixed is not None:
-            tl.store(d_mixed + slot * (2 * KEYS * VALUES) + cell, mixed_fast, mask=there)
-            tl.store(d_mixed + slot * (2 * KEYS * VALUES) + KEYS * VALUES + cell, mixed_slow, mask=there)
+            _put(d_mixed + slot * (2 * KEYS * VALUES), cell, there, mixed_fast, FULL)
+            _put(d_mixed + slot * (2 * KEYS * VALUES) + KEYS * VALUES, cell, there, mixed_slow, FULL)
         wrote_fast = mixed_fast + to_slow * mixed_slow
         wrote_slow = mixed_slow + to_fast * mixed_fast
         read_fast = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
         read_slow = read_fast
         if d_reads is not None:
-            read_fast = tl.load(d_reads + slot * (2 * KEYS * VALUES) + cell, mask=there, other=0.0)
-            read_slow = tl.load(d_reads + slot * (2 * KEYS * VALUES) + KEYS * VALUES + cell, mask=there, other=0.0)
+            read_fast = _matrix(d_reads + slot * (2 * KEYS * VALUES), cell, there, FULL)
+            read_slow = _matrix(d_reads + slot * (2 * KEYS * VALUES) + KEYS * VALUES, cell, there, FULL)
         if DELTA:
-            turned = tl.load(turned_a + slot * (KEYS * KEYS) + inner * KEYS + key, mask=square, other=0.0)
-            a = tl.trans(as_operand(turned, tl.float32, DOT))
-            read_fast -= tl.dot(as_operand(wrote_fast, tl.float32, DOT), a, input_precision=DOT)
-            read_slow -= tl.dot(as_operand(wrote_slow, tl.float32, DOT), a, input_precision=DOT)
+            turned = _matrix(turned_a + slot * (KEYS * KEYS), inner * KEYS + key, square, FULL)
+            a = tl.trans(turned)
+            read_fast -= tl.dot(rounded(wrote_fast, DOT), a, input_precision=DOT)
+            read_slow -= tl.dot(rounded(wrote_slow, DOT), a, input_precision=DOT)
         kept = tl.join(tl.sum(before_fast * wrote_fast, 1), tl.sum(before_slow * wrote_slow, 1))
         met = tl.join(tl.sum(before_fast * read_fast, 1), tl.sum(before_slow * read_slow, 1))
         kept, met = tl.split(tl.sum(tl.join(kept, met), 0))

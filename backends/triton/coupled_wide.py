@@ -9,9 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .coupled_walks import chunk_numbers, decay_gradient, keep_numbers, numbers_of, reading_of, sequence_of, through, unmixed
+from .coupled_walks import chunk_numbers, decay_gradient, keep_numbers, numbers_of, reading_of, rounded, sequence_of, through, unmixed
 from .launch import Kernel
-from .rounding import operand as as_operand
 
 __all__ = ["WALK_BACK_WIDE", "WALK_WIDE"]
 
@@ -33,11 +32,11 @@ def _columns(start, part, KEYS: tl.constexpr, VALUES: tl.constexpr, STEP: tl.con
 
 
 @triton.jit
-def _factor(turned_a, part, KEYS: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr):
+def _factor(turned_a, part, KEYS: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr):
     """STEP rows of A^T as an operand."""
     inner = part + tl.arange(0, STEP)[:, None]
     key = tl.arange(0, BLOCK_K)[None, :]
-    return as_operand(tl.load(turned_a + inner * KEYS + key, mask=(inner < KEYS) & (key < KEYS), other=0.0), tl.float32, DOT)
+    return tl.load(turned_a + inner * KEYS + key, mask=(inner < KEYS) & (key < KEYS), other=0.0)
 
 
 @triton.jit
@@ -105,11 +104,11 @@ def _walk_wide(
                 moved_fast = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
                 moved_slow = moved_fast
                 for part in tl.range(0, KEYS, STEP, num_stages=1, disable_licm=True):  # a step of keys at a time, for registers' sake
-                    a = _factor(turned_a + slot * (KEYS * KEYS), part, KEYS, STEP, BLOCK_K, DOT)
+                    a = _factor(turned_a + slot * (KEYS * KEYS), part, KEYS, STEP, BLOCK_K)
                     cell_part, there_part = _columns(start, part, KEYS, VALUES, STEP, BLOCK_V)
-                    left = as_operand(tl.load(here + cell_part, mask=there_part, other=0.0), tl.float32, DOT)
+                    left = rounded(tl.load(here + cell_part, mask=there_part, other=0.0), DOT)
                     moved_fast = tl.dot(left, a, moved_fast, input_precision=DOT)
-                    left = as_operand(tl.load(here + MATRIX + cell_part, mask=there_part, other=0.0), tl.float32, DOT)
+                    left = rounded(tl.load(here + MATRIX + cell_part, mask=there_part, other=0.0), DOT)
                     moved_slow = tl.dot(left, a, moved_slow, input_precision=DOT)
                 wrote_fast -= read_fast * moved_fast
                 wrote_slow -= read_slow * moved_slow
@@ -201,9 +200,9 @@ def _walk_back_wide(
                 read_fast = tl.load(reads + cell, mask=there, other=0.0)
                 read_slow = tl.load(reads + MATRIX + cell, mask=there, other=0.0)
             if DELTA:
-                a = tl.trans(_factor(turned_a + slot * (KEYS * KEYS), 0, KEYS, BLOCK_K, BLOCK_K, DOT))
-                read_fast -= tl.dot(as_operand(wrote_fast, tl.float32, DOT), a, input_precision=DOT)
-                read_slow -= tl.dot(as_operand(wrote_slow, tl.float32, DOT), a, input_precision=DOT)
+                a = tl.trans(_factor(turned_a + slot * (KEYS * KEYS), 0, KEYS, BLOCK_K, BLOCK_K))
+                read_fast -= tl.dot(rounded(wrote_fast, DOT), a, input_precision=DOT)
+                read_slow -= tl.dot(rounded(wrote_slow, DOT), a, input_precision=DOT)
             tl.store(reads + cell, read_fast, mask=there)
             tl.store(reads + MATRIX + cell, read_slow, mask=there)
             fast = tl.load(before + cell, mask=there, other=0.0)

@@ -17,18 +17,21 @@ __all__ = ["current_environment", "torch_version"]
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _TRITON = ("triton", "pytorch-triton", "triton-windows")
+_CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
 
 def current_environment(kind: str, today: datetime.date | None = None) -> Environment:
-    """This process's versions for a device kind: on a CPU numba's, elsewhere those of triton, cuda and the driver; no result depends on the others."""
-    gpu = kind != "cpu"
+    """This process's versions for a device kind: on a CPU numba's, elsewhere triton's, on CUDA those of cupy and numba-cuda too; no result depends on others."""
+    gpu, cuda = kind != "cpu", kind == "cuda"
     return Environment(
         titans_backends=__version__,
         torch=torch_version(torch.__version__),
         triton=_version(*_TRITON) if gpu else None,
         numba=None if gpu else _version("numba"),
+        cupy=_version(*_CUPY) if cuda else None,
+        numba_cuda=_version("numba-cuda") if cuda else None,
         cuda=torch.version.cuda if gpu else None,
-        driver=_driver_version() if kind == "cuda" else None,
+        driver=_driver_version() if cuda else None,
         python=".".join(platform.python_version_tuple()[:2]),
         date=(today or datetime.date.today()).isoformat(),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, overload
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALWAYS",
+    "IF_RACED",
     "SCHEMA",
     "Bucket",
     "Change",
@@ -41,6 +42,9 @@ __all__ = [
 
 SCHEMA = 1
 """The file format that this version writes; it reads this one and none above."""
+
+IF_RACED = ("cupy", "numba_cuda")
+"""Versions that an environment has only where a candidate of its race needed the package."""
 
 ALWAYS = ("dtype", "head_dim", "streams")
 """Fields of `when` that every row has, unless the op lists a default for them."""
@@ -79,12 +83,17 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The versions that a row was measured with; `date` is an ISO day and does not tell two environments apart."""
+    """The versions that a row was measured with; `date` is an ISO day and does not tell two environments apart.
+
+    cupy and numba_cuda stand only where a candidate that needs them was in the race.
+    """
 
     titans_backends: str
     torch: str
     triton: str | None = None
     numba: str | None = None
+    cupy: str | None = None
+    numba_cuda: str | None = None
     cuda: str | None = None
     driver: str | None = None
     python: str | None = None
@@ -93,6 +102,10 @@ class Environment:
     def same(self, other: Environment) -> bool:
         """Whether the versions agree, whatever the day."""
         return replace(self, date=None) == replace(other, date=None)
+
+    def of_race(self, packages: Collection[str]) -> Environment:
+        """The same without cupy or numba_cuda where the candidates of a race needed other packages alone."""
+        return replace(self, cupy=self.cupy if "cupy" in packages else None, numba_cuda=self.numba_cuda if "numba_cuda" in packages else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,16 @@
 """How far a stored row still holds: fresh, stale (used, and marked), or ignored; with the sentence and the command that renews it.
 
-Another device or schema never comes here: such a file is not read. The driver alone does not make a row stale. Pure: who calls it
-gathers the current versions and source hashes.
+cupy and numba-cuda count where the row names one and another is here: a race without them, or the loss of a loser, changes nothing, and a winner that cannot run
+is not offered. Another device or schema never comes here: such a file is not read. The driver alone does not make a row stale. Pure: who calls it gathers the
+current versions and source hashes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from titans_backends.cache.schema import IF_RACED
 
 if TYPE_CHECKING:
     from titans_backends.cache.schema import Bucket, Entry, Environment
@@ -41,15 +44,14 @@ def grade(bucket: Bucket, entry: Entry | Measurement, environment: Environment, 
     if current_source != entry.source:
         was = f"source {entry.source}, now {current_source}" if entry.source else f"no source hash stored, now {current_source}"
         return Staleness("ignored", f"{entry.label} has changed since ({was})", command)
-    changed = [
-        f"{name} {was or 'absent'}, now {now or 'absent'}"
-        for name, was, now in (
-            ("torch", environment.torch, current.torch),
-            ("triton", environment.triton, current.triton),
-            ("numba", environment.numba, current.numba),
-        )
-        if was != now
+    versions = [
+        ("torch", environment.torch, current.torch),
+        ("triton", environment.triton, current.triton),
+        ("numba", environment.numba, current.numba),
     ]
+    raced = [(name, getattr(environment, name), getattr(current, name)) for name in IF_RACED]
+    versions += [(name, was, now) for name, was, now in raced if was is not None and now is not None]
+    changed = [f"{name} {was or 'absent'}, now {now or 'absent'}" for name, was, now in versions if was != now]
     if changed:
         return Staleness("stale", f"measured with {'; '.join(changed)}", command)
     return Staleness("fresh")

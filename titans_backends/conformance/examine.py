@@ -23,6 +23,7 @@ from titans_backends.errors import BackendRefusedError
 from titans_backends.library import planner
 from titans_backends.op import get_op
 from titans_backends.plans import request
+from titans_backends.precision import float32_precision
 from titans_backends.tuning.gate import Ledger, Rejected, check_backward, check_forward, failure
 from titans_backends.tuning.suite import Exam, exam_of
 
@@ -77,7 +78,7 @@ def examine(item: Item) -> Result:
 
 def tolerance_of(item: Item) -> Tolerance:
     """The limits that bind: torch's matmul precision loosens float32 on a GPU only."""
-    return tolerance(item.case.dtype, "highest" if torch.device(item.device).type == "cpu" else torch.get_float32_matmul_precision())
+    return tolerance(item.case.dtype, "highest" if torch.device(item.device).type == "cpu" else float32_precision(on_cuda=True))
 
 
 def _limit(item: Item, training: bool) -> float:

@@ -29,6 +29,11 @@ class ChunkGrid:
         """The grid of a call; a packed one waits for the device, which knows how many chunks there are."""
         return ChunkGrid(tokens, chunk_size, None if cu_seqlens is None else _PackedGrid.of(tokens, chunk_size, cu_seqlens.to(device, torch.int64)))
 
+    @property
+    def count(self) -> int:
+        """M."""
+        return -(-self.tokens // self.chunk_size) if self.packing is None else len(self.packing.lengths)
+
     def mean(self, x: Tensor) -> Tensor:
         """x `[B, T, ...]` as the mean of each chunk, `[B, M, ...]`."""
         if self.packing is not None:
@@ -40,9 +45,11 @@ class ChunkGrid:
     def from_the_chunk_before(self, x: Tensor) -> Tensor:
         """x `[B, M, H]` as `[B, T, H]`: each chunk's first token has the chunk before's value, all others, and a sequence's first, zero."""
         before = F.pad(x, (0, 0, 1, 0))[:, :-1]
-        if self.packing is not None:
-            before = before.masked_fill(self.packing.opens[:, None], 0.0)
-        spread = F.pad(before[:, :, None], (0, 0, 0, self.chunk_size - 1)).flatten(1, 2)
+        return self.on_first_tokens(before if self.packing is None else before.masked_fill(self.packing.opens[:, None], 0.0))
+
+    def on_first_tokens(self, x: Tensor) -> Tensor:
+        """x `[B, M, H]` as `[B, T, H]`: each chunk's first token has its value, all others zero."""
+        spread = F.pad(x[:, :, None], (0, 0, 0, self.chunk_size - 1)).flatten(1, 2)
         return spread[:, : self.tokens] if self.packing is None else spread[:, self.packing.slot]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from titans_backends.nn import memory
 from titans_backends.nn.flux import ResonanceFlux
 from titans_backends.nn.forms import Chunking, Convolution, Coupling, Decay, Merge, Mode, Transform, resolve
-from titans_backends.nn.joint import joint_projection, stand_together
+from titans_backends.nn.joint import Standing, joint_projection
 from titans_backends.nn.level import Level
 from titans_backends.nn.levels import empty_carry, with_levels
 from titans_backends.nn.memory import Memory, States
@@ -34,7 +34,9 @@ __all__ = ["TitansDualCore"]
 
 _CHUNK_KEEPS = 0.9
 """What a fresh layer keeps of S_slow from one chunk to the next: the 0.9 that the original names, and misses (it keeps 0.474)."""
+_GATE = ("g_proj",)
 _QKV = ("q_proj", "k_proj", "v_proj")
+_BY_HEAD = _GATE + _QKV
 _PER_HEAD = ("b_proj", "fast_gate_proj", "slow_gate_proj")
 _DECAYS = ("slow_decay_proj", "fast_decay_proj")
 _LEVELS = ("level_eta_proj", "level_gate_proj")
@@ -120,6 +122,7 @@ class TitansDualCore(nn.Module):
         self.merge = LearnedMerge(num_heads if merge == "head" else None, alpha, device, dtype) if learned else None
         for name in _LEVELS if self.form.levels else ():
             setattr(self, name, linear(d_model, num_heads * len(self.form.levels)))
+        self._standing = Standing()
         self.reset_decay()
         self.register_load_state_dict_post_hook(_stand_together)  # type: ignore[no-untyped-call]
         _stand_together(self)
@@ -251,27 +254,32 @@ class TitansDualCore(nn.Module):
         joint = self._projections(x, self._names(return_states, not gate_later))
         o, states = self._remembered(joint, chunk_size, cu_seqlens, return_states, cache)
         if gate_later:
-            joint = self._projections(x, ("g_proj",))
+            joint = self._projections(x, _GATE)
         if cache is not None:
             cache.advance(x.shape[1])
-        y: Tensor = self.o_proj(self.o_norm(o, joint["g_proj"].unflatten(-1, (self.num_heads, -1))).flatten(2))
+        y: Tensor = self.o_proj(self.o_norm(o, joint["g_proj"]).flatten(2))
         return y, states
 
     def _names(self, return_states: bool, gate: bool) -> tuple[str, ...]:
         """The projections that a call needs, neighbours in their storage."""
         decays = _DECAYS if self.form.mode == "loop" else _DECAYS[: self.form.mode != "flat" or return_states]
-        return (*(("g_proj",) if gate else ()), *_QKV, *_PER_HEAD, *decays, *(_LEVELS if self.form.levels else ()))
+        return (*(_GATE if gate else ()), *_QKV, *_PER_HEAD, *decays, *(_LEVELS if self.form.levels else ()))
 
     def _projections(self, x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """x's projections without their biases by name, `[B, T, width]`, views of one product; `b_proj` has the gates behind it."""
+        """x's projections without their biases by name, views of one product: a head's width apart, `[B, T, H, K]`, the wide ones; `b_proj` has the gates behind it."""
         modules = [cast(nn.Linear, self._modules[name]) for name in names]
-        product = joint_projection(x, modules)
-        parts = {name: module.out_features for name, module in zip(names, modules, strict=True) if name not in _PER_HEAD[1:]}
-        if _PER_HEAD[0] in parts:
-            parts[_PER_HEAD[0]] *= len(_PER_HEAD)
-        padding = product.shape[-1] - sum(parts.values())
-        found = product.split([*parts.values(), padding] if padding else list(parts.values()), -1)
-        return dict(zip(parts, found, strict=False))
+        product = joint_projection(x, modules, self._standing)
+        batch, tokens, padding = product.shape
+        widths = {name: module.out_features for name, module in zip(names, modules, strict=True) if name not in _PER_HEAD[1:]}
+        if "b_proj" in widths:
+            widths["b_proj"] *= len(_PER_HEAD)
+        sizes = list(widths.values())
+        padding -= sum(sizes)
+        found = dict(zip(widths, torch.split_with_sizes(product, [*sizes, padding] if padding else sizes, -1), strict=False))
+        for name in _BY_HEAD:
+            if name in found:
+                found[name] = found[name].view(batch, tokens, self.num_heads, widths[name] // self.num_heads)
+        return found
 
     def _remembered(
         self, joint: dict[str, Tensor], chunk_size: int, cu_seqlens: Tensor | None, return_states: bool, cache: DualCoreCache | None
@@ -292,7 +300,7 @@ class TitansDualCore(nn.Module):
     def _memory(self, joint: dict[str, Tensor], chunk_size: int, cu_seqlens: Tensor | None, cache: DualCoreCache | None) -> Memory:
         """Everything that the memory ops take."""
         heads = self.num_heads
-        q, k, v = (joint.pop(name).unflatten(-1, (heads, -1)) for name in _QKV)
+        q, k, v = joint.pop("q_proj"), joint.pop("k_proj"), joint.pop("v_proj")
         (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = (
             cast(ShortConv, self._modules[name]).by_head(heads) for name in ("q_conv1d", "k_conv1d", "v_conv1d")
         )
@@ -302,18 +310,18 @@ class TitansDualCore(nn.Module):
             q_state=None if cache is None else cache.q, k_state=None if cache is None else cache.k, v_state=None if cache is None else cache.v,
         )  # fmt: skip
         if cache is not None:
-            for name, state in zip("qkv", found[3:], strict=True):
-                assert state is not None
-                cache.store(name, state)
+            cache.store(**{name: cast(Tensor, state) for name, state in zip("qkv", found[3:], strict=True)})
         q, k, v = (cast(Tensor, tensor) for tensor in found[:3])
-        beta, fast_gate, slow_gate = joint.pop("b_proj").sigmoid().split(heads, -1)
-        slow_logit, fast_logit = (
-            joint.pop(f"{core}_decay_proj") + (cast(nn.Linear, self._modules[f"{core}_decay_proj"]).bias + getattr(self, f"{core}_decay_bias"))
-            if f"{core}_decay_proj" in joint
-            else None
-            for core in ("slow", "fast")
-        )
+        beta, fast_gate, slow_gate = joint.pop("b_proj").sigmoid().chunk(3, -1)
+        slow_logit = self._decay_logit("slow", joint) if "slow_decay_proj" in joint else None
+        fast_logit = self._decay_logit("fast", joint) if "fast_decay_proj" in joint else None
         return Memory(q, k, v, beta, fast_gate, slow_gate, slow_logit, fast_logit, chunk_size, cu_seqlens)
+
+    def _decay_logit(self, core: str, joint: dict[str, Tensor]) -> Tensor:
+        """`[B, T, H]`, with both of its biases."""
+        bias, more = cast(nn.Linear, self._modules[f"{core}_decay_proj"]).bias, self._parameters[f"{core}_decay_bias"]
+        assert more is not None
+        return joint.pop(f"{core}_decay_proj") + (bias + more)
 
     def _alpha(self, x: Memory) -> Tensor | float:
         """The merge's weight of S_fast: a number, 0-d, `[H]` or `[B, T, H]`."""
@@ -333,12 +341,12 @@ class TitansDualCore(nn.Module):
         _stand_together(self)
 
 
-def _stand_together(layer: nn.Module, _: object = None) -> None:
-    """The weights of all that projects x, in one storage, in the order in which `_names` has them."""
-    names = ("g_proj", *_QKV, *_PER_HEAD, *_DECAYS, *_LEVELS)
+def _stand_together(layer: TitansDualCore, _: object = None) -> None:
+    """The weights of all that projects x, side by side in memory, in the order in which `_names` has them."""
+    names = (*_GATE, *_QKV, *_PER_HEAD, *_DECAYS, *_LEVELS)
     modules = [layer._modules.get(name) for name in names]
     if all(isinstance(module, nn.Linear) for module in modules[: -len(_LEVELS)]):
-        stand_together([module for module in modules if isinstance(module, nn.Linear)])
+        layer._standing.move([module for module in modules if isinstance(module, nn.Linear)])
 
 
 def _widths(d_model: int, num_heads: int, expand_k: float, expand_v: float) -> tuple[int, int]:

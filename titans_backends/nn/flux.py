@@ -10,10 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from titans_backends.nn.chunk_grid import ChunkGrid
 from titans_backends.op import get_op
 
-__all__ = ["ResonanceFlux", "chunk_resonance"]
+__all__ = ["ResonanceFlux"]
 
 
 def _two_layers(inputs: int, hidden: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Sequential:
@@ -24,17 +23,6 @@ def _two_layers(inputs: int, hidden: int, device: torch.device | str | None, dty
         nn.init.xavier_uniform_(layer.weight, gain=0.1)
         nn.init.zeros_(layer.bias)
     return layers
-
-
-def _squashed(x: Tensor) -> Tensor:
-    """Zero gradient outside of [0.01, 0.99], as the original's clamp has it."""
-    return x[..., 0].sigmoid().clamp(0.01, 0.99)
-
-
-def chunk_resonance(network: nn.Module, bilinear: Tensor, temperature: Tensor, k: Tensor, u: Tensor, grid: ChunkGrid) -> Tensor:
-    """psi `[B, M, H]` from unit keys and transformed values; `bilinear` `[H, K, V]`, `temperature` `[H]`."""
-    energy = (torch.einsum("bthk,hkv->bthv", k, bilinear) * u).sum(-1) / temperature
-    return _squashed(network(torch.cat([grid.mean(k), grid.mean(u), grid.mean(energy)[..., None]], -1)))
 
 
 class ResonanceFlux(nn.Module):
@@ -54,9 +42,11 @@ class ResonanceFlux(nn.Module):
         assert flux is not None
         return flux
 
-    def chunks(self, k: Tensor, u: Tensor, chunk_size: int, cu_seqlens: Tensor | None, grid: ChunkGrid) -> Tensor:
-        """The resonance psi `[B, M, H]`."""
-        return chunk_resonance(self.flux_net, self.W_bilinear, self.temp, k, u, grid)
+    def chunks(self, k: Tensor, u: Tensor, chunk_size: int, cu_seqlens: Tensor | None, count: int) -> Tensor:
+        """The resonance psi `[B, M, H]` of the call's `count` chunks, from unit keys and transformed values u `[B, T, H, V]`; float32 at least."""
+        (psi,) = get_op("chunk_flux")(k, u, self.W_bilinear, self.temp, *_parameters(self.flux_net), chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+        assert psi is not None
+        return psi if psi.shape[1] == count else psi[:, :count]
 
 
 def _parameters(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:

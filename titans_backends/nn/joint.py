@@ -1,78 +1,112 @@
 """Several projections of one input as one product, while every parameter stays its own.
 
-The weights stand one behind another in one storage, so that in inference the product reads them where they are: there is no copy that could grow old,
-and an in-place update is seen by a captured graph too. In training, under a compiler, and wherever somebody moved a weight away, they are
-concatenated at each call; where a projection is no plain Linear any more (an adapter, a hook), each is called by itself.
+The weights stand one behind another in memory, each in a storage of its own, as whatever saves and shares tensors wants them; so in inference the product
+reads them where they are: there is no copy that could grow old, and an in-place update is seen by a captured graph too. In training, under a compiler or a
+functorch transform, and wherever somebody moved a weight away, they are concatenated at each call; where a projection is no plain Linear any more (an
+adapter, a hook, a weight of another class), each is called by itself.
 """
 
 from __future__ import annotations
+
+import weakref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["joint_projection", "stand_together"]
+__all__ = ["Standing", "joint_projection"]
 
 _ROWS = 8
-"""The product's width is rounded up to so many, where the storage allows: rows of 16 bytes in 16 bits."""
+"""The product's width is rounded up to so many, where the memory allows: rows of 16 bytes in 16 bits."""
+_PLAIN = (nn.Parameter, Tensor)
 
 _is_compiling = torch.compiler.is_compiling
+_is_transformed = torch._C._are_functorch_transforms_active
 
 
-def stand_together(projections: list[nn.Linear]) -> None:
-    """Moves the weights into one storage, each a view of it, with zeros behind the last; their values and identities stay.
+class Standing:
+    """The memory that projections' weights stand in, `[rows, columns]`, for as long as they do: it is let go where a weight is replaced (sharding), and at the
+    next call where weights were given other memory. A copy and a file have none: what they make stands anew."""
 
-    Does nothing where they stand so already, or cannot: on meta, sharded, of two dtypes or devices.
-    """
-    weights: list[Tensor] = [projection.weight for projection in projections]
-    first = weights[0]
-    movable = all(type(w.data) is Tensor and w.dtype == first.dtype and w.device == first.device and not w.is_inference() for w in weights)
-    if not movable or first.is_meta or _standing(weights) is not None:
-        return
-    with torch.no_grad():
-        rows = sum(len(w) for w in weights)
-        joint = torch.zeros(_rounded(rows), first.shape[1], dtype=first.dtype, device=first.device)
-        for weight, part in zip(weights, joint[:rows].split([len(w) for w in weights]), strict=True):
-            part.copy_(weight)
-            weight.data = part
+    __slots__ = ("_watched", "joint")
+
+    def __init__(self) -> None:
+        self.joint: Tensor | None = None
+        self._watched: list[weakref.ref[Tensor]] = []
+
+    def __reduce__(self) -> tuple[type[Standing], tuple[()]]:
+        return Standing, ()
+
+    def move(self, projections: list[nn.Linear]) -> None:
+        """Moves the weights in, zeros behind the last; their values and identities stay.
+
+        Does nothing where they stand here already, or cannot: on meta, sharded, of two dtypes or devices.
+        """
+        weights: list[Tensor] = [projection.weight for projection in projections]
+        first = weights[0]
+        movable = all(type(w.data) is Tensor and w.dtype == first.dtype and w.device == first.device and not w.is_inference() for w in weights)
+        if not movable or first.is_meta:
+            self._leave()
+            return
+        if self.of(weights) is not None:
+            return
+        with torch.no_grad():
+            rows, columns = sum(len(w) for w in weights), first.shape[1]
+            self.joint = torch.zeros(_rounded(rows), columns, dtype=first.dtype, device=first.device)
+            held, begin = self.joint.untyped_storage(), 0
+            for weight in weights:
+                end = begin + weight.numel() * weight.element_size()
+                place = torch.empty(0, dtype=weight.dtype, device=weight.device).set_(held[begin:end], 0, weight.shape, (columns, 1))
+                weight.data = place.copy_(weight)
+                begin = end
+        self._watched = [weakref.ref(weight, self._leave) for weight in weights]
+
+    def _leave(self, _: object = None) -> None:
+        self.joint, self._watched = None, []
+
+    def recall(self, weight: Tensor | None) -> None:
+        """Lets the memory go if this parameter, which stood in it, has other memory by now."""
+        joint = self.joint
+        if joint is not None and type(weight) is nn.Parameter and not 0 <= weight.data_ptr() - joint.data_ptr() < joint.nbytes:
+            self._leave()
+
+    def of(self, weights: list[Tensor]) -> Tensor | None:
+        """The weights as one tensor, where they stand here one behind another; None otherwise."""
+        joint = self.joint
+        if joint is None:
+            return None
+        begin, dtype, (rows, columns), size = joint.data_ptr(), joint.dtype, joint.shape, joint.element_size()
+        at = start = weights[0].data_ptr()
+        for weight in weights:
+            if weight.data_ptr() != at or weight.dtype is not dtype or not weight.is_contiguous():
+                return None
+            at += weight.numel() * size
+        first, last = (start - begin) // (columns * size), (at - begin) // (columns * size)
+        if not begin or first < 0 or last > rows:
+            return None
+        return joint.narrow(0, first, min(_rounded(last - first), rows - first))
 
 
-def joint_projection(x: Tensor, projections: list[nn.Linear]) -> Tensor:
+def joint_projection(x: Tensor, projections: list[nn.Linear], standing: Standing) -> Tensor:
     """The projections' products without their biases, side by side: `[..., at least their widths' sum]`."""
-    if not all(map(_plain, projections)):
-        return torch.cat([projection(x) if projection.bias is None else projection(x) - projection.bias for projection in projections], -1)
-    if _is_compiling():
-        return F.linear(x, torch.cat([projection.weight for projection in projections]))
-    weights: list[Tensor] = [weight for weight in (projection._parameters["weight"] for projection in projections) if weight is not None]
+    weights: list[Tensor] = []
+    tracing = _is_compiling() or _is_transformed()
+    for projection in projections:  # an adapter, a parametrization, a hook or a weight with a product of its own must have its say
+        weight = projection._parameters.get("weight") if type(projection) is nn.Linear else None
+        if type(weight) not in _PLAIN or projection._forward_hooks or projection._forward_pre_hooks or "forward" in projection.__dict__:
+            if not tracing:
+                standing.recall(weight)
+            return torch.cat([each(x) if each.bias is None else each(x) - each.bias for each in projections], -1)
+        weights.append(weight)  # type: ignore[arg-type]  # no None: it is of a plain class
+    if tracing:
+        return F.linear(x, torch.cat(weights))
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
-        standing = _standing(weights)
-        if standing is not None:
-            return F.linear(x, standing)
+        found = standing.of(weights)
+        if found is not None:
+            return F.linear(x, found)
+    standing.recall(weights[0])
     return F.linear(x, torch.cat(weights))
-
-
-def _plain(projection: nn.Module) -> bool:
-    """Whether its call is nothing but its product: an adapter, a parametrization or a hook must have its say."""
-    return (
-        type(projection) is nn.Linear and not projection._forward_hooks and not projection._forward_pre_hooks and "forward" not in projection.__dict__
-    )
 
 
 def _rounded(rows: int) -> int:
     return -(-rows // _ROWS) * _ROWS
-
-
-def _standing(weights: list[Tensor]) -> Tensor | None:
-    """The weights as one tensor, where each begins where the one before ends; None otherwise."""
-    first = weights[0]
-    at = start = first.data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != at or weight.dtype != first.dtype:
-            return None
-        at += weight.nbytes
-    columns = first.shape[1]
-    held = first.untyped_storage().nbytes() // first.element_size() - first.storage_offset()
-    rows = (at - start) // (columns * first.element_size())
-    if not start or held < rows * columns or not first.is_contiguous():
-        return None
-    return first.detach().as_strided((min(_rounded(rows), held // columns), columns), (columns, 1))

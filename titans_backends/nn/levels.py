@@ -64,5 +64,5 @@ def _sequence(level: Level, x: Memory, eta: Tensor, gate: Tensor, cache: DualCor
     assert found is not None
     if cache is not None:
         new = [tensor for tensor in carry if tensor is not None]
-        cache.levels[index] = tuple(stored(before, after) for before, after in zip(cache.levels[index], new, strict=True))
+        cache.levels[index] = tuple(stored(list(cache.levels[index]), new))
     return found

@@ -23,6 +23,8 @@ __all__ = ["Memory", "States", "dual", "flat", "loop", "recurrent"]
 
 States = tuple[Tensor, Tensor]
 """S_fast and S_slow, `[N, H, K, V]`."""
+_LEAST = 1e-30
+"""A factor below counts as this: what is left of a state has no digit beside what comes after, and its logarithm is finite."""
 Remembered = tuple[Tensor, States | None]
 
 
@@ -58,7 +60,7 @@ def flat(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
         return o, None
     u, w = _transformed(form, x)
     grid = x.grid()
-    decay = _scaled(_chunk_mean(x.slow_logit, grid), 0.05, flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
+    decay = _scaled(_chunk_mean(x.slow_logit, grid), 0.05, flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid.count))
     slow = tracked_state(x.q, x.k, u, w, decay, x.chunk_size, x.cu_seqlens)
     return o, (torch.zeros_like(slow), slow)
 
@@ -69,10 +71,12 @@ def dual(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
     decay = _chunk_mean(x.slow_logit, grid)
     if form.resonance:
         u, _ = _transformed(form, x)
-        decay = _scaled(decay, 0.05, flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid))
+        decay = _scaled(decay, 0.05, flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid.count))
+    # With the exact transform a factor a chunk is a log decay on the chunk's first token (SPEC 4), which every kernel of the delta rule runs, in chunks of its own.
+    exact = form.transform == "exact"
     o, slow, fast = get_op("dual_core")(
-        x.q, x.k, x.v, x.beta,
-        fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha, chunk_decay=decay,
+        x.q, x.k, x.v, x.beta, grid.on_first_tokens(decay.clamp_min(_LEAST).log()) if exact else None,
+        fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha, chunk_decay=None if exact else decay,
         transform=form.transform, chunk_size=x.chunk_size, cu_seqlens=x.cu_seqlens,
         output_final_state=return_states, normalize_final=return_states,
     )  # fmt: skip
@@ -84,7 +88,7 @@ def loop(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
     """Two normalised states that mix after every chunk, by as much as the resonance says."""
     grid = x.grid()
     u, _ = _transformed(form, x)
-    psi = flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid)
+    psi = flux.chunks(x.k, u, x.chunk_size, x.cu_seqlens, grid.count)
     coupling = None if form.coupling == "head" else torch.rsub(psi.mean((0, 2), keepdim=True), 0.05, alpha=-0.1).expand_as(psi)
     o, slow, fast = get_op("coupled_core")(
         x.q, x.k, x.v, x.beta, psi, coupling=coupling,
@@ -122,8 +126,7 @@ def recurrent(form: Form, x: Memory, alpha: Tensor | float, return_states: bool,
     if slow is None or fast is None:
         return o, None
     if cache is not None:
-        cache.store("slow", slow)
-        cache.store("fast", fast)
+        cache.store(slow=slow, fast=fast)
     return o, (fast, slow) if return_states else None
 
 
@@ -150,7 +153,7 @@ def _from_the_chunk_before(x: Memory, cache: DualCoreCache | None) -> Tensor:
     told = F.pad(cache.decay_sum[:, None], (0, 0, 0, earlier - 1)) if earlier else decay[:, :0]
     grid = ChunkGrid(earlier + tokens, size, None)
     means = grid.mean(torch.cat([told.to(decay.dtype), decay], 1))
-    cache.store("decay_sum", means[:, -1] * ((earlier + tokens - 1) % size + 1))
+    cache.store(decay_sum=means[:, -1] * ((earlier + tokens - 1) % size + 1))
     return grid.from_the_chunk_before(means.log())[:, earlier:]
 
 

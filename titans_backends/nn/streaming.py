@@ -55,9 +55,11 @@ class DualCoreCache:
         self.position += tokens
         self.positions += tokens
 
-    def store(self, name: str, new: Tensor) -> None:
-        """`new` as the tensor of that name: written into it, or where gradients run through it, in its place."""
-        setattr(self, name, stored(getattr(self, name), new))
+    def store(self, **new: Tensor) -> None:
+        """These tensors under their names: written into what is there, all by one launch, or where gradients run through one, in its place."""
+        names = list(new)
+        for name, tensor in zip(names, stored([getattr(self, name) for name in names], list(new.values())), strict=True):
+            setattr(self, name, tensor)
 
     def reset(self) -> None:
         """As new, in place."""
@@ -74,8 +76,9 @@ class DualCoreCache:
         self.levels = [tuple(x.detach() for x in level) for level in self.levels]
 
 
-def stored(old: Tensor, new: Tensor) -> Tensor:
-    """`new` in old's place: the same memory, or the new tensor where a gradient may run through either."""
-    if new is old or (torch.is_grad_enabled() and (new.requires_grad or old.requires_grad)):
+def stored(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """`new` in old's place: the same memory, or the new tensors where a gradient may run through one of either."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*old, *new)):
         return new
-    return old.copy_(new)
+    torch._foreach_copy_(old, new)
+    return old

@@ -37,14 +37,20 @@ _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
 _AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux", "chunk_flux")
 """What a layer has around its memory."""
-_ALL = (*_STREAMED, "gated_delta_step", "dual_core_step", "fused_uw", *_AROUND)
-_LOOP = ("coupled_core",)
-"""Cores that few models have: measured at the sizes of the model that they come from."""
+_MEMORY = (*_STREAMED, "gated_delta_step", "dual_core_step", "fused_uw")
+_ALL = (*_MEMORY, *_AROUND)
+_SMALL: tuple[tuple[Heads, ...], tuple[HeadDim, ...]] = ((12, 12),), ((32, 32),)
+"""The heads of the model that the flat and the loop memory come from."""
+_FLAT: tuple[tuple[str, WhenValue], ...] = (("g", False), ("memory", "flat"), ("transform", "lam"))
+_LAM: tuple[tuple[str, WhenValue], ...] = (("transform", "lam"),)
 
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """A block of the grid: every combination of what it lists. `heads` are (q and k heads, v heads), `head_dims` (K, V)."""
+    """A block of the grid: every combination of what it lists. `heads` are (q and k heads, v heads), `head_dims` (K, V).
+
+    `when`: more fields of the key, as a layer calls the ops.
+    """
 
     ops: tuple[str, ...] = _ALL
     seq_lens: tuple[int, ...] = (128, 512, 2048)
@@ -54,6 +60,7 @@ class Cells:
     regimes: tuple[Regime, ...] = ("inference",)
     launches: tuple[Launch, ...] = ("eager",)
     batch: int = 1
+    when: tuple[tuple[str, WhenValue], ...] = ()
 
 
 DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
@@ -62,23 +69,30 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(heads=((12, 12),), head_dims=((32, 32),)),
             Cells(),
             Cells(ops=_STREAMED, seq_lens=(512,), heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
-            Cells(ops=_LOOP, heads=((12, 12),), head_dims=((32, 32),)),
+            Cells(("coupled_core",), heads=_SMALL[0], head_dims=_SMALL[1], when=_LAM),
         ),
         ("cpu", False): (
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((12, 12), (4, 4)), head_dims=((32, 32),)),
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((16, 16), (16, 32)), head_dims=((128, 128), (64, 64))),
             Cells(ops=_STREAMED, heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
             Cells(ops=_STREAMED, regimes=("training",)),
-            Cells(ops=_LOOP, heads=((12, 12),), head_dims=((32, 32),), regimes=("inference", "training")),
+            Cells(("coupled_core",), heads=_SMALL[0], head_dims=_SMALL[1], regimes=("inference", "training"), when=_LAM),
         ),
         ("cuda", True): (
-            Cells(seq_lens=(512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), launches=("eager", "graph")),
+            Cells(_MEMORY, (512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), launches=("eager", "graph")),
             Cells(ops=("gated_delta_rule",), seq_lens=(512, 2048, 8192, 32768), heads=((2, 8), (16, 64)), dtypes=("bfloat16",), launches=("graph",)),
-            Cells(seq_lens=(512, 2048, 8192), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16",)),
-            Cells(ops=("dual_core",), seq_lens=(128, 1024, 8192, 65536), heads=((12, 12),), head_dims=((32, 32),)),
+            Cells(_MEMORY, (512, 2048, 8192), *_SMALL, dtypes=("bfloat16",)),
+            Cells(("dual_core",), (128, 1024, 8192, 65536), *_SMALL),
+            Cells(("dual_core",), (128, 1024, 8192, 65536), *_SMALL, dtypes=("float32", "bfloat16"), launches=("graph",)),
+            Cells(("dual_core",), (128, 512, 2048, 8192, 65536), *_SMALL, launches=("eager", "graph"), when=_FLAT),
+            Cells(("dual_core",), (128, 2048, 65536), *_SMALL, dtypes=("bfloat16",), launches=("eager", "graph"), when=_FLAT),
+            Cells(("coupled_core",), (512, 8192), *_SMALL, launches=("graph",), when=_LAM),
+            Cells(_AROUND, (512, 8192), *_SMALL, dtypes=("float32", "bfloat16"), launches=("graph",)),
+            Cells(("qkv_prepare",), (512, 8192), *_SMALL, dtypes=("float32", "bfloat16"), launches=("graph",), when=(("lookahead", 1),)),
+            Cells(_AROUND, (8192,), ((16, 32),), dtypes=("bfloat16",)),
             Cells(ops=_STREAMED, seq_lens=(2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
             Cells(ops=_STREAMED, seq_lens=(8192,), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16",), regimes=("training",)),
-            Cells(ops=_LOOP, seq_lens=(512, 8192), heads=((12, 12),), head_dims=((32, 32),)),
+            Cells(_AROUND, (8192,), *_SMALL, regimes=("training",)),
         ),
         ("cuda", False): (
             Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((16, 32), (2, 8), (16, 64)), dtypes=("bfloat16",), launches=("eager", "graph")),
@@ -92,7 +106,8 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
                 dtypes=("bfloat16", "float32"),
                 regimes=("training",),
             ),
-            Cells(ops=_LOOP, seq_lens=(128, 512, 2048, 8192, 32768), heads=((12, 12),), head_dims=((32, 32),), regimes=("inference", "training")),
+            Cells(("dual_core",), (128, 512, 2048, 8192, 32768), *_SMALL, dtypes=("float32", "bfloat16"), launches=("eager", "graph"), when=_FLAT),
+            Cells(("coupled_core",), (128, 512, 2048, 8192, 32768), *_SMALL, regimes=("inference", "training"), when=_LAM),
         ),
     }
 )
@@ -198,7 +213,7 @@ def _buckets(cells: Cells) -> Iterator[Bucket]:
                     for heads in cells.heads:
                         for op in cells.ops:
                             for seq_len in _seq_lens(op, cells.seq_lens):
-                                yield _bucket(op, seq_len, heads, head_dim, dtype, regime, launch, cells.batch)
+                                yield _bucket(op, seq_len, heads, head_dim, dtype, regime, launch, cells)
 
 
 def _seq_lens(op: str, asked: tuple[int, ...]) -> tuple[int, ...]:
@@ -208,8 +223,8 @@ def _seq_lens(op: str, asked: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(length for length in asked if length <= most) or CONTRACTS[op].default_seq_lens
 
 
-def _bucket(op: str, seq_len: int, heads: Heads, head_dim: HeadDim, dtype: str, regime: Regime, launch: Launch, batch: int) -> Bucket:
-    keys, values = heads
+def _bucket(op: str, seq_len: int, heads: Heads, head_dim: HeadDim, dtype: str, regime: Regime, launch: Launch, cells: Cells) -> Bucket:
+    (keys, values), batch = heads, cells.batch
     given: dict[str, WhenValue] = {"dtype": dtype, "head_dim": head_dim, "regime": regime, "launch": launch}
     if op == "fused_uw":  # one matrix per chunk and head: they all count as length
         chunk = defaults_of(op)["chunk_size"]
@@ -219,7 +234,8 @@ def _bucket(op: str, seq_len: int, heads: Heads, head_dim: HeadDim, dtype: str, 
     if not has_groups:
         given["head_dim"] = (head_dim[1], head_dim[1])
     group = values // keys if has_groups else 1
-    return _made(op, {**given, "streams": batch * values, "group": group, **dict.fromkeys(PRESENT.get(op, ()), True)}, seq_len)
+    presence = dict.fromkeys(PRESENT.get(op, ()), True)
+    return _made(op, {**given, "streams": batch * values, "group": group, **presence, **dict(cells.when)}, seq_len)
 
 
 def _made(op: str, given: Mapping[str, WhenValue], seq_len: int) -> Bucket:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from titans_backends import registry
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file
 from titans_backends.cache.environment import current_environment
@@ -55,7 +56,7 @@ class Store:
         return grade(bucket, entry, self.table.environment(entry), self.environment, source).kind == "fresh"
 
     def measurements(self, bucket: Bucket) -> tuple[Measurement, ...]:
-        """A bucket's measurements, those of another torch, triton or numba left out."""
+        """A bucket's measurements, those of other versions left out."""
         if self.timings is None:
             return ()
         found = self.timings.rows.get(bucket, ())
@@ -63,8 +64,16 @@ class Store:
 
     def write(self, bucket: Bucket, measurements: Sequence[Measurement], entries: Mapping[Bucket, Entry]) -> None:
         """The measurements first, so that a kill in between costs no measuring."""
-        common = {"device": self.device, "environment": self.environment, "defaults_of": defaults_of}
+        raced = measurements or (() if self.timings is None else self.timings.rows.get(bucket, ()))
+        common = {"device": self.device, "environment": self.environment.of_race(_packages(raced)), "defaults_of": defaults_of}
         if measurements:
             self.timings = file.update_timings(timings_path(self.path), changes={bucket: measurements}, **common)  # type: ignore[arg-type]
         if entries:
             self.table = file.update(self.path, changes=entries, **common)  # type: ignore[arg-type]
+
+
+def _packages(raced: Sequence[Measurement]) -> frozenset[str]:
+    """What the backends of a race need; one that was refused did not run."""
+    known = registry.known()
+    names = {one.candidate.partition("/")[0] for one in raced if one.status != "refused"}
+    return frozenset(package for name in names if name in known for package in known[name].requires)

@@ -408,8 +408,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                 if (here) {
                     const float asked = p.dgate || p.dg ? query_norms[token] * over_parts(told, token) : 0.0f;
                     const float erased = p.dbeta || p.dg ? key_norms[token] * over_parts(seen, token) : 0.0f;
-                    if (p.dgate) store_gate<DTYPE>(p.dgate, at, asked, p.gate_wide);
-                    if (p.dbeta) store_gate<DTYPE>(p.dbeta, at, direct[token] + erased, p.beta_wide);
+                    if (p.dgate) store_gate<DTYPE>(p.dgate, at, p.gate_wide, asked);
+                    if (p.dbeta) store_gate<DTYPE>(p.dbeta, at, p.beta_wide, direct[token] + erased);
                     if (p.dg) steep = through[token] * asked + beta[token] * erased - key_norms[token] * over_parts(taken, token);
                 }
 #pragma unroll
@@ -417,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                     const float after = __shfl_down_sync(0xffffffffu, steep, lanes);
                     if (lane + lanes < 32) steep += after;
                 }
-                if (here && p.dg) store_gate<DTYPE>(p.dg, at, steep + behind, p.g_wide);
+                if (here && p.dg) store_gate<DTYPE>(p.dg, at, p.g_wide, steep + behind);
                 behind += __shfl_sync(0xffffffffu, steep, 0);
             }
         }

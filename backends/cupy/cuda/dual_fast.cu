@@ -135,7 +135,9 @@ DEVICE void outputs(const Params& p, unsigned char* memory, int task) {
                     scores[n][e] = key > query ? 0.0f : scores[n][e] * (e % 2 ? weight.y : weight.x);
                 }
             }
-            add_values(sums, scores, values, j);
+            Pair<DTYPE> a[4];
+            as_operand<DTYPE>(a, scores[2 * j], scores[2 * j + 1]);
+            add_rows(sums, a, values, 16 * j);
         }
         __syncthreads();
         tokens.fetch(i + BUFFERS, tiles);

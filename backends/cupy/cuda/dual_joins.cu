@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_behind(const __grid_c
             if (p.dbeta) {
                 if (p.fast_v) read<VALUES>(x, p.v + row.at(p.v_b, p.v_t, p.v_h), column);
                 const float found = row_product<VALUE_LANES>(arrived, x);
-                if (there && column == 0) store_gate<DTYPE>(p.dbeta, number, found + (p.below_beta ? load_gate<DTYPE>(p.below_beta, number, p.beta_wide) : 0.0f), p.beta_wide);
+                if (there && column == 0) store_gate<DTYPE>(p.dbeta, number, p.beta_wide, found + (p.below_beta ? load_gate<DTYPE>(p.below_beta, number, p.beta_wide) : 0.0f));
             }
             if (p.dv && there) {
                 const float beta = load_gate<DTYPE>(p.beta, row.at(p.beta_b, p.beta_t, p.beta_h), p.beta_wide);
@@ -176,17 +176,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) dual_behind(const __grid_c
         if (!there || column) return;
         if (p.dg) {
             const float slow = p.slow_g ? load_gate<DTYPE>(p.slow_g, number, p.g_wide) : 0.0f;
-            store_gate<DTYPE>(p.dg, number, slow + (p.below_g ? load_gate<DTYPE>(p.below_g, number, p.g_wide) : 0.0f), p.g_wide);
+            store_gate<DTYPE>(p.dg, number, p.g_wide, slow + (p.below_g ? load_gate<DTYPE>(p.below_g, number, p.g_wide) : 0.0f));
         }
         if (p.d_alpha || p.d_fast_gate || p.d_slow_gate) {
             float quick = p.of_fast ? p.of_fast[number] : 0.0f, steady = p.of_slow ? p.of_slow[number] : 0.0f;
             const float share = p.alpha ? load_gate<DTYPE>(p.alpha, row.at(p.alpha_b, p.alpha_t, p.alpha_h), p.alpha_wide) : p.share;
-            if (p.d_fast_gate) store_gate<DTYPE>(p.d_fast_gate, number, quick * share, p.fast_wide);
-            if (p.d_slow_gate) store_gate<DTYPE>(p.d_slow_gate, number, steady * (1.0f - share), p.slow_wide);
+            if (p.d_fast_gate) store_gate<DTYPE>(p.d_fast_gate, number, p.fast_wide, quick * share);
+            if (p.d_slow_gate) store_gate<DTYPE>(p.d_slow_gate, number, p.slow_wide, steady * (1.0f - share));
             if (p.d_alpha) {
                 if (p.fast_gate) quick *= load_gate<DTYPE>(p.fast_gate, row.at(p.fast_b, p.fast_t, p.fast_h), p.fast_wide);
                 if (p.slow_gate) steady *= load_gate<DTYPE>(p.slow_gate, row.at(p.slow_b, p.slow_t, p.slow_h), p.slow_wide);
-                store_gate<DTYPE>(p.d_alpha, number, quick - steady, p.d_alpha_wide);
+                store_gate<DTYPE>(p.d_alpha, number, p.d_alpha_wide, quick - steady);
             }
         }
     });
@@ -212,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(MANY) dual_sums(const __grid_consta
 #pragma unroll 4
     for (int row = threadIdx.x; row < p.rows; row += MANY) sum += p.from[static_cast<int64_t>(row) * p.columns + blockIdx.x];
     sum = block_sum(sum, reinterpret_cast<float*>(memory));
-    if (threadIdx.x == 0) store_gate<DTYPE>(p.to, blockIdx.x, sum, p.wide);
+    if (threadIdx.x == 0) store_gate<DTYPE>(p.to, blockIdx.x, p.wide, sum);
 }
 
 struct States {

@@ -89,7 +89,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) fast_core(const __grid_con
                     else if (DECAYED) scores[n][e] *= exp_between(log_decay[query], log_decay[key]);
                 }
             }
-            add_values(sums, scores, values_of(i), j);
+            Pair<DTYPE> a[4], b[4];
+            as_operand<DTYPE>(a, scores[2 * j], scores[2 * j + 1]);
+#pragma unroll
+            for (int n = 0; n < VALUE_WIDTH / 16; n++) {  // add_rows, but for the tile's address, which is made anew
+                values_of(i).columns(b[0], b[1], b[2], b[3], 16 * n, 16 * j);
+                Product<DTYPE>::add(sums[2 * n], a[0], a[1], a[2], a[3], b[0], b[2]);
+                Product<DTYPE>::add(sums[2 * n + 1], a[0], a[1], a[2], a[3], b[1], b[3]);
+            }
         }
         __syncthreads();
         load(i + BUFFERS);

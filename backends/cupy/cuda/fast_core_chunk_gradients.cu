@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
                 const int row = r + 8 * half;
                 if (c || row >= rows) continue;
                 if (FLOWING) flows[16 * warp + row] = sum * rate[half];
-                if (p.dgate) store_gate<DTYPE>(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
+                if (p.dgate) store_gate<DTYPE>(p.dgate, (token + row) * p.heads + head, p.gate_wide, (sum + apart) * p.scale);
             }
             if (p.dq && (!GROUPED || member == p.group - 1))
                 store_rows<KEY_WIDTH>(p.dq + (token * groups + shared_head) * KEYS, static_cast<int64_t>(groups) * KEYS, dq, rows, KEYS);
@@ -240,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) fast_core_chunk_g
                 const int t = base + lane;
                 const float sum = sum_up_to(t < length ? flows[t] : 0.0f, lane);
                 const float up_to = __shfl_up_sync(0xffffffffu, sum, 1);
-                if (t < length) store_gate<DTYPE>(p.dg, (static_cast<int64_t>(batch) * p.tokens + begin + t) * p.heads + head, before + (lane ? up_to : 0.0f), p.g_wide);
+                if (t < length) store_gate<DTYPE>(p.dg, (static_cast<int64_t>(batch) * p.tokens + begin + t) * p.heads + head, p.g_wide, before + (lane ? up_to : 0.0f));
                 before += __shfl_sync(0xffffffffu, sum, 31);
             }
         }

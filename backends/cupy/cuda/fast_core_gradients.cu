@@ -250,7 +250,7 @@ template <bool AS_KEYS, bool OF_KEYS> DEVICE void sweep(const Params& p, unsigne
                     p.inflow[line + row] = sum;
                 } else {
                     if (p.outflow) p.outflow[line + row] = sum * rates[16 * band + row];
-                    if (p.dgate) store_gate<DTYPE>(p.dgate, (token + row) * p.heads + head, (sum + apart) * p.scale, p.gate_wide);
+                    if (p.dgate) store_gate<DTYPE>(p.dgate, (token + row) * p.heads + head, p.gate_wide, (sum + apart) * p.scale);
                 }
             }
         }
@@ -292,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(32) fast_core_running(const __grid_
         const int token = base + lane;
         const float sum = sum_up_to(token < chunk.length ? p.inflow[from + token] - p.outflow[from + token] : 0.0f, lane);
         const float up_to = __shfl_up_sync(0xffffffffu, sum, 1);
-        if (token < chunk.length) store_gate<DTYPE>(p.dg, to + static_cast<int64_t>(token) * p.heads, before + (lane ? up_to : 0.0f), p.g_wide);
+        if (token < chunk.length) store_gate<DTYPE>(p.dg, to + static_cast<int64_t>(token) * p.heads, p.g_wide, before + (lane ? up_to : 0.0f));
         before += __shfl_sync(0xffffffffu, sum, 31);
     }
 }

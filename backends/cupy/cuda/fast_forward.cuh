@@ -47,13 +47,6 @@ DEVICE void add_scores(Scores& scores, const KeyTile& queries, const KeyTile& ke
     }
 }
 
-// sums += 16 columns of scores, from 16 j on, rounded, times the values of their tokens
-DEVICE void add_values(Sums& sums, const Scores& scores, const ValueTile& values, int j) {
-    Pair<DTYPE> a[4];
-    as_operand<DTYPE>(a, scores[2 * j], scores[2 * j + 1]);
-    add_rows(sums, a, values, 16 * j);
-}
-
 // 16 keys of a final state, from `key0` on: the sums, and `by` times what was carried into the chunk. `at`: where the state lies; r, c: the lane's place.
 template <typename P> DEVICE void store_state(const P& p, int64_t at, const Sums& sums, int key0, int r, int c, bool carried, float by) {
 #pragma unroll

@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(32) slow_core_vectors(const __grid_
         float sum = 0.0f;
         for (int slice = 0; slice < KEY_SLICES; slice++) sum += p.pulled[slice * static_cast<int64_t>(p.places) + place];
         const int64_t at = factor_index(grid, chunk);
-        if (lane == 0) store_gate<DTYPE>(p.d_decay, (chunk.batch * p.slots + at) * p.heads + head, sum, p.decay_wide);
+        if (lane == 0) store_gate<DTYPE>(p.d_decay, (chunk.batch * p.slots + at) * p.heads + head, p.decay_wide, sum);
     }
     float behind = 0.0f;
     for (int base = (chunk.length - 1) / 32 * 32; base >= 0; base -= 32) {
@@ -34,14 +34,14 @@ extern "C" __global__ void __launch_bounds__(32) slow_core_vectors(const __grid_
             if (p.d_gate) told += p.told[at];
             if (p.dg) bent += p.bent[at];
         }
-        if (p.d_gate && token < chunk.length) store_gate<DTYPE>(p.d_gate, first + static_cast<int64_t>(token) * p.heads, told, p.gate_wide);
+        if (p.d_gate && token < chunk.length) store_gate<DTYPE>(p.d_gate, first + static_cast<int64_t>(token) * p.heads, p.gate_wide, told);
         if (!p.dg) continue;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             const float later = __shfl_down_sync(0xffffffffu, bent, step);
             if (lane + step < 32) bent += later;
         }
-        if (token < chunk.length) store_gate<DTYPE>(p.dg, first + static_cast<int64_t>(token) * p.heads, bent + behind, p.g_wide);
+        if (token < chunk.length) store_gate<DTYPE>(p.dg, first + static_cast<int64_t>(token) * p.heads, p.g_wide, bent + behind);
         behind += __shfl_sync(0xffffffffu, bent, 0);
     }
 }

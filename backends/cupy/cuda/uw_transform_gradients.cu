@@ -430,7 +430,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
                 for (int i = 0; p.dw && i < KEY_GROUPS; i++) from_w += met_w[i * SIDE + t];
                 for (int i = 0; TRANSFORM != NONE && i < PARTS; i++) row += row_parts[i * SIDE + t];
                 for (int i = t / 16; TRANSFORM != NONE && p.dg && i < BLOCKS; i++) column += column_parts[i * SIDE + t];
-                if (p.dbeta && t < length) store_gate<DTYPE>(p.dbeta, out + static_cast<int64_t>(t) * p.heads, from_u + exp_log(log_decay[t]) * from_w + row, p.beta_wide);
+                if (p.dbeta && t < length) store_gate<DTYPE>(p.dbeta, out + static_cast<int64_t>(t) * p.heads, p.beta_wide, from_u + exp_log(log_decay[t]) * from_w + row);
                 flows[t] = decayed[t] * from_w + beta[t] * row - column;
             }
             __syncthreads();
@@ -444,7 +444,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) uw_transform_grad
                         const float x = __shfl_down_sync(0xffffffffu, sum, step);
                         if (lane + step < 32) sum += x;
                     }
-                    if (t < length) store_gate<DTYPE>(p.dg, out + static_cast<int64_t>(t) * p.heads, sum + after, p.g_wide);
+                    if (t < length) store_gate<DTYPE>(p.dg, out + static_cast<int64_t>(t) * p.heads, p.g_wide, sum + after);
                     after += __shfl_sync(0xffffffffu, sum, 0);
                 }
             }

@@ -27,6 +27,7 @@ _BACKWARD = (
     "conv_gradients",
     "coupled_gradients",
     "coupled_inputs",
+    "deep_backward",
     "deep_gradients",
     "delta_backward",
     "delta_backward_plans",

@@ -53,7 +53,8 @@ def checked(op: str, case: Case, direction: str, candidate: Candidate) -> str:
     """`right`, or what is wrong, on a call of at most 600 tokens."""
     made, small = CONTRACTS[op], replace(case, T=min(case.T, 600), B=min(case.B, 4))
     call = build(made, small, "cuda")
-    exam = exam_of(made, small, call, training=direction == "backward")
+    with torch.enable_grad():
+        exam = exam_of(made, small, call, training=direction == "backward")
     check = check_forward if direction == "forward" else check_backward
     try:
         check(made, candidate, module_of(op), exam, tolerance(small.dtype, "highest"), Ledger(), candidate.label)

@@ -53,6 +53,7 @@ def main(mode: str) -> None:
             found = trained(model, mine)
             dist.all_reduce(found)
             torch.testing.assert_close(found / 2, want, rtol=1e-9, atol=1e-12)
+        assert all(layer.mixer._standing.joint is None for layer in sharded.layers), "the unsharded weights are still held"
         dist.destroy_process_group()
         if rank:
             os._exit(0)

@@ -10,8 +10,8 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
-from titans_backends.backends.cupy import launch, uw_transform
-from titans_backends.backends.cupy.ahead import ahead_of
+from titans_backends.backends.cupy import dual_core, launch, uw_transform
+from titans_backends.backends.cupy.ahead import ahead_of, collected
 
 import titans_backends as tb
 from tests.triton_machines import H100
@@ -109,3 +109,25 @@ def test_a_call_that_is_collected_launches_nothing(monkeypatch: pytest.MonkeyPat
     with launch.TAPING.collecting() as forms:
         uw_transform.run(call, candidate)  # type: ignore[arg-type]
     assert [form.kernel for form in forms] == ["uw_transform"]
+
+
+@pytest.mark.parametrize(("setting", "once"), [("ieee", False), ("tf32", True)])
+def test_dual_flat_rounds_as_torchs_newer_setting_says(setting: str, once: bool) -> None:
+    """torch refuses its older question once `fp32_precision` was set: in a process of its own, since no setting takes that back."""
+    code = (
+        "import torch; from tests.test_cupy_host import flat_forms; "
+        f"torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = {setting!r}; "
+        "print(sorted({('TF32_ONCE', True) in form.macros for form in flat_forms()}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == f"[{once}]", done.stderr
+
+
+def flat_forms() -> list[launch.Form]:
+    """What the candidates of a flat call in float32 launch: by blocks and by prefix sums."""
+    made = CONTRACTS["dual_core"]
+    variant = next(one for one in made.variants if one.options.get("memory") == "flat" and one.options.get("transform") == "lam")
+    call = build(made, Case("", B=1, T=128, K=32, V=32, options=variant.options, given=variant.given), "meta")
+    ways = dual_core.candidates(signature_of(made, call, validate(made, call)), H100)
+    assert {way.variant for way in ways} == {"flat", "prefix"}
+    return [form for way in ways for form in collected(dual_core.run, call, way)]

@@ -123,13 +123,27 @@ def test_a_projection_that_is_more_than_its_product_is_called() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * self.inner(x)
 
-    adapted, doubled, hooked = layer_of(), layer_of(), layer_of()
+    adapted, doubled, hooked, seen = layer_of(), layer_of(), layer_of(), []
     adapted.v_proj = Doubled(adapted.v_proj)
     doubled.v_proj.weight.data.mul_(2)
     hooked.v_proj.register_forward_hook(lambda module, args, y: 2 * y)
     with torch.no_grad():
         for layer in (adapted, hooked):
             torch.testing.assert_close(layer(X), doubled(X))
+    hooked.k_proj.register_full_backward_hook(lambda module, inputs, outputs: seen.append(module))
+    hooked(X.clone().requires_grad_()).sum().backward()
+    assert seen == [hooked.k_proj]
+
+
+def test_parameters_can_be_swapped() -> None:
+    layer, other = layer_of(), layer_of(1)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        other.double().float().load_state_dict(layer.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    with torch.no_grad():
+        assert torch.equal(other(X), layer(X))
 
 
 def test_every_weight_has_a_storage_of_its_own_for_whatever_saves_it(tmp_path: Path) -> None:
@@ -146,7 +160,9 @@ def test_every_weight_has_a_storage_of_its_own_for_whatever_saves_it(tmp_path: P
 
 def test_the_memory_is_let_go_where_the_weights_have_left_it() -> None:
     replaced, moved, shared = layer_of(), layer_of(), layer_of()
-    replaced.v_proj.weight = nn.Parameter(replaced.v_proj.weight.detach().clone())  # as sharding does
+    for projection in (module for module in replaced.modules() if isinstance(module, nn.Linear)):
+        projection.weight = nn.Parameter(projection.weight.detach().clone())  # as sharding does
+    replaced(X)
     assert replaced._standing.joint is None
     for weight in moved.parameters():
         weight.data = weight.data.clone()

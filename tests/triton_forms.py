@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from titans_backends.backends.triton.launch import Form
 
 __all__ = [
+    "AROUND",
     "PRODUCTION",
     "TRAINED",
     "TRAINING",
@@ -87,7 +88,9 @@ PRODUCTION: tuple[Case, ...] = (_LONG, _SMALL_HEADS, replace(_LONG, name="short"
 """The calls whose defaults are compiled; `production` fits them to an op."""
 TRAINING: tuple[Case, ...] = (_LONG, replace(_LONG, name="medium heads", G=16, H=16, K=64, V=64), _SMALL_HEADS)
 """The same of the backward."""
-TRAINED = ("fused_uw", "fast_core", "uw_transform", "slow_core", "gated_delta_rule", "dual_core", "coupled_core", "deep_core")
+AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux", "chunk_flux")
+"""The ops around the memory, whose kernels depend on little: they are compiled and interpreted for fewer calls."""
+TRAINED = ("fused_uw", "fast_core", "uw_transform", "slow_core", "gated_delta_rule", "dual_core", "coupled_core", "deep_core", *AROUND)
 """The ops that have one."""
 
 

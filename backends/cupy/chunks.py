@@ -1,4 +1,4 @@
-"""Slots of a chunk's tokens, as cuda/chunks.cuh finds them: how many a call has, and where its `cu_seqlens` lie."""
+"""Chunks as the kernels take them: their tiles, their transforms by number, and their slots, as cuda/chunks.cuh finds them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Slots", "slots_of", "three_strides"]
+from titans_backends.signature import Signature
+
+from .serving import padded
+
+__all__ = ["TRANSFORMS", "Slots", "side_of", "slots_of", "three_strides"]
+
+TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
+"""What the kernels call the transforms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,13 @@ def slots_of(like: Tensor, chunk_size: int, cu_seqlens: Tensor | None, offset: i
             raise RuntimeError("cu_seqlens lies on the CPU, and a graph is being captured: move it to the device before the capture")
         cu_seqlens = cu_seqlens.to(like.device)
     return Slots(cu_seqlens.contiguous(), (tokens + sequences * offset) // chunk_size + sequences if sequences else 0, 1, sequences)
+
+
+def side_of(signature: Signature) -> int:
+    """Tokens of the tile that holds the longest chunk, a power of two: of a batch-invariant call, whatever its length."""
+    chunk = signature.option("chunk_size")
+    assert isinstance(chunk, int)
+    return padded(chunk if signature.batch_invariant else min(chunk, max(signature.dim("T"), 1)))
 
 
 def three_strides(x: Tensor | None) -> tuple[int, int, int]:

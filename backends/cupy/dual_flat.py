@@ -13,7 +13,8 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 from .bounds import bounds_on
-from .dual_prefix import prefix, prefix_candidates
+from .chunks import TRANSFORMS
+from .dual_prefix import blocks_of, prefix, prefix_candidates
 from .launch import DTYPES, Kernel
 from .serving import CONSUMER_SHARED_BYTES, padded
 from .serving import candidate as _candidate
@@ -25,18 +26,12 @@ SOURCE = "dual_flat.cu"
 FLAT_VARIANTS = ("flat", "prefix")
 FLAT = Kernel(SOURCE, "dual_flat", "10P24q16i2f")
 
-_TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
 _MOST = 128
 """Tokens of a chunk."""
 _CLUSTERS = 90
 """The compute capability from which blocks form clusters."""
 _VALUES = 32
 _PAIR_SCRATCH = 4 * (2 * (16 * 20 + 16) + 9 * 32)
-
-
-def _blocks(chunk: int, tokens: int) -> int:
-    """Blocks of 16 tokens in the longest chunk, as a power of two."""
-    return padded(-(-min(chunk, max(tokens, 1)) // 16), 1)
 
 
 def _shared_bytes(keys: int, blocks: int, transform: str, cluster: int = 1, parts: int = 2) -> int:
@@ -56,7 +51,7 @@ def serves_flat(signature: Signature, machine: Machine) -> Verdict:
         return refused(f"memory='flat' with chunk_size={chunk} above {_MOST}; use backend='triton'")
     if signature.dim("K") > 128:
         return refused(f"head_dim K={signature.dim('K')} is above 128; use backend='triton'")
-    bytes_needed = _shared_bytes(signature.dim("K"), _blocks(chunk, tokens), str(transform))
+    bytes_needed = _shared_bytes(signature.dim("K"), blocks_of(chunk, tokens), str(transform))
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     if bytes_needed > room:
         return refused(
@@ -75,7 +70,7 @@ def flat_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
 def _block_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     chunk, transform, keys = signature.option("chunk_size"), str(signature.option("transform")), signature.dim("K")
     assert isinstance(chunk, int)
-    blocks = _blocks(chunk, signature.dim("T"))
+    blocks = blocks_of(chunk, signature.dim("T"))
     alone = _candidate("flat", (SOURCE,), cluster=1, parts=2)
     if machine.sm is None or machine.sm < _CLUSTERS or transform == "exact" or blocks < 4:
         return [alone]
@@ -114,14 +109,14 @@ def flat(call: DualCore, candidate: Candidate) -> Tensor:
             steps = alpha.stride() if alpha.dim() == 3 else (0, 0, alpha.stride(0))
     else:
         number = float(alpha)
-    size, blocks = v.element_size(), _blocks(chunk, tokens)
+    size, blocks = v.element_size(), blocks_of(chunk, tokens)
     cluster, parts = int(candidate.param("cluster")), int(candidate.param("parts"))
     once = (("TF32_ONCE", True),) if size == 2 or float32_precision(on_cuda=True) != "highest" else ()
     FLAT(
         (slots * heads * -(-values // _VALUES) * cluster, 1, 1),
         32 * parts * (blocks // cluster),
         (
-            ("DTYPE", DTYPES[v.dtype]), ("KEYS", padded(keys, 32)), ("CHUNK_BLOCKS", blocks), ("TRANSFORM", _TRANSFORMS[call.transform]),
+            ("DTYPE", DTYPES[v.dtype]), ("KEYS", padded(keys, 32)), ("CHUNK_BLOCKS", blocks), ("TRANSFORM", TRANSFORMS[call.transform]),
             ("CLUSTER", cluster), ("PARTS", parts), *once,
         ),
         (

@@ -18,7 +18,7 @@ from titans_backends.verdict import Verdict, refused
 
 from .ahead import ahead_of
 from .bounds import bounds_on
-from .chunks import three_strides
+from .chunks import side_of, three_strides
 from .launch import DTYPES, Kernel, Macros
 from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
@@ -48,7 +48,7 @@ _WALKS = ((64, 3, 2), (32, 3, 2), (32, 3, 4), (32, 3, 1), (16, 3, 2))
 def supports(signature: Signature, machine: Machine) -> Verdict:
     """What `serving.serves` says, chunks that one tile holds, and tiles that fit the card."""
     verdict = serves(signature, machine, WIDEST)
-    if _side(signature) > _LONGEST:
+    if side_of(signature) > _LONGEST:
         verdict &= refused(f"chunk_size={signature.option('chunk_size')} is above {_LONGEST} tokens; use backend='triton'")
     if verdict and not candidates(signature, machine):
         sizes = f"chunks of {signature.option('chunk_size')} with K={signature.dim('K')}, V={signature.dim('V')}"
@@ -57,15 +57,9 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
     return verdict
 
 
-def _side(signature: Signature) -> int:
-    chunk = signature.option("chunk_size")
-    assert isinstance(chunk, int)
-    return padded(chunk if signature.batch_invariant else min(chunk, max(signature.dim("T"), 1)))
-
-
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """A few of each variant that fit the card; the first is the default. A norm takes all value columns in one block."""
-    side, values = _side(signature), padded(signature.dim("V"))
+    side, values = side_of(signature), padded(signature.dim("V"))
     whole = bool(signature.option("normalize_read")) or bool(signature.option("normalize_final"))
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     found: dict[Candidate, None] = {}

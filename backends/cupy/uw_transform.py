@@ -15,7 +15,7 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict, refused
 
 from .ahead import ahead_of
-from .chunks import slots_of, three_strides
+from .chunks import TRANSFORMS, side_of, slots_of, three_strides
 from .launch import DTYPES, Kernel
 from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, WIDEST, padded, serves
@@ -27,7 +27,6 @@ __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "re
 
 SOURCE = "uw_transform.cu"
 UW = Kernel(SOURCE, "uw_transform", "7P12q9i")
-_TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
 _LONGEST = 128
 _MOST = 4
 """Candidates of a call."""
@@ -38,20 +37,14 @@ _PLANS = ((64, 1), (128, 1), (64, 2), (32, 1), (128, 2), (32, 2))
 def supports(signature: Signature, machine: Machine) -> Verdict:
     """What `serving.serves` says, and chunks that one tile holds."""
     verdict = serves(signature, machine, WIDEST)
-    if _side(signature) > _LONGEST:
+    if side_of(signature) > _LONGEST:
         verdict &= refused(f"chunk_size={signature.option('chunk_size')} is above {_LONGEST} tokens; use backend='triton'")
     return verdict
 
 
-def _side(signature: Signature) -> int:
-    chunk = signature.option("chunk_size")
-    assert isinstance(chunk, int)
-    return padded(chunk if signature.batch_invariant else min(chunk, max(signature.dim("T"), 1)))
-
-
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Slices of columns and warps whose tiles fit the card; the first is the default."""
-    side, transform = _side(signature), str(signature.option("transform"))
+    side, transform = side_of(signature), str(signature.option("transform"))
     widest, room = padded(max(signature.dim("K"), signature.dim("V")), 32), machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     found: dict[Candidate, None] = {}
     for columns, each in _PLANS:
@@ -83,7 +76,7 @@ def run(call: UWTransform, candidate: Candidate) -> tuple[Tensor | None, ...]:
         (slots.count * heads, 1, 1),
         32 * warps,
         (
-            ("DTYPE", DTYPES[v.dtype]), ("KEYS", keys), ("VALUES", values), ("SIDE", side), ("TRANSFORM", _TRANSFORMS[call.transform]),
+            ("DTYPE", DTYPES[v.dtype]), ("KEYS", keys), ("VALUES", values), ("SIDE", side), ("TRANSFORM", TRANSFORMS[call.transform]),
             ("SLICE", columns), ("WARPS", warps), ("ALIGNED", aligned_rows(k, whole=True) and aligned_rows(v, whole=True)),
         ),
         (
@@ -99,7 +92,7 @@ def run(call: UWTransform, candidate: Candidate) -> tuple[Tensor | None, ...]:
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Tiles of the backward that fit the card; the first is the default."""
-    return ways(signature, machine, _side(signature), str(signature.option("transform")))
+    return ways(signature, machine, side_of(signature), str(signature.option("transform")))
 
 
 def run_backward(

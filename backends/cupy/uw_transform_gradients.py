@@ -10,7 +10,7 @@ from titans_backends.contracts.uw_transform import UWTransform
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from .chunks import slots_of, three_strides
+from .chunks import TRANSFORMS, slots_of, three_strides
 from .launch import DTYPES, Kernel
 from .serving import CONSUMER_SHARED_BYTES, padded
 from .sources import source_names
@@ -20,7 +20,6 @@ __all__ = ["transformed_gradients", "ways"]
 
 SOURCE = "uw_transform_gradients.cu"
 GRADIENTS = Kernel(SOURCE, "uw_transform_gradients", "11P18q10i")
-_TRANSFORMS = {"none": 0, "exact": 1, "lam": 2}
 _INPUTS = ("k", "v", "beta", "g")
 _MOST = 3
 """Candidates of a call."""
@@ -87,7 +86,7 @@ def transformed_gradients(
         (slots.count * groups, 1, 1),
         32 * warps,
         (
-            ("DTYPE", DTYPES[v.dtype]), ("KEYS", keys), ("VALUES", values), ("SIDE", side), ("TRANSFORM", _TRANSFORMS[call.transform]),
+            ("DTYPE", DTYPES[v.dtype]), ("KEYS", keys), ("VALUES", values), ("SIDE", side), ("TRANSFORM", TRANSFORMS[call.transform]),
             ("SLICE", columns), ("RESIDENT", columns >= max(keys, values)), ("WARPS", warps), ("GROUPED", heads > groups),
             ("ALIGNED", all(aligned_rows(x, whole=True) for x in (k, v, du, dw) if x is not None)),
         ),

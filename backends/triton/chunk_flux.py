@@ -132,7 +132,7 @@ def run_backward(
     network_gradients(_network(call, packed, sizes, means), d_psi, wanted, _NETWORK_ROWS, 1, dot)
     k, u, heads = call.k, call.u, call.u.shape[2]
     slabs = tuple(min(_SLAB_BYTES // k.dtype.itemsize, tile_width(size)) for size in (sizes.keys, sizes.values))
-    constants = (sizes.keys, sizes.values, *slabs, rows, sizes.chunk, dot)
+    constants = (sizes.keys, sizes.values, slabs[0], slabs[1], rows, sizes.chunk, dot)
     if {"k", "u"} & set(outs):
         TOKEN_GRADIENTS(
             sizes.slots * k.shape[2],

@@ -23,7 +23,7 @@ from .ahead import ahead_of
 from .coupled_chunks import OUTPUTS
 from .coupled_gradients import backward_candidates, run_backward
 from .coupled_prepare import READ
-from .coupled_states import LONGEST, MAKE, Plan, Walked, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
+from .coupled_states import MAKE, Plan, Walked, grid_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
 from .dual_recurrent import transform_signature
 from .grid import strides
 from .program import remembering, remembering_backward
@@ -103,7 +103,7 @@ def _read(call: CoupledCore, plan: Plan, found: Walked, o: Tensor) -> None:
         0 if call.cu_seqlens is None else sequences, number, *(step for x in shares for step in strides(x)),
     )  # fmt: skip
     tile = min(plan.tile, tile_of(values))
-    constants = (heads, keys, values, min(call.chunk_size, LONGEST), plan.block, tile_of(keys), tile, plan.dot)
+    constants = (heads, keys, values, grid_of(call), plan.block, tile_of(keys), tile, plan.dot)
     READ(slots * heads * -(-values // tile), args, constants, 4, 1)
 
 
@@ -111,7 +111,7 @@ def _outputs(call: CoupledCore, plan: Plan, found: Walked, o: Tensor) -> None:
     """The output of chunks of any length."""
     sequences, slots, heads, keys, values = sizes_of(call)
     (u, w), (shares, number) = (found.factors.u, found.factors.w), shares_of(call)
-    chunk, tile, tokens = min(call.chunk_size, LONGEST), min(plan.tile, tile_of(values)), o.shape[1]
+    chunk, tile, tokens = grid_of(call), min(plan.tile, tile_of(values)), o.shape[1]
     per = -(-min(chunk, tokens) // plan.block)
     args = (
         call.q, call.k, u, w, *shares, found.starts, found.numbers, o, call.cu_seqlens, tokens, 0 if call.cu_seqlens is None else sequences, per, number,

@@ -21,7 +21,7 @@ from titans_backends.signature import Signature
 from . import uw_transform
 from .coupled_chunks import ARRIVALS
 from .coupled_inputs import INPUTS
-from .coupled_states import LONGEST, Plan, Walked, as_dual, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
+from .coupled_states import Plan, Walked, as_dual, grid_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
 from .coupled_walks import WALK_BACK
 from .coupled_wide import WALK_BACK_WIDE
 from .dual_joins import joined_operands, joined_values
@@ -51,6 +51,8 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     chunk = signature.option("chunk_size")
     assert isinstance(chunk, int)
     inner = transform_signature(replace(signature, may_save=False))
+    if signature.dtype != torch.float32:  # u and w are float32 here, and so is what becomes of them
+        inner = replace(inner, dtype=torch.float32, float32="high")
     back = uw_transform.backward_candidates(inner, machine)
     if chunk > 64 or not back:
         return []
@@ -96,16 +98,16 @@ def run_backward(
         if through:
             names = {name.removeprefix(_BACK): value for name, value in params.items() if name.startswith(_BACK)}
             way = Candidate("triton", str(names.pop("variant")), tuple(names.items()), direction="backward")
-            transform = UWTransform(call.k, call.v, call.beta, chunk_size=call.chunk_size, transform=call.transform, cu_seqlens=call.cu_seqlens)
+            transform = UWTransform(
+                found.factors.k, found.factors.v, call.beta, chunk_size=grid_of(call), transform=call.transform, cu_seqlens=call.cu_seqlens
+            )
             made = uw_transform.run_backward(transform, (inner["u"], inner.get("w")), None, through, way)
             below = {name: grad for name, grad in zip(("k", "v", "beta"), made, strict=False) if grad is not None}
-        for name in ("v", "beta"):
-            if name in needs:
-                into[name] = below[name]
         if needs & {"q", "k"}:
             into |= joined_operands(as_dual(whole), {}, inner, below, needs)
-        if needs & _GATES:
-            into |= joined_values(as_dual(whole), {"gate": inner["fast"]}, {"gate": inner["slow"]}, {}, needs & _GATES)
+        if needs & (_GATES | {"v", "beta"}):
+            fast, slow = ({"gate": inner[name]} if name in inner else {} for name in ("fast", "slow"))
+            into |= joined_values(as_dual(whole), fast, slow, below, needs & (_GATES | {"v", "beta"}))
     return tuple(into.get(name) for name in _INPUTS)
 
 
@@ -120,7 +122,7 @@ def _walked_back(
 ) -> Tensor | None:
     """dZ `[slots, H, 2, V, K]` of the mixed states where it is wanted; the gradients of decays and initial states into their rooms."""
     sequences, slots, heads, keys, values = sizes_of(call)
-    device, tokens, chunk = call.v.device, call.v.shape[1], min(call.chunk_size, LONGEST)
+    device, tokens, chunk = call.v.device, call.v.shape[1], grid_of(call)
     width = tile_of(keys)
     matrices = (slots, heads, 2, values, keys)
     tiled = plan.walk_tile > 0
@@ -148,13 +150,13 @@ def _walked_back(
 def _chunks(call: CoupledCore, plan: Plan, found: Walked, d_o: Tensor | None, d_mixed: Tensor | None, needs: frozenset[str], into: Made) -> Made:
     """What the chunks' kernel makes: the parts of q and k, u, w, the two cores' share of the gates; psi and the coupling into their rooms."""
     sequences, slots, heads, keys, values = sizes_of(call)
-    chunk, (batch, tokens) = min(call.chunk_size, LONGEST), call.v.shape[:2]
+    chunk, (batch, tokens) = grid_of(call), call.v.shape[:2]
     through, gated = needs & _THROUGH, bool(needs & _GATES)
     made: Made = {name: torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) for name in needs & {"q", "k"}}
     if through:
-        made["u"] = torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device)
+        made["u"] = torch.empty(call.v.shape, dtype=torch.float32, device=call.v.device)
     if through & {"k", "beta"} and found.factors.w is not None:
-        made["w"] = torch.empty((batch, tokens, heads, keys), dtype=call.v.dtype, device=call.v.device)
+        made["w"] = torch.empty((batch, tokens, heads, keys), dtype=torch.float32, device=call.v.device)
     if gated:
         made["fast"], made["slow"] = (torch.empty((batch, tokens, heads), dtype=torch.float32, device=call.v.device) for _ in range(2))
     shares, number = shares_of(call)

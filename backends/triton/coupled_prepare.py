@@ -33,12 +33,13 @@ def _store_turned(base, x, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLO
 
 @triton.jit
 def _prepare(
-    q, k, v, beta, u, w, reader, inside, turned_a, turned_b, cu_seqlens, tokens, sequences, scale,
+    q, k, v, beta, u, w, reader, inside, turned_a, turned_b, wide_k, wide_v, cu_seqlens, tokens, sequences, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, LAM: tl.constexpr, PLAIN: tl.constexpr, DELTA: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """What of its outputs is not None, all float32: u, inside `[B, T, H, V]`, w, reader `[B, T, H, K]`, A^T `[slots, H, K, K]`, B^T `[slots, H, V, K]`.
+    """What of its outputs is not None, all float32: u, inside `[B, T, H, V]`, w, reader `[B, T, H, K]`, A^T `[slots, H, K, K]`, B^T `[slots, H, V, K]`,
+    wide_k, wide_v: copies of k and v.
 
     PLAIN: transform none. Blocks: slots * HEADS.
     """
@@ -57,6 +58,9 @@ def _prepare(
     v += row * v_b + first * v_t + head * v_h
     b = load_vector(beta + row * beta_b + first * beta_t + head * beta_h, line, ok, beta_t)
     keys = wide_tile(k, line, ok, k_t, 0, KEYS, BLOCK_K, DOT)
+    if wide_k is not None:
+        if head % GROUP == 0:
+            store_tile(wide_k + token // GROUP * KEYS, line, ok, HEADS // GROUP * KEYS, 0, keys, KEYS, BLOCK_K)
     if not PLAIN:
         gram = tl.dot(keys, tl.trans(keys), input_precision=DOT)
         triangle = as_operand(block_triangle(gram, b, b, b, False, tl.float32, BLOCK, LAM, DOT) * b[None, :], tl.float32, DOT)
@@ -80,6 +84,8 @@ def _prepare(
         store_tile(reader + token * KEYS, line, ok, HEADS * KEYS, 0, queries, KEYS, BLOCK_K)
     for start in tl.static_range(0, VALUES, BLOCK_V):
         values = wide_tile(v, line, ok, v_t, start, VALUES, BLOCK_V, DOT)
+        if wide_v is not None:
+            store_tile(wide_v + token * VALUES, line, ok, HEADS * VALUES, start, values, VALUES, BLOCK_V)
         if PLAIN:
             new = values * b[:, None]
         else:

@@ -22,11 +22,11 @@ from .dual_inputs import unit_operands
 from .grid import on_device, slot_count, strides, unit_stride
 from .serving import tile_width
 
-__all__ = ["LONGEST", "MAKE", "Plan", "Walked", "as_dual", "prepared", "shares_of", "sizes_of", "tile_of", "walk_bytes", "walked", "walks"]
+__all__ = ["MAKE", "Plan", "Walked", "as_dual", "grid_of", "prepared", "shares_of", "sizes_of", "tile_of", "walk_bytes", "walked", "walks"]
 
 MAKE = "make_"
 """What the transform's parameters begin with among a candidate's."""
-LONGEST = 2**30
+_LONGEST = 2**30
 """A chunk beyond any sequence: the kernels count tokens in 32 bits, and add a chunk to them."""
 
 
@@ -55,7 +55,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A^T and B^T of every chunk, and of u, w, the reader and the inside what was asked for."""
+    """A^T and B^T of every chunk, and of u, w, the reader and the inside what was asked for; k and v, in float32 where u and w are."""
 
     turned_a: Tensor | None
     turned_b: Tensor
@@ -63,6 +63,8 @@ class Factors:
     w: Tensor | None
     reader: Tensor | None
     inside: Tensor | None
+    k: Tensor
+    v: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +120,16 @@ def shares_of(call: CoupledCore) -> tuple[tuple[Tensor | None, Tensor | None, Te
     return (alpha, call.fast_gate, call.slow_gate), number
 
 
+def grid_of(call: CoupledCore) -> int:
+    """Tokens of a chunk for the kernels: one number for all calls of one chunk, lest every length of them be compiled for itself."""
+    return _LONGEST if call.chunk_size >= call.v.shape[1] else call.chunk_size
+
+
 def sizes_of(call: CoupledCore) -> tuple[int, int, int, int, int]:
     """(sequences, slots of chunks, heads, K, V)."""
     batch, tokens, heads, values = call.v.shape
     sequences = batch if call.cu_seqlens is None else call.cu_seqlens.numel() - 1
-    return sequences, slot_count(batch, tokens, min(call.chunk_size, LONGEST), call.cu_seqlens), heads, call.k.shape[3], values
+    return sequences, slot_count(batch, tokens, grid_of(call), call.cu_seqlens), heads, call.k.shape[3], values
 
 
 def walked(call: CoupledCore, plan: Plan, *, finals: bool, operands: bool, outputs: bool) -> Walked:
@@ -131,7 +138,7 @@ def walked(call: CoupledCore, plan: Plan, *, finals: bool, operands: bool, outpu
     `operands`: u and w are wanted; `outputs`: the reader and the inside, where the plan has them.
     """
     sequences, slots, heads, keys, values = sizes_of(call)
-    chunk = min(call.chunk_size, LONGEST)
+    chunk = grid_of(call)
     found = _transformed(call, plan) if plan.make is not None else _prepared(call, plan, operands, outputs)
     starts, numbers = _room(call, slots + sequences, heads, 2, values, keys), _room(call, slots + sequences, heads, NUMBERS)
     final, final_fast = (_room(call, sequences, heads, keys, values) if finals else None for _ in range(2))
@@ -161,23 +168,26 @@ def _prepared(call: CoupledCore, plan: Plan, operands: bool, outputs: bool) -> F
     w = _room(call, batch, tokens, heads, keys) if operands and call.delta else None
     inside = _room(call, batch, tokens, heads, values) if outputs and not operands else None
     reader = _room(call, batch, tokens, heads, keys) if outputs else None
+    wide = operands and call.v.dtype != torch.float32
+    k = _room(call, *call.k.shape) if wide else None
+    v = _room(call, *call.v.shape) if wide else None
     args = (
-        call.q, call.k, call.v, call.beta, u, w, reader, inside, turned_a, turned_b, call.cu_seqlens, tokens,
+        call.q, call.k, call.v, call.beta, u, w, reader, inside, turned_a, turned_b, k, v, call.cu_seqlens, tokens,
         0 if call.cu_seqlens is None else sequences, float(call.scale), *strides(call.q), *strides(call.k), *strides(call.v), *strides(call.beta),
     )  # fmt: skip
     constants = (
-        heads, heads // max(call.k.shape[2], 1), keys, values, min(call.chunk_size, LONGEST), plan.block, tile_of(keys), min(plan.tile, tile_of(values)),
+        heads, heads // max(call.k.shape[2], 1), keys, values, grid_of(call), plan.block, tile_of(keys), min(plan.tile, tile_of(values)),
         call.transform == "lam", call.transform == "none", call.delta, plan.dot,
     )  # fmt: skip
     PREPARE(slots * heads, args, constants, plan.warps, 1)
-    return Factors(turned_a, turned_b, u, w, reader, inside)
+    return Factors(turned_a, turned_b, u, w, reader, inside, call.k if k is None else k, call.v if v is None else v)
 
 
 def _transformed(call: CoupledCore, plan: Plan) -> Factors:
     """By uw_transform, and a launch for the factors: chunks of any length."""
     assert plan.make is not None
     sequences, slots, heads, keys, values = sizes_of(call)
-    transform = UWTransform(call.k, call.v, call.beta, chunk_size=call.chunk_size, transform=call.transform, cu_seqlens=call.cu_seqlens)
+    transform = UWTransform(call.k, call.v, call.beta, chunk_size=grid_of(call), transform=call.transform, cu_seqlens=call.cu_seqlens)
     u, made = uw_transform.transformed(transform, plan.make)
     w = made if call.delta else None
     turned_a = _room(call, slots, heads, keys, keys) if call.delta else None
@@ -186,7 +196,7 @@ def _transformed(call: CoupledCore, plan: Plan) -> Factors:
         call.k, u, w, turned_a, turned_b, call.cu_seqlens, call.v.shape[1], 0 if call.cu_seqlens is None else sequences,
         *strides(call.k), *strides(u), *strides(w),
     )  # fmt: skip
-    width, chunk = tile_of(keys), min(call.chunk_size, LONGEST)
+    width, chunk = tile_of(keys), grid_of(call)
     constants = (heads, heads // max(call.k.shape[2], 1), keys, values, chunk, plan.block, width, min(plan.tile, max(tile_of(values), width)))
     FACTORS(slots * heads, args, (*constants, plan.dot, 2), plan.warps, 2)
-    return Factors(turned_a, turned_b, u, w, None, None)
+    return Factors(turned_a, turned_b, u, w, None, None, call.k, call.v)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .deep_scan import block_slot, block_sums, line_of, rows_of, sequence_of, tile_of
+from .deep_scan import block_slot, block_sums, line_of, rows_of, sequence_of, sums_of, tile_of
 from .deep_step import divisor
 from .grid import locate
 from .launch import Kernel
@@ -126,6 +126,9 @@ def _chain(
         total = tl.load(mass + place * mass_b + head * mass_h)
         decay = tl.load(log_decay + place * log_b + head * log_h)
     count = tl.where(length > 0, (length + offset + SPAN - 1) // SPAN, 0)
+    # what no product reads is not copied ahead by the compiler
+    total, decay = sums_of(masses, logs, slot * heads + head, count > 0, total, decay)
+    upcoming = tl.load(inputs + (slot * heads + head) * (K * V) + square, mask=whole & (count > 0), other=0.0)
     for block in tl.range(0, count):
         at = (slot + block) * heads + head
         line = tl.arange(0, BLOCK_K)
@@ -134,9 +137,9 @@ def _chain(
             turn = tl.load(map_at, mask=(key[:, None] < K) & (line[None, :] < K), other=0.0)
         else:
             turn = tl.load(map_at)
-        added = tl.load(inputs + at * (K * V) + square, mask=whole, other=0.0)
-        total = tl.load(masses + at)
-        decay = tl.load(logs + at)
+        added = upcoming
+        more = block + 1 < count
+        upcoming = tl.load(inputs + (at + heads) * (K * V) + square, mask=whole & more, other=0.0)
         known = operand(memory, DTYPE, DOT)
         tl.store(starts + at * (K * V) + square, known, mask=whole)
         missed += added - tl.dot(turn, known, input_precision=DOT)
@@ -147,6 +150,7 @@ def _chain(
             missed = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
             total *= 0.0
             decay *= 0.0
+            total, decay = sums_of(masses, logs, at + heads, more, total, decay)
     if to_state is not None:
         at = (place * heads + head) * (K * V) + square
         tl.store(to_state + at, memory, mask=whole)
@@ -183,6 +187,9 @@ def _back(
     if d_error is not None:
         missed = tl.load(d_error + place * error_b + head * error_h + key[:, None].to(tl.int64) * error_t + value[None, :], mask=whole, other=0.0)
     count = tl.where(length > 0, (length + offset + SPAN - 1) // SPAN, 0)
+    total, decay = sums_of(masses, logs, (slot + count - 1) * heads + head, count > 0, tl.zeros([], tl.float32), tl.zeros([], tl.float32))
+    if reads is not None:
+        upcoming = tl.load(reads + ((slot + count - 1) * heads + head) * (K * V) + square, mask=whole & (count > 0), other=0.0)
     for back in tl.range(0, count):
         block = count - 1 - back
         at = (slot + block) * heads + head
@@ -192,16 +199,17 @@ def _back(
             turn = tl.load(map_at, mask=(key[:, None] < K) & (line[None, :] < K), other=0.0)
         else:
             turn = tl.load(map_at)
-        total = tl.load(masses + at)
-        decay = tl.load(logs + at)
         if (block + 1) * SPAN - offset <= length:
             missed = memory * (1.0 / divisor(total, SPAN, NORMALIZE))
             memory *= tl.exp(decay)
         share = operand(missed, DTYPE, DOT)
         tl.store(sums + at * (K * V) + square, share, mask=whole)
-        memory -= tl.dot(turn, share, input_precision=DOT)
+        total, decay = sums_of(masses, logs, at - heads, block > 0, total, decay)
         if reads is not None:
-            memory += tl.load(reads + at * (K * V) + square, mask=whole, other=0.0)
+            added = upcoming
+            upcoming = tl.load(reads + (at - heads) * (K * V) + square, mask=whole & (block > 0), other=0.0)
+            memory += added
+        memory -= tl.dot(turn, share, input_precision=DOT)
     at = (place * heads + head) * (K * V) + square
     if to_state is not None:
         tl.store(to_state + at, memory, mask=whole)

@@ -97,7 +97,7 @@ def _lonely(signature: Signature, machine: Machine) -> bool:
 
 
 def _chains(signature: Signature, machine: Machine) -> list[tuple[int, int, int, int, int]]:
-    """(rows, value columns, warps and stages of the chain, warps of the parallel parts) of the way by blocks, where it is worth its memory: at most one."""
+    """(rows, value columns, warps and stages of the chain, warps of the parallel parts) of the way by blocks, where it is worth its memory: at most two."""
     span, sequences = int(signature.option("chunk_size") or 1) * int(signature.option("period") or 1), max(1, signature.dim("N"))
     size, keys, values = signature.dtype.itemsize, tile_width(signature.dim("K")), tile_width(signature.dim("V"))
     tokens = signature.dim("T") // (sequences if signature.packed else 1)
@@ -106,11 +106,14 @@ def _chains(signature: Signature, machine: Machine) -> list[tuple[int, int, int,
     columns = min(values, 64)
     rows = min(32 if size == 4 else 64, steps_rows(span))
     wide = narrow_warps(signature.dtype, max(rows, keys), min(columns, keys), 4)
-    warps = 4 if keys > 32 else 1
-    tile = min(16, values)
-    warps = narrow_warps(signature.dtype, keys, tile, warps)
-    stages = 3 if (3 * keys * (keys * size + tile * 4) + keys * tile * size) <= (machine.shared_memory_bytes or CONSUMER_SHARED_BYTES) else 2
-    return [(rows, tile, warps, stages, wide)]
+    room, found = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES, []
+    for tile, warps, stages in ((32, 4, 3), (16, 4, 3), (16, 4, 2), (16, 4, 1)) if keys > 32 else ((16, 1, 4), (32, 4, 3)):
+        tile = min(tile, values)
+        if signature.dim("K") % 16 or stages < 2:  # N does not come by asynchronous copies
+            warps = narrow_warps(signature.dtype, keys, tile, warps)
+        if (stages * keys * keys + keys * tile) * size + 2048 <= room:
+            found.append((rows, tile, warps, stages, wide))
+    return found[: 1 if keys > 64 else 2]
 
 
 def _side(way: tuple[int, int, int, int, int], dot: str) -> tuple[tuple[str, int | str], ...]:

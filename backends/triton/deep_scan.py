@@ -24,7 +24,7 @@ from .grid import first_slot, locate
 from .launch import Kernel
 from .rounding import operand
 
-__all__ = ["BLOCKS", "REVERSE", "SWEEP", "block_slot", "block_sums", "line_of", "rows_of", "sequence_of", "tile_of"]
+__all__ = ["BLOCKS", "REVERSE", "SWEEP", "block_slot", "block_sums", "line_of", "rows_of", "sequence_of", "sums_of", "tile_of"]
 
 
 @triton.jit
@@ -135,6 +135,12 @@ def _blocks(
 
 
 @triton.jit
+def sums_of(masses, logs, place, there, total, decay):
+    """A block's mass and G where it is there, else what is given."""
+    return tl.load(masses + place, mask=there, other=total), tl.load(logs + place, mask=there, other=decay)
+
+
+@triton.jit
 def _sweep(
     q, k, v, eta, g, gate, state, error, mass, log_decay, masses, logs, cu_seqlens, o, starts, ends, to_state, to_error, to_mass, to_log,
     scale, tokens, sequences, heads, group, offset,
@@ -180,14 +186,17 @@ def _sweep(
         total = tl.load(mass + place * mass_b + head * mass_h)
         decay = tl.load(log_decay + place * log_b + head * log_h)
     square = key[:, None] * V + value[None, :]
+    # what no product reads is not copied ahead by the compiler: the gate's next rows, the next block's sums
+    if o is not None and gate is not None:
+        _, _, _, first, here = rows_of(start, length, offset, SPAN, ROWS)
+        opened = line_of(gate, first, gate_t, here, ROWS)
+    if masses is not None:
+        total, decay = sums_of(masses, logs, slot * heads + head, stop > start, total, decay)
     for step in tl.range(start, stop):
         block, last, edge, first, here = rows_of(step, length, offset, SPAN, ROWS)
         k_tile = tile_of(k, first, k_t, here, key, K, ROWS, BLOCK_K)
         v_tile = tile_of(v, first, v_t, here, value, V, ROWS, BLOCK_V)
         weight = line_of(eta, first, eta_t, here, ROWS)
-        if masses is not None:
-            total = tl.load(masses + (slot + block) * heads + head)
-            decay = tl.load(logs + (slot + block) * heads + head)
         known = operand(memory, DTYPE, DOT)
         if starts is not None:
             if (step == start) | (step % ((SPAN + ROWS - 1) // ROWS) == 0):
@@ -196,7 +205,9 @@ def _sweep(
             q_tile = tile_of(q, first, q_t, here, key, K, ROWS, BLOCK_K)
             y = tl.dot(q_tile, known, input_precision=DOT) * scale
             if gate is not None:
-                y *= line_of(gate, first, gate_t, here, ROWS)[:, None]
+                y *= opened[:, None]
+                _, _, _, next_first, next_here = rows_of(step + 1, length, offset, SPAN, ROWS)
+                opened = line_of(gate, next_first, gate_t, next_here, ROWS)
             row = tl.arange(0, ROWS)
             at = o + first.to(tl.int64) * (heads * V) + row[:, None] * (heads * V) + value[None, :]
             tl.store(at, y.to(o.dtype.element_ty), mask=here[:, None] & (value[None, :] < V))
@@ -216,6 +227,8 @@ def _sweep(
             missed = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
             total *= 0.0
             decay *= 0.0
+            if masses is not None:
+                total, decay = sums_of(masses, logs, (slot + block + 1) * heads + head, step + 1 < stop, total, decay)
     if to_state is not None:
         at = (place * heads + head) * (K * V) + square
         tl.store(to_state + at, memory, mask=whole)
@@ -264,15 +277,18 @@ def _reverse(
     if d_error is not None:
         missed = tl.load(d_error + place * error_b + head * error_h + key[:, None].to(tl.int64) * error_t + value[None, :], mask=whole, other=0.0)
     square = key[:, None] * V + value[None, :]
+    final = slot + (stop - 1) // ((SPAN + ROWS - 1) // ROWS)
+    total, decay = sums_of(masses, logs, final * heads + head, stop > start, scale * 0.0, scale * 0.0)
     for back in tl.range(0, stop - start):
         step = stop - 1 - back
         block, last, edge, first, here = rows_of(step, length, offset, SPAN, ROWS)
         k_tile = tile_of(k, first, k_t, here, key, K, ROWS, BLOCK_K)
         weight = line_of(eta, first, eta_t, here, ROWS)
         if last & (edge <= length):
-            at = (slot + block) * heads + head
-            missed = memory * (1.0 / divisor(tl.load(masses + at), SPAN, NORMALIZE))
-            memory *= tl.exp(tl.load(logs + at))
+            missed = memory * (1.0 / divisor(total, SPAN, NORMALIZE))
+            memory *= tl.exp(decay)
+        if last | (back == 0):
+            total, decay = sums_of(masses, logs, (slot + block - 1) * heads + head, block > 0, total, decay)
         share = operand(missed, DTYPE, DOT)
         if last | (back == 0):
             tl.store(sums + ((slot + block) * heads + head) * (K * V) + square, share, mask=whole)

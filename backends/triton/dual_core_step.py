@@ -23,9 +23,11 @@ from .serving import serves, tile_width
 __all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
 
 _TILES = ((32, 4), (16, 2), (8, 1), (16, 4), (8, 2), (4, 1))
-"""Value columns of a program and its warps, for many heads and sequences; narrow ones come first for few."""
+"""Value columns of a program and its warps, for many heads and sequences."""
 _SMALL_TILES = ((32, 4), (16, 2), (8, 1), (4, 1))
 """The same for keys of up to 64."""
+_FEW = (16, 2)
+"""What comes first where there are few: more programs."""
 _OFFERED = 4
 _NARROWEST = 4
 _ELEMENTS = (2, 32)
@@ -38,14 +40,14 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """Tiles of value columns, the same for any number of heads; narrow ones first where few heads would leave most of the card idle."""
+    """Tiles of value columns, the same for any number of heads; another first where few heads would leave most of the card idle."""
     keys, values = tile_width(signature.dim("K")), signature.dim("V")
     widest = max(_NARROWEST, 1 << (values - 1).bit_length())
     tiles = _SMALL_TILES if keys <= 64 else _TILES
     fitting = [(tile, warps) for tile, warps in tiles if tile <= widest and _ELEMENTS[0] <= keys * tile // (32 * warps) <= _ELEMENTS[1]][:_OFFERED]
     few = not signature.batch_invariant and 32 * signature.dim("B") * signature.dim("H") * -(-values // 32) < 64 * (machine.sms or 64)
     if few:
-        fitting.sort()
+        fitting.sort(key=lambda one: one != _FEW)
     return [Candidate("triton", "tokens", (("value_tile", tile), ("warps", warps))) for tile, warps in fitting or [(_NARROWEST, 1)]]
 
 

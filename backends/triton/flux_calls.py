@@ -99,8 +99,8 @@ def _slabs(net: Network) -> tuple[int, int, int]:
 
 
 def _ready(net: Network) -> Network:
-    weights = (x.contiguous() for x in (net.w1, net.b1, net.w2, net.b2))
-    return Network(unit_stride(net.k), unit_stride(net.v), net.beta, net.extra, *weights, net.cu_seqlens, net.chunk)
+    w1, b1, w2, b2 = (x.contiguous() for x in (net.w1, net.b1, net.w2, net.b2))
+    return Network(unit_stride(net.k), unit_stride(net.v), net.beta, net.extra, w1, b1, w2, b2, net.cu_seqlens, net.chunk)
 
 
 def network(net: Network, flux: Tensor, rows: int, dot: str) -> None:

@@ -46,7 +46,8 @@ def _rows(tile: int, values: int) -> int:
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Tiles, the largest first but where they would leave the card idle."""
     plans = reversed(_TILES) if _few(signature, _TILES[0][0]) else _TILES
-    return [Candidate("triton", "rows", (("rows", _rows(tile, signature.dim("V"))), ("warps", warps))) for tile, warps in plans]
+    found = dict.fromkeys((_rows(tile, signature.dim("V")), warps) for tile, warps in plans)
+    return [Candidate("triton", "rows", (("rows", rows), ("warps", warps))) for rows, warps in found]
 
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:

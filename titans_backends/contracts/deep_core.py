@@ -172,6 +172,6 @@ CONTRACT = Contract(
         Variant("continued", {"chunk_size": 8, "period": 2, "block_offset": 11, "output_final_state": True}, given=("g", "gate", *_CARRIED)),
         Variant("plain", {"chunk_size": 16, "period": 1, "scale": 0.5}),
         Variant("mean of long blocks", {"chunk_size": 16, "normalize": "mean", "output_final_state": True}, given=("g", "initial_state")),
-        Variant("sum of short blocks", {"chunk_size": 4, "period": 1, "normalize": "sum", "output_final_state": True}, given=("g", *_CARRIED)),
+        Variant("sum of short blocks", {"chunk_size": 8, "period": 1, "normalize": "sum", "output_final_state": True}, given=("g", *_CARRIED)),
     ),
 )  # fmt: skip

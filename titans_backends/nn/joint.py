@@ -8,8 +8,6 @@ adapter, a hook, a weight of another class), each is called by itself.
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,14 +23,15 @@ _is_transformed = torch._C._are_functorch_transforms_active
 
 
 class Standing:
-    """The memory that projections' weights stand in, `[rows, columns]`, for as long as they do: it is let go where a weight is replaced (sharding), and at the
-    next call where weights were given other memory. A copy and a file have none: what they make stands anew."""
+    """The memory that projections' weights stand in, `[rows, columns]`; the next call lets it go where they have other memory by now, as after sharding.
 
-    __slots__ = ("_watched", "joint")
+    A copy and a file have none: what they make stands anew. Nothing refers to a parameter, not even weakly: torch could not swap it.
+    """
+
+    __slots__ = ("joint",)
 
     def __init__(self) -> None:
         self.joint: Tensor | None = None
-        self._watched: list[weakref.ref[Tensor]] = []
 
     def __reduce__(self) -> tuple[type[Standing], tuple[()]]:
         return Standing, ()
@@ -46,7 +45,7 @@ class Standing:
         first = weights[0]
         movable = all(type(w.data) is Tensor and w.dtype == first.dtype and w.device == first.device and not w.is_inference() for w in weights)
         if not movable or first.is_meta:
-            self._leave()
+            self.joint = None
             return
         if self.of(weights) is not None:
             return
@@ -59,16 +58,14 @@ class Standing:
                 place = torch.empty(0, dtype=weight.dtype, device=weight.device).set_(held[begin:end], 0, weight.shape, (columns, 1))
                 weight.data = place.copy_(weight)
                 begin = end
-        self._watched = [weakref.ref(weight, self._leave) for weight in weights]
-
-    def _leave(self, _: object = None) -> None:
-        self.joint, self._watched = None, []
 
     def recall(self, weight: Tensor | None) -> None:
-        """Lets the memory go if this parameter, which stood in it, has other memory by now."""
-        joint = self.joint
-        if joint is not None and type(weight) is nn.Parameter and not 0 <= weight.data_ptr() - joint.data_ptr() < joint.nbytes:
-            self._leave()
+        """Lets the memory go if this parameter, which stood in it, has other memory by now, or is of another class."""
+        joint, kind = self.joint, type(weight)
+        if joint is None or weight is None or kind is Tensor:  # no weight of its own, or one that stands in for a call
+            return
+        if kind is not nn.Parameter or not 0 <= weight.data_ptr() - joint.data_ptr() < joint.nbytes:
+            self.joint = None
 
     def of(self, weights: list[Tensor]) -> Tensor | None:
         """The weights as one tensor, where they stand here one behind another; None otherwise."""
@@ -93,7 +90,7 @@ def joint_projection(x: Tensor, projections: list[nn.Linear], standing: Standing
     tracing = _is_compiling() or _is_transformed()
     for projection in projections:  # an adapter, a parametrization, a hook or a weight with a product of its own must have its say
         weight = projection._parameters.get("weight") if type(projection) is nn.Linear else None
-        if type(weight) not in _PLAIN or projection._forward_hooks or projection._forward_pre_hooks or "forward" in projection.__dict__:
+        if type(weight) not in _PLAIN or _is_hooked(projection):
             if not tracing:
                 standing.recall(weight)
             return torch.cat([each(x) if each.bias is None else each(x) - each.bias for each in projections], -1)
@@ -110,3 +107,13 @@ def joint_projection(x: Tensor, projections: list[nn.Linear], standing: Standing
 
 def _rounded(rows: int) -> int:
     return -(-rows // _ROWS) * _ROWS
+
+
+def _is_hooked(projection: nn.Linear) -> bool:
+    return bool(
+        projection._forward_hooks
+        or projection._forward_pre_hooks
+        or projection._backward_hooks
+        or projection._backward_pre_hooks
+        or "forward" in projection.__dict__
+    )

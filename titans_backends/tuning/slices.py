@@ -32,8 +32,7 @@ class Part:
     def output(self, index: int, whole: Tensor) -> Tensor | None:
         """The part of one output of the whole call; None for a state where tokens were left out."""
         spec = self.contract.outputs[index]
-        letters = spec.dims.split()
-        if (self.shortened and "T" not in letters) or ("Z" in letters and "E" in self.taken):  # rows of chunks that the part lacks
+        if self.shortened and "T" not in spec.dims.split():
             return None
         return _cut(whole, spec.dims, self.taken)
 
@@ -49,8 +48,8 @@ def heads_part(contract: Contract, call: Call, dims: Mapping[str, int], max_toke
         return _part(contract, call, {"*": sorted({0, dims["*"] - 1})}, shortened=False)
     groups, heads = dims.get("G", dims["H"]), dims["H"]
     chosen = {"G": sorted({0, groups - 1}), "H": sorted({0, heads - 1})}
-    ahead = bool(getattr(call, "lookahead", 0))  # the last outputs of a first part would read what it lacks
-    taken, shortened = _tokens(contract, call, dims, dims["T"] if ahead else max_tokens)
+    whole = bool(getattr(call, "lookahead", 0)) or "Z" in dims  # the last outputs of a first part, or its last chunk, would read what it lacks
+    taken, shortened = _tokens(contract, call, dims, dims["T"] if whole else max_tokens)
     return _part(contract, call, {**chosen, **taken}, shortened)
 
 

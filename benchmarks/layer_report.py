@@ -133,6 +133,11 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
+def scientific(value: float) -> str:
+    """Its order of magnitude, a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:.0e}"
+
+
 def times(value: float) -> str:
     """A ratio."""
     return "–" if math.isnan(value) else f"{value:.1f}×" if value < 100 else f"{value:.0f}×"
@@ -168,7 +173,7 @@ def of_mode(report: Report, mode: str) -> Sheet:
         texts += [
             f"{times(plain.eager_ms / ours.eager_ms)}, {times(plain.eager_ms / ours.graph_ms)}",
             number(1e3 * tokens / fastest(best)), number(plain.peak_mib), number(ours.peak_mib), "–" if math.isnan(share) else f"{share:.0%}",
-            " / ".join(f"{report.found(mode, tokens, precision, 'ours').error:.0e}" for precision in precisions),
+            " / ".join(scientific(report.found(mode, tokens, precision, 'ours').error) for precision in precisions),
         ]  # fmt: skip
         rows.append(texts)
     below = f"Ratios and memory: {precisions[0]}. tokens/s: the fastest of ours. " + "; ".join(said)

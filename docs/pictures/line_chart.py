@@ -14,6 +14,8 @@ __all__ = ["Axis", "Panel", "Series", "draw"]
 
 WIDTH, HEIGHT, LEFT, TOP, GAP_X, GAP_Y = 360, 230, 62, 52, 74, 66
 """Of a panel, the first one's corner, and between panels, in pixels."""
+LEGEND = 212
+"""Pixels for a line's name."""
 LIGHT = ("#2563a8", "#b3401f", "#2c7a4b", "#7a4ba3", "#8a6d00", "#5b6470")
 DARK = ("#7db3f0", "#f09a7d", "#7fd3a0", "#c3a2ea", "#e0c560", "#aab4c0")
 DASHES = ("", "5 4", "1.5 3")
@@ -71,8 +73,8 @@ def draw(title: str, panels: Sequence[Panel], x: Axis, y: Axis, *, columns: int 
     rows = -(-len(panels) // columns)
     legend = {(series.name, series.colour, series.dash): None for panel in panels for series in panel.series}
     width = LEFT + columns * WIDTH + (columns - 1) * GAP_X + 18
-    bottom = TOP + rows * HEIGHT + (rows - 1) * GAP_Y + 44
-    per_line = max(1, (width - LEFT) // 178)
+    bottom = TOP + rows * HEIGHT + (rows - 1) * GAP_Y + 58
+    per_line = max(1, (width - LEFT) // LEGEND)
     height = bottom + 18 * -(-len(legend) // per_line) + 8
     parts = [_opening(title, width, height)]
     for index, panel in enumerate(panels):
@@ -82,7 +84,7 @@ def draw(title: str, panels: Sequence[Panel], x: Axis, y: Axis, *, columns: int 
         parts += _frame(panel.title, across, up, left, top)
         parts += [_line(series, across, up) for series in panel.series if _finite(series)]
     for index, (name, colour, dash) in enumerate(legend):
-        at, down = LEFT + 178 * (index % per_line), bottom + 18 * (index // per_line)
+        at, down = LEFT + LEGEND * (index % per_line), bottom + 18 * (index // per_line)
         parts.append(f'<path class="c{colour}" d="M{at} {down}h26"{_dashed(dash)}/><text x="{at + 32}" y="{down + 4}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 

@@ -110,7 +110,9 @@ def test_the_reference_of_a_part_is_the_part_of_the_reference(op: str, variant: 
                 torch.testing.assert_close(got, want.reshape(got.shape), rtol=1e-9, atol=1e-12)
                 compared += 1
         assert compared
-        assert part.shortened == (most == 40 and op != "fused_uw" and not made.max_tokens and not packed and not getattr(call, "lookahead", 0) and "Z" not in dims)
+        assert part.shortened == (
+            most == 40 and op != "fused_uw" and not made.max_tokens and not packed and not getattr(call, "lookahead", 0) and "Z" not in dims
+        )
 
 
 @pytest.mark.parametrize(("op", "variant"), VARIANTS, ids=lambda v: getattr(v, "name", v))

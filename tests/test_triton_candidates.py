@@ -113,9 +113,9 @@ def test_the_modules_of_the_backward_are_there_and_are_its_own() -> None:
     backward = registry.get("triton").backward
     assert all(find_spec(name) is not None for name in backward)
     assert not forward_of(OPS) & set(backward)
-    assert {name for op in TRAINED for name in source_modules(Candidate("triton", "any", direction="backward"), op)} == forward_of(TRAINED) | set(
-        backward
-    )
+    shared = {"titans_backends.backends.dual_parts"}  # with CuPy
+    reached = {name for op in TRAINED for name in source_modules(Candidate("triton", "any", direction="backward"), op)}
+    assert reached == forward_of(TRAINED) | set(backward) | shared
 
 
 def forward_of(ops: Iterable[str]) -> set[str]:

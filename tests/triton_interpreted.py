@@ -41,9 +41,8 @@ NOT_INTERPRETED = ("warps", "stages", "registers", "dot")
 
 CHOSEN: Mapping[str, frozenset[str]] = {
     "coupled_core": frozenset(
-        ["coupled", "no delta", "coupled, grouped heads", "coupled, K != V, odd", "coupled, T=0", "lam, packed with empty sequences",
-         "K 64, V 160", "plain, chunk 20", "odd",  # of gradients:
-         "lam", "grouped heads, strided", "K != V, odd, misaligned", "coupled, packed with empty sequences", "grouped heads"]
+        ["no delta", "coupled, K != V, odd", "coupled, T=0", "lam, packed with empty sequences", "K 64, V 160", "plain, chunk 20", "odd",
+         "grouped heads, strided", "K != V, odd, misaligned", "grouped heads"]
     ),
 }  # fmt: skip
 """The ops of which the interpreter runs no other cases, for time; on a card `titans-backends verify` runs all."""

@@ -136,7 +136,7 @@ def _walked_back(
     d_mixed = torch.empty(matrices, dtype=torch.float32, device=device) if mixed or tiled else None
     finals = tuple(None if grad is None else grad.contiguous() for grad in d_finals)
     rooms = tuple(into.get(name) for name in ("initial_fast_state", "initial_state", "fast_decay", "slow_decay"))
-    arrays = (found.factors.turned_a, found.starts, found.numbers, d_reads, *finals, d_mixed, *rooms)
+    arrays = (found.factors.factor_a, found.starts, found.numbers, d_reads, *finals, d_mixed, *rooms)
     shape = (heads, keys, values, chunk, width, plan.walk_tile or tile_of(values), call.delta, plan.dot, plan.walk_stages)
     if tiled:
         d_states = torch.empty((sequences, *matrices[1:]), dtype=torch.float32, device=device)

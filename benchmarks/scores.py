@@ -51,11 +51,12 @@ class Score:
     least: float = float("nan")
     seconds: float = float("nan")
     refused: str = ""
+    failed: str = ""
 
     @property
     def wrong(self) -> bool:
         """Whether the ranks are not preserved."""
-        return not self.refused and not self.spearman >= self.least
+        return bool(self.failed) or (not self.refused and not self.spearman >= self.least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,14 @@ def scores(
                 if mode not in truths:
                     truths[mode] = similarities(Truth(encoder, mode, stack), pairs)
                 want = truths[mode]
-                with only(backend):
-                    start = time.perf_counter()
-                    got = similarities(encoder_of(mode, stack, device).to(dtype), pairs)
-                    spent = time.perf_counter() - start
+                try:
+                    with only(backend):
+                        start = time.perf_counter()
+                        got = similarities(encoder_of(mode, stack, device).to(dtype), pairs)
+                        spent = time.perf_counter() - start
+                except Exception as error:  # the other backends are told all the same; the exit status says it
+                    yield Score(mode, backend, name, failed=f"{type(error).__name__}: {str(error)[:300]}")
+                    continue
                 yield Score(mode, backend, name, spearman(got, want), pearson(got, want), float((got - want).abs().max()), LEAST[dtype], spent)
 
 
@@ -156,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     truths: dict[str, Tensor] = {}
     for score in scores(docstring_pairs(asked.pairs), modes, backends, [NAMES[name] for name in dtypes], stack, asked.device, truths):
         found.append(score)
-        print(score.mode, score.backend, score.dtype, score.refused or f"{score.spearman:.6f}", file=sys.stderr, flush=True)
+        print(score.mode, score.backend, score.dtype, score.failed or score.refused or f"{score.spearman:.6f}", file=sys.stderr, flush=True)
         if asked.json is not None:
             told = [{name: None if value != value else value for name, value in asdict(one).items()} for one in found]
             asked.json.write_text(json.dumps({"facts": facts, "scores": told, "between_modes": between(truths)}, indent=1) + "\n", encoding="utf-8")
@@ -174,7 +179,7 @@ def show(found: Sequence[Score], facts: dict[str, object]) -> None:
     for name in ("mode", "backend", "dtype", "Spearman", "Pearson", "largest difference", "seconds"):
         table.add_column(name, justify="left" if name in ("mode", "backend", "dtype") else "right")
     for one in found:
-        if not one.refused:
+        if not one.refused and not one.failed:
             mark = " [red]too low[/red]" if one.wrong else ""
             table.add_row(
                 one.mode, one.backend, one.dtype, f"{one.spearman:.6f}{mark}", f"{one.pearson:.6f}", f"{one.largest:.1e}", f"{one.seconds:.1f}"
@@ -186,6 +191,9 @@ def show(found: Sequence[Score], facts: dict[str, object]) -> None:
     for one in found:
         if one.refused:
             refused.setdefault(one.refused, []).append(f"{one.mode} {one.dtype}")
+    for one in found:
+        if one.failed:
+            console.print(f"FAILED {one.mode}, {one.backend}, {one.dtype}: {one.failed}", markup=False, highlight=False)
     for reason, where in refused.items():
         console.print(f"Not run: {', '.join(where)}. {reason}", markup=False, highlight=False)
 

@@ -59,7 +59,9 @@ def scores(path: Path, pictures: Pictures) -> str:
     told = json.loads(path.read_text(encoding="utf-8"))
     lines = [facts(told["facts"]), "", "| mode | backend | dtype | Spearman | at least | Pearson | largest difference |", "|" + "---|" * 7]
     for one in told["scores"]:
-        if not one["refused"]:
+        if one["failed"]:
+            lines.append(f"| {one['mode']} | {one['backend']} | {one['dtype']} | failed: {one['failed']} | | | |")
+        elif not one["refused"]:
             numbers = f"{one['spearman']:.6f} | {one['least']} | {one['pearson']:.6f} | {one['largest']:.1e}"
             lines.append(f"| {one['mode']} | {one['backend']} | {one['dtype']} | {numbers} |")
     refused: dict[str, list[str]] = {}
@@ -83,6 +85,9 @@ def training(path: Path, pictures: Pictures) -> str:
         "|" + "---|" * 8,
     ]
     for curve in curves:
+        if curve.failed:
+            lines.append(f"| {curve.backend} | failed: {curve.failed} |" + " |" * 6)
+            continue
         gaps = [abs(a - b) for a, b in zip(curve.losses, curves[0].losses, strict=False)]
         lines.append(
             f"| {curve.backend} | {len(curve.losses)} | {curve.last:.4f} | {curve.validation:.4f} | {max(gaps):.4f} | {sum(gaps[-100:]) / len(gaps[-100:]):.4f} "

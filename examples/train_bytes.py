@@ -71,6 +71,7 @@ class Curve:
     tokens_per_s: float = math.nan
     seconds: float = math.nan
     merge: list[list[float]] = field(default_factory=list)
+    failed: str = ""
 
     @staticmethod
     def read(told: Mapping[str, Any]) -> Curve:
@@ -235,8 +236,12 @@ def compare(recipe: Recipe, text: Tensor, asked: argparse.Namespace, console: Co
         if reason:
             console.print(f"{backend} is left out: {reason}", markup=False, highlight=False)
             continue
-        with only(backend):
-            curves.append(train(Run(recipe, asked.device), asked.steps, backend, text, asked, console))
+        try:
+            with only(backend):
+                curves.append(train(Run(recipe, asked.device), asked.steps, backend, text, asked, console))
+        except Exception as error:  # the others are compared all the same; the exit status says it
+            console.print_exception()
+            curves.append(Curve(backend, failed=f"{type(error).__name__}: {str(error)[:300]}"))
     return curves
 
 
@@ -268,12 +273,15 @@ def show(curves: Sequence[Curve], console: Console) -> None:
         merge = "; ".join(" ".join(f"{alpha:.3f}" for alpha in layer) for layer in curve.merge)
         rate = "–" if math.isnan(curve.tokens_per_s) else f"{curve.tokens_per_s:,.0f}"
         furthest = "–" if curve is first else f"{gap:.4f}"
+        if curve.failed:
+            console.print(f"{curve.backend} FAILED {curve.failed}", markup=False, highlight=False)
+            continue
         table.add_row(curve.backend, f"{curve.last:.4f}", f"{curve.validation:.4f}", furthest, rate, f"{curve.seconds:.1f}", merge or "–")
     console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; 2 where what is asked cannot be had here."""
+    """Trains; 2 where what is asked cannot be had here, 1 where a backend that is compared fails."""
     asked = options(arguments)
     console = Console(stderr=True)
     if asked.resume:
@@ -300,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     if asked.picture is not None:
         asked.picture.write_text(picture(curves, f"A byte-level model on {device}, {run.recipe.dtype}"), encoding="utf-8")
-    return 0
+    return 1 if any(curve.failed for curve in curves) else 0
 
 
 def plain(told: Mapping[str, object]) -> dict[str, object]:

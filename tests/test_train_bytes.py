@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -54,6 +55,24 @@ def test_no_step_draws_what_validation_reads() -> None:
     drawn = {int(piece[0]) // 16 for step in range(50) for piece in train_bytes.pieces(starts, recipe, step)}
     assert not drawn & held_out
     assert {int(piece[0]) // 16 for piece in train_bytes.pieces(starts, recipe, -1)} <= held_out
+
+
+def test_a_backend_that_fails_does_not_stop_the_comparison(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    honest = train_bytes.train
+
+    def train(run: object, steps: int, backend: str, *more: object) -> object:
+        if backend == "broken":
+            raise RuntimeError("illegal address")
+        return honest(run, steps, backend, *more)
+
+    monkeypatch.setattr(train_bytes, "COMPARED", ("broken", "eager"))
+    monkeypatch.setattr(train_bytes, "refused", lambda *_: "")
+    monkeypatch.setattr(train_bytes, "only", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(train_bytes, "train", train)
+    assert train_bytes.main([*TINY, "--compare", "--steps", "1"]) == 1
+    told = capsys.readouterr().out
+    assert "broken FAILED RuntimeError: illegal address" in told
+    assert "eager" in told
 
 
 def test_comparing_leaves_out_who_cannot_train_here_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,7 @@ def sizes(made: Contract) -> Iterator[Case]:
 
 def few(made: Contract) -> Iterator[Case]:
     """Cases for every candidate: each of the first kind, one odd in all sizes, one packed."""
-    base = Case("", T=3 if made.max_tokens else 130, B=1, G=1, H=2)
+    base = Case("", T=3 if made.max_tokens else 70 if made.experimental else 130, B=1, G=1, H=1 if made.experimental else 2)
     if made.name in AROUND:
         yield replace(base, name="odd", T=70, K=36, V=20, view="transposed", options=made.variants[0].options, given=made.variants[0].given)
         return

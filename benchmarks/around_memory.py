@@ -48,7 +48,8 @@ def checked(op: str, case: Case, direction: str, candidate: Candidate) -> str:
     """`right`, or what is wrong, on a call of at most 300 tokens."""
     made, small = CONTRACTS[op], replace(case, T=min(case.T, 300))
     call = build(made, small, "cuda")
-    exam = exam_of(made, small, call, training=direction == "backward")
+    with torch.enable_grad():  # the reference's gradients are autograd's
+        exam = exam_of(made, small, call, training=direction == "backward")
     check = check_forward if direction == "forward" else check_backward
     try:
         check(made, candidate, module_of(op), exam, tolerance(small.dtype, "highest"), Ledger(), candidate.label)

@@ -63,6 +63,23 @@ def checked(op: str, case: Case, direction: str, candidate: Candidate) -> str:
     return "right"
 
 
+def _kernels(made: list[tuple[str, Case, str, Call]]) -> None:
+    """Prints what each kernel of the first candidates takes, by torch's profiler."""
+    for op, case, direction, call in made:
+        for candidate in candidates(op, call, direction)[:2]:
+            module = cast(TrainableOpModule, module_of(op))
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                for _ in range(5):
+                    if direction == "forward":
+                        module.run(call, candidate)
+                    else:
+                        grads, states, needs = arriving(op, call, candidate)
+                        module.run_backward(call, grads, states, needs, candidate)
+                torch.cuda.synchronize()
+            times = {row.key: row.self_device_time_total / 5 for row in found.key_averages() if row.key.startswith("_")}
+            print(op, case.name, direction, candidate.variant, {name: round(value, 1) for name, value in times.items()}, flush=True)
+
+
 def main() -> None:
     """Prints the lines."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -92,6 +109,7 @@ def main() -> None:
                     found["eager_us"] = round(eager(bound(op, call), asked.budget).wall_us, 1)
             rows.append(found)
             print(" | ".join(f"{value}" for value in found.values()), flush=True)
+    _kernels(made)
     if asked.json:
         asked.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """Checks TitansDualCore and TitansEncoder on a CUDA device against float64 on the CPU, and what a graph, a cache and an optimizer may not change.
 
-    python benchmarks/layer_check.py [--golden DIR] [--backend NAME] [--compile] [--quick] [--device cuda] [--json FILE]
+    python benchmarks/layer_check.py [--golden DIR] [--backend NAME] [--parts values,graphs] [--modes flat,loop] [--quick] [--json FILE]
 
 One line a finding; exits 1 if anything is wrong. Times and memory at the end are told, and fail nothing. `--golden`: a folder of the original's layers.
 """
@@ -237,7 +237,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--golden", type=Path)
     parser.add_argument("--backend")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--parts", default="values,graphs,figures,stepping", help="of values, graphs, figures, stepping, compiled")
+    parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--quick", action="store_true", help="fewer lengths")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
@@ -248,19 +249,16 @@ def main() -> int:
         if given.golden is not None:
             with findings.part("golden"):
                 golden(findings, given.golden, device)
-        for mode in MODES:
-            with findings.part(f"{mode} values"):
-                values(findings, mode, device, lengths)
-            if device != "cuda":
-                continue
-            with findings.part(f"{mode} graphs"):
-                graphs(findings, mode, device)
-            with findings.part(f"{mode} figures"):
-                figures(findings, mode, device)
-            if given.compile:
-                with findings.part(f"{mode} compiled"):
-                    compiled(findings, mode, device)
-        if device == "cuda":
+        parts, card = given.parts.split(","), device == "cuda"
+        for mode in given.modes.split(","):
+            if "values" in parts:
+                with findings.part(f"{mode} values"):
+                    values(findings, mode, device, lengths)
+            for name, part in (("graphs", graphs), ("figures", figures), ("compiled", compiled)):
+                if card and name in parts:
+                    with findings.part(f"{mode} {name}"):
+                        part(findings, mode, device)
+        if card and "stepping" in parts:
             with findings.part("stepping"):
                 stepping(findings, device)
     if given.json is not None:

@@ -114,6 +114,16 @@ def test_training_and_inference_agree_and_an_optimizer_moves_both() -> None:
     assert layer.b_proj.weight.grad is not None
 
 
+@pytest.mark.parametrize("heads", [2, 3])
+def test_the_products_rows_are_of_sixteen_bytes_in_sixteen_bits(heads: int) -> None:
+    layer = layer_of(mode="flat") if heads == 2 else TitansDualCore(24, 3, mode="flat")
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            found = layer._projections(X, layer._names(return_states=False, gate=True))
+            assert found["q_proj"].stride(1) % 8 == 0
+            torch.testing.assert_close(found["b_proj"][..., :heads], layer.b_proj(X))
+
+
 def test_a_projection_that_is_more_than_its_product_is_called() -> None:
     class Doubled(nn.Module):
         def __init__(self, inner: nn.Linear) -> None:

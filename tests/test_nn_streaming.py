@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from tests.test_nn_dual_core import FORMS, layer_of, tokens
+import titans_backends as tb
+from tests.test_nn_dual_core import FORMS, layer_of, replace_ops, tokens
 from titans_backends.nn import DualCoreCache, TitansDualCore
 
 STREAMED = pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("recurrent")])
@@ -56,6 +59,27 @@ def test_a_cache_that_was_reset_is_a_new_one(form: str) -> None:
     cache.reset()
     assert cache.position == 0
     assert torch.equal(layer(x, cache=cache), first)
+
+
+@STREAMED
+def test_a_call_that_fails_leaves_the_cache_as_it_was(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(form).requires_grad_(False), tokens(2, 30)
+    cache = layer.new_cache(2)
+    layer(x, cache=cache)
+    before = [tensor.clone() for tensor in cache.tensors()]
+
+    def failing(name: str) -> Callable[..., object]:
+        if name.startswith("dual_core"):
+            raise RuntimeError("no memory left")
+        return tb.get_op(name)
+
+    with monkeypatch.context() as patch:
+        replace_ops(patch, failing)
+        for length in (1, 20):
+            with pytest.raises(RuntimeError, match="no memory left"):
+                layer(x[:, :length], cache=cache)
+    assert cache.position == 30
+    assert all(map(torch.equal, cache.tensors(), before))
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("recurrent")])

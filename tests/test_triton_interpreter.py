@@ -1,4 +1,4 @@
-"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, a process for each op, as many at once as there are cores."""
+"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, a process for each op (one for those around the memory), at once on all cores."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.triton_forms import AROUND
+
 pytestmark = [
     pytest.mark.slow(longest=True),
     pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed: pip install -c constraints.txt -e '.[test]'"),
@@ -20,8 +22,10 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = tuple(reversed(import_module("titans_backends.backends.triton").BACKEND.ops))
+_FILES = ("tests/triton_interpreted.py", "tests/triton_interpreted_gradients.py")
 PARTS = {
-    **{op: ("tests/triton_interpreted.py", "tests/triton_interpreted_gradients.py", "-k", f"{op}-") for op in OPS},
+    **{op: (*_FILES, "-k", f"{op}-") for op in OPS if op not in AROUND},
+    "around": (*_FILES, "-k", " or ".join(f"{op}-" for op in AROUND)),
     "parts": ("tests/triton_interpreted_parts.py",),
 }
 """What pytest is to run. The longest first, so that the processes end together."""

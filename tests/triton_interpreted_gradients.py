@@ -47,7 +47,7 @@ def richest(made: Contract) -> Case:
 def kinds(made: Contract) -> Iterator[Case]:
     """Every kind of call that the kernels tell apart."""
     if made.name in AROUND:
-        yield from around(made, 9 if made.name == "qkv_prepare" else 21)  # short_conv has the same kernel, and more than one span
+        yield from around(made, 4 if made.name == "qkv_prepare" else 21)  # short_conv has the same kernel, and more than one span
         return
     base, composed = richest(made), made.name == "dual_core"
     short = replace(base, T=35)

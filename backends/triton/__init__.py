@@ -24,10 +24,10 @@ _OPS = (
     "chunk_flux",
 )
 _BACKWARD = (
-    "chunk_gradients",
     "conv_gradients",
     "coupled_gradients",
     "coupled_inputs",
+    "deep_backward",
     "deep_gradients",
     "delta_backward",
     "delta_backward_plans",
@@ -40,7 +40,6 @@ _BACKWARD = (
     "fast_edges",
     "fast_gradients",
     "flux_gradients",
-    "partial_sums",
     "rms_gradients",
     "uw_gradients",
     "uw_product_gradients",

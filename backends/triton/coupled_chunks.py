@@ -1,6 +1,6 @@
 """coupled_core's kernels over all chunks at once: what the walk needs before it, and the output behind it (SPEC.md 5).
 
-    factors    A^T = w^T K and B^T = u^T K of a chunk, for the walk (coupled_walks): 2 C K (K + V) FLOP; moves C (2 K + V) elements, K (K + V) in float32
+    factors    A = K^T w and B^T = u^T K of a chunk, for the walk (coupled_walks): 2 C K (K + V) FLOP; moves C (2 K + V) elements, K (K + V) in float32
     outputs    y_x = M u + (scale Q - M w) N(S~_x), both cores' reads and corrections at once:  o = alpha f y_f + (1 - alpha) s y_s
                4 C^2 K + 2 C^2 V + 4 C K V FLOP a chunk and head; moves C (3 K + 2 V) elements and 2 V K in float32
     arrivals   what o passes to N(S~_x), P^T dy_x with the reader P = scale Q - M w, transposed: the reverse walk's input
@@ -64,12 +64,12 @@ def _gathered(
 
 @triton.jit
 def _factors(
-    k, u, w, turned_a, turned_b, cu_seqlens, tokens, sequences,
+    k, u, w, factor_a, turned_b, cu_seqlens, tokens, sequences,
     k_b, k_t, k_h, u_b, u_t, u_h, w_b, w_t, w_h,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A^T `[slots, H, K, K]` (w None: not made) and B^T `[slots, H, V, K]` in float32. Blocks: slots * HEADS."""
+    """A `[slots, H, K, K]` (w None: not made) and B^T `[slots, H, V, K]` in float32. Blocks: slots * HEADS."""
     head = tl.program_id(0) % HEADS
     slot = tl.program_id(0) // HEADS
     row, _, _, first, _, end = locate(cu_seqlens, slot, tokens, sequences, 0, CHUNK)
@@ -86,7 +86,7 @@ def _factors(
     if w is not None:
         w += row * w_b + first * w_t + head * w_h
         for start in tl.static_range(0, KEYS, TILE):
-            _gathered(w, k, turned_a + at * (KEYS * KEYS), count, w_t, k_t, start, KEYS, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES, True)
+            _gathered(k, w, factor_a + at * (KEYS * KEYS), count, k_t, w_t, start, KEYS, KEYS, TILE, BLOCK, BLOCK_K, DOT, STAGES, True)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from .ahead import ahead_of
 from .coupled_chunks import OUTPUTS
 from .coupled_gradients import backward_candidates, run_backward
 from .coupled_prepare import READ
-from .coupled_states import MAKE, Plan, Walked, grid_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
+from .coupled_states import MAKE, Plan, Walked, grid_of, parts_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
 from .dual_recurrent import transform_signature
 from .grid import strides
 from .program import remembering, remembering_backward
@@ -53,36 +53,35 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     assert isinstance(chunk, int)
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     made = [None] if chunk <= _BLOCK else uw_transform.candidates(transform_signature(signature), machine)[:1]
-    return [plan for make in made for plan in _plans(signature, chunk, make) if shared_bytes(signature, plan) <= room]
+    return [plan for make in made for plan in _plans(signature, chunk, make) if shared_bytes(signature, plan, machine) <= room]
 
 
 def _plans(signature: Signature, chunk: int, make: Candidate | None) -> list[Candidate]:
     """Ways through the walk, behind a transform where a chunk is more than one block."""
     keys, values = tile_of(signature.dim("K")), tile_of(signature.dim("V"))
     ways = walks(keys, values, backward=False)
-    staged = [(*way, 1) for way in ways] if ways[0][1] else [(*ways[0], 3), (*ways[1], 3), (*ways[0], 2)]
+    staged = [(*way, 1, False) for way in ways] if ways[0][1] else [(*ways[0], 3, False), (4, 0, 3, True), (*ways[1], 3, False), (*ways[0], 2, False)]
     block = min(64 if keys <= 64 else 32, tile_of(chunk)) if make else tile_of(chunk)
     found = []
-    for walk_warps, walk_tile, walk_stages in staged:
+    for walk_warps, walk_tile, walk_stages, walk_pair in staged:
         params: dict[str, Param] = {
             "block": block,
             "tile": min(64 if keys <= 64 else 32, max(keys, values)),
             "warps": 8 if keys > 64 else 4,
         }
-        params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "walk_tile": walk_tile, "dot": dots(signature)[0]}
+        params |= {"walk_warps": walk_warps, "walk_stages": walk_stages, "walk_tile": walk_tile, "walk_pair": walk_pair, "dot": dots(signature)[0]}
         if make is not None:
             params |= {f"{MAKE}variant": make.variant, **{MAKE + name: value for name, value in make.params}}
         found.append(Candidate("triton", "walked" if make else "prepared", tuple(params.items()), sources=_SOURCES))
     return found
 
 
-def shared_bytes(signature: Signature, candidate: Candidate) -> int:
+def shared_bytes(signature: Signature, candidate: Candidate, machine: Machine) -> int:
     """An upper bound of a program's shared memory: the walk's pipeline and the state turned into an operand; the outputs' operands."""
     params = dict(candidate.params)
     keys, values, block = tile_of(signature.dim("K")), tile_of(signature.dim("V")), int(params["block"])
-    split = 2 if params["dot"] == "tf32x3" else 1
-    outputs = 4 * split * (2 * block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
-    return max(walk_bytes(params, keys, values, matrices=1, products=1), outputs) + 1024
+    outputs = 4 * parts_of(params, machine) * (2 * block * keys + min(int(params["tile"]), values) * max(block, keys) + block * block)
+    return max(walk_bytes(params, machine, keys, values, matrices=1, products=1 + bool(params["walk_pair"])), outputs) + 1024
 
 
 def run(call: CoupledCore, candidate: Candidate) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ from titans_backends.signature import Signature
 from . import uw_transform
 from .coupled_chunks import ARRIVALS
 from .coupled_inputs import INPUTS
-from .coupled_states import Plan, Walked, as_dual, grid_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
+from .coupled_states import Plan, Walked, as_dual, grid_of, parts_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
 from .coupled_walks import WALK_BACK
 from .coupled_wide import WALK_BACK_WIDE
 from .dual_joins import joined_operands, joined_values
@@ -64,16 +64,15 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
         params |= {"walk_warps": walk_warps, "walk_stages": 1 if walk_tile else 2, "walk_tile": walk_tile, "dot": dots(signature)[0]}
         found.append(Candidate("triton", "again", (*params.items(), *parts), direction="backward"))
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
-    return [one for one in found if shared_bytes(signature, one) <= room]
+    return [one for one in found if shared_bytes(signature, one, machine) <= room]
 
 
-def shared_bytes(signature: Signature, candidate: Candidate) -> int:
+def shared_bytes(signature: Signature, candidate: Candidate, machine: Machine) -> int:
     """An upper bound of a program's shared memory: the reverse walk's pipeline and operands; those of the chunks' kernel, fitted to Triton 3.7.1."""
     params = dict(candidate.params)
     keys, values, block = tile_of(signature.dim("K")), tile_of(signature.dim("V")), int(params["block"])
-    split = 2 if params["dot"] == "tf32x3" else 1
-    chunks = 20 * 1024 + split * 12 * max(block, 32) * keys
-    return max(walk_bytes(params, keys, values, matrices=4, products=2), chunks) + 1024
+    chunks = 20 * 1024 + parts_of(params, machine) * 12 * max(block, 32) * keys
+    return max(walk_bytes(params, machine, keys, values, matrices=4, products=2), chunks) + 1024
 
 
 def run_backward(
@@ -137,7 +136,7 @@ def _walked_back(
     d_mixed = torch.empty(matrices, dtype=torch.float32, device=device) if mixed or tiled else None
     finals = tuple(None if grad is None else grad.contiguous() for grad in d_finals)
     rooms = tuple(into.get(name) for name in ("initial_fast_state", "initial_state", "fast_decay", "slow_decay"))
-    arrays = (found.factors.turned_a, found.starts, found.numbers, d_reads, *finals, d_mixed, *rooms)
+    arrays = (found.factors.factor_a, found.starts, found.numbers, d_reads, *finals, d_mixed, *rooms)
     shape = (heads, keys, values, chunk, width, plan.walk_tile or tile_of(values), call.delta, plan.dot, plan.walk_stages)
     if tiled:
         d_states = torch.empty((sequences, *matrices[1:]), dtype=torch.float32, device=device)

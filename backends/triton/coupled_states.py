@@ -12,6 +12,7 @@ from titans_backends.backend import Candidate, Param
 from titans_backends.contracts.coupled_core import CoupledCore
 from titans_backends.contracts.dual_core import DualCore
 from titans_backends.contracts.uw_transform import UWTransform
+from titans_backends.machine import Machine
 
 from . import uw_transform
 from .coupled_chunks import FACTORS
@@ -22,7 +23,21 @@ from .dual_inputs import unit_operands
 from .grid import on_device, slot_count, strides, unit_stride
 from .serving import tile_width
 
-__all__ = ["MAKE", "Plan", "Walked", "as_dual", "grid_of", "prepared", "shares_of", "sizes_of", "tile_of", "walk_bytes", "walked", "walks"]
+__all__ = [
+    "MAKE",
+    "Plan",
+    "Walked",
+    "as_dual",
+    "grid_of",
+    "parts_of",
+    "prepared",
+    "shares_of",
+    "sizes_of",
+    "tile_of",
+    "walk_bytes",
+    "walked",
+    "walks",
+]
 
 MAKE = "make_"
 """What the transform's parameters begin with among a candidate's."""
@@ -33,7 +48,7 @@ _LONGEST = 2**30
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A candidate's parameters: rows and columns of a tile, warps of the parallel kernels, the walk's warps, stages and rows of a tile
-    (0: the states stay in registers), rounding, the transform's (None: coupled_prepare has its own)."""
+    (0: the states stay in registers), whether one product takes both states, rounding, the transform's (None: coupled_prepare has its own)."""
 
     block: int
     tile: int
@@ -41,6 +56,7 @@ class Plan:
     walk_warps: int
     walk_stages: int
     walk_tile: int
+    walk_pair: bool
     dot: str
     make: Candidate | None
 
@@ -50,14 +66,14 @@ class Plan:
         inner = {name.removeprefix(MAKE): value for name, value in params.items() if name.startswith(MAKE)}
         make = Candidate("triton", str(inner.pop("variant")), tuple(inner.items())) if inner else None
         numbers = (int(params[name]) for name in ("block", "tile", "warps", "walk_warps", "walk_stages", "walk_tile"))
-        return cls(*numbers, str(params["dot"]), make)  # type: ignore[call-arg, arg-type]
+        return cls(*numbers, bool(params.get("walk_pair", False)), str(params["dot"]), make)  # type: ignore[call-arg, arg-type]
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A^T and B^T of every chunk, and of u, w, the reader and the inside what was asked for; k and v, in float32 where u and w are."""
+    """A and B^T of every chunk, and of u, w, the reader and the inside what was asked for; k and v, in float32 where u and w are."""
 
-    turned_a: Tensor | None
+    factor_a: Tensor | None
     turned_b: Tensor
     u: Tensor | None
     w: Tensor | None
@@ -71,7 +87,7 @@ class Factors:
 class Walked:
     """Both states at the chunks' starts `[places, H, 2, V, K]`, their numbers, the final states; the factors; what the outputs and the backward read.
 
-    A sequence has a place more than it has chunks: the last is its end. w and A^T are None without the delta rule.
+    A sequence has a place more than it has chunks: the last is its end. w and A are None without the delta rule.
     """
 
     starts: Tensor
@@ -94,11 +110,21 @@ def walks(keys: int, values: int, *, backward: bool) -> list[tuple[int, int]]:
     return [(usual, 0), (12 - usual, 0)]
 
 
-def walk_bytes(params: Mapping[str, Param], keys: int, values: int, *, matrices: int, products: int) -> int:
+def is_direct(machine: Machine) -> bool:
+    """Whether products read their operands from shared memory."""
+    return (machine.sm or 90) // 10 in (9, 10, 11)
+
+
+def parts_of(params: Mapping[str, Param], machine: Machine) -> int:
+    """How many times an operand lies there: both parts of a split float32."""
+    return 2 if params["dot"] == "tf32x3" and is_direct(machine) else 1
+
+
+def walk_bytes(params: Mapping[str, Param], machine: Machine, keys: int, values: int, *, matrices: int, products: int) -> int:
     """An upper bound of a walk's shared memory: its pipeline of the factor and of `matrices` states, and what becomes an operand."""
-    split, stages = 2 if params["dot"] == "tf32x3" else 1, int(params["walk_stages"])
+    split, stages, direct = parts_of(params, machine), int(params["walk_stages"]), is_direct(machine)
     state = keys * (int(params["walk_tile"]) or values)
-    return 4 * ((stages + split - 1) * keys * keys + (stages - 1) * matrices * state + split * products * state)
+    return 4 * ((stages + split - 2 + direct) * keys * keys + (stages - 1) * matrices * state + split * products * state)
 
 
 def as_dual(call: CoupledCore) -> DualCore:
@@ -145,10 +171,10 @@ def walked(call: CoupledCore, plan: Plan, *, finals: bool, operands: bool, outpu
     initial_fast, initial = (None if state is None else state.contiguous() for state in (call.initial_fast_state, call.initial_state))
     given = (call.psi, call.coupling, call.fast_decay, call.slow_decay)
     args = (
-        found.turned_a, found.turned_b, *given, initial_fast, initial, starts, numbers, final_fast, final, call.cu_seqlens, call.v.shape[1],
+        found.factor_a, found.turned_b, *given, initial_fast, initial, starts, numbers, final_fast, final, call.cu_seqlens, call.v.shape[1],
         *(step for x in given for step in strides(x)),
     )  # fmt: skip
-    constants = (heads, keys, values, chunk, tile_of(keys), plan.walk_tile or tile_of(values), call.delta, plan.dot, plan.walk_stages)
+    constants = (heads, keys, values, chunk, tile_of(keys), plan.walk_tile or tile_of(values), call.delta, plan.dot, plan.walk_stages, plan.walk_pair)
     walk = WALK_WIDE if plan.walk_tile else WALK
     walk(sequences * heads, args, constants, plan.walk_warps, plan.walk_stages)
     return Walked(starts, numbers, final, final_fast, found)
@@ -162,7 +188,7 @@ def _prepared(call: CoupledCore, plan: Plan, operands: bool, outputs: bool) -> F
     """In one launch, everything in float32."""
     sequences, slots, heads, keys, values = sizes_of(call)
     batch, tokens = call.v.shape[:2]
-    turned_a = _room(call, slots, heads, keys, keys) if call.delta else None
+    factor_a = _room(call, slots, heads, keys, keys) if call.delta else None
     turned_b = _room(call, slots, heads, values, keys)
     u = _room(call, batch, tokens, heads, values) if operands else None
     w = _room(call, batch, tokens, heads, keys) if operands and call.delta else None
@@ -172,7 +198,7 @@ def _prepared(call: CoupledCore, plan: Plan, operands: bool, outputs: bool) -> F
     k = _room(call, *call.k.shape) if wide else None
     v = _room(call, *call.v.shape) if wide else None
     args = (
-        call.q, call.k, call.v, call.beta, u, w, reader, inside, turned_a, turned_b, k, v, call.cu_seqlens, tokens,
+        call.q, call.k, call.v, call.beta, u, w, reader, inside, factor_a, turned_b, k, v, call.cu_seqlens, tokens,
         0 if call.cu_seqlens is None else sequences, float(call.scale), *strides(call.q), *strides(call.k), *strides(call.v), *strides(call.beta),
     )  # fmt: skip
     constants = (
@@ -180,7 +206,7 @@ def _prepared(call: CoupledCore, plan: Plan, operands: bool, outputs: bool) -> F
         call.transform == "lam", call.transform == "none", call.delta, plan.dot,
     )  # fmt: skip
     PREPARE(slots * heads, args, constants, plan.warps, 1)
-    return Factors(turned_a, turned_b, u, w, reader, inside, call.k if k is None else k, call.v if v is None else v)
+    return Factors(factor_a, turned_b, u, w, reader, inside, call.k if k is None else k, call.v if v is None else v)
 
 
 def _transformed(call: CoupledCore, plan: Plan) -> Factors:
@@ -190,13 +216,13 @@ def _transformed(call: CoupledCore, plan: Plan) -> Factors:
     transform = UWTransform(call.k, call.v, call.beta, chunk_size=grid_of(call), transform=call.transform, cu_seqlens=call.cu_seqlens)
     u, made = uw_transform.transformed(transform, plan.make)
     w = made if call.delta else None
-    turned_a = _room(call, slots, heads, keys, keys) if call.delta else None
+    factor_a = _room(call, slots, heads, keys, keys) if call.delta else None
     turned_b = _room(call, slots, heads, values, keys)
     args = (
-        call.k, u, w, turned_a, turned_b, call.cu_seqlens, call.v.shape[1], 0 if call.cu_seqlens is None else sequences,
+        call.k, u, w, factor_a, turned_b, call.cu_seqlens, call.v.shape[1], 0 if call.cu_seqlens is None else sequences,
         *strides(call.k), *strides(u), *strides(w),
     )  # fmt: skip
     width, chunk = tile_of(keys), grid_of(call)
     constants = (heads, heads // max(call.k.shape[2], 1), keys, values, chunk, plan.block, width, min(plan.tile, max(tile_of(values), width)))
     FACTORS(slots * heads, args, (*constants, plan.dot, 2), plan.warps, 2)
-    return Factors(turned_a, turned_b, u, w, None, None, call.k, call.v)
+    return Factors(factor_a, turned_b, u, w, None, None, call.k, call.v)

@@ -32,19 +32,20 @@ def _columns(start, part, KEYS: tl.constexpr, VALUES: tl.constexpr, STEP: tl.con
 
 
 @triton.jit
-def _factor(turned_a, part, KEYS: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """STEP rows of A^T as an operand."""
+def _factor(factor_a, part, KEYS: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr, TURNED: tl.constexpr):
+    """STEP rows of A, or of A^T, as an operand."""
     inner = part + tl.arange(0, STEP)[:, None]
     key = tl.arange(0, BLOCK_K)[None, :]
-    return tl.load(turned_a + inner * KEYS + key, mask=(inner < KEYS) & (key < KEYS), other=0.0)
+    place = key * KEYS + inner if TURNED else inner * KEYS + key
+    return tl.load(factor_a + place, mask=(inner < KEYS) & (key < KEYS), other=0.0)
 
 
 @triton.jit
 def _walk_wide(
-    turned_a, turned_b, psi, coupling, fast_decay, slow_decay, initial_fast, initial, starts, numbers, final_fast, final, cu_seqlens, tokens,
+    factor_a, turned_b, psi, coupling, fast_decay, slow_decay, initial_fast, initial, starts, numbers, final_fast, final, cu_seqlens, tokens,
     psi_b, psi_t, psi_h, coupling_b, coupling_t, coupling_h, fast_b, fast_t, fast_h, slow_b, slow_t, slow_h,
     HEADS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    DELTA: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    DELTA: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """As `_walk`. Blocks: sequences * HEADS."""
     MATRIX: tl.constexpr = KEYS * VALUES
@@ -104,7 +105,7 @@ def _walk_wide(
                 moved_fast = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
                 moved_slow = moved_fast
                 for part in tl.range(0, KEYS, STEP, num_stages=1, disable_licm=True):  # a step of keys at a time, for registers' sake
-                    a = _factor(turned_a + slot * (KEYS * KEYS), part, KEYS, STEP, BLOCK_K)
+                    a = _factor(factor_a + slot * (KEYS * KEYS), part, KEYS, STEP, BLOCK_K, True)
                     cell_part, there_part = _columns(start, part, KEYS, VALUES, STEP, BLOCK_V)
                     left = rounded(tl.load(here + cell_part, mask=there_part, other=0.0), DOT)
                     moved_fast = tl.dot(left, a, moved_fast, input_precision=DOT)
@@ -137,7 +138,7 @@ def _walk_wide(
 
 @triton.jit
 def _walk_back_wide(
-    turned_a, starts, numbers, d_reads, d_final_fast, d_final, d_mixed, d_initial_fast, d_initial, d_fast_decay, d_slow_decay, d_states, cu_seqlens, tokens,
+    factor_a, starts, numbers, d_reads, d_final_fast, d_final, d_mixed, d_initial_fast, d_initial, d_fast_decay, d_slow_decay, d_states, cu_seqlens, tokens,
     HEADS: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DELTA: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, ARRIVED: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +201,7 @@ def _walk_back_wide(
                 read_fast = tl.load(reads + cell, mask=there, other=0.0)
                 read_slow = tl.load(reads + MATRIX + cell, mask=there, other=0.0)
             if DELTA:
-                a = tl.trans(_factor(turned_a + slot * (KEYS * KEYS), 0, KEYS, BLOCK_K, BLOCK_K))
+                a = _factor(factor_a + slot * (KEYS * KEYS), 0, KEYS, BLOCK_K, BLOCK_K, False)
                 read_fast -= tl.dot(rounded(wrote_fast, DOT), a, input_precision=DOT)
                 read_slow -= tl.dot(rounded(wrote_slow, DOT), a, input_precision=DOT)
             tl.store(reads + cell, read_fast, mask=there)

@@ -60,13 +60,13 @@ def _scalars(
             share = _matrix(sums, slot, head, heads, value, K, V, BLOCK_K, BLOCK_V).to(tl.float32)
             if ends is not None:
                 pulled += tl.sum(_matrix(ends, slot, head, heads, value, K, V, BLOCK_K, BLOCK_V).to(tl.float32) * share, 1)
-            if grown is not None:
+            if grown is not None or to_log is not None:
                 kept += tl.sum(_matrix(starts, slot, head, heads, value, K, V, BLOCK_K, BLOCK_V).to(tl.float32) * share, 1)
         mass = tl.load(masses + place)
         z = divisor(mass, SPAN, NORMALIZE)
         if ends is not None:
             d_total = tl.where(mass >= 1.0, -tl.sum(pulled, 0) / z, 0.0)
-        if grown is not None:
+        if grown is not None or to_log is not None:
             d_decay = tl.exp(tl.load(logs + place)) * z * tl.sum(kept, 0)
     else:
         if d_mass is not None:

@@ -4,7 +4,7 @@
 
 A program owns ROWS tokens of one key head and all its value heads: what they share of the product is made once. Floor: k and v read once, 30 us at 1x8192
 with 16/32 heads of 128 in bfloat16 over 3.35 TB/s, 4 us at 12 heads of 32; 2 F (G K + H V) FLOP a token with F = K / 2, 6.4 GFLOP, are a fifth of that on
-the tensor cores, in float32 ("highest", three products) about as long. In float32 and TF32 w1 is read as it is, in 16 bits rounded to them.
+the tensor cores, twice that where w1 is float32 beside 16-bit rows, in float32 ("highest", three products) about as long as the reading.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ def known(tokens, cu_seqlens, sequences, CHUNK: tl.constexpr):
 
 @triton.jit
 def product(inner, x, w1, token, tokens, x_t, feature, inputs, WIDTH: tl.constexpr, F: tl.constexpr, SLAB: tl.constexpr, DOT: tl.constexpr):
-    """`inner` and a part of w1 times a block of rows."""
+    """`inner` and a part of w1 times a block of rows; a float32 w1 beside 16-bit rows is two 16-bit parts, since beta and a sum over keys enlarge rounding."""
+    PARTS: tl.constexpr = (w1.dtype.element_ty == tl.float32) and (x.dtype.element_ty != tl.float32)
     here = token < tokens
     for low in range(0, WIDTH, SLAB):
         column = low + tl.arange(0, SLAB)
         tile = tl.load(x + token.to(tl.int64)[:, None] * x_t + column[None, :], mask=here[:, None] & (column < WIDTH)[None, :], other=0.0)
         at = w1 + feature[None, :] * inputs + column[:, None]
         weight = tl.load(at, mask=(column < WIDTH)[:, None] & (feature < F)[None, :], other=0.0)
-        inner = tl.dot(tile, weight.to(tile.dtype), inner, input_precision=DOT)
+        rounded = weight.to(tile.dtype)
+        inner = tl.dot(tile, rounded, inner, input_precision=DOT)
+        if PARTS:
+            inner = tl.dot(tile, (weight - rounded.to(tl.float32)).to(tile.dtype), inner, input_precision=DOT)
     return inner
 
 

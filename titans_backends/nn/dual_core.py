@@ -40,6 +40,7 @@ _BY_HEAD = _GATE + _QKV
 _PER_HEAD = ("b_proj", "fast_gate_proj", "slow_gate_proj")
 _DECAYS = ("slow_decay_proj", "fast_decay_proj")
 _LEVELS = ("level_eta_proj", "level_gate_proj")
+_RUNS = {"flat": memory.flat, "dual": memory.dual, "loop": memory.loop, "recurrent": memory.recurrent}
 _GATE_LATER = 16384
 """Tokens from which on the output gate's product waits for the memory, in inference: it would hold a third of the layer's memory meanwhile."""
 
@@ -255,8 +256,6 @@ class TitansDualCore(nn.Module):
         o, states = self._remembered(joint, chunk_size, cu_seqlens, return_states, cache)
         if gate_later:
             joint = self._projections(x, _GATE)
-        if cache is not None:
-            cache.advance(x.shape[1])
         y: Tensor = self.o_proj(self.o_norm(o, joint["g_proj"]).flatten(2))
         return y, states
 
@@ -287,14 +286,13 @@ class TitansDualCore(nn.Module):
         """The merged cores' o `[B, T, H, V]` by the form's mode, and its states. Takes out of `joint` what only the memory needs."""
         held = self._memory(joint, chunk_size, cu_seqlens, cache)
         alpha = self._alpha(held)
-        if self.form.mode == "recurrent":
-            o, states = memory.recurrent(self.form, held, alpha, return_states, cache)
-        else:
-            run = {"flat": memory.flat, "dual": memory.dual, "loop": memory.loop}[self.form.mode]
-            o, states = run(self.form, self.resonance_flux, held, alpha, return_states)
+        o, states = _RUNS[self.form.mode](self.form, self.resonance_flux, held, alpha, return_states)
         if self.form.levels:
             eta, gate = (joint.pop(name).sigmoid() for name in _LEVELS)
-            o = with_levels(o, self.form.levels, held, eta, gate, cache)
+            o = with_levels(o, self.form.levels, held, eta, gate)
+        if cache is not None:
+            cache.store(**held.next)
+            cache.advance(o.shape[1])
         return o, states
 
     def _memory(self, joint: dict[str, Tensor], chunk_size: int, cu_seqlens: Tensor | None, cache: DualCoreCache | None) -> Memory:
@@ -309,13 +307,12 @@ class TitansDualCore(nn.Module):
             lookahead=self.form.look_ahead, cu_seqlens=cu_seqlens, output_final_state=cache is not None,
             q_state=None if cache is None else cache.q, k_state=None if cache is None else cache.k, v_state=None if cache is None else cache.v,
         )  # fmt: skip
-        if cache is not None:
-            cache.store(**{name: cast(Tensor, state) for name, state in zip("qkv", found[3:], strict=True)})
         q, k, v = (cast(Tensor, tensor) for tensor in found[:3])
         beta, fast_gate, slow_gate = joint.pop("b_proj").sigmoid().chunk(3, -1)
         slow_logit = self._decay_logit("slow", joint) if "slow_decay_proj" in joint else None
         fast_logit = self._decay_logit("fast", joint) if "fast_decay_proj" in joint else None
-        return Memory(q, k, v, beta, fast_gate, slow_gate, slow_logit, fast_logit, chunk_size, cu_seqlens)
+        after = {} if cache is None else {name: cast(Tensor, state) for name, state in zip("qkv", found[3:], strict=True)}
+        return Memory(q, k, v, beta, fast_gate, slow_gate, slow_logit, fast_logit, chunk_size, cu_seqlens, cache, after)
 
     def _decay_logit(self, core: str, joint: dict[str, Tensor]) -> Tensor:
         """`[B, T, H]`, with both of its biases."""

@@ -96,13 +96,20 @@ def joint_projection(x: Tensor, projections: list[nn.Linear], standing: Standing
             return torch.cat([each(x) if each.bias is None else each(x) - each.bias for each in projections], -1)
         weights.append(weight)  # type: ignore[arg-type]  # no None: it is of a plain class
     if tracing:
-        return F.linear(x, torch.cat(weights))
+        return F.linear(x, _concatenated(weights))
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         found = standing.of(weights)
         if found is not None:
             return F.linear(x, found)
     standing.recall(weights[0])
-    return F.linear(x, torch.cat(weights))
+    return F.linear(x, _concatenated(weights))
+
+
+def _concatenated(weights: list[Tensor]) -> Tensor:
+    """One under another, and zeros up to a width that 16-bit products run well at."""
+    rows = sum(weight.shape[0] for weight in weights)
+    missing = _rounded(rows) - rows
+    return torch.cat([*weights, weights[0].new_zeros(missing, weights[0].shape[1])] if missing else weights)
 
 
 def _rounded(rows: int) -> int:

@@ -24,8 +24,9 @@ def empty_carry(like: Tensor) -> tuple[Tensor, ...]:
     return torch.zeros_like(like), torch.zeros_like(like), like.new_zeros(like.shape[:2]), like.new_zeros(like.shape[:2])
 
 
-def with_levels(o: Tensor, levels: Sequence[Level], x: Memory, eta: Tensor, gate: Tensor, cache: DualCoreCache | None) -> Tensor:
+def with_levels(o: Tensor, levels: Sequence[Level], x: Memory, eta: Tensor, gate: Tensor) -> Tensor:
     """The cores' o `[B, T, H, V]` with every level's share; eta (step size) and gate `[B, T, H * levels]`, one group of H a level."""
+    cache = x.continues
     o = (1 - sum(level.weight for level in levels)) * o
     for index, level in enumerate(levels):
         part = (..., slice(index * o.shape[2], (index + 1) * o.shape[2]))

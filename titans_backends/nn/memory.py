@@ -30,7 +30,10 @@ Remembered = tuple[Tensor, States | None]
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the memory ops take: unit q, k `[B, T, H, K]`, v `[B, T, H, V]`, the rest `[B, T, H]`; the logits are the decays' before their sigmoid."""
+    """What the memory ops take: unit q, k `[B, T, H, K]`, v `[B, T, H, V]`, the rest `[B, T, H]`; the logits are the decays' before their sigmoid.
+
+    `continues`: the cache that this call goes on from, and `next`, by name, what it will hold: stored once the whole call has succeeded.
+    """
 
     q: Tensor
     k: Tensor
@@ -42,6 +45,8 @@ class Memory:
     fast_logit: Tensor | None
     chunk_size: int
     cu_seqlens: Tensor | None
+    continues: DualCoreCache | None
+    next: dict[str, Tensor]
 
     def grid(self) -> ChunkGrid:
         """Where its chunks lie."""
@@ -100,14 +105,15 @@ def loop(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, retu
     return o, None if fast is None or slow is None else (fast, slow)
 
 
-def recurrent(form: Form, x: Memory, alpha: Tensor | float, return_states: bool, cache: DualCoreCache | None) -> Remembered:
+def recurrent(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float, return_states: bool) -> Remembered:
     """The exact delta rule, with a log decay for each token: its own, or the chunk before's on a chunk's first; from the cache's states and into them.
 
     A few tokens go by `dual_core_step`, which writes the states where they are and asks the device for the position.
     """
     assert x.slow_logit is not None
-    g = F.logsigmoid(_wide(x.slow_logit)) if form.decay == "token" else _from_the_chunk_before(x, cache)
-    if cache is not None and 1 <= g.shape[1] <= MAX_TOKENS and not return_states and not _differentiated(x, g, alpha, cache):
+    cache = x.continues
+    g = F.logsigmoid(_wide(x.slow_logit)) if form.decay == "token" else _from_the_chunk_before(x)
+    if cache is not None and 1 <= g.shape[1] <= MAX_TOKENS and not return_states and not _differentiated(x, g, alpha):
         o, _, _ = get_op("dual_core_step")(
             x.q, x.k, x.v, x.beta, g,
             fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
@@ -126,22 +132,22 @@ def recurrent(form: Form, x: Memory, alpha: Tensor | float, return_states: bool,
     if slow is None or fast is None:
         return o, None
     if cache is not None:
-        cache.store(slow=slow, fast=fast)
+        x.next.update(slow=slow, fast=fast)
     return o, (fast, slow) if return_states else None
 
 
-def _differentiated(x: Memory, g: Tensor, alpha: Tensor | float, cache: DualCoreCache) -> bool:
+def _differentiated(x: Memory, g: Tensor, alpha: Tensor | float) -> bool:
     """Whether a gradient may run through the step, which then must not write in place."""
-    if not torch.is_grad_enabled():
+    if x.continues is None or not torch.is_grad_enabled():
         return False
-    tensors = (x.q, x.k, x.v, x.beta, g, x.fast_gate, x.slow_gate, alpha, cache.slow, cache.fast)
+    tensors = (x.q, x.k, x.v, x.beta, g, x.fast_gate, x.slow_gate, alpha, x.continues.slow, x.continues.fast)
     return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
-def _from_the_chunk_before(x: Memory, cache: DualCoreCache | None) -> Tensor:
+def _from_the_chunk_before(x: Memory) -> Tensor:
     """g `[B, T, H]`: on a chunk's first token the log of the mean decay of the chunk before, elsewhere 0; keeps the cache's sum."""
     assert x.slow_logit is not None
-    decay = _wide(x.slow_logit).sigmoid()
+    cache, decay = x.continues, _wide(x.slow_logit).sigmoid()
     if cache is None or cache.decay_sum is None:
         grid = x.grid()
         return grid.from_the_chunk_before(grid.mean(decay).log())
@@ -153,7 +159,7 @@ def _from_the_chunk_before(x: Memory, cache: DualCoreCache | None) -> Tensor:
     told = F.pad(cache.decay_sum[:, None], (0, 0, 0, earlier - 1)) if earlier else decay[:, :0]
     grid = ChunkGrid(earlier + tokens, size, None)
     means = grid.mean(torch.cat([told.to(decay.dtype), decay], 1))
-    cache.store(decay_sum=means[:, -1] * ((earlier + tokens - 1) % size + 1))
+    x.next["decay_sum"] = means[:, -1] * ((earlier + tokens - 1) % size + 1)
     return grid.from_the_chunk_before(means.log())[:, earlier:]
 
 

@@ -86,12 +86,12 @@ def training(path: Path, pictures: Pictures) -> str:
     ]
     for curve in curves:
         if curve.failed:
-            lines.append(f"| {curve.backend} | failed: {curve.failed} |" + " |" * 6)
+            lines.append(f"| {curve.backend} | failed: {curve.failed} |" + " |" * 7)
             continue
         gaps = [abs(a - b) for a, b in zip(curve.losses, curves[0].losses, strict=False)]
         lines.append(
             f"| {curve.backend} | {len(curve.losses)} | {curve.last:.4f} | {curve.validation:.4f} | {max(gaps):.4f} | {sum(gaps[-100:]) / len(gaps[-100:]):.4f} "
-            f"| {curve.tokens_per_s:,.0f} | {curve.seconds:.1f} |"
+            f"| {curve.tokens_per_s:,.0f} | {curve.seconds:.1f} | {curve.first_steps_s:.1f} |"
         )
     return "\n".join(lines)
 

@@ -39,7 +39,7 @@ CORPUS_BYTES = 8 << 20
 HELD_OUT = 20
 """One piece in so many of the corpus is for validation only."""
 WARM_STEPS = 10
-"""Not timed: kernels are compiled in them."""
+"""Not timed: kernels are compiled in them. Losses are read as often."""
 COMPARED = ("eager", "triton", "cupy")
 
 
@@ -70,6 +70,7 @@ class Curve:
     validation: float = math.nan
     tokens_per_s: float = math.nan
     seconds: float = math.nan
+    first_steps_s: float = math.nan
     merge: list[list[float]] = field(default_factory=list)
     failed: str = ""
 
@@ -82,6 +83,14 @@ class Curve:
     def last(self) -> float:
         """The mean of the last twenty steps."""
         return statistics.fmean(self.losses[-20:]) if self.losses else math.nan
+
+    def clock(self, seconds: float, tokens: int) -> None:
+        """Notes that the losses so far took so long, with so many tokens a step; the first ten steps, which compile, are left out of the rate."""
+        self.seconds, timed = seconds, len(self.losses) - WARM_STEPS
+        if timed <= 0:
+            self.first_steps_s = seconds
+        else:
+            self.tokens_per_s = timed * tokens / (seconds - self.first_steps_s)
 
 
 class ByteModel(nn.Module):
@@ -198,51 +207,64 @@ class Run:
         return run
 
 
-def train(run: Run, steps: int, backend: str, text: Tensor, asked: argparse.Namespace, console: Console) -> Curve:
-    """Up to `steps`, with a bar; the checkpoint is written every so often and in the end."""
-    curve, waiting, cuda = Curve(backend, run.step), list[Tensor](), torch.device(run.device).type == "cuda"
+class Curves(list[Curve]):
+    """What a call of this example trains, written to `path` as it comes: a run that is stopped keeps what it had."""
+
+    def __init__(self, recipe: Recipe, device: str, path: Path | None) -> None:
+        super().__init__()
+        self.recipe, self.path = recipe, path
+        self.device = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
+
+    def write(self) -> None:
+        """As JSON, NaN as null; through a second file."""
+        if self.path is None:
+            return
+        curves = [{name: None if value != value else value for name, value in asdict(curve).items()} for curve in self]
+        told = {"device": self.device, "torch": torch.__version__, "recipe": asdict(self.recipe), "curves": curves}
+        beside = self.path.with_name(self.path.name + ".part")
+        beside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self.path)
+
+
+def train(run: Run, steps: int, backend: str, text: Tensor, asked: argparse.Namespace, console: Console, curves: Curves) -> None:
+    """Up to `steps`, with a bar, as one more curve; the checkpoint is written every so often and in the end."""
+    curve, waiting = Curve(backend, run.step), list[Tensor]()
+    curves.append(curve)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[said]}"))
     told = lacking(backend, run.recipe.mode)
     if told:
         console.print(told, markup=False, highlight=False)
-    begin = warm = time.perf_counter()
+    begin = time.perf_counter()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"{backend:8s}", total=steps, completed=run.step, said="")
         while run.step < steps:
             waiting.append(run.advance(text))
-            if run.step == curve.first + WARM_STEPS:
-                if cuda:
-                    torch.cuda.synchronize()
-                warm = time.perf_counter()
-            if len(waiting) == 10 or run.step == steps:  # reading a loss waits for the device
-                curve.losses += [float(loss) for loss in waiting]
+            if len(waiting) == WARM_STEPS or run.step == steps:
+                curve.losses += [float(loss) for loss in waiting]  # waits for the device
                 waiting.clear()
+                curve.clock(time.perf_counter() - begin, run.recipe.batch * run.recipe.tokens)
                 progress.update(task, completed=run.step, said=f"loss {curve.last:.3f}")
+                curves.write()
             if asked.checkpoint is not None and (run.step == steps or run.step % asked.checkpoint_every == 0):
                 run.save(asked.checkpoint)
-    end, timed = time.perf_counter(), run.step - curve.first - WARM_STEPS
-    curve.seconds = end - begin
-    if timed > 0:
-        curve.tokens_per_s = timed * run.recipe.batch * run.recipe.tokens / (end - warm)
     curve.validation, curve.merge = run.validation(text), run.model.alphas()
-    return curve
+    curves.write()
 
 
-def compare(recipe: Recipe, text: Tensor, asked: argparse.Namespace, console: Console) -> list[Curve]:
+def compare(text: Tensor, asked: argparse.Namespace, console: Console, curves: Curves) -> None:
     """The same run on every backend that can train here."""
-    curves = []
     for backend in COMPARED:
-        reason = refused(backend, recipe, asked.device)
+        reason = refused(backend, curves.recipe, asked.device)
         if reason:
             console.print(f"{backend} is left out: {reason}", markup=False, highlight=False)
             continue
         try:
             with only(backend):
-                curves.append(train(Run(recipe, asked.device), asked.steps, backend, text, asked, console))
+                train(Run(curves.recipe, asked.device), asked.steps, backend, text, asked, console, curves)
         except Exception as error:  # the others are compared all the same; the exit status says it
             console.print_exception()
             curves.append(Curve(backend, failed=f"{type(error).__name__}: {str(error)[:300]}"))
-    return curves
+            curves.write()
 
 
 def refused(backend: str, recipe: Recipe, device: str) -> str:
@@ -265,7 +287,7 @@ def picture(curves: Sequence[Curve], title: str) -> str:
 def show(curves: Sequence[Curve], console: Console) -> None:
     """The figures, side by side."""
     table = Table(title="Losses in nats a byte", title_justify="left")
-    for name in ("backend", "last 20 steps", "validation", "furthest from the first", "tokens/s", "seconds", "merge, by layer"):
+    for name in ("backend", "last 20 steps", "validation", "furthest from the first", "tokens/s", "seconds", "of it 10 steps", "merge, by layer"):
         table.add_column(name, justify="left" if name == "backend" else "right")
     first = curves[0]
     for curve in curves:
@@ -276,7 +298,16 @@ def show(curves: Sequence[Curve], console: Console) -> None:
         if curve.failed:
             console.print(f"{curve.backend} FAILED {curve.failed}", markup=False, highlight=False)
             continue
-        table.add_row(curve.backend, f"{curve.last:.4f}", f"{curve.validation:.4f}", furthest, rate, f"{curve.seconds:.1f}", merge or "–")
+        table.add_row(
+            curve.backend,
+            f"{curve.last:.4f}",
+            f"{curve.validation:.4f}",
+            furthest,
+            rate,
+            f"{curve.seconds:.1f}",
+            f"{curve.first_steps_s:.1f}",
+            merge or "–",
+        )
     console.print(table)
 
 
@@ -291,29 +322,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = Run.load(asked.checkpoint, asked.device)
     else:
         run = Run(recipe_of(asked), asked.device)
-    text = corpus()
+    text, curves = corpus(), Curves(run.recipe, asked.device, asked.json)
     if asked.compare:
-        curves = compare(run.recipe, text, asked, console)
+        compare(text, asked, console, curves)
     else:
         reason = refused(asked.backend, run.recipe, asked.device)
         if reason:
             print(f"error: {reason}", file=sys.stderr)
             return 2
         with only(asked.backend):
-            curves = [train(run, asked.steps, asked.backend, text, asked, console)]
+            train(run, asked.steps, asked.backend, text, asked, console, curves)
     show(curves, Console())
-    device = torch.cuda.get_device_name() if torch.device(asked.device).type == "cuda" else "CPU"
-    if asked.json is not None:
-        told = {"device": device, "torch": torch.__version__, "recipe": asdict(run.recipe), "curves": [plain(asdict(curve)) for curve in curves]}
-        asked.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     if asked.picture is not None:
-        asked.picture.write_text(picture(curves, f"A byte-level model on {device}, {run.recipe.dtype}"), encoding="utf-8")
+        asked.picture.write_text(picture(curves, f"A byte-level model on {curves.device}, {run.recipe.dtype}"), encoding="utf-8")
     return 1 if any(curve.failed for curve in curves) else 0
-
-
-def plain(told: Mapping[str, object]) -> dict[str, object]:
-    """NaN as null."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in told.items()}
 
 
 def recipe_of(asked: argparse.Namespace) -> Recipe:

@@ -60,10 +60,10 @@ def test_no_step_draws_what_validation_reads() -> None:
 def test_a_backend_that_fails_does_not_stop_the_comparison(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     honest = train_bytes.train
 
-    def train(run: object, steps: int, backend: str, *more: object) -> object:
+    def train(run: object, steps: int, backend: str, *more: object) -> None:
         if backend == "broken":
             raise RuntimeError("illegal address")
-        return honest(run, steps, backend, *more)
+        honest(run, steps, backend, *more)
 
     monkeypatch.setattr(train_bytes, "COMPARED", ("broken", "eager"))
     monkeypatch.setattr(train_bytes, "refused", lambda *_: "")
@@ -73,6 +73,23 @@ def test_a_backend_that_fails_does_not_stop_the_comparison(monkeypatch: pytest.M
     told = capsys.readouterr().out
     assert "broken FAILED RuntimeError: illegal address" in told
     assert "eager" in told
+
+
+def test_a_run_that_is_stopped_keeps_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = train_bytes.Run.advance
+
+    def advance(self: object, text: torch.Tensor) -> torch.Tensor:
+        if self.step == 25:
+            raise KeyboardInterrupt
+        return honest(self, text)
+
+    monkeypatch.setattr(train_bytes.Run, "advance", advance)
+    with pytest.raises(KeyboardInterrupt):
+        train_bytes.main([*TINY, "--json", str(tmp_path / "curve.json")])
+    (told,) = json.loads((tmp_path / "curve.json").read_text())["curves"]
+    assert len(told["losses"]) == 20
+    assert told["tokens_per_s"] > 0
+    assert told["validation"] is None
 
 
 def test_comparing_leaves_out_who_cannot_train_here_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ _OPS = (
     "chunk_flux",
 )
 _BACKWARD = (
+    "chunk_gradients",
     "conv_gradients",
     "coupled_gradients",
     "coupled_inputs",
@@ -40,6 +41,7 @@ _BACKWARD = (
     "fast_edges",
     "fast_gradients",
     "flux_gradients",
+    "partial_sums",
     "rms_gradients",
     "uw_gradients",
     "uw_product_gradients",

@@ -188,8 +188,8 @@ def _walk(
             else:
                 moved_fast = tl.dot(rounded(fast, DOT), a, input_precision=DOT)
                 moved_slow = tl.dot(rounded(slow, DOT), a, input_precision=DOT)
-            wrote_fast += -reading_of(by_fast, fast_scale, fast_norm) * moved_fast
-            wrote_slow += -reading_of(by_slow, slow_scale, slow_norm) * moved_slow
+            wrote_fast -= reading_of(by_fast, fast_scale, fast_norm) * moved_fast
+            wrote_slow -= reading_of(by_slow, slow_scale, slow_norm) * moved_slow
         fast = wrote_fast + to_fast * wrote_slow
         slow = wrote_slow + to_slow * wrote_fast
         fast_norm, slow_norm = _norms(fast, slow)

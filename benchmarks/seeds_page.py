@@ -2,8 +2,8 @@
 
     python benchmarks/seeds_page.py [--results FOLDER] [--page FILE] [--check]
 
-layer_times.json, scores.json and train_bytes.json each fill one part; where one is missing the part says what to type. --check writes nothing, and its exit
-status is 1 where the page is not what it would write.
+layer_times.json, scores*.json (one for each machine) and train_bytes.json each fill one part; where one is missing the part says what to type. --check
+writes nothing, and its exit status is 1 where the page is not what it would write.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ COMMANDS = {
     "scores": "python benchmarks/scores.py --json benchmarks/results/scores.json",
     "training": "python examples/train_bytes.py --compare --merge scalar --json benchmarks/results/train_bytes.json",
 }
-FILES = {"times": "layer_times.json", "scores": "scores.json", "training": "train_bytes.json"}
 Pictures = dict[str, str]
 """By the name of the file in docs/pictures."""
 
@@ -47,15 +46,23 @@ def filled(page: str, part: str, text: str) -> str:
     return f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}"
 
 
-def times(path: Path, pictures: Pictures) -> str:
+def times(folder: Path, pictures: Pictures) -> str:
     """The layer's tables."""
+    path = folder / "layer_times.json"
+    if not path.exists():
+        return ""
     report = Report.read(path)
     pictures["layer_times.svg"] = picture(report)
     return f"![ms over tokens, a panel for each mode](pictures/layer_times.svg)\n\n{markdown(report)}"
 
 
-def scores(path: Path, pictures: Pictures) -> str:
-    """Rank correlations, and who does not run."""
+def scores(folder: Path, pictures: Pictures) -> str:
+    """Rank correlations of every machine."""
+    return "\n".join(scores_of(path) for path in sorted(folder.glob("scores*.json")))
+
+
+def scores_of(path: Path) -> str:
+    """Those of one, and who does not run there."""
     told = json.loads(path.read_text(encoding="utf-8"))
     lines = [facts(told["facts"]), "", "| mode | backend | dtype | Spearman | at least | Pearson | largest difference |", "|" + "---|" * 7]
     for one in told["scores"]:
@@ -73,8 +80,11 @@ def scores(path: Path, pictures: Pictures) -> str:
     return "\n".join([*lines, "", *(f"`{backend}` does not run here: {', '.join(where)}.\n" for backend, where in refused.items())])
 
 
-def training(path: Path, pictures: Pictures) -> str:
+def training(folder: Path, pictures: Pictures) -> str:
     """The loss curves' ends."""
+    path = folder / "train_bytes.json"
+    if not path.exists():
+        return ""
     told = json.loads(path.read_text(encoding="utf-8"))
     curves = [train_bytes.Curve.read(curve) for curve in told["curves"]]
     pictures["train_bytes.svg"] = train_bytes.picture(curves, f"A byte-level model on {told['device']}, {told['recipe']['dtype']}")
@@ -108,10 +118,7 @@ def page_of(page: str, results: Path) -> tuple[str, Pictures]:
     """The page with every part written anew, and the pictures that it shows."""
     pictures = Pictures()
     for part, write in PARTS.items():
-        path = results / FILES[part]
-        page = filled(
-            page, part, write(path, pictures) if path.exists() else f"Not measured yet: `{COMMANDS[part]}`, then `python benchmarks/seeds_page.py`."
-        )
+        page = filled(page, part, write(results, pictures) or f"Not measured yet: `{COMMANDS[part]}`, then `python benchmarks/seeds_page.py`.")
     return page, pictures
 
 

@@ -151,4 +151,4 @@ def _number(value: float) -> str:
     """At most four characters where it can be."""
     if abs(value) >= 1024 and math.log2(abs(value)).is_integer():
         return f"{int(value) // 1024}k"
-    return f"{value:.4g}"
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.4g}"

@@ -153,3 +153,25 @@ def test_what_it_refuses(changes: dict[str, object], sentence: str) -> None:
 
     with pytest.raises(ValueError, match=sentence):
         examine()
+
+
+def test_states_that_share_memory_are_not_rewritten() -> None:
+    q, k, v = (torch.randn(2, 2, 2, 4) for _ in range(3))
+    beta, position, pool = torch.rand(2, 2, 2), torch.tensor([0, 3]), torch.randn(3, 2, 4, 4)
+    step = tb.get_op("dual_core_step")
+    step(q, k, v, beta, state=pool[:2].clone(), fast_state=pool[1:].clone(), position=position, inplace=True)
+    for state, fast_state in ((pool[:2], pool[:2]), (pool[:2], pool[1:])):
+        with pytest.raises(ValueError, match="share memory; pass clones"):
+            step(q, k, v, beta, state=state, fast_state=fast_state, position=position, inplace=True)
+
+
+def test_what_a_skipped_row_stands_for_reaches_no_gradient() -> None:
+    q, k, v = (torch.randn(2, 2, 2, 4) for _ in range(3))
+    beta, pool = torch.rand(2, 2, 2), torch.randn(3, 2, 4, 4)
+    pool[0] = float("nan")
+    q.requires_grad_()
+    o = tb.get_op("dual_core_step")(
+        q, k, v, beta, state=pool, fast_state=pool.clone(), position=torch.tensor([0, 3]), state_indices=torch.tensor([-1, 2])
+    )[0]
+    (found,) = torch.autograd.grad(o.sum(), q)
+    assert found.isfinite().all()

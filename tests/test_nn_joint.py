@@ -205,3 +205,26 @@ def test_other_parameters_by_functional_call_and_its_gradient() -> None:
     same = layer_of(1)
     same(X).square().sum().backward()
     torch.testing.assert_close(found["v_proj.weight"], same.v_proj.weight.grad)
+
+
+def test_shared_weights_stay_shared() -> None:
+    layer = TitansDualCore(24, 2).share_memory()
+    assert all(parameter.is_shared() for parameter in layer.parameters())
+
+
+def test_a_frozen_layer_sees_a_weight_that_changes_before_its_backward() -> None:
+    layer = TitansDualCore(24, 2).requires_grad_(False)
+    x = torch.randn(1, 5, 24, requires_grad=True)
+    y = layer(x)
+    layer.k_proj.weight.mul_(2)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    layer.k_proj.weight.div_(2)
+    (wanted,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_projection_with_a_bias_is_refused() -> None:
+    layer = TitansDualCore(24, 2)
+    layer.q_proj = torch.nn.Linear(24, 24)
+    with pytest.raises(ValueError, match="q_proj has a bias"):
+        layer(torch.randn(1, 5, 24))

@@ -101,6 +101,29 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
         layer(tokens(1, 4), torch.ones(1, 4, dtype=torch.bool), cache=layer.new_cache(1))
     with pytest.raises(ValueError, match="with cu_seqlens: the rows"):
         layer(tokens(1, 4), cu_seqlens=torch.tensor([0, 4]), cache=layer.new_cache(1))
+    with pytest.raises(ValueError, match="another decay than 'token'"):
+        layer(tokens(1, 4), cache=layer_of("recurrent by chunks").new_cache(1))
     with pytest.raises(TypeError, match="got list"):
         layer(tokens(1, 4), cache=[layer.new_cache(1)])
     assert isinstance(layer.new_cache(1), DualCoreCache)
+
+
+@STREAMED
+def test_a_piece_without_gradients_changes_nothing_that_an_earlier_graph_holds(form: str) -> None:
+    layer, x = layer_of(form), tokens(1, 40)
+
+    def gradients(*, detached: bool) -> torch.Tensor:
+        layer.zero_grad()
+        cache = layer.new_cache(1)
+        first = layer(x[:, :10], cache=cache)
+        held = cache.slow
+        if detached:
+            cache.detach_()
+        with torch.no_grad():
+            layer(x[:, 10:14], cache=cache)
+        assert detached or cache.slow is not held
+        (first.sum() + layer(x[:, 14:], cache=cache).sum()).backward()
+        assert layer.k_proj.weight.grad is not None
+        return layer.k_proj.weight.grad.clone()
+
+    torch.testing.assert_close(gradients(detached=False), gradients(detached=True))

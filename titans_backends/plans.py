@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -133,8 +134,10 @@ class Plan:
         again = self.again
         if again is None or self.checks_indices or self.needs_guard():
             return None
+        if len(self.written) > 1:
+            _expect_apart(self.choice.signature.op, [values[place] for place in self.written])  # type: ignore[misc]  # tensors, as in the first call
         for place in self.written:
-            announce_change(self.choice.signature.op, values[place])  # type: ignore[arg-type]  # a tensor, as in the first call
+            announce_change(self.choice.signature.op, values[place])  # type: ignore[arg-type]
         return again(values)[: self.outputs]
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
@@ -260,6 +263,7 @@ class Planner:
                 f"{self.contract.name}: a graph is being captured, and this bound op has not run yet; call it once before the capture"
             )
         if self._may_change and call.inplace:  # type: ignore[attr-defined]
+            _expect_apart(self.contract.name, [getattr(call, name) for name in self.contract.rewritten])
             for name in self.contract.rewritten:
                 announce_change(self.contract.name, getattr(call, name), name)
         outputs = plan.run(call)
@@ -351,6 +355,13 @@ def announce_change(op: str, state: Tensor, name: str = "state") -> None:
         raise RuntimeError(
             f"{op}: inplace=True would change an inference tensor outside torch.inference_mode(); pass {name}.clone(), or inplace=False"
         )
+
+
+def _expect_apart(op: str, states: list[Tensor]) -> None:
+    """ValueError where two tensors that a call rewrites begin at one place, or one that is dense reaches into another. Interleaved slices may."""
+    spans = sorted((state.data_ptr(), state.data_ptr() + (state.nbytes if state.is_contiguous() else 1)) for state in states if state.numel())
+    if any(later < end for (_, end), (later, _) in pairwise(spans)):
+        raise ValueError(f"{op}: two of the tensors that inplace=True would rewrite share memory; pass clones, or inplace=False")
 
 
 def _settings(asked: Request, on_cuda: bool) -> tuple[object, ...]:

@@ -25,15 +25,15 @@ class PoolSlots:
         return x.where(self._mask(x), 0.0)
 
     def take(self, pool: Tensor) -> Tensor:
-        """The selected slots of a pool `[P, ...]`, a copy `[B, ...]`."""
-        return pool.index_select(0, self._read)
+        """The selected slots of a pool `[P, ...]`, a copy `[B, ...]`; zeros in the skipped rows, whatever slot 0 holds."""
+        return self.where_used(pool.index_select(0, self._read))
 
     def put(self, pool: Tensor, rows: Tensor) -> None:
         """Writes the selected rows into `pool`; where none is selected, slot 0 is written with what it holds."""
         if not rows.shape[0]:
             return
         mask = self._mask(rows)
-        rows = rows.where(mask, self.take(pool).to(rows.dtype))
+        rows = rows.where(mask, pool.index_select(0, self._read).to(rows.dtype))
         index = self._read.where(self.used, self._read.index_select(0, self._donor))
         pool.index_copy_(0, index, rows.where(mask, rows.index_select(0, self._donor)).to(pool.dtype))
 

@@ -1,4 +1,4 @@
-"""token_flux in one launch, and its backward in five at most: `flux_network.py`."""
+"""token_flux in one launch, and its backward in four at most: `flux_network.py`."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class TitansDualCore(nn.Module):
         resonance: bool | None = None,
         coupling: Coupling | None = None,
         merge: Merge | None = None,
-        alpha: float = 0.1,
+        alpha: float | None = None,
         levels: Sequence[Level] | None = None,
         norm_eps: float = 1e-5,
         device: torch.device | str | None = None,
@@ -120,7 +120,7 @@ class TitansDualCore(nn.Module):
         self.g_proj, self.o_proj = linear(d_model, values), linear(values, d_model)
         self.o_norm = GatedRMSNorm(values // num_heads, norm_eps, device, dtype)
         learned = self.form.merge in ("scalar", "head")
-        self.merge = LearnedMerge(num_heads if merge == "head" else None, alpha, device, dtype) if learned else None
+        self.merge = LearnedMerge(num_heads if merge == "head" else None, self.form.alpha, device, dtype) if learned else None
         for name in _LEVELS if self.form.levels else ():
             setattr(self, name, linear(d_model, num_heads * len(self.form.levels)))
         self._standing = Standing()
@@ -202,9 +202,15 @@ class TitansDualCore(nn.Module):
                 f"TitansDualCore: this cache holds states {tuple(cache.slow.shape)} with chunks of {cache.chunk_size}, and this call needs {wanted} with chunks of "
                 f"{self.form.chunk_size}; make one with layer.new_cache({x.shape[0]})"
             )
+        if (cache.decay_sum is None) == (self.form.decay == "previous_chunk"):
+            raise ValueError(
+                f"TitansDualCore: this cache is of a layer with another decay than {self.form.decay!r}; make one with layer.new_cache({x.shape[0]})"
+            )
 
     def check(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: DualCoreCache | None) -> None:
         """Raises the sentence of what does not fit; `forward` asks it first."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"TitansDualCore: x must be a tensor [B, T, {self.d_model}], got {type(x).__name__}")
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"TitansDualCore: x must have shape [B, T, {self.d_model}], got {tuple(x.shape)}")
         if cu_seqlens is not None and mask is not None:
@@ -236,7 +242,7 @@ class TitansDualCore(nn.Module):
             y, states = self._mix(pad_tokens(x, length), original_chunk_size(length, size), None, return_states)
             return y[:, : x.shape[1]], states
         y, order, found = torch.zeros_like(x), [], []
-        for group in original_groups(cu_seqlens, size, x.device):
+        for group in original_groups(cu_seqlens, size, x.shape[1], x.device):
             part, states = self._mix(group.gather(x), group.chunk_size, group.cu_seqlens, return_states)
             y = y.to(part.dtype).index_copy(1, group.source, part[:, group.place])
             order += group.members
@@ -267,6 +273,11 @@ class TitansDualCore(nn.Module):
     def _projections(self, x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """x's projections without their biases by name, views of one product: a head's width apart, `[B, T, H, K]`, the wide ones; `b_proj` has the gates behind it."""
         modules = [cast(nn.Linear, self._modules[name]) for name in names]
+        for name, module in zip(names, modules, strict=True):
+            if name not in _DECAYS and getattr(module, "bias", None) is not None:
+                raise ValueError(
+                    f"TitansDualCore: {name} has a bias, which the layer does not have and its one product leaves out; give it bias=False"
+                )
         product = joint_projection(x, modules, self._standing)
         batch, tokens, padding = product.shape
         widths = {name: module.out_features for name, module in zip(names, modules, strict=True) if name not in _PER_HEAD[1:]}
@@ -316,9 +327,8 @@ class TitansDualCore(nn.Module):
 
     def _decay_logit(self, core: str, joint: dict[str, Tensor]) -> Tensor:
         """`[B, T, H]`, with both of its biases."""
-        bias, more = cast(nn.Linear, self._modules[f"{core}_decay_proj"]).bias, self._parameters[f"{core}_decay_bias"]
-        assert more is not None
-        return joint.pop(f"{core}_decay_proj") + (bias + more)
+        bias, more = cast(nn.Linear, self._modules[f"{core}_decay_proj"]).bias, getattr(self, f"{core}_decay_bias")
+        return joint.pop(f"{core}_decay_proj") + cast(Tensor, bias + more)
 
     def _alpha(self, x: Memory) -> Tensor | float:
         """The merge's weight of S_fast: a number, 0-d, `[H]` or `[B, T, H]`."""

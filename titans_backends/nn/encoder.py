@@ -45,7 +45,7 @@ class TitansEncoderConfig:
     chunking: Chunking = "regular"
     chunk_size: int | None = None
     merge: Merge | None = None
-    alpha: float = 0.1
+    alpha: float | None = None
     expand_k: float = 1.0
     expand_v: float = 1.0
     convolution: Convolution | None = None
@@ -97,7 +97,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x's shape."""
         hidden = self.up(x)
-        kept = torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(self.up._forward_hooks)
+        kept = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(self.up) is not nn.Linear or bool(self.up._forward_hooks)
+        kept = kept or bool(torch.nn.modules.module._global_forward_hooks)
         for _ in range(self.times):  # the widest tensor of the model, in place where nobody looks at it again
             hidden = F.gelu(hidden) if kept else torch.ops.aten.gelu_(hidden)
         return cast(Tensor, self.down(hidden))
@@ -148,6 +149,8 @@ class TitansEncoder(nn.Module):
             raise ValueError(
                 f"TitansEncoder: cache must hold one entry for each of {len(self.layers)} layers, got {len(caches)}; make one with encoder.new_cache(B)"
             )
+        if cache is not None and (None in caches or len({id(one) for one in caches}) < len(caches)):
+            raise ValueError("TitansEncoder: cache must hold a cache of its own for every layer; make them with encoder.new_cache(B)")
         if attention_mask is None:
             tokens = self._stack(x, cu_seqlens, caches)
             return EncoderOutput(tokens, self._pooled(tokens, cu_seqlens) if pool else None)

@@ -30,6 +30,8 @@ _TRANSFORM = {"flat": "lam", "loop": "lam", "dual": "exact", "recurrent": "exact
 _DECAYS = {"flat": ("chunk",), "loop": ("chunk",), "dual": ("chunk",), "recurrent": ("token", "previous_chunk")}
 """What each mode can make of the decay projection; the first is its default. "chunk" is the mean over the chunk itself, which looks ahead."""
 _MERGE = {"flat": "fixed", "loop": "flux", "dual": "fixed", "recurrent": "fixed"}
+_ALPHA = 0.1
+"""The original's share of S_fast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def resolve(
     resonance: bool | None,
     coupling: str | None,
     merge: str | None,
-    alpha: float,
+    alpha: float | None,
     levels: Sequence[Level] | None,
 ) -> Form:
     """The form of these arguments; None takes the mode's own. Raises UnknownNameError or ValueError, saying what would be accepted."""
@@ -101,10 +103,14 @@ def resolve(
         mode in ("flat", "loop") if resonance is None else resonance,
         coupling,
         merge or _MERGE[mode],
-        alpha,
+        _ALPHA if alpha is None else alpha,
         tuple(levels or ()),
     )
     _check(form)
+    if alpha is not None and form.merge == "flux":
+        raise ValueError(
+            f"TitansDualCore: alpha={alpha} would do nothing: merge='flux' takes it from the token flux; leave it out, or pass merge='fixed'"
+        )
     return form
 
 

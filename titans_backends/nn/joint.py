@@ -8,6 +8,8 @@ adapter, a hook, a weight of another class), each is called by itself.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,12 +41,12 @@ class Standing:
     def move(self, projections: list[nn.Linear]) -> None:
         """Moves the weights in, zeros behind the last; their values and identities stay.
 
-        Does nothing where they stand here already, or cannot: on meta, sharded, of two dtypes or devices.
+        Does nothing where they stand here already, or cannot: on meta, sharded, shared with other processes, of two dtypes or devices.
         """
         weights: list[Tensor] = [projection.weight for projection in projections]
         first = weights[0]
-        movable = all(type(w.data) is Tensor and w.dtype == first.dtype and w.device == first.device and not w.is_inference() for w in weights)
-        if not movable or first.is_meta:
+        alike = all(type(w.data) is Tensor and w.dtype == first.dtype and w.device == first.device and not w.is_inference() for w in weights)
+        if not alike or first.is_meta or (first.is_cpu and any(w.is_shared() for w in weights)):
             self.joint = None
             return
         if self.of(weights) is not None:
@@ -93,16 +95,24 @@ def joint_projection(x: Tensor, projections: list[nn.Linear], standing: Standing
         if type(weight) not in _PLAIN or _is_hooked(projection):
             if not tracing:
                 standing.recall(weight)
-            return torch.cat([each(x) if each.bias is None else each(x) - each.bias for each in projections], -1)
+            return torch.cat([_without_bias(each, x) for each in projections], -1)
         weights.append(weight)  # type: ignore[arg-type]  # no None: it is of a plain class
     if tracing:
         return F.linear(x, _concatenated(weights))
-    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+    if not (
+        torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights))
+    ):  # what a backward keeps must see changes
         found = standing.of(weights)
         if found is not None:
             return F.linear(x, found)
     standing.recall(weights[0])
     return F.linear(x, _concatenated(weights))
+
+
+def _without_bias(projection: nn.Module, x: Tensor) -> Tensor:
+    """A projection of any class, without the bias that its caller adds."""
+    bias, product = getattr(projection, "bias", None), projection(x)
+    return cast(Tensor, product - bias if isinstance(bias, Tensor) else product)
 
 
 def _concatenated(weights: list[Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ def with_levels(o: Tensor, levels: Sequence[Level], x: Memory, eta: Tensor, gate
     o = (1 - sum(level.weight for level in levels)) * o
     for index, level in enumerate(levels):
         part = (..., slice(index * o.shape[2], (index + 1) * o.shape[2]))
-        if cache is not None and 1 <= o.shape[1] <= MAX_TOKENS and not _differentiated(o, *cache.levels[index]):
+        if cache is not None and 1 <= o.shape[1] <= MAX_TOKENS and not _differentiated(o, cache.levels[index]):
             found = _step(level, x, eta[part], gate[part], cache, cache.levels[index])
         else:
             found = _sequence(level, x, eta[part], gate[part], cache, index)
@@ -38,8 +38,9 @@ def with_levels(o: Tensor, levels: Sequence[Level], x: Memory, eta: Tensor, gate
     return o
 
 
-def _differentiated(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _differentiated(o: Tensor, carry: tuple[Tensor, ...]) -> bool:
+    """Whether a gradient may run through the step, or an earlier piece's graph holds the carry."""
+    return (torch.is_grad_enabled() and o.requires_grad) or any(tensor.requires_grad for tensor in carry)
 
 
 def _step(level: Level, x: Memory, eta: Tensor, gate: Tensor, cache: DualCoreCache, carry: tuple[Tensor, ...]) -> Tensor:

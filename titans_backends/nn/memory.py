@@ -138,10 +138,12 @@ def recurrent(form: Form, flux: ResonanceFlux, x: Memory, alpha: Tensor | float,
 
 def _differentiated(x: Memory, g: Tensor, alpha: Tensor | float) -> bool:
     """Whether a gradient may run through the step, which then must not write in place."""
-    if x.continues is None or not torch.is_grad_enabled():
+    if x.continues is None:
         return False
-    tensors = (x.q, x.k, x.v, x.beta, g, x.fast_gate, x.slow_gate, alpha, x.continues.slow, x.continues.fast)
-    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+    if x.continues.slow.requires_grad or x.continues.fast.requires_grad:  # an earlier piece's graph holds them
+        return True
+    tensors = (x.q, x.k, x.v, x.beta, g, x.fast_gate, x.slow_gate, alpha)
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def _from_the_chunk_before(x: Memory) -> Tensor:
@@ -150,7 +152,7 @@ def _from_the_chunk_before(x: Memory) -> Tensor:
     cache, decay = x.continues, _wide(x.slow_logit).sigmoid()
     if cache is None or cache.decay_sum is None:
         grid = x.grid()
-        return grid.from_the_chunk_before(grid.mean(decay).log())
+        return grid.from_the_chunk_before(grid.mean(decay).clamp_min(_LEAST).log())
     tokens, size, offset = decay.shape[1], x.chunk_size, cache.chunk_offset
     if not tokens:
         return torch.zeros_like(decay)
@@ -160,7 +162,7 @@ def _from_the_chunk_before(x: Memory) -> Tensor:
     grid = ChunkGrid(earlier + tokens, size, None)
     means = grid.mean(torch.cat([told.to(decay.dtype), decay], 1))
     x.next["decay_sum"] = means[:, -1] * ((earlier + tokens - 1) % size + 1)
-    return grid.from_the_chunk_before(means.log())[:, earlier:]
+    return grid.from_the_chunk_before(means.clamp_min(_LEAST).log())[:, earlier:]
 
 
 def _transformed(form: Form, x: Memory) -> tuple[Tensor, Tensor]:

@@ -79,9 +79,16 @@ class OriginalGroup:
         return x.new_zeros(1, self.tokens, x.shape[2]).index_copy(1, self.place, x[:, self.source])
 
 
-def original_groups(cu_seqlens: Tensor, chunk_size: int, device: torch.device) -> Iterator[OriginalGroup]:
-    """At most two: sequences on a grid of chunk_size, and longer ones that are a single chunk, whatever their length. Waits for the device."""
+def original_groups(cu_seqlens: Tensor, chunk_size: int, tokens: int, device: torch.device) -> Iterator[OriginalGroup]:
+    """At most two: sequences on a grid of chunk_size, and longer ones that are a single chunk, whatever their length. Waits for the device.
+
+    ValueError where cu_seqlens does not go from 0 to `tokens` without a step back.
+    """
     ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != tokens or any(stop < start for start, stop in pairwise(ends)):
+        raise ValueError(
+            f"TitansDualCore: cu_seqlens must begin with 0, never decrease and end with T = {tokens}, got {ends[:8]}{'...' if len(ends) > 8 else ''}"
+        )
     lengths = [stop - start for start, stop in pairwise(ends)]
     padded = [original_length(length) for length in lengths]
     chunks = [original_chunk_size(length, chunk_size) for length in padded]

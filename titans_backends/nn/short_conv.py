@@ -19,7 +19,10 @@ class ShortConv(nn.Module):
 
     def by_head(self, heads: int) -> tuple[Tensor, Tensor]:
         """weight `[H, D / H, 4]` and bias `[H, D / H]`, views."""
-        weight, bias = self.conv._parameters["weight"], self.conv._parameters["bias"]
-        assert weight is not None
-        assert bias is not None
+        held = self.conv._parameters
+        weight: Tensor | None = held.get("weight")  # torch's own lookup costs more; a parametrization has it elsewhere
+        bias: Tensor | None = held.get("bias")
+        weight, bias = self.conv.weight if weight is None else weight, self.conv.bias if bias is None else bias
+        if bias is None:
+            raise ValueError("TitansDualCore: a short convolution has no bias any more; the original's has one, zeros if it must do nothing")
         return weight.view(heads, -1, TAPS), bias.view(heads, -1)

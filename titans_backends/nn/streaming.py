@@ -77,8 +77,8 @@ class DualCoreCache:
 
 
 def stored(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
-    """`new` in old's place: the same memory, or the new tensors where a gradient may run through one of either."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*old, *new)):
+    """`new` in old's place: the same memory, or the new tensors where a gradient may run through one of either, an earlier piece's among them."""
+    if any(tensor.requires_grad for tensor in old) or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in new)):
         return new
     torch._foreach_copy_(old, new)
     return old

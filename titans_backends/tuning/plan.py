@@ -38,7 +38,8 @@ _STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast
 _AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux", "chunk_flux")
 """What a layer has around its memory."""
 _MEMORY = (*_STREAMED, "gated_delta_step", "dual_core_step", "fused_uw")
-_ALL = (*_MEMORY, *_AROUND)
+_CHOSEN = (*_STREAMED, "gated_delta_step", "fused_uw")
+"""Of these a CPU has several candidates."""
 _SMALL: tuple[tuple[Heads, ...], tuple[HeadDim, ...]] = ((12, 12),), ((32, 32),)
 """The heads of the model that the flat and the loop memory come from."""
 _FLAT: tuple[tuple[str, WhenValue], ...] = (("g", False), ("memory", "flat"), ("transform", "lam"))
@@ -52,7 +53,7 @@ class Cells:
     `when`: more fields of the key, as a layer calls the ops.
     """
 
-    ops: tuple[str, ...] = _ALL
+    ops: tuple[str, ...] = _CHOSEN
     seq_lens: tuple[int, ...] = (128, 512, 2048)
     heads: tuple[Heads, ...] = ((16, 16),)
     head_dims: tuple[HeadDim, ...] = ((128, 128),)
@@ -69,14 +70,12 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(heads=((12, 12),), head_dims=((32, 32),)),
             Cells(),
             Cells(ops=_STREAMED, seq_lens=(512,), heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
-            Cells(("coupled_core",), heads=_SMALL[0], head_dims=_SMALL[1], when=_LAM),
         ),
         ("cpu", False): (
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((12, 12), (4, 4)), head_dims=((32, 32),)),
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((16, 16), (16, 32)), head_dims=((128, 128), (64, 64))),
             Cells(ops=_STREAMED, heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
             Cells(ops=_STREAMED, regimes=("training",)),
-            Cells(("coupled_core",), heads=_SMALL[0], head_dims=_SMALL[1], regimes=("inference", "training"), when=_LAM),
         ),
         ("cuda", True): (
             Cells(_MEMORY, (512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), launches=("eager", "graph")),
@@ -95,8 +94,16 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(_AROUND, (8192,), *_SMALL, regimes=("training",)),
         ),
         ("cuda", False): (
-            Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((16, 32), (2, 8), (16, 64)), dtypes=("bfloat16",), launches=("eager", "graph")),
-            Cells(seq_lens=(128, 512, 2048, 8192, 32768), heads=((12, 12),), head_dims=((32, 32), (64, 64)), dtypes=("bfloat16", "float32")),
+            Cells(
+                (*_MEMORY, *_AROUND),
+                (128, 512, 2048, 8192, 32768),
+                heads=((16, 32), (2, 8), (16, 64)),
+                dtypes=("bfloat16",),
+                launches=("eager", "graph"),
+            ),
+            Cells(
+                (*_MEMORY, *_AROUND), (128, 512, 2048, 8192, 32768), heads=((12, 12),), head_dims=((32, 32), (64, 64)), dtypes=("bfloat16", "float32")
+            ),
             Cells(ops=_STREAMED, seq_lens=(512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
             Cells(
                 ops=_STREAMED,

@@ -406,7 +406,7 @@ def refuse(error: Exception, device: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; 2 where what is asked cannot be had here, 1 where a backend that is compared fails."""
+    """Trains; 2 where what is asked cannot be had here, 1 where a backend that is compared fails or no loss can be drawn."""
     asked = options(arguments)
     console = Console(stderr=True)
     try:
@@ -427,7 +427,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     show(curves, Console())
     if asked.picture is not None:
-        asked.picture.write_text(picture(curves, f"A byte-level model on {curves.device}, {run.recipe.dtype}"), encoding="utf-8")
+        try:
+            drawn = picture(curves, f"A byte-level model on {curves.device}, {run.recipe.dtype}")
+        except ValueError as error:  # no finite point
+            print(f"error: --picture {asked.picture} is not drawn: {error}; type a smaller --rate than {run.recipe.rate:g}", file=sys.stderr)
+            return 1
+        asked.picture.write_text(drawn, encoding="utf-8")
     return 1 if any(curve.failed for curve in curves) else 0
 
 

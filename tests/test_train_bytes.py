@@ -138,7 +138,7 @@ def test_what_cannot_be_had_is_one_line_before_training(
 
 
 def test_zeros_that_mean_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = []
+    saved = list[int]()
     honest = train_bytes.Run.save
     monkeypatch.setattr(train_bytes.Run, "save", lambda self, path: (saved.append(self.step), honest(self, path)))
     asked = ["--warmup", "0", "--steps", "2", "--checkpoint-every", "0", "--checkpoint", str(tmp_path / "a")]
@@ -161,3 +161,9 @@ def test_resuming_says_what_the_checkpoint_decides_and_what_it_cannot_do(tmp_pat
         assert train_bytes.main([*resume, "--steps", "2"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"--checkpoint {kept} holds no run of this example" in line
+
+
+def test_a_run_that_diverged_has_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train_bytes.Run, "loss", lambda self, ids: sum(value.sum() for value in self.model.parameters()) * float("nan"))
+    assert train_bytes.main([*TINY, "--steps", "1", "--picture", str(tmp_path / "a.svg")]) == 1
+    assert capsys.readouterr().err.endswith("has no finite point; measure something first; type a smaller --rate than 0.001\n")

@@ -15,10 +15,27 @@ import titans_backends as tb
 from titans_backends import registry
 from titans_backends.contracts import CONTRACTS
 
-__all__ = ["known_backends", "lacking", "only", "refusal"]
+__all__ = ["known_backends", "lacking", "only", "refusal", "starved", "unusable"]
 
 _EVERY_MODE, _LOOP = ("qkv_prepare", "gated_rms_norm"), ("uw_transform", "token_flux", "chunk_flux", "coupled_core")
 _DISABLE = "TITANS_BACKENDS_DISABLE"
+
+
+def unusable(device: str) -> str:
+    """Why nothing can be computed on this device here, and what to type instead; empty where it can."""
+    try:
+        why = "it computes nothing" if torch.device(device).type == "meta" else ""
+        torch.zeros(1, device=device).add(1)
+    except Exception as error:  # AssertionError, ModuleNotFoundError, NotImplementedError or RuntimeError, by the device
+        why = f"{error}".strip().split("\n")[0].split(". ")[0][:240] or type(error).__name__
+    return why and f"--device {device}: {why}; type --device {'cuda or --device cpu' if torch.cuda.is_available() else 'cpu'}"
+
+
+def starved(error: BaseException) -> bool:
+    """Whether it was memory that was wanting, on a device or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        told in str(error) for told in ("DefaultCPUAllocator", "calculation overflowed")
+    )
 
 
 def known_backends() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import sysconfig
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from one_backend import known_backends, lacking, only, refusal
+from one_backend import known_backends, lacking, only, refusal, starved, unusable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -41,11 +42,13 @@ HELD_OUT = 20
 WARM_STEPS = 10
 """Not timed: kernels are compiled in them. Losses are read as often."""
 COMPARED = ("eager", "triton", "cupy")
+SIZES = ("width", "heads", "layers", "batch", "tokens", "warmup", "seed")
+MODES, MERGES, DTYPES = ("recurrent", "flat"), ("fixed", "scalar", "head", "flux"), ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that decides a run's numbers, the backend's rounding aside; a checkpoint goes on with its own."""
+    """All that decides a run's numbers, the backend's rounding aside; a checkpoint goes on with its own. ValueError names the option that is wrong."""
 
     mode: str = "recurrent"
     merge: str = "fixed"
@@ -58,6 +61,25 @@ class Recipe:
     warmup: int = 30
     seed: int = 0
     dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            value, least = getattr(self, name), 0 if name in ("warmup", "seed") else 1
+            if not isinstance(value, int) or not least <= value < 1 << 31:
+                raise ValueError(f"--{name} {value}: wanted a whole number from {least} to {(1 << 31) - 1}; the default is --{name} {default(name)}")
+        if self.width % self.heads:
+            nearest = max(self.heads, round(self.width / self.heads) * self.heads)
+            raise ValueError(f"--width {self.width} cannot be shared by --heads {self.heads}; type --width {nearest}, or heads that divide the width")
+        if not isinstance(self.rate, float) or not 0.0 < self.rate < math.inf:
+            raise ValueError(f"--rate {self.rate}: wanted a finite number above 0; the default is --rate {default('rate')}")
+        for name, known in (("mode", MODES), ("merge", MERGES), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)}: known are {', '.join(known)}")
+
+
+def default(name: str) -> Any:
+    """A recipe's own value of this option."""
+    return Recipe.__dataclass_fields__[name].default
 
 
 @dataclass(slots=True)
@@ -161,7 +183,7 @@ class Run:
     def advance(self, text: Tensor) -> Tensor:
         """One step; its loss, still on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate * min(1.0, (self.step + 1) / self.recipe.warmup)
+            group["lr"] = self.recipe.rate * min(1.0, (self.step + 1) / max(1, self.recipe.warmup))
         loss = self.loss(pieces(text, self.recipe, self.step).to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -188,22 +210,32 @@ class Run:
 
     @staticmethod
     def load(path: Path, device: str) -> Run:
-        """The run that `save` kept, to go on with."""
-        from safetensors import safe_open
+        """The run that `save` kept, to go on with; ValueError where the file is not one."""
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as opened:
-            told = opened.metadata()
-            names: list[str] = list(opened.keys())
-            held = {name: opened.get_tensor(name) for name in names}
-        kept = json.loads(told["run"])
-        run = Run(Recipe(**kept["recipe"]), device)
-        run.step = kept["step"]
-        run.model.load_state_dict({name.removeprefix("model."): value for name, value in held.items() if name.startswith("model.")})
-        for name, parameter in run.model.named_parameters():
-            start = f"adam.{name}."
-            states = {key.removeprefix(start): value for key, value in held.items() if key.startswith(start) and "." not in key.removeprefix(start)}
-            if states:  # a parameter without a gradient has none
-                run.optimizer.state[parameter] = {key: value if key == "step" else value.to(device) for key, value in states.items()}
+        try:
+            with safe_open(path, "pt") as opened:
+                kept = json.loads((opened.metadata() or {})["run"])
+                held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
+            run = Run(Recipe(**kept["recipe"]), device)
+            run.step = int(kept["step"])
+            run.model.load_state_dict({name.removeprefix("model."): value for name, value in held.items() if name.startswith("model.")})
+            for name, parameter in run.model.named_parameters():
+                start = f"adam.{name}."
+                states = {
+                    key.removeprefix(start): value for key, value in held.items() if key.startswith(start) and "." not in key.removeprefix(start)
+                }
+                if any(value.shape != parameter.shape for key, value in states.items() if key != "step"):
+                    raise ValueError(f"{start}* must be {list(parameter.shape)}")
+                if states:  # a parameter without a gradient has none
+                    run.optimizer.state[parameter] = {key: value if key == "step" else value.to(device) for key, value in states.items()}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if starved(error):
+                raise
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(
+                f"--checkpoint {path} holds no run of this example ({why}); name another, or leave --resume out to train from the start"
+            ) from error
         return run
 
 
@@ -245,7 +277,7 @@ def train(run: Run, steps: int, backend: str, text: Tensor, asked: argparse.Name
                 curve.clock(time.perf_counter() - begin, run.recipe.batch * run.recipe.tokens)
                 progress.update(task, completed=run.step, said=f"loss {curve.last:.3f}")
                 curves.write()
-            if asked.checkpoint is not None and (run.step == steps or run.step % asked.checkpoint_every == 0):
+            if asked.checkpoint is not None and (run.step == steps or (asked.checkpoint_every and run.step % asked.checkpoint_every == 0)):
                 run.save(asked.checkpoint)
     curve.validation, curve.merge = run.validation(text), run.model.alphas()
     curves.write()
@@ -278,7 +310,7 @@ def picture(curves: Sequence[Curve], title: str) -> str:
     from line_chart import Axis, Panel, Series, draw
 
     lines = []
-    for index, curve in enumerate(curves):
+    for index, curve in enumerate(curve for curve in curves if curve.losses):
         means = [statistics.fmean(curve.losses[at : at + 10]) for at in range(0, len(curve.losses), 10)]
         lines.append(Series(curve.backend, [(curve.first + 10.0 * at + 5, mean) for at, mean in enumerate(means)], index, index % 3))
     return draw(title, [Panel("Training loss", lines)], Axis("step"), Axis("nats a byte"), columns=1)
@@ -311,64 +343,124 @@ def show(curves: Sequence[Curve], console: Console) -> None:
     console.print(table)
 
 
+def checked(asked: argparse.Namespace) -> None:
+    """ValueError where the options contradict each other, or name a device or a folder that is not there: before anything is trained."""
+    if asked.compare and (asked.checkpoint is not None or asked.resume or asked.backend != "chosen"):
+        raise ValueError("--compare trains several models from their start, one on each backend; leave --checkpoint and --resume out, and --backend")
+    if asked.steps < 1:
+        raise ValueError(f"--steps {asked.steps}: wanted a whole number from 1 on; the default is --steps 300")
+    if asked.checkpoint_every < 0:
+        raise ValueError(f"--checkpoint-every {asked.checkpoint_every}: wanted a whole number from 0 on; 0 writes it in the end only")
+    for option, path in (("--checkpoint", asked.checkpoint), ("--json", asked.json), ("--picture", asked.picture)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ValueError(f"{option} {path} is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise ValueError(f"{option} {path}: there is no folder {path.parent}; type mkdir -p {path.parent} first")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{option} {path}: the folder {path.parent} cannot be written to; name a file in another")
+    if asked.resume and (asked.checkpoint is None or not asked.checkpoint.exists()):
+        raise ValueError(
+            f"--resume wants a --checkpoint that is there, got {asked.checkpoint}; name it, or leave --resume out to train from the start"
+        )
+    told = unusable(asked.device)
+    if told:
+        raise ValueError(told)
+
+
+def begun(asked: argparse.Namespace, console: Console) -> tuple[Run, Tensor]:
+    """The run to train and its corpus; ValueError where they do not go together."""
+    checked(asked)
+    run = Run.load(asked.checkpoint, asked.device) if asked.resume else Run(recipe_of(asked), asked.device)
+    if asked.resume:
+        given = {name: getattr(asked, name) for name in Recipe.__dataclass_fields__}
+        kept = [
+            f"--{name} {getattr(run.recipe, name)} (not {value})" for name, value in given.items() if value not in (None, getattr(run.recipe, name))
+        ]
+        if kept:
+            console.print(f"taken from {asked.checkpoint}: {', '.join(kept)}", markup=False, highlight=False, soft_wrap=True)
+        if asked.steps <= run.step:
+            raise ValueError(
+                f"--steps {asked.steps}: {asked.checkpoint} has done {run.step} already; type --steps {run.step + 100}, or any more than {run.step}"
+            )
+    text = corpus()
+    most = (len(text) - 1) // 2
+    if run.recipe.tokens > most:
+        raise ValueError(f"--tokens {run.recipe.tokens}: the corpus has {len(text)} bytes, two pieces at the least; type --tokens {most} or fewer")
+    reason = "" if asked.compare else refused(asked.backend, run.recipe, asked.device)
+    if reason:
+        raise ValueError(reason)
+    return run, text
+
+
+def refuse(error: Exception, device: str) -> int:
+    """2, with a line on what was asked for in vain or on the memory that was wanting; anything else is raised again."""
+    if starved(error):
+        print(f"error: too little memory on {device}; type a smaller --batch, --tokens, --width or --layers", file=sys.stderr)
+    elif isinstance(error, ValueError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        raise error
+    return 2
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; 2 where what is asked cannot be had here, 1 where a backend that is compared fails."""
+    """Trains; 2 where what is asked cannot be had here, 1 where a backend that is compared fails or no loss can be drawn."""
     asked = options(arguments)
     console = Console(stderr=True)
-    if asked.resume:
-        if asked.checkpoint is None or not asked.checkpoint.exists():
-            print(f"error: --resume wants a --checkpoint that is there, got {asked.checkpoint}", file=sys.stderr)
-            return 2
-        run = Run.load(asked.checkpoint, asked.device)
-    else:
-        run = Run(recipe_of(asked), asked.device)
-    text, curves = corpus(), Curves(run.recipe, asked.device, asked.json)
+    try:
+        run, text = begun(asked, console)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        return refuse(error, asked.device)
+    curves = Curves(run.recipe, asked.device, asked.json)
     if asked.compare:
         compare(text, asked, console, curves)
     else:
-        reason = refused(asked.backend, run.recipe, asked.device)
-        if reason:
-            print(f"error: {reason}", file=sys.stderr)
-            return 2
-        with only(asked.backend):
-            train(run, asked.steps, asked.backend, text, asked, console, curves)
+        try:
+            with only(asked.backend):
+                train(run, asked.steps, asked.backend, text, asked, console, curves)
+        except (RuntimeError, MemoryError) as error:
+            return refuse(error, asked.device)
+    if not curves:
+        print(f"error: none of {', '.join(COMPARED)} can train this here; type another --dtype, --width or --heads", file=sys.stderr)
+        return 2
     show(curves, Console())
     if asked.picture is not None:
-        asked.picture.write_text(picture(curves, f"A byte-level model on {curves.device}, {run.recipe.dtype}"), encoding="utf-8")
+        try:
+            drawn = picture(curves, f"A byte-level model on {curves.device}, {run.recipe.dtype}")
+        except ValueError as error:  # no finite point
+            print(f"error: --picture {asked.picture} is not drawn: {error}; type a smaller --rate than {run.recipe.rate:g}", file=sys.stderr)
+            return 1
+        asked.picture.write_text(drawn, encoding="utf-8")
     return 1 if any(curve.failed for curve in curves) else 0
 
 
 def recipe_of(asked: argparse.Namespace) -> Recipe:
     """The recipe that the command line asks for."""
-    dtype = asked.dtype or ("bfloat16" if torch.device(asked.device).type == "cuda" else "float32")
-    given = {name: getattr(asked, name) for name in Recipe.__dataclass_fields__ if name != "dtype"}
-    return Recipe(**given, dtype=dtype)
+    given = {"dtype": "bfloat16" if torch.device(asked.device).type == "cuda" else "float32"}
+    return Recipe(**given | {name: getattr(asked, name) for name in Recipe.__dataclass_fields__ if getattr(asked, name) is not None})
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked."""
+    """The command line; None for what a recipe has a value of its own for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="chosen", choices=("chosen", *known_backends()), help="chosen: what dispatch takes (default)")
     parser.add_argument("--compare", action="store_true", help=f"train on each of {', '.join(COMPARED)} that can")
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="train up to this step (default 300)")
-    parser.add_argument("--mode", choices=("recurrent", "flat"), default="recurrent", help="flat: no memory beyond a chunk (default recurrent)")
-    parser.add_argument(
-        "--merge", choices=("fixed", "scalar", "head", "flux"), default="fixed", help="the share of S_fast: fixed, learned, or from the flux"
-    )
-    for name, default in (("width", 256), ("heads", 8), ("layers", 4), ("batch", 16), ("tokens", 512), ("warmup", 30), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default {default})")
-    parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's (default 1e-3)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--mode", choices=MODES, help="flat: no memory beyond a chunk (default recurrent)")
+    parser.add_argument("--merge", choices=MERGES, help="the share of S_fast: fixed (default), learned, or from the flux")
+    for name in SIZES:
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"(default {default(name)}{'; 0: none' if name == 'warmup' else ''})")
+    parser.add_argument("--rate", type=float, help="AdamW's (default 1e-3)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="safetensors; written every --checkpoint-every steps and in the end")
-    parser.add_argument("--checkpoint-every", type=int, default=100, metavar="N")
+    parser.add_argument("--checkpoint-every", type=int, default=100, metavar="N", help="(default 100; 0: in the end only)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, with its recipe")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the loss curves")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="the loss curves as SVG")
-    asked = parser.parse_args(arguments)
-    if asked.compare and (asked.checkpoint is not None or asked.resume):
-        parser.error("--compare trains several models from their start; leave --checkpoint and --resume out")
-    return asked
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,70 @@ def test_comparing_leaves_out_who_cannot_train_here_and_says_so(tmp_path: Path, 
     assert "eager" in told.out
     assert "triton is left out" in told.err
     assert picture.read_text().startswith("<svg")
-    with pytest.raises(SystemExit):
-        train_bytes.main(["--compare", "--resume"])
+    assert train_bytes.main(["--compare", "--resume"]) == 2
     assert "leave --checkpoint and --resume out" in capsys.readouterr().err
+
+
+WITHOUT_CUDA = [] if torch.cuda.is_available() else [(["--device", "cuda"], "type --device cpu")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--batch", "0"], "--batch 0: wanted a whole number from 1"),
+        (["--warmup", "-1"], "--warmup -1: wanted a whole number from 0"),
+        (["--tokens", "1000000000"], "or fewer"),
+        (["--width", "30", "--heads", "4"], "type --width 32"),
+        (["--rate", "nan"], "--rate nan: wanted a finite number"),
+        (["--steps", "0"], "--steps 0: wanted"),
+        (["--checkpoint-every", "-1"], "0 writes it in the end only"),
+        (["--device", "nonsense"], "type --device"),
+        (["--device", "meta"], "computes nothing"),
+        (["--checkpoint", "nowhere/a"], "type mkdir -p nowhere first"),
+        (["--json", "nowhere/a"], "type mkdir -p nowhere first"),
+        (["--picture", "."], "--picture . is a folder"),
+        (["--resume"], "--resume wants a --checkpoint that is there, got None"),
+        (["--compare", "--backend", "eager"], "leave --checkpoint and --resume out, and --backend"),
+        *WITHOUT_CUDA,
+    ],
+)
+def test_what_cannot_be_had_is_one_line_before_training(
+    asked: Sequence[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_bytes, "train", None)
+    assert train_bytes.main([*TINY, *asked]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+def test_zeros_that_mean_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = list[int]()
+    honest = train_bytes.Run.save
+    monkeypatch.setattr(train_bytes.Run, "save", lambda self, path: (saved.append(self.step), honest(self, path)))
+    asked = ["--warmup", "0", "--steps", "2", "--checkpoint-every", "0", "--checkpoint", str(tmp_path / "a")]
+    assert train_bytes.main([*TINY, *asked]) == 0
+    assert saved == [2]
+
+
+def test_resuming_says_what_the_checkpoint_decides_and_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, resume = tmp_path / "kept", ["--device", "cpu", "--resume", "--checkpoint", str(tmp_path / "kept")]
+    assert train_bytes.main([*TINY, "--steps", "1", "--checkpoint", str(kept)]) == 0
+    capsys.readouterr()
+    assert train_bytes.main([*resume, "--steps", "1", "--width", "64", "--heads", "1", "--picture", str(tmp_path / "a.svg")]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == f"taken from {kept}: --width 32 (not 64)"
+    assert told[1].endswith("has done 1 already; type --steps 101, or any more than 1")
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[:-100], whole.replace(b'"run"', b'"ruin"'), whole.replace(b'\\"heads\\": 1', b'\\"heads\\": 7')):
+        assert damaged != whole
+        kept.write_bytes(damaged)
+        assert train_bytes.main([*resume, "--steps", "2"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--checkpoint {kept} holds no run of this example" in line
+
+
+def test_a_run_that_diverged_has_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train_bytes.Run, "loss", lambda self, ids: sum(value.sum() for value in self.model.parameters()) * float("nan"))
+    assert train_bytes.main([*TINY, "--steps", "1", "--picture", str(tmp_path / "a.svg")]) == 1
+    assert capsys.readouterr().err.endswith("has no finite point; measure something first; type a smaller --rate than 0.001\n")

@@ -397,3 +397,25 @@ def test_a_form_without_meaning_is_refused(arguments: dict[str, object], error: 
 def test_a_call_that_does_not_fit_is_refused(arguments: dict[str, object], error: type[Exception], told: str) -> None:
     with pytest.raises(error, match=told):
         TitansDualCore(24, 2)(**{"x": torch.zeros(2, 3, 24), **arguments})
+
+
+@pytest.mark.parametrize("ends", [[0, 33, 60], [1, 33, 70], [0, 71, 70]], ids=["too short", "not from 0", "a step back"])
+@pytest.mark.parametrize("mode", ["flat", "dual", "loop"])
+def test_the_original_chunks_take_no_wrong_cu_seqlens(mode: str, ends: list[int]) -> None:
+    layer = TitansDualCore(24, 2, mode=mode, chunking="original")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must begin with 0, never decrease and end with T = 70"):
+        layer(torch.randn(1, 70, 24), cu_seqlens=torch.tensor(ends))
+
+
+def test_a_decay_that_underflows_forgets_and_is_no_nan() -> None:
+    layer = TitansDualCore(24, 2, decay="previous_chunk", chunk_size=8)
+    torch.nn.init.constant_(layer.slow_decay_bias, -200.0)
+    x = torch.randn(1, 40, 24)
+    y, cache = layer(x), layer.new_cache(1)
+    assert y.isfinite().all()
+    torch.testing.assert_close(torch.cat([layer(part, cache=cache) for part in x.split(11, 1)], 1), y, rtol=1e-4, atol=1e-5)
+
+
+def test_an_alpha_that_the_flux_would_replace_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"alpha=0\.9 would do nothing: merge='flux'"):
+        TitansDualCore(24, 2, mode="loop", alpha=0.9)

@@ -96,3 +96,24 @@ def test_what_does_not_fit_is_refused() -> None:
         TitansEncoderConfig(pooling="cls")
     with pytest.raises(ValueError, match="num_layers=0"):
         TitansEncoderConfig(num_layers=0)
+
+
+def test_every_layer_needs_a_cache_of_its_own() -> None:
+    encoder = TitansEncoder(TitansEncoderConfig(vocab_size=0, d_model=24, num_heads=2, num_layers=2, d_ff=32))
+    one, x = encoder.new_cache(1)[0], torch.randn(1, 4, 24)
+    for caches in ([one, one], [None, one]):
+        with pytest.raises(ValueError, match="a cache of its own for every layer"):
+            encoder(inputs_embeds=x, cache=caches)
+
+
+def test_what_a_global_hook_kept_stays_as_it_was() -> None:
+    encoder, kept = TitansEncoder(TitansEncoderConfig(vocab_size=0, d_model=24, num_heads=2, num_layers=1, d_ff=32)), list[tuple[torch.Tensor, ...]]()
+    with (
+        torch.no_grad(),
+        torch.nn.modules.module.register_module_forward_hook(
+            lambda module, given, y: kept.append((y, y.clone())) if isinstance(y, torch.Tensor) else None
+        ),
+    ):
+        encoder(inputs_embeds=torch.randn(1, 4, 24), pool=False)
+    assert kept
+    assert all(torch.equal(y, copy) for y, copy in kept)

@@ -36,7 +36,8 @@ class Conversion:
 class KnownLayer:
     """A layer that can be swapped: `seeks` says in a few words what is looked for, for the error where nothing was found.
 
-    `recognise(module)` is cheap, imports nothing, and is asked of every module of a model; `convert(module, backend)` says what it becomes, or why not, with every reason.
+    `recognise(module)` is cheap, imports nothing, and is asked of every module of a model; `convert(module, backend)` says what it becomes, or
+    why not, with every reason, and leaves it as it is.
     """
 
     name: str

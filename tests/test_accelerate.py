@@ -136,6 +136,13 @@ def test_of_a_model_swapped_in_part_the_rest_is_swapped_and_each_report_undoes_i
     assert {type(layer) for layer in model.layers} == {LamAfter}
 
 
+def test_layers_of_the_library_itself_are_there_already() -> None:
+    model = nn.Sequential(tb.nn.TitansDualCore(32, 2))
+    assert [entry.status for entry in tb.accelerate(model).entries] == ["already"]
+    with pytest.raises(tb.AccelerateError, match=r"say use_backend\('eager'\) around its calls"):
+        tb.accelerate(model, backend="eager")
+
+
 def test_a_shared_layer_is_swapped_once_under_all_its_names_and_a_model_may_be_the_layer(marks: list[str]) -> None:
     inner = nn.Sequential(Doubled())
     model = nn.ModuleDict({"a": inner, "b": nn.Sequential(inner, inner[0])})
@@ -449,6 +456,14 @@ def test_one_graph_under_torch_compile(when: str) -> None:
         report.undo()
         same(compiled(X), want)
         assert old_calls(model) > ran, "the graph of the new forward ran after undo"
+
+
+def test_a_swapped_model_is_exported() -> None:
+    model = model_of(layers=1)
+    want = model(X)
+    tb.accelerate(model)
+    same(torch.export.export(model, (X,)).module()(X), want)
+    assert old_calls(model) == 1
 
 
 def test_a_compiled_layer_is_swapped_inside_of_its_wrapper(marks: list[str]) -> None:

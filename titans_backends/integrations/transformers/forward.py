@@ -113,11 +113,11 @@ class GatedDelta:
             cache.update_conv_state(given.channels(tokens - taps), index, conv_kernel_size=taps)
             return prepared
         window = cache.update_conv_state(given.channels(), index, conv_kernel_size=taps)[..., 1 - taps - tokens :]
-        if tokens == 1 and (taps != TAPS or window.device.type == "cpu"):
+        if tokens == 1 and not recorded and (taps != TAPS or window.device.type == "cpu"):
             return self._one_token(window)
         mixed = window.transpose(1, 2)
         q, k, v, unit = self._convolved_by_op(self._heads(mixed, -1), None, None) if taps == TAPS else self._convolved_by_torch(mixed, None)
-        return q[:, taps - 1 :], k[:, taps - 1 :], v[:, taps - 1 :], unit
+        return q[:, -tokens:], k[:, -tokens:], v[:, -tokens:], unit  # what recorded the past may hold fewer inputs than the taps reach
 
     def _convolved(self, given: Projected, before: Tensor | None, packed: Tensor | None) -> Prepared:
         if self.conv_kernel_size == TAPS:

@@ -16,11 +16,11 @@ class _Qwen(GatedDelta):
     norm: nn.Module
     out_proj: nn.Module
 
-    def gate_norm(self) -> nn.Module:
+    def _gate_norm(self) -> nn.Module:
         """`norm`."""
         return self.norm
 
-    def output_projection(self) -> nn.Module:
+    def _output_projection(self) -> nn.Module:
         """`out_proj`."""
         return self.out_proj
 
@@ -33,7 +33,7 @@ class JointProjection(_Qwen):
     in_proj_b: nn.Module
     in_proj_a: nn.Module
 
-    def projected(self, x: Tensor) -> Projected:
+    def _projected(self, x: Tensor) -> Projected:
         """Views of four products."""
         mixed: Tensor = self.in_proj_qkv(x)
         z: Tensor = self.in_proj_z(x)
@@ -46,7 +46,7 @@ class FusedProjection(_Qwen):
     in_proj_qkvz: nn.Module
     in_proj_ba: nn.Module
 
-    def projected(self, x: Tensor) -> Projected:
+    def _projected(self, x: Tensor) -> Projected:
         """q, k, b and a are views; v and z are copied where a key head has several value heads."""
         shared = self.num_v_heads // self.num_k_heads
         values, heads = shared * self.head_v_dim, (self.num_k_heads, -1)
@@ -69,21 +69,21 @@ class SeparateProjections(GatedDelta):
     o_proj: nn.Module
     allow_neg_eigval: bool
 
-    def projected(self, x: Tensor) -> Projected:
+    def _projected(self, x: Tensor) -> Projected:
         """Views of six products."""
         keys, values = (self.num_k_heads, self.head_k_dim), (self.num_v_heads, self.head_v_dim)
         q, k = self.q_proj(x).unflatten(-1, keys), self.k_proj(x).unflatten(-1, keys)
         v, z = self.v_proj(x).unflatten(-1, values), self.g_proj(x).unflatten(-1, values)
         return Projected(q, k, v, z, self.b_proj(x), self.a_proj(x))
 
-    def beta(self, b: Tensor) -> Tensor:
+    def _beta(self, b: Tensor) -> Tensor:
         """In (0, 2) or (0, 1)."""
         return b.sigmoid() * 2.0 if self.allow_neg_eigval else b.sigmoid()
 
-    def gate_norm(self) -> nn.Module:
+    def _gate_norm(self) -> nn.Module:
         """`o_norm`."""
         return self.o_norm
 
-    def output_projection(self) -> nn.Module:
+    def _output_projection(self) -> nn.Module:
         """`o_proj`."""
         return self.o_proj

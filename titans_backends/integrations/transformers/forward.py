@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from titans_backends.contracts.gated_delta_step import MAX_TOKENS
 from titans_backends.contracts.short_conv import TAPS
+from titans_backends.integrations.bypassed import is_plain
 from titans_backends.integrations.transformers.caching import Cache, held_by, previous_states, records_past
 from titans_backends.integrations.transformers.projected import Projected, boundaries
 from titans_backends.op import get_op
@@ -45,19 +46,19 @@ class GatedDelta:
     titans_norm_backend: str | None
     titans_norm_activation: str | None
 
-    def projected(self, x: Tensor) -> Projected:
+    def _projected(self, x: Tensor) -> Projected:
         """q, k, v, the output's gate, and what beta and g are made of."""
         raise NotImplementedError
 
-    def beta(self, b: Tensor) -> Tensor:
+    def _beta(self, b: Tensor) -> Tensor:
         """How much of a token is written."""
         return b.sigmoid()
 
-    def gate_norm(self) -> nn.Module:
+    def _gate_norm(self) -> nn.Module:
         """The gated norm."""
         raise NotImplementedError
 
-    def output_projection(self) -> nn.Module:
+    def _output_projection(self) -> nn.Module:
         """The last projection."""
         raise NotImplementedError
 
@@ -74,18 +75,18 @@ class GatedDelta:
     def _run(self, x: Tensor, cache: Cache | None, mask: Tensor | None, packed: Tensor | None) -> Tensor:
         if mask is not None:
             x = (x * mask[:, :, None]).to(x.dtype)
-        given = self.projected(x)
+        given = self._projected(x)
         before, state = (None, None) if cache is None else previous_states(cache, self.layer_idx)
         if packed is not None and before is not None:
             raise ValueError(
                 f"{type(self).__name__}: cu_seq_lens_q begins sequences, but the cache holds one that goes on; pass a fresh cache, or use_cache=False"
             )
         q, k, v, unit = self._prepared(given, cache, before, packed)
-        beta = self.beta(given.b).flatten(2)
+        beta = self._beta(given.b).flatten(2)
         decay = (-self.A_log.float().exp()).view(given.a.shape[2:])
         g = (decay * F.softplus(given.a.float() + self.dt_bias.view(given.a.shape[2:]))).flatten(2)
         o = self._remembered(q, k, v, beta, g, cache, state, packed, qk_l2norm=not unit)
-        projection = self.output_projection()
+        projection = self._output_projection()
         y: Tensor = projection(self._gated(o, given.z).flatten(2))
         return y
 
@@ -184,14 +185,8 @@ class GatedDelta:
 
     def _gated(self, o: Tensor, z: Tensor) -> Tensor:
         """The gated norm by our op; by the module itself where something waits for its call, or it is none that we know."""
-        norm = self.gate_norm()
-        if (
-            self.titans_norm_activation is None
-            or norm._forward_hooks
-            or norm._forward_pre_hooks
-            or norm._backward_hooks
-            or "_hf_hook" in norm.__dict__
-        ):
+        norm = self._gate_norm()
+        if self.titans_norm_activation is None or not is_plain(norm):
             y: Tensor = norm(o.reshape(-1, o.shape[-1]), z.reshape(-1, z.shape[-1])).view(o.shape)
             return y
         weight, eps = norm.weight, norm.variance_epsilon

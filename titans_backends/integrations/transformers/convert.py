@@ -39,10 +39,11 @@ def convert(module: nn.Module, backend: str | None) -> Conversion | Verdict:
     if module.conv_kernel_size != TAPS:
         notes.append(f"its convolution has {module.conv_kernel_size} taps and the op {TAPS}, so torch's conv1d runs it")
     attributes = {
-        "titans_memory_backend": backend,
-        "titans_prepare_backend": _where_declared(backend, "qkv_prepare"),
-        "titans_norm_backend": _where_declared(backend, "gated_rms_norm"),
-        "titans_norm_activation": gate,
+        "titans_rule": get_op("gated_delta_rule", backend=backend),
+        "titans_step": get_op("gated_delta_step", backend=backend),
+        "titans_prepare": get_op("qkv_prepare", backend=_where_declared(backend, "qkv_prepare")),
+        "titans_norm": None if gate is None else get_op("gated_rms_norm", backend=_where_declared(backend, "gated_rms_norm")),
+        "titans_gate": gate,
     }
     return Conversion(family.form, attributes, tuple(notes))
 

@@ -3,7 +3,8 @@
     q, k, v = silu(conv([q, k, v]))       q, k over their norms       beta = sigmoid(b)       g = -exp(A_log) softplus(a + dt_bias)
     o = gated delta rule(q, k, v, beta, g) / sqrt(K)                  y = out_proj(rms_norm(o) * silu(z))
 
-Everything stays `[B, T, channels]`; parameters and submodules are read at each call, so that whatever replaces one later is seen.
+Everything stays `[B, T, channels]`; parameters and submodules are read at each call, so that whatever replaces one later is seen. The ops are the
+module's attributes: a tracer cannot look one up after the cache, which is made of dicts, has changed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from titans_backends.contracts.short_conv import TAPS
 from titans_backends.integrations.bypassed import is_plain
 from titans_backends.integrations.transformers.caching import Cache, held_by, previous_states, records_past
 from titans_backends.integrations.transformers.projected import Projected, boundaries
-from titans_backends.op import get_op
+from titans_backends.op import Op
 
 __all__ = ["GatedDelta"]
 
@@ -41,10 +42,11 @@ class GatedDelta:
     A_log: Tensor
     dt_bias: Tensor
 
-    titans_memory_backend: str | None
-    titans_prepare_backend: str | None
-    titans_norm_backend: str | None
-    titans_norm_activation: str | None
+    titans_rule: Op
+    titans_step: Op
+    titans_prepare: Op
+    titans_norm: Op | None
+    titans_gate: str | None
 
     def _projected(self, x: Tensor) -> Projected:
         """q, k, v, the output's gate, and what beta and g are made of."""
@@ -129,7 +131,7 @@ class GatedDelta:
         weights = self._heads(_weight(self.conv1d.weight, qkv[0])[:, 0], 0)
         biases = _NONE if self.conv1d.bias is None else self._heads(_weight(self.conv1d.bias, qkv[0]), 0)
         q_state, k_state, v_state = _NONE if before is None else self._heads(_state(before), 1)
-        q, k, v, _, _, _ = get_op("qkv_prepare", backend=self.titans_prepare_backend)(
+        q, k, v, _, _, _ = self.titans_prepare(
             *qkv, *weights, *biases, qk_norm="l2_eps", q_state=q_state, k_state=k_state, v_state=v_state, cu_seqlens=packed
         )
         assert q is not None
@@ -161,12 +163,12 @@ class GatedDelta:
         cache: Cache | None, state: Tensor | None, packed: Tensor | None, *, qk_l2norm: bool,
     ) -> Tensor:  # fmt: skip
         """o `[B, T, H, V]`; the state goes on from the cache's and back into it, in place where no gradient runs."""
-        backend, index = self.titans_memory_backend, self.layer_idx
+        index = self.layer_idx
         differentiated = torch.is_grad_enabled() and _any_requires_grad(q, k, v, beta, g, state)
         if cache is not None and state is not None and q.shape[1] <= MAX_TOKENS:
             wide = _state(state)
             inplace = not differentiated and wide is state and held_by(cache, index, state)
-            o, after = get_op("gated_delta_step", backend=backend)(q, k, v, beta, g, state=wide, inplace=inplace, qk_l2norm=qk_l2norm)
+            o, after = self.titans_step(q, k, v, beta, g, state=wide, inplace=inplace, qk_l2norm=qk_l2norm)
             if not inplace:
                 assert after is not None
                 cache.update_recurrent_state(after, index)
@@ -174,7 +176,7 @@ class GatedDelta:
             start = None if state is None else _state(state)
             if differentiated and start is not None:
                 start = start.clone()  # the cache's own is overwritten before the backward reads it
-            o, after = get_op("gated_delta_rule", backend=backend)(
+            o, after = self.titans_rule(
                 q, k, v, beta, g, initial_state=start, output_final_state=cache is not None, qk_l2norm=qk_l2norm, cu_seqlens=packed
             )
             if cache is not None:
@@ -185,16 +187,14 @@ class GatedDelta:
 
     def _gated(self, o: Tensor, z: Tensor) -> Tensor:
         """The gated norm by our op; by the module itself where something waits for its call, or it is none that we know."""
-        norm = self._gate_norm()
-        if self.titans_norm_activation is None or not is_plain(norm):
+        norm, op = self._gate_norm(), self.titans_norm
+        if op is None or not is_plain(norm):
             y: Tensor = norm(o.reshape(-1, o.shape[-1]), z.reshape(-1, z.shape[-1])).view(o.shape)
             return y
         weight, eps = norm.weight, norm.variance_epsilon
         assert isinstance(weight, Tensor)
         assert isinstance(eps, float)
-        (made,) = get_op("gated_rms_norm", backend=self.titans_norm_backend)(
-            o, z, _weight(weight, o), eps=eps, activation=self.titans_norm_activation
-        )
+        (made,) = op(o, z, _weight(weight, o), eps=eps, activation=self.titans_gate)
         assert made is not None
         return made
 

@@ -1,0 +1,16 @@
+"""FLA's functions, layers and dispatch, on our ops (flash-linear-attention 0.6).
+
+    from titans_backends.integrations.fla import chunk_gated_delta_rule      # instead of fla.ops.gated_delta_rule
+    from titans_backends.integrations.fla import register_with_fla            # FLA's own models, unchanged, on our kernels
+
+Importing this imports neither fla nor a kernel package.
+"""
+
+from titans_backends.integrations.fla.functions import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+)
+
+__all__ = ["chunk_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_delta_rule", "fused_recurrent_gated_delta_rule"]

@@ -12,5 +12,13 @@ from titans_backends.integrations.fla.functions import (
     fused_recurrent_delta_rule,
     fused_recurrent_gated_delta_rule,
 )
+from titans_backends.integrations.fla.registration import Registration, register_with_fla
 
-__all__ = ["chunk_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_delta_rule", "fused_recurrent_gated_delta_rule"]
+__all__ = [
+    "Registration",
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "register_with_fla",
+]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from titans_backends.integrations.builtin import load
 from titans_backends.verdict import Verdict
 
 __all__ = ["Conversion", "KnownLayer", "known_layers", "register_layer"]
@@ -51,10 +52,14 @@ _KNOWN: dict[str, KnownLayer] = {}
 
 def register_layer(layer: KnownLayer) -> KnownLayer:
     """Adds a layer to those that `accelerate` knows; one of the same name is replaced. Returns it, so that it may stand as a decorator's result."""
+    if not isinstance(layer, KnownLayer):
+        raise TypeError(f"register_layer: it takes a KnownLayer(name, seeks, recognise, convert), got {type(layer).__name__}")
+    load()  # first, so that a user's layer is the later one, and replaces a built-in of its name
     _KNOWN[layer.name] = layer
     return layer
 
 
 def known_layers() -> tuple[KnownLayer, ...]:
     """All of them, the latest registered first: a user's own layer is asked before the built-in ones."""
+    load()
     return tuple(reversed(_KNOWN.values()))

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import titans_backends as tb
 from tests import fla_likeness
 from tests.test_integrations_fla import recurrence
 from titans_backends.integrations import fla as ours
 from titans_backends.integrations.fla import padding
-from titans_backends.integrations.known import Conversion, KnownLayer, known_layers
+from titans_backends.integrations.known import KnownLayer
 from titans_backends.verdict import Verdict
 
 LAYERS: dict[str, KnownLayer] = {"GatedDeltaNet": ours.GATED_DELTA_NET, "DeltaNet": ours.DELTA_NET}
@@ -53,12 +54,8 @@ def made(name: str, dtype: torch.dtype = torch.float64, **changes: object) -> nn
 
 
 def swapped(layer: nn.Module, backend: str | None = None) -> nn.Module:
-    """What `accelerate` does to a module that converts."""
-    (known,) = [known for known in known_layers() if known.recognise(layer)]
-    found = known.convert(layer, backend)
-    assert isinstance(found, Conversion), str(found)
-    layer.__class__ = type(type(layer).__name__, (found.forward, type(layer)), {})
-    layer.__dict__.update(found.attributes)
+    """The layer on our ops."""
+    tb.accelerate(layer, backend=backend)
     return layer
 
 
@@ -189,14 +186,26 @@ def test_one_graph_holds_the_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_forced_backend_runs_the_memory(name: str, plugin_backend) -> None:
-    ran = plugin_backend("forced")
-    layer = made(name, torch.float32)
-    verdict = LAYERS[name].convert(layer, "forced")
-    if isinstance(verdict, Verdict):  # the loopback lacks an op: then that is what it says
-        assert "has no gated_delta_step" in str(verdict)
-        return
-    swapped(layer, "forced")(torch.randn(2, 20, 64))
-    assert ran
+    ran = plugin_backend("everywhere")
+    swapped(made(name, torch.float32, use_gate=True), "everywhere")(torch.randn(2, 20, 64))
+    assert ran == ["forward"] * 3  # convolutions, memory, norm
+    ran = plugin_backend("memory", ops=("gated_delta_rule", "gated_delta_step"))
+    layer = swapped(made(name, torch.float32, use_gate=True), "memory")
+    layer(torch.randn(2, 20, 64))
+    assert ran == ["forward"]
+    with torch.no_grad():
+        layer(torch.randn(2, 1, 64))
+    assert ran == ["forward"] * 2
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_swap_is_told_and_undone(name: str) -> None:
+    model = nn.Sequential(made(name, torch.float32), nn.Linear(64, 64))
+    with tb.accelerate(model) as report:
+        assert [(entry.path, entry.old.__name__) for entry in report.swapped] == [("0", name)]
+        model[0](torch.randn(1, 3, 64))
+    with pytest.raises(AssertionError, match="the original layer ran"):
+        model[0](torch.randn(1, 3, 64))
 
 
 def subclass_of(layer: nn.Module) -> nn.Module:
@@ -213,7 +222,7 @@ REFUSALS = [
     ("GatedDeltaNet", {}, lambda layer: setattr(layer.o_norm, "weight", None), "without eps and weight"),
     ("GatedDeltaNet", {}, lambda layer: setattr(layer.k_conv1d, "activation", "relu"), "k_conv1d has activation 'relu'"),
     ("GatedDeltaNet", {}, lambda layer: setattr(layer, "v_conv1d", nn.Identity()), "v_conv1d is a Identity"),
-    ("DeltaNet", {}, lambda layer: layer.v_conv1d.register_forward_hook(lambda *_: None), "v_conv1d has hooks"),
+    ("DeltaNet", {}, lambda layer: layer.v_conv1d.register_forward_hook(lambda *_: None), "v_conv1d has 1 of _forward_hooks"),
     ("DeltaNet", {}, subclass_of, "Mine has a forward of its own"),
 ]
 

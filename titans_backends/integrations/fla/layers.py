@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from titans_backends.integrations.bypassed import bypassed
 from titans_backends.integrations.fla.convolutions import conv_verdict
 from titans_backends.integrations.fla.delta_net import QK_ACTIVATIONS, QK_NORMS, DeltaNetForward
 from titans_backends.integrations.fla.gated_delta_net import GatedDeltaNetForward
@@ -68,8 +69,6 @@ def _class_verdict(module: nn.Module, path: str) -> Verdict:
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     if _path(owner) != path:
         verdict &= refused(f"{_path(owner)} has a forward of its own, which a swap would pass by; register_layer describes such a layer")
-    if "forward" in vars(module):
-        verdict &= refused("the instance has a forward of its own, which a swap would pass by; delete that first")
     version = str(getattr(sys.modules.get("fla"), "__version__", "of an unknown version"))
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or tuple(map(int, found.groups())) < _OLDEST:
@@ -90,22 +89,14 @@ def _where_declared(backend: str | None, op: str) -> str | None:
 def _parts_verdict(module: nn.Module) -> Verdict:
     """The convolutions and the norm, whose forwards are passed by."""
     verdict = norm_verdict(getattr(module, "o_norm", None), bool(module.use_gate))
-    bypassed = ["o_norm"]
+    passed_by = ["o_norm"]
     if module.use_short_conv:
-        bypassed += _CONVS
+        passed_by += _CONVS
         for name in _CONVS:
             verdict &= conv_verdict(name, getattr(module, name, None))
-    for name in bypassed:
-        verdict &= _unhooked(name, getattr(module, name, None))
-    return verdict
-
-
-def _unhooked(name: str, part: nn.Module | None) -> Verdict:
-    """A hook on a part whose forward is passed by would not fire."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if part is not None and (any(getattr(part, hook, None) for hook in hooks) or hasattr(part, "_hf_hook")):
-        return refused(f"{name} has hooks, which would not fire: its work is part of another op; remove them, or put them on the layer")
-    return ACCEPTED
+    present = [name for name in passed_by if isinstance(getattr(module, name, None), nn.Module)]
+    lost = bypassed(module, present)
+    return verdict & refused(*lost) if lost else verdict
 
 
 def _among(name: str, module: nn.Module, known: tuple[str, ...]) -> Verdict:

@@ -22,9 +22,7 @@ def decay_of(function: str, g: Tensor, A_log: Tensor, dt_bias: Tensor | None) ->
             raise ValueError(
                 f"{function}: {name} has shape {tuple(value.shape)}, but g has {heads} heads in shape {tuple(g.shape)}; it must be [{heads}]"
             )
-    x = g.to(dtype)
-    if dt_bias is not None:
-        x = x + dt_bias.to(dtype).reshape(heads)
+    x = g.to(dtype) if dt_bias is None else g + dt_bias.to(dtype).reshape(heads)  # a sum of two dtypes is of the wider one, in one launch
     return torch.nn.functional.softplus(x) * -A_log.to(dtype).reshape(heads).exp()
 
 

@@ -28,6 +28,7 @@ _PATHS: Mapping[str, tuple[str, type]] = {
     "GatedDeltaNet": ("fla.layers.gated_deltanet.GatedDeltaNet", GatedDeltaNetForward),
 }
 _CONVS = ("q_conv1d", "k_conv1d", "v_conv1d")
+_NOTE = "the cache holds the convolutions' states in float32, where FLA has the activations' dtype"
 _MEMORY_OPS = ("gated_delta_rule", "gated_delta_step")
 
 
@@ -58,7 +59,7 @@ def _converts(name: str) -> Callable[[nn.Module, str | None], Conversion | Verdi
             "titans_conv_backend": _where_declared(backend, "short_conv"),
             "titans_norm_backend": _where_declared(backend, "gated_rms_norm"),
         }
-        return Conversion(forward, attributes)
+        return Conversion(forward, attributes, (_NOTE,) if module.use_short_conv else ())
 
     return convert
 

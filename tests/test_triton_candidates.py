@@ -124,6 +124,19 @@ def test_of_coupled_core_what_no_card_has_examined_is_refused(changes: dict[str,
     assert answer.forward == answer.backward == ()
 
 
+def test_of_coupled_core_trained_in_float32_narrower_heads_are_served() -> None:
+    made = CONTRACTS["coupled_core"]
+    case = Case("", T=200, K=32, V=33, given=made.variants[0].given)
+    module = module_of("coupled_core")
+    trained = signature("coupled_core", case, regime="training")[1]
+    assert "head_dim V=33 is above 32, the widest that a card has examined, trained in float32; use backend='eager'" in str(
+        module.supports(trained, H100)
+    )
+    assert module.supports(signature("coupled_core", replace(case, V=32), regime="training")[1], H100)
+    assert module.supports(signature("coupled_core", case)[1], H100)
+    assert module.supports(signature("coupled_core", replace(case, dtype=torch.bfloat16), regime="training")[1], H100)
+
+
 def test_coupled_core_takes_chunks_of_any_length_in_float32() -> None:
     case = replace(LONG, dtype=torch.float32)
     for chunk in (16, 64, 128, 1000):

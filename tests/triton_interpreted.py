@@ -74,7 +74,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """coupled_core's kernels are right at sizes, too, that are refused until a card has examined them."""
-    monkeypatch.setattr(import_module("titans_backends.backends.triton.coupled_core"), "EXAMINED", {"K": 128, "V": 256})
+    module = import_module("titans_backends.backends.triton.coupled_core")
+    monkeypatch.setattr(module, "EXAMINED", {"K": 128, "V": 256})
+    monkeypatch.setattr(module, "EXAMINED_TRAINED", {})
 
 
 def around(made: Contract, tokens: int = 21) -> Iterator[Case]:

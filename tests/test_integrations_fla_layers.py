@@ -181,7 +181,10 @@ def test_a_mask_is_asked_once_and_again_when_it_is_written_to() -> None:
 def test_one_graph_holds_the_layer(name: str) -> None:
     layer = swapped(made(name, torch.float32))
     x = torch.randn(2, 20, 64)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], layer(x)[0])
+    graph = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(graph(x)[0], layer(x)[0])
+    packed = {"cu_seqlens": torch.tensor([0, 8, 20])}
+    torch.testing.assert_close(graph(x[:1], **packed)[0], layer(x[:1], **packed)[0])
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -121,20 +121,20 @@ def test_padding_is_as_if_each_row_were_alone_also_through_the_cache(name: str, 
     for row, length in enumerate(lengths):
         at = {"left": slice(9 - length, 9), "right": slice(0, length)}.get(side, torch.randperm(9)[:length].sort().values)
         mask[row, at] = 1
-    later = torch.randn(3, 2, 64, dtype=torch.float64)
+    later, after = torch.randn(3, 3, 64, dtype=torch.float64), torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 1]])  # one row waits for a step
     cache = fla_likeness.Cache()
     with torch.no_grad():
         y, _, _ = layer(rows, attention_mask=mask, past_key_values=cache, use_cache=True)
         steps = []
-        for t in range(2):
-            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+        for t in range(3):
+            mask = torch.cat([mask, after[:, t : t + 1]], 1)
             steps.append(layer(later[:, t : t + 1], attention_mask=mask, past_key_values=cache, use_cache=True)[0])
-    assert cache.seen == 11
-    assert not y[mask[:, :9] == 0].any()
+    assert cache.seen == 12
+    y, x = torch.cat([y, *steps], 1), torch.cat([rows, later], 1)
+    assert not y[mask == 0].any()
     for row in range(3):
-        kept = mask[row, :9] != 0
-        whole = expected_of(name, original, torch.cat([rows[row, kept], later[row]])[None])[0]
-        torch.testing.assert_close(torch.cat([y[row, kept], torch.cat(steps, 1)[row]]), whole, rtol=1e-8, atol=1e-9)
+        kept = mask[row] != 0
+        torch.testing.assert_close(y[row, kept], expected_of(name, original, x[row, kept][None])[0], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("GatedDeltaNet", (2, 4, 32, 16)), ("DeltaNet", (2, 4, 16, 16))])

@@ -44,7 +44,8 @@ class Flux(nn.Module):
         self.W_bilinear = nn.Parameter(0.1 * torch.randn(heads, keys, values) / math.sqrt(keys))
         self.temp = nn.Parameter(torch.full((heads,), math.sqrt(keys)))
         self.flux_net, self.token_flux_proj = (
-            nn.Sequential(nn.Linear(inputs, keys // 2), nn.SiLU(), nn.Linear(keys // 2, 1), nn.Sigmoid()) for inputs in (keys + values + 1, keys + values)
+            nn.Sequential(nn.Linear(inputs, keys // 2), nn.SiLU(), nn.Linear(keys // 2, 1), nn.Sigmoid())
+            for inputs in (keys + values + 1, keys + values)
         )
 
     def forward(self, k: Tensor, u: Tensor) -> Tensor:
@@ -63,7 +64,9 @@ class LamLayer(nn.Module):
     chunk = 0
     keeps_states = False
 
-    def __init__(self, d_model: int, num_heads: int, expand_v: float = 1.0, layer_idx: int = 0, norm_eps: float = 1e-5, use_delta_rule: bool = True) -> None:
+    def __init__(
+        self, d_model: int, num_heads: int, expand_v: float = 1.0, layer_idx: int = 0, norm_eps: float = 1e-5, use_delta_rule: bool = True
+    ) -> None:
         super().__init__()
         values = int(d_model * expand_v)
         self.num_heads, self.layer_idx, self.use_delta_rule, self.calls = num_heads, layer_idx, use_delta_rule, 0
@@ -87,7 +90,10 @@ class LamLayer(nn.Module):
         def gate(projection: nn.Module, bias: Tensor | float = 0.0) -> Tensor:
             return (projection(x) + bias).sigmoid().transpose(1, 2)
 
-        q, k = (F.normalize(conv(p(x)).unflatten(-1, heads), dim=-1).transpose(1, 2) for p, conv in ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d)))
+        q, k = (
+            F.normalize(conv(p(x)).unflatten(-1, heads), dim=-1).transpose(1, 2)
+            for p, conv in ((self.q_proj, self.q_conv1d), (self.k_proj, self.k_conv1d))
+        )
         beta = gate(self.b_proj)[..., None]
         v = self.v_conv1d(self.v_proj(x)).unflatten(-1, heads).transpose(1, 2) * beta
         decays = gate(self.fast_decay_proj, self.fast_decay_bias), gate(self.slow_decay_proj, self.slow_decay_bias)

@@ -114,7 +114,11 @@ def _differences(module: nn.Module, sizes: Sizes) -> tuple[str, ...]:
         got = (getattr(part, "in_features", None), getattr(part, "out_features", None), getattr(part, "bias", None) is not None)
         if got != (inputs, outputs, bias):
             reasons.append(f"{name} has (in_features, out_features, bias) = {got}, the original {(inputs, outputs, bias)}")
-    held = {name: tensor.shape for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()] if name.split(".")[0] not in projections}
+    held = {
+        name: tensor.shape
+        for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+        if name.split(".")[0] not in projections
+    }
     reasons += [f"it has no {name}, which the original has" for name in others if name not in held]
     reasons += [f"it has {name} {list(shape)}, which the original has not" for name, shape in held.items() if name not in others]
     reasons += [

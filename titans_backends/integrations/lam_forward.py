@@ -54,6 +54,12 @@ class LamForward(Mixing):
             past_key_values = self._stored(past_key_values, states, original_length(hidden_states.shape[1]))
         return y, None, past_key_values, None if states is None else orthogonality_loss(*states)
 
+    def _projections(self, x: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """The flat version's decay by itself: only its states depend on it, and where nobody uses those it must get no gradient, not one of zeros."""
+        alone = tuple(name for name in names if self.form.mode == "flat" and name == "slow_decay_proj")
+        found = super()._projections(x, tuple(name for name in names if name not in alone))
+        return {**found, **super()._projections(x, alone)} if alone else found
+
     def _normed(self, o: Tensor, gate: Tensor) -> Tensor:
         norm = self.o_norm
         if not is_plain(norm):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -102,19 +103,26 @@ def _walk(module: nn.Module, path: str, above: frozenset[int]) -> Iterator[tuple
 def _asked(found: _Found, layers: Sequence[KnownLayer], backend: str | None) -> _Planned | Entry | None:
     """What becomes of a module: a plan, an entry that says why nothing does, or None where no layer recognises it."""
     module, kind = found.module, type(found.module)
-    if isinstance(module, (torch._dynamo.OptimizedModule, torch.jit.ScriptModule)):
-        return None  # the first answers for the module inside, which is asked itself; the second's forward is no longer Python
+    if _stands_for_another(module):
+        return None
     if is_ours(module):
         return _already(found, backend)
-    reasons: list[str] = []
-    layer = None
+    refusals: dict[str, tuple[str, ...]] = {}
     for layer in (one for one in layers if one.recognise(module)):
-        answer = layer.convert(module, backend)
-        planned = _planned(found, layer, answer)
+        planned = _planned(found, layer, layer.convert(module, backend))
         if isinstance(planned, _Planned):
             return planned
-        reasons += [f"{layer.name}: {reason}" for reason in planned]
-    return None if layer is None else Entry(found.paths, "refused", layer.name, kind, reasons=tuple(reasons))
+        refusals[layer.name] = planned
+    if not refusals:
+        return None
+    reasons = [f"{name}: {reason}" if len(refusals) > 1 else reason for name, told in refusals.items() for reason in told]
+    return Entry(found.paths, "refused", ", ".join(refusals), kind, reasons=tuple(reasons))
+
+
+def _stands_for_another(module: nn.Module) -> bool:
+    """Whether it has another module's attributes, or a forward that is no longer Python: torch.compile's wrapper, whose inside is asked itself; a script."""
+    compiling = sys.modules.get("torch._dynamo.eval_frame")  # its import takes seconds
+    return isinstance(module, torch.jit.ScriptModule) or (compiling is not None and isinstance(module, compiling.OptimizedModule))
 
 
 def _already(found: _Found, backend: str | None) -> Entry:

@@ -56,7 +56,7 @@ class Mixing(nn.Module):
         if cu_seqlens is None:
             length = original_length(x.shape[1])
             y, states = self._mix(pad_tokens(x, length), original_chunk_size(length, size), None, return_states)
-            return y[:, : x.shape[1]], states
+            return y if length == x.shape[1] else y[:, : x.shape[1]], states
         y, order, found = torch.zeros_like(x), [], []
         for group in original_groups(cu_seqlens, size, x.shape[1], x.device):
             part, states = self._mix(group.gather(x), group.chunk_size, group.cu_seqlens, return_states)

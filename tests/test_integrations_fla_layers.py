@@ -153,6 +153,16 @@ def test_the_cache_holds_flas_layouts(name: str, layout: tuple[int, ...]) -> Non
         swapped(made(name, torch.float32))(x, past_key_values=cache)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_cache_that_was_never_kept_is_as_none(name: str) -> None:
+    """FLA's own layer leaves three times None behind where it was not asked to keep its states."""
+    layer, cache = swapped(made(name, layer_idx=0)), fla_likeness.Cache()
+    cache.update(recurrent_state=None, conv_state=(None, None, None), layer_idx=0, offset=6)
+    x = torch.randn(2, 6, 64, dtype=torch.float64)
+    assert torch.equal(layer(x, past_key_values=cache, use_cache=False)[0], layer(x)[0])
+    assert cache[0] == {"recurrent_state": None, "conv_state": (None, None, None)}
+
+
 def test_packed_sequences_are_as_if_alone() -> None:
     for name, changes in (VARIANTS[1], VARIANTS[5], VARIANTS[6]):
         layer, original = swapped(made(name, **changes)), made(name, **changes)

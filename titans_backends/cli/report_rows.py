@@ -32,7 +32,7 @@ def show_report(out: Console, facts: Facts) -> None:
     if not facts.machines:
         say(out, "no table has a row; to measure this machine: titans-backends tune")
     columns = [Column("op"), Column("won by", flexible=True)]
-    columns += [Column(title, "right") for title in ("buckets", "vs default", "vs next", "vs eager", "of floor")]
+    columns += [Column(title, "right") for title in ("rows", "vs default", "vs next", "vs eager", "floor")]
     for machine in facts.machines:
         rows = rows_of(machine)
         about = f"{machine.device.name}{' (this machine)' if machine.here else ''}"
@@ -49,7 +49,7 @@ def show_report(out: Console, facts: Facts) -> None:
                 Text(f"{units.amount(sum(one.buckets for one in failed), 'candidate')} failed in a race; their reasons stand on the page", "yellow"),
             )
         out.print()
-    say(out, Text("gains are geometric means; of floor: the largest share of what the machine's ceilings allow", "dim"))
+    say(out, Text("gains are geometric means over the untuned default, the next backend and plain torch; floor: the largest share of what the machine's ceilings allow", "dim"))
     if facts.problems:
         heading(out, "files that are not used")
         for problem in facts.problems:

@@ -1,7 +1,7 @@
 """One colour and one mark per backend, on a light page and on a dark one; the same in every chart, table and picture.
 
-Told apart without colour too: every mark differs, and every chart names its backends beside their lines. Hues keep their distance under
-red-blind and green-blind vision for the backends of one kind of device (tests/test_reporting_charts.py measures it).
+Told apart without colour too: every mark differs, and every chart names its backends beside their lines. The colours of one kind of device's
+backends keep their distance for red-blind and green-blind eyes as well, and their contrast on the page (tests/test_reporting_palette.py measures both).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PALETTE: dict[str, Style] = {
     "triton": Style("triton", "#0a66b5", "#5fb2f5", "o"),
     "cupy": Style("cupy", "#c44d08", "#ff9d5c", "s"),
     "eager": Style("eager", "#6a7280", "#a6aebb", "D"),
-    "inductor": Style("inductor", "#00826c", "#45cdb0", "^"),
-    "numba": Style("numba", "#8a3fa6", "#d19fe8", "v"),
-    "numba_cpu": Style("numba_cpu", "#96690a", "#f0c050", "P"),
-    "fla": Style("fla", "#b3256f", "#f78dc0", "X"),
-    "flash_qla": Style("flash_qla", "#4a7a12", "#a6d95f", "*"),
-    "flashinfer": Style("flashinfer", "#0b7a94", "#69d3ec", "p"),
+    "inductor": Style("inductor", "#16a77e", "#5beab6", "^"),
+    "numba": Style("numba", "#601067", "#bb43e8", "v"),
+    "numba_cpu": Style("numba_cpu", "#925911", "#e6ae3f", "P"),
+    "fla": Style("fla", "#602146", "#d64e7d", "X"),
+    "flash_qla": Style("flash_qla", "#5ca03c", "#b5f097", "*"),
+    "flashinfer": Style("flashinfer", "#2979a3", "#b5f2f6", "p"),
 }
 """The backends that this library knows by name."""
 

@@ -70,4 +70,4 @@ def facts() -> Facts:
     gone = State("ignored", "triton/scan is no longer there", "titans-backends tune --seq-lens 8192 --op gated_delta_rule")
     bare = cell(8192, measurements=(), default=None, default_reason="its timings are not kept here", state=gone)
     mine = machine(cell(), cell(2048, state=stale), bare, training(), cell(1, bucket=bucket(1, "gated_delta_step")))
-    return Facts((mine,), "2026-01-02", "0.1", (FileFacts("user", "~/x.yaml", "", "~/x.yaml:3: <b>not</b> a table"),))
+    return Facts((mine,), "2026-01-02", "0.1", (FileFacts("user", "~/x.yaml", "", f"~/{'long_name_' * 9}/x.yaml:3: <b>not</b> a table"),))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -113,3 +115,9 @@ def test_ceilings_are_measured_where_that_was_asked_for(made_up: list[Edge], mon
     assert with_ceilings.ceilings is not None
     assert set(with_ceilings.ceilings.rates) == {"copy", "fp32"}
     assert without.ceilings is None
+
+
+def test_the_command_line_starts_without_the_packages_that_draw() -> None:
+    code = "import sys, titans_backends.cli; print({'matplotlib', 'jinja2'} & {name.partition('.')[0] for name in sys.modules} - torch_has)"
+    before = "import sys, torch; torch_has = {name.partition('.')[0] for name in sys.modules}; "
+    assert subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -69,11 +69,12 @@ def test_the_page_and_its_charts_follow_the_colour_scheme(opened: tuple[Browser,
     for scheme in ("light", "dark"):
         with browser.looking(1280, scheme=scheme):
             line = browser.ask("getComputedStyle(document.querySelector('.panel svg .s-triton')).stroke")
-            seen[scheme] = (browser.ask("getComputedStyle(document.body).backgroundColor"), line)
+            grounds = [browser.ask(f"getComputedStyle(document.querySelector('{name}')).backgroundColor") for name in ("body", ".panel")]
+            seen[scheme] = (grounds, line)
     for scheme, (_, line) in seen.items():
         colour = getattr(PALETTE["triton"], scheme)
         assert line == f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
-    assert seen["light"][0] != seen["dark"][0]
+    assert all(light != dark for light, dark in zip(seen["light"][0], seen["dark"][0], strict=True))
 
 
 def test_paper_is_light_and_shows_the_charts_without_the_closed_tables(opened: tuple[Browser, Path], tmp_path: Path) -> None:

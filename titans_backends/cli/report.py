@@ -108,4 +108,4 @@ def _measured(device: str) -> Ceilings:
         kinds["bf16"] = torch.bfloat16
     found = {kind: now.measure(device, dtype) for kind, dtype in kinds.items()}
     rates = {kind: one.flop_per_s for kind, one in found.items()}
-    return Ceilings({"copy": max(one.bytes_per_s for one in found.values()), **rates}, ("measured just now",))
+    return Ceilings({"copy": max(one.bytes_per_s for one in found.values()), **rates}, ())

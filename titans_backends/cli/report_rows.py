@@ -49,7 +49,13 @@ def show_report(out: Console, facts: Facts) -> None:
                 Text(f"{units.amount(sum(one.buckets for one in failed), 'candidate')} failed in a race; their reasons stand on the page", "yellow"),
             )
         out.print()
-    say(out, Text("gains are geometric means over the untuned default, the next backend and plain torch; floor: the largest share of what the machine's ceilings allow", "dim"))
+    say(
+        out,
+        Text(
+            "gains are geometric means over the untuned default, the next backend and plain torch; floor: the largest share of what the machine's ceilings allow",
+            "dim",
+        ),
+    )
     if facts.problems:
         heading(out, "files that are not used")
         for problem in facts.problems:

@@ -56,9 +56,8 @@ def canvas(
 
 def pixels(axes: Axes) -> tuple[float, float]:
     """Width and height of a pair of axes."""
-    box, inches = axes.get_position(), axes.get_figure(root=True)
-    assert inches is not None
-    return box.width * inches.get_figwidth() * 72, box.height * inches.get_figheight() * 72
+    box, scale = axes.get_window_extent(), 72 / axes.figure.dpi
+    return box.width * scale, box.height * scale
 
 
 def length_axis(axes: Axes, lengths: Sequence[int]) -> None:

@@ -65,11 +65,16 @@ class Measured:
 class Ceilings:
     """What a machine does at best, as measured: `rates` in FLOP/s by `bf16`, `tf32`, `fp32` (multiply-adds counted as two), and `copy` in bytes/s.
 
-    `sources` name the files, or the moment, that they come from.
+    `sources` name the files that they come from; there are none where this machine was measured for the report.
     """
 
     rates: Mapping[str, float]
     sources: tuple[str, ...]
+
+    @property
+    def origin(self) -> str:
+        """Where they come from, as a sentence."""
+        return f"The best that {', '.join(self.sources)} saw on such a machine." if self.sources else "Measured on this machine for this report."
 
     @property
     def copy(self) -> float | None:

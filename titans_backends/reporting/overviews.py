@@ -42,8 +42,9 @@ def gains(rows: Sequence[Row]) -> Chart:
 
 
 def shares(rows: Sequence[Row]) -> Chart:
-    """Share of the floor per op: a full mark for graph launches, a hollow one for eager calls and training."""
+    """Share of the floor per op. Hollow marks: eager calls and training where there are graph launches, else training."""
     shown = [row for row in rows if row.share is not None]
+    graphs = any(row.place.launch == "graph" for row in rows)
 
     def told(of: Sequence[Row]) -> tuple[str, ...]:
         return (percent(max((row.share or 0.0 for row in of), default=None)),)
@@ -55,7 +56,7 @@ def shares(rows: Sequence[Row]) -> Chart:
         ("largest",),
         "floor over the winner’s time",
         (-3, 102),
-        hollow=lambda row: row.place.launch != "graph",
+        hollow=lambda row: row.place.launch != "graph" if graphs else row.place.regime == "training",
     )
     axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
     return Chart(figure, "Share of the floor: the least time that the machine's ceilings allow over the winner's, by op")

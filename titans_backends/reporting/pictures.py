@@ -36,7 +36,7 @@ def write_pictures(facts: Facts, folder: Path) -> list[Path]:
 def _charts(rows: list[Row]) -> Iterator[tuple[str, Chart]]:
     if any(row.winner is not None for row in rows):
         yield "winners", overviews.winners(rows)
-    if any(row.over_default for row in rows):
+    if any(row.over_default and not row.kept_default for row in rows):
         yield "gains", overviews.gains(rows)
     if any(row.share for row in rows):
         yield "floor", overviews.shares(rows)

@@ -31,6 +31,7 @@ class MachineView:
     ops: tuple[OpView, ...]
     gains: str
     shares: str
+    graphs: bool
     ceilings: str
     renewals: tuple[Renewal, ...]
     noisy: tuple[Renewal, ...]
@@ -90,10 +91,11 @@ def sentences(found: Summary, decided: bool) -> list[str]:
 
 def _machine(machine: MachineFacts, anchor: str, rows: Sequence[Row]) -> MachineView:
     found = summarize(rows)
-    gained, shared = any(row.over_default for row in rows), any(row.share for row in rows)
+    replaced = any(row.over_default and not row.kept_default for row in rows)
+    shared, graphs = any(row.share for row in rows), any(row.place.launch == "graph" for row in rows)
     device = machine.device
     about = [device.kind, f"compute capability {device.sm / 10:.1f}" if device.sm else "", f"{device.sms} multiprocessors" if device.sms else ""]
-    about += [f"{device.threads} threads" if device.threads else "", device.isa or "", "this machine" if machine.here else ""]
+    about += [numbers.amount(device.threads, "thread") if device.threads else "", device.isa or "", "this machine" if machine.here else ""]
     headline = sentences(found, any(row.decided for row in rows)) if rows else ["No rows."]
     if machine.repeated:
         headline.append(f"{numbers.amount(machine.repeated, 'row')} for traced graphs repeat the choice beside them and are not counted.")
@@ -104,8 +106,9 @@ def _machine(machine: MachineFacts, anchor: str, rows: Sequence[Row]) -> Machine
         headline=tuple(headline),
         bars=bars(found.wins),
         ops=tuple(op_view(op, of, f"{anchor}-{op}") for op, of in by_op(rows).items()),
-        gains=drawn(overviews.gains(rows), f"{anchor}g") if gained else "",
+        gains=drawn(overviews.gains(rows), f"{anchor}g") if replaced else "",
         shares=drawn(overviews.shares(rows), f"{anchor}s") if shared else "",
+        graphs=graphs,
         ceilings=_ceilings(machine.ceilings),
         renewals=tuple(renewals(rows)),
         noisy=tuple(noisy(rows)),
@@ -124,7 +127,7 @@ def _ceilings(found: Ceilings | None) -> str:
     names = {"bf16": "products in 16 bits", "tf32": "in TF32", "fp32": "in float32"}
     told = [f"copying {numbers.rate(found.copy, 'B')}"] if found.copy else []
     told += [f"{words} {numbers.rate(found.rates[kind], 'FLOP')}" for kind, words in names.items() if kind in found.rates]
-    return f"{', '.join(told)}: the best that was measured on such a machine, by {', '.join(found.sources)}."
+    return f"{', '.join(told)}. {found.origin}"
 
 
 def _unchecked(rows: Sequence[Row]) -> tuple[Failure, ...]:

@@ -31,7 +31,12 @@ BEYOND = ("titans_backends.nn", "titans_backends.conformance")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages."""
-    pages = {"ops/index.md": _ops_page(), "reference/backends.md": _backends_page(), "reference/commands.md": _commands_page(), "reference/api.md": _api_page()}
+    pages = {
+        "ops/index.md": _ops_page(),
+        "reference/backends.md": _backends_page(),
+        "reference/commands.md": _commands_page(),
+        "reference/api.md": _api_page(),
+    }
     for name, text in {**pages, **{f"ops/{op}.md": _op_page(op) for op in CONTRACTS}}.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -39,7 +44,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Puts a page for each op where the navigation says `ops/`."""
-    config.nav = [{"Ops": ["ops/index.md", *({op: f"ops/{op}.md"} for op in CONTRACTS)]} if entry == {"Ops": "ops/"} else entry for entry in config.nav or []]
+    config.nav = [
+        {"Ops": ["ops/index.md", *({op: f"ops/{op}.md"} for op in CONTRACTS)]} if entry == {"Ops": "ops/"} else entry for entry in config.nav or []
+    ]
     return config
 
 
@@ -84,7 +91,9 @@ def _ops_page() -> str:
 
 def _op_page(name: str) -> str:
     told = json.loads(CliRunner().invoke(app, ["ops", name, "--json"]).stdout)
-    layouts = {one["name"]: " or ".join(f"`[{', '.join(layout.replace('*', '...').split())}]`" for layout in one["layouts"]) for one in told["arguments"]}
+    layouts = {
+        one["name"]: " or ".join(f"`[{', '.join(layout.replace('*', '...').split())}]`" for layout in one["layouts"]) for one in told["arguments"]
+    }
     arguments = [
         [f"`{one['name']}`", layouts[one["name"]], one["dtype"], "optional" if one["optional"] else "", "yes" if one["differentiable"] else ""]
         for one in told["arguments"]
@@ -127,7 +136,10 @@ def _backends_page() -> str:
         "Each is optional but `eager`. A package that is missing disables its backend and nothing else; `titans-backends doctor` says what is usable on a machine.",
         table(
             ["backend", "what it is", "ops", "runs on", "install"],
-            [[f"`{one.name}`", one.summary, f"{len(one.ops)} of {len(CONTRACTS)}", _runs_on(one), f"`{one.install}`" if one.install else ""] for one in _ordered()],
+            [
+                [f"`{one.name}`", one.summary, f"{len(one.ops)} of {len(CONTRACTS)}", _runs_on(one), f"`{one.install}`" if one.install else ""]
+                for one in _ordered()
+            ],
         ),
         "## Which has which op\n",
         table(
@@ -166,7 +178,13 @@ def _command(name: str, found: object, depth: int = 2) -> list[str]:
         words = one.opts + one.secondary_opts if one.param_type_name == "option" else [one.metavar or one.name.upper()]
         metavar = f" {one.metavar}" if one.param_type_name == "option" and one.metavar and not getattr(one, "is_flag", False) else ""
         shown = getattr(one, "show_default", None)
-        default = shown if isinstance(shown, str) else "" if shown is False or one.default in (None, False, ()) or callable(one.default) else str(one.default)
+        default = (
+            shown
+            if isinstance(shown, str)
+            else ""
+            if shown is False or one.default in (None, False, ()) or callable(one.default)
+            else str(one.default)
+        )
         rows.append([", ".join(f"`{word}{metavar}`" for word in words), one.help or "", default])
     return [*parts, table(["option", "what it does", "default"], rows)] if rows else parts
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,20 @@ def test_every_command_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_page_shows_every_kind() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert [kind for kind in KINDS if f"| `{kind}` |" not in page] == []
+
+
+def test_the_example_is_what_the_page_leads_to(tmp_path: Path) -> None:
+    """Its files are those of new-backend but for the kernel, which is the page's; it runs in the conformance suite like any other."""
+    example = ROOT / "examples" / "titans-backends-sliced"
+    assert CliRunner().invoke(app, ["new-backend", "sliced", "--output", str(tmp_path / "new")]).exit_code == 0
+    written = {path.relative_to(tmp_path / "new") for path in (tmp_path / "new").rglob("*") if path.is_file()}
+    kernel = Path("sliced") / "fused_uw.py"
+    assert [str(name) for name in written - {kernel} if (example / name).read_text() != (tmp_path / "new" / name).read_text()] == []
+    page = next(text for kind, text in steps() if kind == "mine/fused_uw.py").replace('"mine"', '"sliced"')
+    assert (example / kernel).read_text().partition('"""\n\n')[2] == page
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TITANS_BACKENDS_", "PYTEST_"))}
+    env |= {"PYTHONPATH": f"{ROOT}:{example}", "TITANS_BACKENDS_PLUGINS": "sliced", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "float32 and inference", "-p", "no:cacheprovider", "-n", "0", str(example)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert re.search(r"^\d+ passed", done.stdout, flags=re.MULTILINE), done.stdout + done.stderr

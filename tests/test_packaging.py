@@ -265,7 +265,7 @@ def test_metadata_states_licence_version_extras_and_script(wheels: dict[str, Pat
     assert metadata["Version"] == version[1]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"triton", "cuda12", "cuda13", "numba", "test", "docs", "all"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"triton", "cuda12", "cuda13", "numba", "report", "test", "docs", "all"}
     assert "Apache License" in archive.read(f"{info}licenses/LICENSE").decode()
     assert "titans-backends = titans_backends.cli:main" in archive.read(f"{info}entry_points.txt").decode()
 

@@ -29,6 +29,7 @@ from titans_backends.errors import (  # noqa: E402
 )
 from titans_backends.machine import Machine, detect  # noqa: E402
 from titans_backends.op import BoundOp, Op, get_op  # noqa: E402
+from titans_backends.recording import record  # noqa: E402
 from titans_backends.scope import autotune, policy, use_backend  # noqa: E402
 from titans_backends.signature import Signature  # noqa: E402
 from titans_backends.verdict import ACCEPTED, Verdict, refused  # noqa: E402
@@ -65,6 +66,7 @@ __all__ = [
     "get_op",
     "ops",
     "policy",
+    "record",
     "refused",
     "reset",
     "use_backend",

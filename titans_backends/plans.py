@@ -27,6 +27,7 @@ from titans_backends.facts import signature_of
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, run_modules
 from titans_backends.precision import float32_precision
+from titans_backends.recording import count, listening
 from titans_backends.sameness import same_as
 from titans_backends.signature import Launch, Signature
 
@@ -138,13 +139,18 @@ class Plan:
             _expect_apart(self.choice.signature.op, [values[place] for place in self.written])  # type: ignore[misc]  # tensors, as in the first call
         for place in self.written:
             announce_change(self.choice.signature.op, values[place])  # type: ignore[arg-type]
-        return again(values)[: self.outputs]
+        outputs = again(values)[: self.outputs]
+        if listening:
+            count(self.choice.signature)
+        return outputs
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
         """The backward kernel, where and as the forward's; the gradients follow `contract.differentiable`."""
-        if self.needs_guard():
-            return self._guarded(lambda: self._run_backward(call, grads, states, needs))
-        return self._run_backward(call, grads, states, needs)
+        guarded = self.needs_guard()
+        found = self._guarded(lambda: self._run_backward(call, grads, states, needs)) if guarded else self._run_backward(call, grads, states, needs)
+        if listening:
+            count(self.choice.signature, backward=True)
+        return found
 
     def _run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
         """What the module remembered of a backward like this, or its `run_backward`."""
@@ -270,6 +276,8 @@ class Planner:
         if not plan.ran:
             self._warmed.setdefault(_compiled_for(plan.choice.signature), set()).add(plan.choice.pair)
             plan.ran = True
+        if listening:
+            count(plan.choice.signature)
         return outputs
 
     def signature(self, call: Call, dims: dict[str, int], asked: Request) -> Signature:

@@ -18,7 +18,6 @@ from titans_backends.backend import Candidate
 from titans_backends.buckets import Bucket, bucket_of
 from titans_backends.cli import exit_codes, units, words
 from titans_backends.cli.asked_call import AskedCall, optional_tensors, sized
-from titans_backends.cli.ceilings import Ceilings, measure
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, console, print_json, say, status_console, table
@@ -28,6 +27,7 @@ from titans_backends.dispatch import choose
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, first_pair, offers
 from titans_backends.plans import request
+from titans_backends.tuning.ceilings import Ceilings, measure
 from titans_backends.tuning.select import combined
 from titans_backends.tuning.session import Session
 from titans_backends.tuning.timing import RaceRules, Withdrawn, race

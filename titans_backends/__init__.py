@@ -80,8 +80,9 @@ def ops() -> tuple[str, ...]:
 
 def reset() -> None:
     """Reads the environment switches, the backends and the tuned tables again at the next call, and drops every memo."""
-    from titans_backends import plans, registry, switches
+    from titans_backends import plans, registry, switches, tables
 
     switches.reload()
+    tables.forget_received()
     registry.reset()
     plans.invalidate()

@@ -21,7 +21,7 @@ from titans_backends.offers import Offer, Pair, offers, pairs, source_modules
 from titans_backends.signature import Signature
 from titans_backends.tables import Source, current_environment, sources
 
-__all__ = ["Choice", "Consulted", "Forced", "choose", "pair_source"]
+__all__ = ["Choice", "Consulted", "Forced", "choose", "consult", "pair_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def _matches(pair: Pair, entry: Entry) -> bool:
     return (pair.backward.name, pair.backward.params) == (entry.backward, entry.backward_params)
 
 
-def _consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str) -> tuple[Consulted, Pair | None]:
+def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str) -> tuple[Consulted, Pair | None]:
     """One table's answer, and the pair that it names if that may be used."""
     if source.table is None:
         return Consulted(source, source.problem), None
@@ -147,7 +147,7 @@ def choose(
     consulted: list[Consulted] = []
     if not signature.batch_invariant:  # one candidate whatever the batch and length: no row by streams or length can say which
         for source in sources(machine):
-            answer, pair = _consult(source, bucket, available, machine.kind)
+            answer, pair = consult(source, bucket, available, machine.kind)
             consulted.append(answer)
             if pair is not None:
                 origin: Literal["tuned", "borrowed"] = "borrowed" if source.kind == "borrowed" else "tuned"

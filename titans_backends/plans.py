@@ -344,11 +344,14 @@ class Planner:
         signature, machine = self.signature(call, dims, asked), detect(device)
         warmed = sorted(self._warmed.get(_compiled_for(signature), ()), key=lambda pair: pair.label) if self._capturing(call) else None
         choice = choose(signature, machine, asked.forced, warmed, must_save=asked.must_save)
-        if asked.tune_budget_s is not None and warmed is None and not _tuned_here(choice):
-            from titans_backends.tuning.run import tune_call
+        if asked.tune_budget_s is not None and warmed is None:
+            from titans_backends.tuning import on_call
 
-            tune_call(self.contract, call, signature, asked.tune_budget_s)
-            choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
+            if on_call.shared(signature.device):
+                choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
+            if not _tuned_here(choice):
+                on_call.tune(self.contract, call, signature, asked.tune_budget_s)
+                choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
         changed = self.contract.rewritten if self._may_change and call.inplace else ()  # type: ignore[attr-defined]
         written = tuple(self.contract.parameters.index(name) for name in changed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,14 +18,20 @@ from titans_backends.cache import file, paths
 from titans_backends.cache.schema import Environment, Table, device_of
 from titans_backends.machine import Machine
 
-__all__ = ["Source", "current_environment", "invalidate", "sources"]
+__all__ = ["Source", "current_environment", "forget_received", "invalidate", "own", "receive", "sources"]
 
-SourceKind = Literal["named", "user", "shipped", "borrowed"]
+SourceKind = Literal["named", "user", "received", "shipped", "borrowed"]
+
+_received: dict[str, tuple[Source, ...]] = {}
+"""By a machine's slug: what stands in place of its own files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file: its table, or why it is not used. borrowed: the shipped table of another device of the same architecture."""
+    """One file: its table, or why it is not used.
+
+    received: the named or the user's file of the job's rank 0, in place of this rank's own. borrowed: the shipped table of another device of the same architecture.
+    """
 
     kind: SourceKind
     path: Path
@@ -36,7 +42,13 @@ class Source:
     @property
     def described(self) -> str:
         """For people: which of the places this is, and where."""
-        names = {"named": f"{switches.PREFIX}CACHE", "user": "user cache", "shipped": "shipped table", "borrowed": "borrowed table"}
+        names = {
+            "named": f"{switches.PREFIX}CACHE",
+            "user": "user cache",
+            "received": "received from rank 0:",
+            "shipped": "shipped table",
+            "borrowed": "borrowed table",
+        }
         return f"{names[self.kind]} {self.path}"
 
 
@@ -45,7 +57,8 @@ def _source(kind: SourceKind, path: Path, loaded: file.Loaded[Table]) -> Source:
     return Source(kind, path, loaded.table, problem, loaded.world_writable)
 
 
-def _sources(machine: Machine) -> Iterator[Source]:
+def own(machine: Machine) -> Iterator[Source]:
+    """This process's own files, read again: the named one, the user's."""
     device = device_of(machine)
     named = switches.current().cache
     if named is not None:
@@ -57,6 +70,16 @@ def _sources(machine: Machine) -> Iterator[Source]:
         yield _source("named", named, file.load(named, defaults_of, device))
     user = paths.user_cache_path(machine.slug)
     yield _source("user", user, file.load(user, defaults_of, device))
+
+
+def receive(machine: Machine, given: Sequence[Source]) -> None:
+    """Puts another process's tables in place of this one's own. Loaded tables and memos are for the caller to drop."""
+    _received[machine.slug] = tuple(given)
+
+
+def _sources(machine: Machine) -> Iterator[Source]:
+    device = device_of(machine)
+    yield from _received[machine.slug] if machine.slug in _received else own(machine)
     for path in paths.shipped_paths():
         loaded = file.read(path, defaults_of)
         if loaded.table is None or loaded.table.device.same(device):
@@ -82,7 +105,12 @@ def current_environment(kind: str) -> Environment:
     return gather(kind)
 
 
+def forget_received() -> None:
+    """This process's own files decide again."""
+    _received.clear()
+
+
 def invalidate() -> None:
-    """Forgets the loaded tables, so that the next miss reads them again."""
+    """Forgets the loaded tables, so that the next miss reads them again; what was received stays."""
     sources.cache_clear()
     current_environment.cache_clear()

@@ -26,6 +26,7 @@ from titans_backends.cli.tune_rows import rows_json, show_rows
 from titans_backends.contracts import CONTRACTS
 from titans_backends.machine import Machine, detect
 from titans_backends.signature import Launch, Regime
+from titans_backends.tuning import ranks
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
 from titans_backends.tuning.run import tune as run_tune
@@ -72,7 +73,7 @@ def tune(
     Only what is missing or no longer current is measured. Ctrl-C keeps every finished bucket.
     Exit status: 0 when every bucket has a row, 1 when some are left or nothing could win, 2 when it could not run, 130 on Ctrl-C.
     """
-    target = words.device_named(device)
+    target = words.device_named(device or ranks.launched_device())
     machine = detect(target)
     small = True if quick is None else quick
     racing = _backends(backend)
@@ -118,6 +119,8 @@ def tune(
         heads=pairs[0][1] if pairs is not None and len(pairs) == 1 else None,
         heads_by_bucket={} if recorded is None else recorded.heads,
     )
+    if dry_run and ranks.launched_rank():
+        return  # rank 0 shows it
     if dry_run:
         _show_dry_run(request, machine, as_json)
         return
@@ -176,22 +179,36 @@ class _Session:
 
     def run(self) -> None:
         """Raises typer.Exit for every status but 0."""
-        err = status_console()
-        self._announce(err)
-        try:
-            with showing(err) as on_event:
-                report = run_tune(self.request, on_event)
-        except TuneInterrupted as stop:
-            self._show(stop.report)
-            self._interrupted(err, stop.report)
-            raise typer.Exit(exit_codes.INTERRUPTED) from stop
+        with ranks.launched() as together:
+            if together is not None and together.rank:
+                ranks.tune(self.request, ranks=together, keep=True)
+                return
+            report = self._measured(together)
         if report.nothing_to_do:
             self._nothing(report)
             return
         self._show(report)
-        self._ended(err if self.as_json else console(), report)
+        self._ended(status_console() if self.as_json else console(), report)
         if not report.complete:
             raise typer.Exit(exit_codes.FALLS_SHORT)
+
+    def _measured(self, together: ranks.Ranks | None) -> TuneReport:
+        """The tune itself, shown while it runs; with other ranks they receive what it finds."""
+        err = status_console()
+        self._announce(err)
+        if together is not None:
+            say(err, f"{together.size} ranks: rank 0 measures, the others receive", "dim")
+        try:
+            with showing(err) as on_event:
+                if together is None:
+                    return run_tune(self.request, on_event)
+                report = ranks.tune(self.request, on_event, ranks=together, keep=True)
+                assert report is not None  # rank 0 has one
+                return report
+        except TuneInterrupted as stop:
+            self._show(stop.report)
+            self._interrupted(err, stop.report)
+            raise typer.Exit(exit_codes.INTERRUPTED) from stop
 
     def _announce(self, err: Console) -> None:
         grid = "recorded, the most expensive first" if self.recorded is not None else "quick grid" if self.request.quick else "full grid"

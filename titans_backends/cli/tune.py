@@ -16,6 +16,7 @@ from titans_backends import registry
 from titans_backends.cache.paths import user_cache_path
 from titans_backends.cache.schema import Bucket
 from titans_backends.cli import exit_codes, units, words
+from titans_backends.cli.assess import run_assessment
 from titans_backends.cli.failures import MisuseError, user_input
 from titans_backends.cli.plan_rows import plan_json, show_plan
 from titans_backends.cli.progress import showing
@@ -65,6 +66,10 @@ def tune(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write this file.", show_default="the user's cache")] = None,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is current.")] = False,
+    assess: Annotated[
+        bool, typer.Option("--assess", help="Say how good the tuner is: two fresh tunes against every candidate timed fully. Changes no table.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="With --assess: so many buckets of the grid.", show_default="all")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be measured; measure nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The table's rows as JSON on stdout.")] = False,
 ) -> None:
@@ -119,6 +124,14 @@ def tune(
         heads=pairs[0][1] if pairs is not None and len(pairs) == 1 else None,
         heads_by_bucket={} if recorded is None else recorded.heads,
     )
+    if limit is not None and (limit < 1 or not assess):
+        raise MisuseError(f"--limit must be at least 1 and stand with --assess, got {limit}{'' if assess else ' without it'}")
+    if assess:
+        beside = [name for name, value in (("--force", force), ("--dry-run", dry_run)) if value]
+        if beside:
+            raise MisuseError(f"--assess tunes into files of its own; leave out {', '.join(beside)}")
+        run_assessment(request, machine, budget, limit, as_json)
+        return
     if dry_run and ranks.launched_rank():
         return  # rank 0 shows it
     if dry_run:

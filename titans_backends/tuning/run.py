@@ -76,6 +76,12 @@ class TuneRequest:
         """The v heads of a bucket's sequences, where somebody said."""
         return self.heads_by_bucket.get(bucket, self.heads)
 
+    def asks(self, backend: str) -> bool:
+        """Whether a backend's candidates are to race."""
+        if self.backends is not None:
+            return backend in self.backends
+        return not self.quick or registry.get(backend).quick
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -227,20 +233,13 @@ class _Run:
         """Who must be measured: the asked backends' candidates and the default's that have no current measurement; with them the yardsticks."""
         pairs = standing.pairs
         default = members(pairs[0]) if pairs else ()
-        paired = {candidate for pair in pairs for candidate in members(pair)}
-        asked = [c for c in standing.candidates if c in paired and (c in default or self._asked(c.backend))]
-        stale = [c for c in asked if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
+        stale = [c for c in standing.racing(self.request.asks) if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
         if not stale:
             return []
         entry = self.store.entry(standing.bucket)
         winner = None if entry is None else standing.named_by(entry)
         yardsticks = {*default, *(members(winner) if winner is not None else ())}
         return [c for c in standing.candidates if c in stale or c in yardsticks]
-
-    def _asked(self, backend: str) -> bool:
-        if self.request.backends is not None:
-            return backend in self.request.backends
-        return not self.request.quick or registry.get(backend).quick
 
     def _may_race_now(self, standing: Standing, candidate: Candidate) -> bool:
         """Whether a backend that its probe refused when this was written down would be accepted today."""

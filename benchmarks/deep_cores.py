@@ -63,6 +63,14 @@ def checked(op: str, case: Case, direction: str, candidate: Candidate) -> str:
     return "right"
 
 
+def tell(rows: list[dict[str, object]], row: dict[str, object], path: Path | None) -> None:
+    """Prints a line, and writes all so far: a later kernel may end the process."""
+    rows.append(row)
+    print(" | ".join(f"{value}" for value in row.values()), flush=True)
+    if path is not None:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def _kernels(made: list[tuple[str, Case, str, Call]]) -> None:
     """Prints what each kernel of the first candidates takes, by torch's profiler."""
     for op, case, direction, call in made:
@@ -88,10 +96,12 @@ def main() -> None:
     asked = parser.parse_args()
     made = [(op, case, direction, build(CONTRACTS[op], case, "cuda")) for op, case, direction in cases()]
     print(f"compiled in {ahead([(op, call, candidates(op, call, direction)) for op, _, direction, call in made]):.0f} s", flush=True)
-    limits, rows = ceilings(), []
+    limits, rows = ceilings(), list[dict[str, object]]()
     for op, case, direction, call in made:
         floor = limits.floor_us(work(op, call), case.dtype, "highest")
-        for candidate in candidates(op, call, direction):
+        if not (raced := candidates(op, call, direction)):
+            tell(rows, {"op": op, "case": case.name, "direction": direction, "check": f"not timed: Triton has no {direction} for it"}, asked.json)
+        for candidate in raced:
             verdict, race = checked(op, case, direction, candidate), Race()
             module = module_of(op)
 
@@ -102,16 +112,14 @@ def main() -> None:
                 return cast(TrainableOpModule, module).run_backward(call, grads, states, needs, candidate)
 
             race.add("one", one)
-            found = {"op": op, "case": case.name, "direction": direction, "candidate": candidate.label, "check": verdict, "floor_us": round(floor, 1)}
+            found: dict[str, object] = {"op": op, "case": case.name, "direction": direction, "candidate": candidate.label, "check": verdict}
+            found["floor_us"] = round(floor, 1)
             found["graph_us"] = round(race.times(asked.budget)["one"], 1)
             if direction == "forward":
                 with forced(op, candidate):
                     found["eager_us"] = round(eager(bound(op, call), asked.budget).wall_us, 1)
-            rows.append(found)
-            print(" | ".join(f"{value}" for value in found.values()), flush=True)
+            tell(rows, found, asked.json)
     _kernels(made)
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -181,8 +181,15 @@ def test_what_the_contracts_refuse() -> None:
     call = first_case(T=4)
     with pytest.raises(ValueError, match=r"block_offset must be in \[0, chunk_size \* period\) = \[0, 16\), got 16; pass position %"):
         validate(CORE, changed(call, block_offset=16))
-    with pytest.raises(ValueError, match="initial_error, initial_log_decay given without initial_mass"):
+    with pytest.raises(ValueError, match="initial_state, initial_error, initial_log_decay given without initial_mass"):
         validate(CORE, changed(call, initial_mass=None))
+    with pytest.raises(ValueError, match="initial_error, initial_mass, initial_log_decay given without initial_state"):
+        validate(CORE, changed(call, initial_state=None, block_offset=0))
+    alone = dict.fromkeys(("initial_error", "initial_mass", "initial_log_decay"))
+    with pytest.raises(ValueError, match=r"initial_state given without initial_error, .*with block_offset=11; .*pass final_state, final_error"):
+        validate(CORE, changed(call, **alone))
+    validate(CORE, changed(call, **alone, block_offset=0))
+    validate(CORE, changed(call, **alone, initial_state=None))
     step = build(STEP, replace(next(iter(cases(STEP, F64))), T=9))
     with pytest.raises(ValueError, match="T must be 1 to 8, got 9; use deep_core for more tokens"):
         validate(STEP, step)

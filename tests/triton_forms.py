@@ -90,7 +90,7 @@ TRAINING: tuple[Case, ...] = (_LONG, replace(_LONG, name="medium heads", G=16, H
 """The same of the backward."""
 AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux", "chunk_flux")
 """The ops around the memory, whose kernels depend on little: they are compiled and interpreted for fewer calls."""
-TRAINED = ("fused_uw", "fast_core", "uw_transform", "slow_core", "gated_delta_rule", "dual_core", *AROUND)
+TRAINED = ("fused_uw", "fast_core", "uw_transform", "slow_core", "gated_delta_rule", "dual_core", "coupled_core", "deep_core", *AROUND)
 """The ops that have one."""
 
 

@@ -65,7 +65,7 @@ def kinds(made: Contract) -> Iterator[Case]:
     if not composed:  # whose parts are the other ops
         yield replace(short, name="expanded", view="expanded")
         yield replace(short, name="K 80, V 48", K=80, V=48)
-        widest = replace(base, name="K 256, V 256", T=20, K=256, V=256)
+        widest = replace(base, name="K 256, V 256", T=20, K=256 if made.name != "coupled_core" else 128, V=256)
         yield widest if made.name != "slow_core" else replace(widest, options={**base.options, "chunk_size": 16})  # float32 chunks of 64 fit no card
     if made.name == "fused_uw":
         yield replace(base, name="matrices of 20", options={"_chunk": 20})

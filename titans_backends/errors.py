@@ -7,7 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["BackendError", "BackendRefusedError", "BoundCallMismatchError", "RanksError", "SwitchError", "UnknownNameError", "unknown"]
+__all__ = [
+    "AccelerateError",
+    "BackendError",
+    "BackendRefusedError",
+    "BoundCallMismatchError",
+    "RanksError",
+    "SwitchError",
+    "UnknownNameError",
+    "unknown",
+]
+
+
+class AccelerateError(ValueError):
+    """`accelerate` found nothing that it knows in a model, or something that it knows and cannot swap; the message holds every reason."""
 
 
 class UnknownNameError(ValueError):

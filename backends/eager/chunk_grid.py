@@ -171,7 +171,7 @@ class ChunkGrid:
         if x.dim() == 3:
             x = x.unsqueeze(-1)
         groups, width = x.shape[2:]
-        repeat = heads // groups
+        repeat = heads // max(groups, 1)
         if out is None:
             out = torch.empty(slab.size, heads, self.chunk, width, dtype=dtype, device=x.device)
         if self._index is not None:

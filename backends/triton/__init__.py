@@ -26,6 +26,10 @@ _OPS = (
 _BACKWARD = (
     "chunk_gradients",
     "conv_gradients",
+    "coupled_gradients",
+    "coupled_inputs",
+    "deep_backward",
+    "deep_gradients",
     "delta_backward",
     "delta_backward_plans",
     "delta_gradients",

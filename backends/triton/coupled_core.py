@@ -4,7 +4,7 @@
     walked     longer ones: uw_transform's default, the factors, the walk, the outputs (coupled_chunks): one more
 
 Between the launches stand, a chunk and head, the factors and both states in float32, K^2 + 3 K V numbers: at 1x8192, 12 heads of 32, chunks of 64, 25 MB.
-The states are one program's a v head: above 64 x 64 they lie in memory (coupled_wide), K above 128 is refused. The backward is left to eager.
+The states are one program's a v head: above 64 x 64 they lie in memory (coupled_wide), K above 128 is refused. The backward is coupled_gradients'.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from titans_backends.verdict import Verdict, refused
 from . import uw_transform
 from .ahead import ahead_of
 from .coupled_chunks import OUTPUTS
+from .coupled_gradients import backward_candidates, run_backward
 from .coupled_prepare import READ
 from .coupled_states import MAKE, Plan, Walked, grid_of, parts_of, prepared, shares_of, sizes_of, tile_of, walk_bytes, walked, walks
 from .dual_recurrent import transform_signature
 from .grid import strides
-from .program import remembering
+from .program import remembering, remembering_backward
 from .serving import CONSUMER_SHARED_BYTES, dots, serves
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
-_WIDEST = 64
+_WIDEST = 128
 _BLOCK = 64
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
-    """Whatever the backend serves, heads and chunks of up to 64, which is what was examined on a card."""
+    """Whatever the backend serves, K of up to 128, where the tiles fit the card."""
     verdict = serves(signature, machine)
-    sizes = {f"head_dim {letter}": signature.dim(letter) for letter in "KV"} | {"chunk_size": signature.option("chunk_size")}
-    for name, size in sizes.items():
-        if isinstance(size, int) and size > _WIDEST:
-            verdict &= refused(f"{name}={size} is above {_WIDEST}: the kernels for it have not been examined on a card yet; use backend='eager'")
+    keys = signature.dim("K")
+    if keys > _WIDEST:
+        verdict &= refused(f"head_dim K={keys} is above {_WIDEST}: a chunk's K x K factor is one tile; use backend='eager'")
     if verdict and not candidates(signature, machine):
-        verdict = refused(f"no tiles of K={signature.dim('K')}, V={signature.dim('V')} fit the shared memory of {machine.name}; use backend='eager'")
+        sizes = f"K={signature.dim('K')}, V={signature.dim('V')}"
+        verdict = refused(f"no tiles of {sizes} fit the shared memory of {machine.name}; use backend='eager'")
     return verdict
 
 
@@ -126,5 +127,5 @@ _SOURCES = tuple(
         "inverse", "grid", "launch", "rounding", "serving",
     )
 )  # fmt: skip
-compile_ahead = ahead_of(run)
-remember = remembering(run)
+compile_ahead = ahead_of(run, "coupled_core", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

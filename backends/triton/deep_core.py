@@ -1,6 +1,6 @@
-"""deep_core: one to three launches forward: sums, blocks in turn or side by side, all tokens (SPEC.md 7). Experimental; the backward is left to eager.
+"""deep_core: one to three launches forward, five backward: sums, blocks forward and in reverse, their scalars, all tokens (SPEC.md 7). Experimental.
 
-Every variant of the op is served; a packed call's cu_seqlens is read on the device. The kernels: deep_scan, deep_parallel.
+Every variant of the op is served; a packed call's cu_seqlens is read on the device. The kernels: deep_scan, deep_parallel, deep_gradients.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
+from .deep_backward import gradients
 from .deep_calls import DeepCall
-from .deep_plans import forward_ways
-from .program import remembering
+from .deep_plans import backward_ways, forward_ways
+from .program import remembering, remembering_backward
 from .serving import serves
 
-__all__ = ["candidates", "compile_ahead", "remember", "run", "supports"]
+__all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -31,6 +32,11 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """Tiles of value columns with their warps and stages, the expected best first."""
     return forward_ways(signature, machine)
+
+
+def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """The same of the backward."""
+    return backward_ways(signature, machine)
 
 
 def run(call: DeepCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
@@ -46,5 +52,12 @@ def run(call: DeepCore, candidate: Candidate) -> tuple[Tensor | None, ...]:
     return o, *final
 
 
-compile_ahead = ahead_of(run)
-remember = remembering(run)
+def run_backward(
+    call: DeepCore, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, eta, g, gate and the initial carry, in that order."""
+    return gradients(call, grads, needs, candidate)
+
+
+compile_ahead = ahead_of(run, "deep_core", run_backward)
+remember, remember_backward = remembering(run), remembering_backward(run_backward)

@@ -148,8 +148,8 @@ def _chain(
         if (block + 1) * SPAN - offset <= length:
             memory = tl.exp(decay) * memory + missed * (1.0 / divisor(total, SPAN, NORMALIZE))
             missed = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-            total *= 0.0
-            decay *= 0.0
+            total = tl.zeros([], tl.float32)
+            decay = tl.zeros([], tl.float32)
             total, decay = sums_of(masses, logs, at + heads, more, total, decay)
     if to_state is not None:
         at = (place * heads + head) * (K * V) + square

@@ -225,8 +225,8 @@ def _sweep(
             share = 1.0 / divisor(total, SPAN, NORMALIZE)
             memory = tl.exp(decay) * memory + missed * share
             missed = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-            total *= 0.0
-            decay *= 0.0
+            total = tl.zeros([], tl.float32)
+            decay = tl.zeros([], tl.float32)
             if masses is not None:
                 total, decay = sums_of(masses, logs, (slot + block + 1) * heads + head, step + 1 < stop, total, decay)
     if to_state is not None:

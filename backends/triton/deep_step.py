@@ -99,8 +99,8 @@ def _step(
             if place == span:
                 memory = tl.exp(decay) * memory + missed / divisor(total, span, NORMALIZE)
                 missed = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-                total *= 0.0
-                decay *= 0.0
+                total = tl.zeros([], tl.float32)
+                decay = tl.zeros([], tl.float32)
                 place *= 0
                 closed = place == 0
             q += q_t
@@ -155,8 +155,8 @@ def _sums(
                 g += g_t
             place += 1
             if place == span:
-                total *= 0.0
-                decay *= 0.0
+                total = tl.zeros([], tl.float32)
+                decay = tl.zeros([], tl.float32)
                 place *= 0
             k += k_t
             eta += eta_t

@@ -34,6 +34,7 @@ PERIOD = Option("period", "int", 4, minimum=1)
 NORMALIZE = Option("normalize", "str", "safe", choices=("safe", "mean", "sum"))
 
 _OPEN = ("initial_error", "initial_mass", "initial_log_decay")
+_CARRIED = ("initial_state", *_OPEN)
 
 
 class Carry(NamedTuple):
@@ -71,19 +72,19 @@ class DeepCore:
 
 
 def check(call: DeepCore, dims: Mapping[str, int]) -> None:
-    """The offset lies inside a block; an open block's three sums come together, and only where a block is open."""
+    """The offset lies inside a block; D and an open block's three sums come together; D alone only where a block begins."""
     block = call.chunk_size * call.period
     if not 0 <= call.block_offset < block:
         raise ValueError(
             f"deep_core: block_offset must be in [0, chunk_size * period) = [0, {block}), got {call.block_offset}; "
             "pass position % (chunk_size * period)"
         )
-    given = [name for name in _OPEN if getattr(call, name) is not None]
-    if given and len(given) < len(_OPEN):
-        missing = [name for name in _OPEN if name not in given]
+    given = [name for name in _CARRIED if getattr(call, name) is not None]
+    missing = [name for name in _CARRIED if name not in given]
+    if given and missing and (call.block_offset or set(given) & set(_OPEN)):
         raise ValueError(
-            f"deep_core: {', '.join(given)} given without {', '.join(missing)}; an open block is carried by all three: "
-            "pass final_error, final_mass and final_log_decay of the call before, or none of them"
+            f"deep_core: {', '.join(given)} given without {', '.join(missing)}, with block_offset={call.block_offset}; an open block is carried by all four: "
+            "pass final_state, final_error, final_mass and final_log_decay of the call before, or none of them; initial_state alone with block_offset=0"
         )
 
 
@@ -139,8 +140,6 @@ def work(dims: Mapping[str, int], call: DeepCore) -> tuple[float, float]:
     """FLOP: each token reads D twice, for its output and for its error, and writes once."""
     return 6.0 * dims["B"] * dims["T"] * dims["H"] * dims["K"] * dims["V"], 0.0
 
-
-_CARRIED = ("initial_state", *_OPEN)
 
 CONTRACT = Contract(
     name="deep_core",

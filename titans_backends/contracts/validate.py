@@ -48,6 +48,8 @@ def validate(contract: Contract, call: Call) -> dict[str, int]:
     if any("Z" in output.dims.split() for output in contract.outputs):
         chunk = int(getattr(call, "chunk_size"))  # noqa: B009  (a Call has no static fields)
         dims["Z"] = chunk_rows(dims["T"], chunk, dims["N"] if "cu_seqlens" in tensors else None)
+    if dims.get("K") == 0 and "scale" in contract.option_by_name and getattr(call, "scale", 1.0) is None:
+        raise ValueError(f"{contract.name}: scale=None stands for K ** -0.5, and K is 0 in q and k; pass a number, such as scale=1.0")
     contract.check(call, dims)
     return dims
 

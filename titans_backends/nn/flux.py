@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from titans_backends.op import get_op
 
-__all__ = ["ResonanceFlux"]
+__all__ = ["ResonanceFlux", "resonance", "token_flux"]
 
 
 def _two_layers(inputs: int, hidden: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Sequential:
@@ -36,21 +36,26 @@ class ResonanceFlux(nn.Module):
         self.token_flux_proj = _two_layers(keys + values, max(1, keys // 2), device, dtype)
         nn.init.xavier_uniform_(self.W_bilinear, gain=0.1)
 
-    def tokens(self, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-        """The token flux `[B, T, H]` from unit keys `[B, T, H, K]`, v `[B, T, H, V]` and beta `[B, T, H]`."""
-        (flux,) = get_op("token_flux")(k, v, beta, *_parameters(self.token_flux_proj))
-        assert flux is not None
-        return flux
 
-    def chunks(self, k: Tensor, u: Tensor, chunk_size: int, cu_seqlens: Tensor | None, count: int) -> Tensor:
-        """The resonance psi `[B, M, H]` of the call's `count` chunks, from unit keys and transformed values u `[B, T, H, V]`; float32 at least."""
-        (psi,) = get_op("chunk_flux")(k, u, self.W_bilinear, self.temp, *_parameters(self.flux_net), chunk_size=chunk_size, cu_seqlens=cu_seqlens)
-        assert psi is not None
-        return psi if psi.shape[1] == count else psi[:, :count]
+def token_flux(flux: nn.Module, k: Tensor, v: Tensor, beta: Tensor, backend: str | None = None) -> Tensor:
+    """The token flux `[B, T, H]` from unit keys `[B, T, H, K]`, v `[B, T, H, V]` and beta `[B, T, H]`; `flux` holds what `ResonanceFlux` does."""
+    (found,) = get_op("token_flux", backend=backend)(k, v, beta, *_parameters(flux.token_flux_proj))
+    assert found is not None
+    return found
 
 
-def _parameters(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def resonance(flux: nn.Module, k: Tensor, u: Tensor, chunk_size: int, cu_seqlens: Tensor | None, count: int, backend: str | None = None) -> Tensor:
+    """The resonance psi `[B, M, H]` of the call's `count` chunks, from unit keys and transformed values u `[B, T, H, V]`; float32 at least."""
+    (psi,) = get_op("chunk_flux", backend=backend)(
+        k, u, flux.W_bilinear, flux.temp, *_parameters(flux.flux_net), chunk_size=chunk_size, cu_seqlens=cu_seqlens
+    )
+    assert psi is not None
+    return psi if psi.shape[1] == count else psi[:, :count]
+
+
+def _parameters(network: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w1, b1, w2, b2."""
+    assert isinstance(network, nn.Sequential)
     first, last = network[0], network[2]
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)

@@ -41,7 +41,8 @@ class Standing:
     def move(self, projections: list[nn.Linear]) -> None:
         """Moves the weights in, zeros behind the last; their values and identities stay.
 
-        Does nothing where they stand here already, or cannot: on meta, sharded, shared with other processes, of two dtypes or devices.
+        Does nothing where they stand here already, or must not be moved: on meta, sharded, shared with other processes, views of a larger memory (an
+        optimizer's or FSDP's flat one), of two dtypes or devices.
         """
         weights: list[Tensor] = [projection.weight for projection in projections]
         first = weights[0]
@@ -50,6 +51,9 @@ class Standing:
             self.joint = None
             return
         if self.of(weights) is not None:
+            return
+        if any(w.untyped_storage().nbytes() != w.nbytes for w in weights):
+            self.joint = None
             return
         with torch.no_grad():
             rows, columns = sum(len(w) for w in weights), first.shape[1]

@@ -46,7 +46,7 @@ def _differentiated(o: Tensor, carry: tuple[Tensor, ...]) -> bool:
 def _step(level: Level, x: Memory, eta: Tensor, gate: Tensor, cache: DualCoreCache, carry: tuple[Tensor, ...]) -> Tensor:
     """A few tokens, the carry written in place, the position asked of the device."""
     state, error, mass, log_decay = carry
-    found, *_ = get_op("deep_core_step")(
+    found, *_ = get_op("deep_core_step", backend=x.backend)(
         x.q, x.k, x.v, eta, gate=gate, state=state, error=error, mass=mass, log_decay=log_decay,
         position=cache.positions % (x.chunk_size * level.period), chunk_size=x.chunk_size, period=level.period, normalize=level.normalize, inplace=True,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def _step(level: Level, x: Memory, eta: Tensor, gate: Tensor, cache: DualCoreCac
 def _sequence(level: Level, x: Memory, eta: Tensor, gate: Tensor, cache: DualCoreCache | None, index: int) -> Tensor:
     """Any number of tokens, from the cache's carry and into it."""
     state, error, mass, log_decay = (None,) * 4 if cache is None else cache.levels[index]
-    found, *carry = get_op("deep_core")(
+    found, *carry = get_op("deep_core", backend=x.backend)(
         x.q, x.k, x.v, eta, gate=gate,
         chunk_size=x.chunk_size, period=level.period, normalize=level.normalize, cu_seqlens=x.cu_seqlens,
         initial_state=state, initial_error=error, initial_mass=mass, initial_log_decay=log_decay,

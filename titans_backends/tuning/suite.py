@@ -50,6 +50,8 @@ def hostile_cases(bucket: Bucket) -> Iterator[Case]:
         options["output_final_state"] = True
     if "block_offset" in made.option_by_name:  # so that the short cases close a block
         options["block_offset"] = max(0, integer(bucket, "chunk_size") * integer(bucket, "period") - _SHORT // 2)
+        if "initial_state" in timed.given:  # an open block's sums come with it
+            timed = replace(timed, given=tuple(dict.fromkeys((*timed.given, "initial_error", "initial_mass", "initial_log_decay"))))
     base = replace(timed, B=3 if made.max_tokens else 2, options=options, lengths=None, **heads)  # type: ignore[arg-type]
     gentle = options.get("transform", "exact") != "exact" or options.get("normalize_read") is True
     hard = {} if gentle else {"keys": "correlated", "beta": "extreme"}

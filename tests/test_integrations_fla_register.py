@@ -1,0 +1,171 @@
+"""Our ops as a backend of FLA's dispatch: which calls it takes, which it leaves to FLA with what reason, and that it can be undone.
+
+FLA's modules are stood in for (`tests/fla_likeness.py`), so that its own functions can be seen to run; the last test asks the real one, where it is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import titans_backends as tb
+from tests import fla_likeness
+from titans_backends.integrations import fla as ours
+
+OWN = "chunk_gated_delta_rule"
+"""What the stand-in's own function returns."""
+
+
+@pytest.fixture
+def fla(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    made = fla_likeness.modules()
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    yield made
+    for registration in registrations():
+        registration.undo()
+
+
+def registrations() -> list[ours.Registration]:
+    from titans_backends.integrations.fla import registration
+
+    return [] if registration._ACTIVE is None else [registration._ACTIVE]
+
+
+def call(**changes: object) -> dict[str, object]:
+    made = torch.Generator().manual_seed(0)
+    x = {name: torch.randn(1, 12, 2, 8, generator=made) for name in "qkv"}
+    x |= {"g": -torch.rand(1, 12, 2, generator=made), "beta": torch.rand(1, 12, 2, generator=made)}
+    return {**x, "use_qk_l2norm_in_kernel": True, **changes}
+
+
+def flas(**changes: object) -> object:
+    return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule(**call(**changes))
+
+
+def test_flas_function_runs_on_us_until_undone(fla: dict[str, object]) -> None:
+    assert flas() == OWN
+    with ours.register_with_fla() as registration:
+        o, state = flas(output_final_state=True)
+        expected, after = ours.chunk_gated_delta_rule(**call(output_final_state=True))
+        assert torch.equal(o, expected)
+        assert torch.equal(state, after)
+        assert dict(registration.calls) == {"chunk_gated_delta_rule": 1}
+        assert not registration.refusals
+    assert flas() == OWN
+    assert "undone" in str(registration)
+    again = ours.register_with_fla()
+    flas()
+    assert (dict(registration.calls), dict(again.calls)) == ({OWN: 1}, {OWN: 1})
+
+
+def test_it_says_what_fla_asks_nobody_for(fla: dict[str, object]) -> None:
+    registration = ours.register_with_fla()
+    assert registration.functions == ("chunk_gated_delta_rule",)
+    assert registration.left == ("fused_recurrent_gated_delta_rule", "chunk_delta_rule", "fused_recurrent_delta_rule")
+    assert "accelerate" in str(registration)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"cp_context": object()}, "cp_context"),
+        ({"typo": 1}, "unexpected keyword 'typo'"),
+        ({"head_first": True}, "head_first"),
+        ({"initial_state": torch.zeros(2, 2, 8, 8)}, "initial_state has shape"),
+        ({"v": torch.zeros(1, 12, 3, 8)}, "v has H = 3"),
+        (
+            {"q": torch.zeros(1, 12, 2, 8, dtype=torch.int32), "k": torch.zeros(1, 12, 2, 8, dtype=torch.int32), "v": torch.zeros(1, 12, 2, 8).int()},
+            "dtype",
+        ),
+    ],
+)
+def test_what_we_refuse_is_left_to_fla_with_our_reason(fla: dict[str, object], changes: dict[str, object], says: str) -> None:
+    registration = ours.register_with_fla()
+    assert flas(**changes) == OWN
+    assert flas(**changes) == OWN
+    ((reason, count),) = registration.refusals.items()
+    assert says in reason
+    assert count == 2
+    assert fla["fla.backends"].gated.reasons == [reason, reason]
+    assert not registration.calls
+
+
+def test_a_backend_that_refuses_leaves_the_call_to_fla(fla: dict[str, object], plugin_backend) -> None:
+    ran = plugin_backend("picky", supports=lambda signature, machine: tb.refused("not today") if signature.dim("T") > 20 else tb.ACCEPTED)
+    registration = ours.register_with_fla(backend="picky")
+    assert flas() != OWN
+    assert len(ran) == 1
+    long = {name: torch.randn(1, 24, 2, 8) for name in "qkv"} | {name: -torch.rand(1, 24, 2) for name in ("g", "beta")}
+    assert flas(**long) == OWN
+    assert "not today" in next(iter(registration.refusals))
+    with pytest.raises(ValueError, match="undo"):
+        ours.register_with_fla(backend="eager")
+    assert ours.register_with_fla(backend="picky") is registration
+
+
+def test_a_verdict_runs_nothing(fla: dict[str, object], plugin_backend) -> None:
+    ran = plugin_backend("watched")
+    registration = ours.register_with_fla(backend="watched")
+    gates = {"use_gate_in_kernel": True, "A_log": torch.zeros(2), "use_beta_sigmoid_in_kernel": True}
+    for changes in ({}, gates, {"initial_state": torch.zeros(1, 2, 8, 8, dtype=torch.float64)}, {"q": torch.zeros(1, 12, 2, 8).half()}):
+        assert registration.verify(OWN, (), call(**changes)) == (True, None)
+    assert not ran
+    assert not registration.calls
+
+
+def test_where_only_eager_would_take_it_on_a_gpu_fla_keeps_it() -> None:
+    from dataclasses import replace
+
+    from titans_backends.integrations.fla.functions import READERS
+    from titans_backends.integrations.fla.verdicts import _choice, _on_choice
+
+    choice = _choice(READERS[OWN](**{name: value.double() if isinstance(value, torch.Tensor) else value for name, value in call().items()}), None)
+    assert choice.pair.forward.backend == "eager"
+    assert _on_choice(choice)
+    on_gpu = replace(choice, machine=replace(choice.machine, kind="cuda"))
+    assert "on a GPU only eager takes this call" in str(_on_choice(on_gpu))
+    assert _on_choice(replace(on_gpu, origin="forced"))
+    assert _on_choice(replace(on_gpu, origin="tuned"))
+
+
+def test_training_runs_on_us_too(fla: dict[str, object]) -> None:
+    ours.register_with_fla()
+    g = (-torch.rand(1, 12, 2)).requires_grad_()
+    o, _ = flas(g=g)
+    o.sum().backward()
+    assert g.grad is not None
+    assert g.grad.abs().sum() > 0
+
+
+def test_a_dispatch_that_is_switched_off_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in fla_likeness.modules(dispatched=False).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(RuntimeError, match="FLA_DISABLE_BACKEND_DISPATCH"):
+        ours.register_with_fla()
+    assert not registrations()
+
+
+def test_without_fla_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.setitem(sys.modules, "fla.backends", None)
+    with pytest.raises(ImportError, match=r"pip install 'flash-linear-attention>=0.6'"):
+        ours.register_with_fla()
+
+
+def test_an_unknown_backend_is_named_with_the_known_ones(fla: dict[str, object]) -> None:
+    with pytest.raises(tb.UnknownNameError, match="eager"):
+        ours.register_with_fla(backend="warp")
+    assert not registrations()
+
+
+def test_the_real_fla_asks_us() -> None:
+    pytest.importorskip("fla.backends", reason="FLA is not installed: pip install flash-linear-attention")
+    with ours.register_with_fla() as registration:
+        o, _ = flas()  # on a CPU FLA's own kernels could not run
+        assert torch.equal(o, ours.chunk_gated_delta_rule(**call())[0])
+    assert registration.calls[OWN] == 1

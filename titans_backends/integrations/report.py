@@ -1,0 +1,124 @@
+"""What `accelerate` did to a model: every layer that it knows, what became of it, and the way back. Decides nothing about a layer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+from titans_backends.integrations.swapped import Swapped, undone
+
+__all__ = ["Entry", "Report", "places"]
+
+Status = Literal["swapped", "already", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One module, however often the model holds it.
+
+    `paths`: its names in the model; `layer`: the known layer's; `old`: its class before, of one that was swapped already the class before that; `new`: its
+    class now, None where it was refused; `reasons`: why it was, all of them; `notes`: in what the swapped layer is not the old one.
+    """
+
+    paths: tuple[str, ...]
+    status: Status
+    layer: str
+    old: type
+    new: type | None = None
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The first of its names; empty for the model itself."""
+        return self.paths[0]
+
+
+class Report:
+    """The entries of one call of `accelerate`, and `undo()`. As a context manager it undoes at the end. Holds no module alive."""
+
+    def __init__(self, model: type, entries: Sequence[Entry], swaps: Sequence[Swapped]) -> None:
+        self.model = model
+        self.entries = tuple(entries)
+        self._swaps = tuple(swaps)
+        self._undone = False
+
+    @property
+    def swapped(self) -> tuple[Entry, ...]:
+        """What this call swapped, whether it was undone since or not."""
+        return self._of("swapped")
+
+    @property
+    def already(self) -> tuple[Entry, ...]:
+        """What ran on our ops before this call; this report does not undo it."""
+        return self._of("already")
+
+    @property
+    def refused(self) -> tuple[Entry, ...]:
+        """What was recognised and is as it was, with the reasons."""
+        return self._of("refused")
+
+    @property
+    def undone(self) -> bool:
+        """Whether `undo()` has run."""
+        return self._undone
+
+    def undo(self) -> None:
+        """Gives back the class and the forward of every layer that this call swapped; a second time it does nothing.
+
+        RuntimeError, before anything is undone, where a layer has got another class since: then undo that first.
+        """
+        if not self._undone:
+            undone(self._swaps)
+            self._undone, self._swaps = True, ()
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"<{self._counted()}>"
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self._counted()}.", *(_table(self.entries) if self.entries else ())])
+
+    def _of(self, status: Status) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.status == status)
+
+    def _counted(self) -> str:
+        counts = [
+            f"{len(found)} {what}" for what, found in (("swapped", self.swapped), ("already", self.already), ("refused", self.refused)) if found
+        ]
+        return f"{self.model.__name__}: {', '.join(counts) or 'nothing swapped'}{', undone' if self._undone else ''}"
+
+
+def places(entries: Sequence[Entry]) -> str:
+    """Where they are, in a few words: the only one's paths, or the first and the last, and how many."""
+    first, last = (" = ".join(path or "the model itself" for path in entry.paths) for entry in (entries[0], entries[-1]))
+    return first if len(entries) == 1 else f"{first}, {last}" if len(entries) == 2 else f"{first} ... {last} ({len(entries)} layers)"
+
+
+def _table(entries: Sequence[Entry]) -> list[str]:
+    """Entries that differ by nothing but their place share a row; sentences are wrapped, names are not cut."""
+    from rich.console import Console
+    from rich.table import Table
+
+    groups: dict[Entry, list[Entry]] = {}
+    for entry in entries:
+        alike = Entry((), entry.status, entry.layer, entry.old, entry.new, entry.reasons, entry.notes)
+        groups.setdefault(alike, []).append(entry)
+    table = Table(box=None, pad_edge=False, header_style="")
+    for title in ("where", "was", "is", "what to know"):
+        table.add_column(title, overflow="fold")
+    for alike, members in groups.items():
+        now = "refused" if alike.new is None else f"{alike.new.__name__}{' (already)' if alike.status == 'already' else ''}"
+        table.add_row(places(members), alike.old.__name__, now, "\n".join((*alike.reasons, *alike.notes)))
+    console = Console(file=io.StringIO(), width=150, no_color=True, highlight=False, markup=False, emoji=False)
+    console.print(table)
+    written: str = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    return [line.rstrip() for line in written.rstrip().splitlines()]

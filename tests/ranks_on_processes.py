@@ -36,7 +36,7 @@ from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
 
 BUCKETS = plan("cpu", ops=["fused_uw"], seq_lens=[64], heads=[(1, 1)], head_dims=[(16, 16)], dtypes=["float32"], regimes=["inference"])
-PATIENCE = meeting.Patience(join_s=4.0, dead_s=1.5, beat_s=0.1)
+PATIENCE = meeting.Patience(join_s=3.0, dead_s=1.5, beat_s=0.1)
 Scene = Callable[[int], object]
 
 
@@ -263,4 +263,4 @@ if __name__ == "__main__":
     tb.reset()
     chosen()  # imports, before the forks
     asked = sys.argv[1:] or list(SCENES)
-    print(json.dumps({name: found for start in range(0, len(asked), 5) for name, found in side_by_side(asked[start : start + 5]).items()}))
+    print(json.dumps({name: found for start in range(0, len(asked), 7) for name, found in side_by_side(asked[start : start + 7]).items()}))

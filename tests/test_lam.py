@@ -132,6 +132,15 @@ def test_a_forced_backend_reaches_every_op(kind: type[LamLayer], use_cache: bool
     report.undo()
 
 
+def test_a_backend_without_some_of_the_ops_gets_those_it_has_and_the_report_says_which_it_has_not() -> None:
+    layer = layer_of()
+    report = tb.accelerate(layer, backend="numba_cpu")
+    assert "backend 'numba_cpu' has no qkv_prepare, gated_rms_norm, chunk_flux: those are chosen as ever" in " ".join(str(report).split())
+    assert (layer.ops.op("dual_core").backend, layer.ops.op("qkv_prepare").backend) == ("numba_cpu", None)
+    (entry,) = tb.accelerate(layer_of(LamBefore), backend="numba_cpu", strict=False).refused
+    assert "has no coupled_core, which is its memory; eager, triton have" in entry.reasons[0]
+
+
 # --- which version, and who only looks like it
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"titans_backends": "titans_backends", "backends": "titans_backends/backends", "autotune_cache": "titans_backends/autotune_cache"}
 """The folders of a checkout that are installed, and where to."""
-DATA = (".yaml", ".cu", ".cuh", ".typed")
+DATA = (".yaml", ".cu", ".cuh", ".tmpl", ".typed")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "results", "golden")
 README_COMMANDS = (
     "pip install -c constraints.txt -e . && titans-backends tune",

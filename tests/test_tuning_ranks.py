@@ -79,7 +79,7 @@ def test_a_rank_that_is_killed_is_named_on_all_others_within_seconds(seen: Seen,
 
 def test_a_rank_that_stays_away_is_named(seen: Seen) -> None:
     what, seconds = seen["stays away"]["0"]
-    assert "rank 1 of 2 did not come to the start of tune within 4 s" in str(what)
+    assert "rank 1 of 2 did not come to the start of tune within 3 s" in str(what)
     assert seconds < 15
 
 
@@ -169,7 +169,7 @@ def test_a_long_answer_is_waited_for_as_long_as_rank_0_lives() -> None:
     def act(ranks: Ranks) -> object:
         with Meeting(ranks, "x", QUICK) as meeting:
             if ranks.rank == 0:
-                time.sleep(1.5)  # three times what a rank may be silent
+                time.sleep(1.0)  # twice what a rank may be silent
                 meeting.tell("answer", "42")
                 return "told"
             return meeting.heard("answer", "answer")

@@ -13,12 +13,14 @@ from torch import Size, nn
 from titans_backends.errors import unknown
 from titans_backends.integrations.bypassed import bypassed
 from titans_backends.integrations.known import Conversion, KnownLayer, register_layer
-from titans_backends.integrations.lam_forward import BYPASSED, LamForward
+from titans_backends.integrations.lam_forward import BYPASSED, OPS, LamForward
 from titans_backends.integrations.lam_probe import Sizes, Told, told_by_outputs, unusual
 from titans_backends.nn.dual_core import TitansDualCore
-from titans_backends.nn.forms import Mode, resolve
+from titans_backends.nn.forced import Forced
+from titans_backends.nn.forms import resolve
 from titans_backends.nn.joint import Standing
 from titans_backends.nn.mixing import Mixing, stand_together
+from titans_backends.op import get_op
 from titans_backends.verdict import Verdict, refused
 
 __all__ = ["lam_layer"]
@@ -55,8 +57,13 @@ def _convert(module: nn.Module, backend: str | None, *, mode: Literal["flat", "l
     told = told_by_outputs(module, sizes, partial(_conversion, module)) if mode is None else _said(module, mode)
     if isinstance(told, Verdict):
         return told
+    forced = Forced.to(backend, OPS[told.mode])
+    if OPS[told.mode][0] in forced.lacks:
+        return refused(f"backend {backend!r} has no {OPS[told.mode][0]}, which is its memory; {', '.join(get_op(OPS[told.mode][0]).backends)} have")
     before = not told.trains_alike and not (train_without_dropout and told.random_in_training)
     notes = [told.how]
+    if forced.lacks:
+        notes.append(f"backend {backend!r} has no {', '.join(forced.lacks)}: those are chosen as ever")
     if before:
         notes.append(
             _DROPS_OUT if told.random_in_training else "in training its own forward runs: it computes something else there than in inference"
@@ -66,9 +73,16 @@ def _convert(module: nn.Module, backend: str | None, *, mode: Literal["flat", "l
     return _conversion(module, told.mode, backend, trains_as_before=before, notes=tuple(notes))
 
 
-def _conversion(module: nn.Module, mode: Mode, backend: str | None, *, trains_as_before: bool = False, notes: tuple[str, ...] = ()) -> Conversion:
+def _conversion(
+    module: nn.Module, mode: Literal["flat", "loop"], backend: str | None, *, trains_as_before: bool = False, notes: tuple[str, ...] = ()
+) -> Conversion:
     form = resolve(mode, "original", *(None,) * 9)
-    attributes: dict[str, object] = {"form": form, "backend": backend, "_standing": Standing(), "_trains_as_before": trains_as_before}
+    attributes: dict[str, object] = {
+        "form": form,
+        "ops": Forced.to(backend, OPS[mode]),
+        "_standing": Standing(),
+        "_trains_as_before": trains_as_before,
+    }
     if not hasattr(module, "num_heads"):
         attributes["num_heads"] = cast(nn.Linear, module.b_proj).out_features
     return Conversion(LamForward, attributes, notes, lambda swapped: stand_together(cast(Mixing, swapped)))

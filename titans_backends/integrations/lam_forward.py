@@ -14,12 +14,17 @@ from titans_backends.nn.memory import States
 from titans_backends.nn.mixing import Mixing
 from titans_backends.nn.sequences import original_length
 from titans_backends.nn.states import orthogonality_loss
-from titans_backends.op import get_op
 
-__all__ = ["BYPASSED", "LamForward"]
+__all__ = ["BYPASSED", "OPS", "LamForward"]
 
 BYPASSED = ("q_conv1d", "k_conv1d", "v_conv1d", "resonance_flux")
 """Parts whose parameters an op reads; their forward is not called."""
+
+OPS = {
+    "flat": ("dual_core", "qkv_prepare", "gated_rms_norm", "uw_transform", "chunk_flux", "slow_core"),
+    "loop": ("coupled_core", "qkv_prepare", "gated_rms_norm", "uw_transform", "chunk_flux", "token_flux"),
+}
+"""The ops that each version calls; the first is its memory."""
 
 Cache = list[dict[str, object]] | dict[str, object]
 
@@ -64,7 +69,7 @@ class LamForward(Mixing):
         norm = self.o_norm
         if not is_plain(norm):
             return cast(Tensor, norm(o, gate))
-        (y,) = get_op("gated_rms_norm", backend=self.backend)(o, gate, norm.weight, eps=norm.eps)
+        (y,) = self.ops.op("gated_rms_norm")(o, gate, norm.weight, eps=norm.eps)
         return cast(Tensor, y)
 
     def _expect_weights(self, x: Tensor) -> None:

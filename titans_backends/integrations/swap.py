@@ -129,11 +129,11 @@ def _already(found: _Found, backend: str | None) -> Entry:
     """The entry of a layer that runs on our ops before this call, which another backend than its own would not reach."""
     module, kind = found.module, type(found.module)
     pair = pair_of(module)
-    forced = getattr(module, "backend" if pair is None else BACKEND, None)
+    forced = getattr(module, BACKEND, None)
     if backend is None or backend == forced:
         return Entry(found.paths, "already", "", kind if pair is None else pair[1], kind)
-    cure = "undo the report that swapped it" if pair is not None else f"set its attribute `backend` to {backend!r}"
-    return Entry(found.paths, "refused", "", kind, reasons=(f"it runs on titans_backends already, with backend={forced!r}; {cure} first",))
+    cure = "undo the report that swapped it first" if pair is not None else f"say use_backend({backend!r}) around its calls"
+    return Entry(found.paths, "refused", "", kind, reasons=(f"it runs on titans_backends already, with backend={forced!r}; {cure}",))
 
 
 def _planned(found: _Found, layer: KnownLayer, answer: Conversion | Verdict) -> _Planned | tuple[str, ...]:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from titans_backends.op import get_op
+from titans_backends.nn.forced import Forced
 
 __all__ = ["ResonanceFlux", "resonance", "token_flux"]
 
@@ -37,18 +37,16 @@ class ResonanceFlux(nn.Module):
         nn.init.xavier_uniform_(self.W_bilinear, gain=0.1)
 
 
-def token_flux(flux: nn.Module, k: Tensor, v: Tensor, beta: Tensor, backend: str | None = None) -> Tensor:
+def token_flux(flux: nn.Module, k: Tensor, v: Tensor, beta: Tensor, ops: Forced) -> Tensor:
     """The token flux `[B, T, H]` from unit keys `[B, T, H, K]`, v `[B, T, H, V]` and beta `[B, T, H]`; `flux` holds what `ResonanceFlux` does."""
-    (found,) = get_op("token_flux", backend=backend)(k, v, beta, *_parameters(flux.token_flux_proj))
+    (found,) = ops.op("token_flux")(k, v, beta, *_parameters(flux.token_flux_proj))
     assert found is not None
     return found
 
 
-def resonance(flux: nn.Module, k: Tensor, u: Tensor, chunk_size: int, cu_seqlens: Tensor | None, count: int, backend: str | None = None) -> Tensor:
+def resonance(flux: nn.Module, k: Tensor, u: Tensor, chunk_size: int, cu_seqlens: Tensor | None, count: int, ops: Forced) -> Tensor:
     """The resonance psi `[B, M, H]` of the call's `count` chunks, from unit keys and transformed values u `[B, T, H, V]`; float32 at least."""
-    (psi,) = get_op("chunk_flux", backend=backend)(
-        k, u, flux.W_bilinear, flux.temp, *_parameters(flux.flux_net), chunk_size=chunk_size, cu_seqlens=cu_seqlens
-    )
+    (psi,) = ops.op("chunk_flux")(k, u, flux.W_bilinear, flux.temp, *_parameters(flux.flux_net), chunk_size=chunk_size, cu_seqlens=cu_seqlens)
     assert psi is not None
     return psi if psi.shape[1] == count else psi[:, :count]
 

@@ -14,7 +14,6 @@ from titans_backends.contracts.gated_delta_step import MAX_TOKENS
 from titans_backends.nn.level import Level
 from titans_backends.nn.memory import Memory
 from titans_backends.nn.streaming import DualCoreCache, stored
-from titans_backends.op import get_op
 
 __all__ = ["empty_carry", "with_levels"]
 
@@ -46,7 +45,7 @@ def _differentiated(o: Tensor, carry: tuple[Tensor, ...]) -> bool:
 def _step(level: Level, x: Memory, eta: Tensor, gate: Tensor, cache: DualCoreCache, carry: tuple[Tensor, ...]) -> Tensor:
     """A few tokens, the carry written in place, the position asked of the device."""
     state, error, mass, log_decay = carry
-    found, *_ = get_op("deep_core_step", backend=x.backend)(
+    found, *_ = x.ops.op("deep_core_step")(
         x.q, x.k, x.v, eta, gate=gate, state=state, error=error, mass=mass, log_decay=log_decay,
         position=cache.positions % (x.chunk_size * level.period), chunk_size=x.chunk_size, period=level.period, normalize=level.normalize, inplace=True,
     )  # fmt: skip
@@ -57,7 +56,7 @@ def _step(level: Level, x: Memory, eta: Tensor, gate: Tensor, cache: DualCoreCac
 def _sequence(level: Level, x: Memory, eta: Tensor, gate: Tensor, cache: DualCoreCache | None, index: int) -> Tensor:
     """Any number of tokens, from the cache's carry and into it."""
     state, error, mass, log_decay = (None,) * 4 if cache is None else cache.levels[index]
-    found, *carry = get_op("deep_core", backend=x.backend)(
+    found, *carry = x.ops.op("deep_core")(
         x.q, x.k, x.v, eta, gate=gate,
         chunk_size=x.chunk_size, period=level.period, normalize=level.normalize, cu_seqlens=x.cu_seqlens,
         initial_state=state, initial_error=error, initial_mass=mass, initial_log_decay=log_decay,

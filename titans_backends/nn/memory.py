@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from titans_backends.contracts.gated_delta_step import MAX_TOKENS
 from titans_backends.nn.chunk_grid import ChunkGrid
 from titans_backends.nn.flux import resonance
+from titans_backends.nn.forced import Forced
 from titans_backends.nn.forms import Form
 from titans_backends.nn.states import tracked_state
 from titans_backends.nn.streaming import DualCoreCache
-from titans_backends.op import get_op
 
 __all__ = ["Memory", "States", "dual", "flat", "loop", "recurrent"]
 
@@ -33,7 +33,7 @@ class Memory:
     """What the memory ops take: unit q, k `[B, T, H, K]`, v `[B, T, H, V]`, the rest `[B, T, H]`; the logits are the decays' before their sigmoid.
 
     `continues`: the cache that this call goes on from, and `next`, by name, what it will hold: stored once the whole call has succeeded.
-    `backend`: the ops are forced to it.
+    `ops`: where they come from.
     """
 
     q: Tensor
@@ -48,7 +48,7 @@ class Memory:
     cu_seqlens: Tensor | None
     continues: DualCoreCache | None
     next: dict[str, Tensor]
-    backend: str | None
+    ops: Forced
 
     def grid(self) -> ChunkGrid:
         """Where its chunks lie."""
@@ -57,7 +57,7 @@ class Memory:
 
 def flat(form: Form, flux: nn.Module, x: Memory, alpha: Tensor | float, return_states: bool) -> Remembered:
     """Every chunk from an empty memory; the state that the original tracks only where it is asked for."""
-    o, _, _ = get_op("dual_core", backend=x.backend)(
+    o, _, _ = x.ops.op("dual_core")(
         x.q, x.k, x.v, x.beta,
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
         memory="flat", transform=form.transform, chunk_size=x.chunk_size, cu_seqlens=x.cu_seqlens,
@@ -67,8 +67,8 @@ def flat(form: Form, flux: nn.Module, x: Memory, alpha: Tensor | float, return_s
         return o, None
     u, w = _transformed(form, x)
     grid = x.grid()
-    decay = _scaled(_chunk_mean(x.slow_logit, grid), 0.05, resonance(flux, x.k, u, x.chunk_size, x.cu_seqlens, grid.count, x.backend))
-    slow = tracked_state(x.q, x.k, u, w, decay, x.chunk_size, x.cu_seqlens, x.backend)
+    decay = _scaled(_chunk_mean(x.slow_logit, grid), 0.05, resonance(flux, x.k, u, x.chunk_size, x.cu_seqlens, grid.count, x.ops))
+    slow = tracked_state(x.q, x.k, u, w, decay, x.chunk_size, x.cu_seqlens, x.ops)
     return o, (torch.zeros_like(slow), slow)
 
 
@@ -78,10 +78,10 @@ def dual(form: Form, flux: nn.Module, x: Memory, alpha: Tensor | float, return_s
     decay = _chunk_mean(x.slow_logit, grid)
     if form.resonance:
         u, _ = _transformed(form, x)
-        decay = _scaled(decay, 0.05, resonance(flux, x.k, u, x.chunk_size, x.cu_seqlens, grid.count, x.backend))
+        decay = _scaled(decay, 0.05, resonance(flux, x.k, u, x.chunk_size, x.cu_seqlens, grid.count, x.ops))
     # With the exact transform a factor a chunk is a log decay on the chunk's first token (SPEC 4), which every kernel of the delta rule runs, in chunks of its own.
     exact = form.transform == "exact"
-    o, slow, fast = get_op("dual_core", backend=x.backend)(
+    o, slow, fast = x.ops.op("dual_core")(
         x.q, x.k, x.v, x.beta, grid.on_first_tokens(decay.clamp_min(_LEAST).log()) if exact else None,
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha, chunk_decay=None if exact else decay,
         transform=form.transform, chunk_size=x.chunk_size, cu_seqlens=x.cu_seqlens,
@@ -95,9 +95,9 @@ def loop(form: Form, flux: nn.Module, x: Memory, alpha: Tensor | float, return_s
     """Two normalised states that mix after every chunk, by as much as the resonance says."""
     grid = x.grid()
     u, _ = _transformed(form, x)
-    psi = resonance(flux, x.k, u, x.chunk_size, x.cu_seqlens, grid.count, x.backend)
+    psi = resonance(flux, x.k, u, x.chunk_size, x.cu_seqlens, grid.count, x.ops)
     coupling = None if form.coupling == "head" else torch.rsub(psi.mean((0, 2), keepdim=True), 0.05, alpha=-0.1).expand_as(psi)
-    o, slow, fast = get_op("coupled_core", backend=x.backend)(
+    o, slow, fast = x.ops.op("coupled_core")(
         x.q, x.k, x.v, x.beta, psi, coupling=coupling,
         fast_decay=_scaled(_chunk_mean(x.fast_logit, grid), 0.1, psi), slow_decay=_scaled(_chunk_mean(x.slow_logit, grid), 0.05, psi),
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
@@ -116,14 +116,14 @@ def recurrent(form: Form, flux: nn.Module, x: Memory, alpha: Tensor | float, ret
     cache = x.continues
     g = F.logsigmoid(_wide(x.slow_logit)) if form.decay == "token" else _from_the_chunk_before(x)
     if cache is not None and 1 <= g.shape[1] <= MAX_TOKENS and not return_states and not _differentiated(x, g, alpha):
-        o, _, _ = get_op("dual_core_step", backend=x.backend)(
+        o, _, _ = x.ops.op("dual_core_step")(
             x.q, x.k, x.v, x.beta, g,
             fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
             state=cache.slow, fast_state=cache.fast, position=cache.positions, chunk_size=x.chunk_size, inplace=True,
         )  # fmt: skip
         assert o is not None
         return o, None
-    o, slow, fast = get_op("dual_core", backend=x.backend)(
+    o, slow, fast = x.ops.op("dual_core")(
         x.q, x.k, x.v, x.beta, g,
         fast_gate=x.fast_gate, slow_gate=x.slow_gate, alpha=alpha,
         chunk_size=x.chunk_size, cu_seqlens=x.cu_seqlens, output_final_state=return_states or cache is not None,
@@ -169,7 +169,7 @@ def _from_the_chunk_before(x: Memory) -> Tensor:
 
 def _transformed(form: Form, x: Memory) -> tuple[Tensor, Tensor]:
     """u and w, for those who look at them; the memory ops make their own."""
-    u, w = get_op("uw_transform", backend=x.backend)(x.k, x.v, x.beta, chunk_size=x.chunk_size, transform=form.transform, cu_seqlens=x.cu_seqlens)
+    u, w = x.ops.op("uw_transform")(x.k, x.v, x.beta, chunk_size=x.chunk_size, transform=form.transform, cu_seqlens=x.cu_seqlens)
     assert u is not None
     assert w is not None
     return u, w

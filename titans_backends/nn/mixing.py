@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from titans_backends.nn import memory
 from titans_backends.nn.flux import token_flux
+from titans_backends.nn.forced import Forced
 from titans_backends.nn.forms import Form
 from titans_backends.nn.joint import Standing, joint_projection
 from titans_backends.nn.levels import with_levels
@@ -21,7 +22,6 @@ from titans_backends.nn.merge import flux_merge
 from titans_backends.nn.sequences import original_chunk_size, original_groups, original_length, pad_tokens
 from titans_backends.nn.short_conv import by_head
 from titans_backends.nn.streaming import DualCoreCache
-from titans_backends.op import get_op
 
 __all__ = ["LEVELS", "Mixing", "stand_together"]
 
@@ -37,11 +37,11 @@ _GATE_LATER = 16384
 
 
 class Mixing(nn.Module):
-    """What `TitansDualCore` and a swapped original layer have in common. `backend`: every op is forced to it; None, as the policy says."""
+    """What `TitansDualCore` and a swapped original layer have in common. `ops`: where they come from."""
 
     form: Form
     num_heads: int
-    backend: str | None = None
+    ops: Forced = Forced()
     resonance_flux: nn.Module
     o_norm: nn.Module
     o_proj: nn.Module
@@ -133,7 +133,7 @@ class Mixing(nn.Module):
         (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = (
             by_head(cast(nn.Conv1d, cast(nn.Module, self._modules[name])._modules["conv"]), heads) for name in ("q_conv1d", "k_conv1d", "v_conv1d")
         )
-        found = get_op("qkv_prepare", backend=self.backend)(
+        found = self.ops.op("qkv_prepare")(
             q, k, v, q_weight, k_weight, v_weight, q_bias, k_bias, v_bias,
             lookahead=self.form.look_ahead, cu_seqlens=cu_seqlens, output_final_state=cache is not None,
             q_state=None if cache is None else cache.q, k_state=None if cache is None else cache.k, v_state=None if cache is None else cache.v,
@@ -143,7 +143,7 @@ class Mixing(nn.Module):
         slow_logit = self._decay_logit("slow", joint) if "slow_decay_proj" in joint else None
         fast_logit = self._decay_logit("fast", joint) if "fast_decay_proj" in joint else None
         after = {} if cache is None else {name: cast(Tensor, state) for name, state in zip("qkv", found[3:], strict=True)}
-        return Memory(q, k, v, beta, fast_gate, slow_gate, slow_logit, fast_logit, chunk_size, cu_seqlens, cache, after, self.backend)
+        return Memory(q, k, v, beta, fast_gate, slow_gate, slow_logit, fast_logit, chunk_size, cu_seqlens, cache, after, self.ops)
 
     def _decay_logit(self, core: str, joint: dict[str, Tensor]) -> Tensor:
         """`[B, T, H]`, with both of its biases."""
@@ -153,7 +153,7 @@ class Mixing(nn.Module):
     def _alpha(self, x: Memory) -> Tensor | float:
         """The merge's weight of S_fast: a number, 0-d, `[H]` or `[B, T, H]`."""
         if self.form.merge == "flux":
-            return flux_merge(token_flux(self.resonance_flux, x.k, x.v, x.beta, x.backend))
+            return flux_merge(token_flux(self.resonance_flux, x.k, x.v, x.beta, x.ops))
         return self.form.alpha if self.form.merge == "fixed" or self.merge is None else cast(Tensor, self.merge())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titans_backends.op import get_op
+from titans_backends.nn.forced import Forced
 
 __all__ = ["orthogonality_loss", "tracked_state"]
 
 
-def tracked_state(
-    q: Tensor, k: Tensor, u: Tensor, w: Tensor, decay: Tensor, chunk_size: int, cu_seqlens: Tensor | None, backend: str | None = None
-) -> Tensor:
+def tracked_state(q: Tensor, k: Tensor, u: Tensor, w: Tensor, decay: Tensor, chunk_size: int, cu_seqlens: Tensor | None, ops: Forced) -> Tensor:
     """The flat mode's S_slow `[N, H, K, V]`: S <- d S + K^T u chunk by chunk, without delta correction, divided by its norm at the end (SPEC 4).
 
     q, k `[B, T, H, K]`, u `[B, T, H, V]`, w `[B, T, H, K]`, decay `[B, M, H]`. S_slow does not influence that mode's output.
     """
-    _, state = get_op("slow_core", backend=backend)(
+    _, state = ops.op("slow_core")(
         q, k, u, w,
         chunk_decay=decay, chunk_size=chunk_size, output_final_state=True, cu_seqlens=cu_seqlens, delta=False, normalize_final=True,
     )  # fmt: skip

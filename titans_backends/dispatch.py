@@ -22,7 +22,7 @@ from titans_backends.offers import Offer, Pair, offers, pairs, source_modules
 from titans_backends.signature import Signature
 from titans_backends.tables import Source, current_environment, sources
 
-__all__ = ["Choice", "Consulted", "Forced", "choose", "pair_source"]
+__all__ = ["Choice", "Consulted", "Forced", "choose", "consult", "pair_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _displaces(later: Consulted, earlier: Consulted) -> bool:
     return later.hit is not None and earlier.hit is not None and displaces(later.hit, earlier.hit)
 
 
-def _consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str) -> tuple[Consulted, Pair | None]:
+def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str) -> tuple[Consulted, Pair | None]:
     """One table's answer, and the pair that it names if that may be used."""
     if source.table is None:
         return Consulted(source, source.problem), None
@@ -164,7 +164,7 @@ def choose(
         for source in sources(machine):
             if decided is not None and not _beside(source, decided[0].source):
                 break
-            answer, pair = _consult(source, bucket, available, machine.kind)
+            answer, pair = consult(source, bucket, available, machine.kind)
             consulted.append(answer)
             if pair is not None and (decided is None or _displaces(answer, decided[0])):
                 decided = answer, pair

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,17 +19,23 @@ from titans_backends.cache.schema import Device, Environment, Table, device_of
 from titans_backends.device_names import is_slice
 from titans_backends.machine import Machine
 
-__all__ = ["Source", "current_environment", "invalidate", "shipped_paths", "sources"]
+__all__ = ["Source", "current_environment", "forget_received", "invalidate", "own", "receive", "shipped_paths", "sources"]
 
-SourceKind = Literal["named", "user", "shipped", "backend", "borrowed"]
+SourceKind = Literal["named", "user", "received", "shipped", "backend", "borrowed"]
 _MOST_UNLIKE = 2.0
 """Of two cards of one architecture, how many times the processors of the one the other may have and still lend its rows."""
+
+_received: dict[str, tuple[Source, ...]] = {}
+"""By a machine's slug: what stands in place of its own files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file: its table, or why it is not used. backend: one that ships with the backend `owner`; borrowed: a shipped one, the library's or a backend's, of
-    another device of the same architecture."""
+    """One file: its table, or why it is not used.
+
+    received: the named or the user's file of the job's rank 0, in place of this rank's own. backend: one that ships with the backend `owner`; borrowed: a
+    shipped one, the library's or a backend's, of another device of the same architecture.
+    """
 
     kind: SourceKind
     path: Path
@@ -44,6 +50,7 @@ class Source:
         names = {
             "named": f"{switches.PREFIX}CACHE",
             "user": "user cache",
+            "received": "received from rank 0:",
             "shipped": "shipped table",
             "backend": f"table of the backend {self.owner}",
             "borrowed": f"borrowed table of the backend {self.owner}" if self.owner else "borrowed table",
@@ -56,7 +63,8 @@ def _source(kind: SourceKind, path: Path, loaded: file.Loaded[Table], owner: str
     return Source(kind, path, loaded.table, problem, loaded.world_writable, owner)
 
 
-def _sources(machine: Machine) -> Iterator[Source]:
+def own(machine: Machine) -> Iterator[Source]:
+    """This process's own files, read again: the named one, the user's."""
     device = device_of(machine)
     named = switches.current().cache
     if named is not None:
@@ -68,6 +76,16 @@ def _sources(machine: Machine) -> Iterator[Source]:
         yield _source("named", named, file.load(named, defaults_of, device))
     user = paths.user_cache_path(machine.slug)
     yield _source("user", user, file.load(user, defaults_of, device))
+
+
+def receive(machine: Machine, given: Sequence[Source]) -> None:
+    """Puts another process's tables in place of this one's own. Loaded tables and memos are for the caller to drop."""
+    _received[machine.slug] = tuple(given)
+
+
+def _sources(machine: Machine) -> Iterator[Source]:
+    device = device_of(machine)
+    yield from _received[machine.slug] if machine.slug in _received else own(machine)
     shipped = [(owner, path, file.read(path, defaults_of)) for owner, path in shipped_paths()]
     for owner, path, loaded in shipped:
         if loaded.table is None or loaded.table.device.same(device):
@@ -110,7 +128,12 @@ def current_environment(kind: str) -> Environment:
     return gather(kind)
 
 
+def forget_received() -> None:
+    """This process's own files decide again."""
+    _received.clear()
+
+
 def invalidate() -> None:
-    """Forgets the loaded tables, so that the next miss reads them again."""
+    """Forgets the loaded tables, so that the next miss reads them again; what was received stays."""
     sources.cache_clear()
     current_environment.cache_clear()

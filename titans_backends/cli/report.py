@@ -10,7 +10,6 @@ from typing import Annotated
 import torch
 import typer
 
-from titans_backends.cli import ceilings as now
 from titans_backends.cli import words
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.report_rows import report_json, show_report
@@ -20,6 +19,7 @@ from titans_backends.machine import detect
 from titans_backends.precision import float32_precision
 from titans_backends.reporting.facts import Ceilings, Facts
 from titans_backends.reporting.gather import Edge, gather
+from titans_backends.tuning import ceilings as now
 
 __all__ = ["report"]
 

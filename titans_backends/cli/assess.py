@@ -87,9 +87,8 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
             f"mean {_percent(figures.mean_regret)}, worst {_percent(figures.worst_regret)}, over {units.amount(figures.buckets, 'bucket')}, two tunes",
         )
     ]
-    pairs.append(
-        ("flips", f"{figures.flips}, {figures.flips_outside} outside ties and the default's margin; worst cost {_percent(figures.worst_flip_cost)}")
-    )
+    cost = f"; worst cost {_percent(figures.worst_flip_cost)}" if figures.flips else ""
+    pairs.append(("flips", f"{figures.flips}, {figures.flips_outside} outside ties and the default's margin{cost}"))
     if figures.midpoints:
         within = f"{_percent(figures.midpoints_within)} of {figures.midpoints} within 5 %, worst {_percent(figures.worst_midpoint_regret)}"
         pairs.append(("midpoints", within))

@@ -2,13 +2,14 @@
 
     python benchmarks/drop_in.py [--device cuda] [--fla FOLDER] [--json FILE]
 
-A model from a Qwen3.5-like config (three gated-delta layers to one of attention, random weights, nothing downloaded). Before and after take turns in one process on one
-model: `accelerate(model)`, `report.undo()`. `before` is transformers as it stands: plain torch where FLA is not importable, FLA where it is; each has a process of its own, and
-FLA's runs only where it is importable, or a folder that holds it is named with --fla. Before anything is timed, the logits of both are compared with the same model in
-float32, and the swap must have run: a counter of the ops' calls says so. Exit status 1 where ours is wrong; a time is no failure.
+A model from a Qwen3.5-like config (three gated-delta layers to one of attention, random weights, nothing downloaded). Before and after take turns
+in one process on one model: `accelerate(model)`, `report.undo()`. `before` is transformers as it stands: plain torch where FLA is not importable,
+FLA where it is; each has a process of its own, and FLA's runs only where it is importable, or a folder that holds it is named with --fla. Before
+anything is timed, the logits of both are compared with the same model in float32, and the swap must have run: a counter of the ops' calls says so.
+Exit status 1 where ours is wrong; a time is no failure.
 
-Figures are medians of wall time, ended by a synchronisation. The first token: a forward pass of the prompt with a new cache, logits of the last position. A token: one more
-forward pass on that cache. A training step: forward, cross entropy of all positions, backward, no optimizer.
+Figures are medians of wall time, ended by a synchronisation. The first token: a forward pass of the prompt with a new cache, logits of the last
+position. A token: one more forward pass on that cache. A training step: forward, cross entropy of all positions, backward, no optimizer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SIZES = {
     "cuda": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "linear_num_key_heads": 16, "linear_num_value_heads": 32},
@@ -80,7 +81,9 @@ class Bench:
         self.device, self.end = asked.device, time.perf_counter() + asked.seconds
         sizes = {**SIZES[asked.device], **({"num_hidden_layers": asked.layers} if asked.layers else {})}
         heads = max(1, sizes["hidden_size"] // 256)
-        config = Qwen3_5TextConfig(vocab_size=32768, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), max_position_embeddings=1 << 17, **sizes)
+        config = Qwen3_5TextConfig(
+            vocab_size=32768, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), max_position_embeddings=1 << 17, **sizes
+        )
         self.dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
         torch.manual_seed(0)
         with torch.device(asked.device):
@@ -159,7 +162,10 @@ class Bench:
         line.before_ms, line.after_ms = (1e3 * statistics.median(samples[way]) if samples[way] else math.nan for way in ("before", "after"))
         line.before_mib, line.after_mib = peaks.get("before", math.nan), peaks.get("after", math.nan)
         self.report.lines.append(line)
-        print(f"  {what:14s} {tokens:6d}  {line.before_ms:9.2f} {line.after_ms:9.2f} ms  {line.gain:5.2f}x  {line.before_mib:7.0f} {line.after_mib:7.0f} MiB  {line.note}", flush=True)
+        print(
+            f"  {what:14s} {tokens:6d}  {line.before_ms:9.2f} {line.after_ms:9.2f} ms  {line.gain:5.2f}x  {line.before_mib:7.0f} {line.after_mib:7.0f} MiB  {line.note}",
+            flush=True,
+        )
 
     def timed(self, call: Callable[[], Any]) -> float:
         """Seconds of one call, device included."""

@@ -307,7 +307,7 @@ def children(asked: argparse.Namespace) -> list[Row]:
                            ("checks", ",".join(asked.checks)), ("head-dim", asked.head_dim), ("tokens", asked.tokens), ("budget", left))]  # fmt: skip
                 running[family] = subprocess.Popen([sys.executable, __file__, *options, "--lines", str(files[family])])
             time.sleep(0.2)
-            if time.monotonic() > until + 20:
+            if time.monotonic() > until + 8:
                 for process in running.values():
                     process.kill()
             running = {family: process for family, process in running.items() if process.poll() is None}

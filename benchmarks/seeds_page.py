@@ -91,8 +91,8 @@ def training(folder: Path, pictures: Pictures) -> str:
     recipe = ", ".join(f"{name} {value}" for name, value in told["recipe"].items())
     lines = ["![loss over steps](pictures/train_bytes.svg)", "", f"On {told['device']}, torch {told['torch']}: {recipe}.", ""]
     lines += [
-        "| backend | steps | loss, last 20 | validation | furthest from the first, a step | mean distance, last 100 | tokens/s | seconds |",
-        "|" + "---|" * 8,
+        "| backend | steps | loss, last 20 | validation | furthest from the first, a step | mean distance, last 100 | tokens/s | seconds | of it 10 steps |",
+        "|" + "---|" * 9,
     ]
     for curve in curves:
         if curve.failed:

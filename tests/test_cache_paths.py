@@ -33,8 +33,7 @@ def test_shipped_tables_are_found_without_their_timings(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(paths, "SHIPPED_PACKAGE", package.name)
     assert [path.name for path in paths.shipped_paths()] == ["a.yaml", "b.yaml"]
-    assert paths.shipped_path("b") == package / "b.yaml"
-    assert paths.shipped_path("c") is None
+    assert paths.tables_in(package) == (package / "a.yaml", package / "b.yaml")
     monkeypatch.setattr(paths, "SHIPPED_PACKAGE", "no_such_package_here")
     assert paths.shipped_paths() == ()
 

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from titans_backends.cli import app
-from titans_backends.cli.ceilings import Ceilings
+from titans_backends.tuning.ceilings import Ceilings
 from titans_backends.tuning.gate import GateResult
 from titans_backends.tuning.session import Checked, Session
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import titans_backends as tb
+from tests.triton_machines import H100
 from titans_backends.cli import app
 from titans_backends.cli.asked_call import optional_tensors, sized
 from titans_backends.contracts import CONTRACTS, contract
+from titans_backends.explain import explain_signature
 
 run = CliRunner().invoke
 
@@ -93,3 +98,26 @@ def test_a_graph_is_asked_about_where_one_can_be_captured() -> None:
     result = run(app, ["explain", "fast_core", "--launch", "graph", "--device", "cpu"])
     assert result.exit_code == 2
     assert "--launch graph is for CUDA, and cpu captures nothing" in " ".join(result.output.split())
+
+
+def how_to_measure(op: str, **options: str | int) -> str:
+    """What `explain` says about it on an H100 without a table."""
+    asked = sized(
+        contract(op), seq_len=512, batch=1, heads="12", head_dim="32", dtype="float32", regime="inference", device="cuda", options=dict(options),
+        given=optional_tensors(contract(op), None),
+    )  # fmt: skip
+    found, out = explain_signature(asked.signature(), H100, None, asked.work()), io.StringIO()
+    importlib.import_module("titans_backends.cli.explain")._show_how_to_measure(Console(file=out, width=200), asked, found)
+    return out.getvalue()
+
+
+def test_the_command_that_it_names_measures_this_call() -> None:
+    """On a GPU `tune --op coupled_core` measures the lam transform, as the layer calls it, and no other."""
+    command = "  titans-backends tune --op coupled_core --seq-lens 512 --heads 12 --head-dim 32 --dtype float32 --regime inference\n"
+    assert how_to_measure("coupled_core", transform="lam") == f"not tuned yet; measure it:\n{command}"
+    said = how_to_measure("coupled_core")
+    assert "`titans-backends tune` has no words for it (it would measure transform lam, not exact)" in said
+    assert 'with tb.autotune(): tb.get_op("coupled_core")(...)' in said
+    assert "tune --op" not in said
+    assert "titans-backends tune --op dual_core" in how_to_measure("dual_core")
+    assert "(it would measure chunk_size 128, not 32; or " in how_to_measure("dual_core", chunk_size=32)

@@ -11,6 +11,7 @@ import torch
 
 import titans_backends as tb
 from titans_backends import registry
+from titans_backends.cli import app
 from titans_backends.conformance import examine, items
 from titans_backends.contracts import CONTRACTS
 from titans_backends.switches import PREFIX, SWITCHES
@@ -60,10 +61,24 @@ def test_links_point_somewhere(page: Path) -> None:
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_every_switch_and_every_op_is_documented() -> None:
-    switches, readme = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{PREFIX}{name}`" in switches for name in SWITCHES)
-    assert all(f"`{name}`" in readme for name in CONTRACTS)
+def test_every_switch_op_and_command_is_documented() -> None:
+    switches, readme, verbs = ((ROOT / page).read_text(encoding="utf-8") for page in ("docs/switches.md", "README.md", "docs/command-line.md"))
+    assert [name for name in SWITCHES if f"`{PREFIX}{name}`" not in switches] == []
+    assert [name for name in CONTRACTS if f"`{name}`" not in readme] == []
+    commands = [str(command.name) for command in app.registered_commands] + [str(group.name) for group in app.registered_groups]
+    assert [name for name in commands if not re.search(rf"^\| `{name}\b|also `{name}`", verbs, flags=re.MULTILINE)] == []
+    assert [name for name in re.findall(r"^\| `([a-z-]+)\b", verbs, flags=re.MULTILINE) if name not in commands] == []
+
+
+def test_every_page_has_its_place_in_the_sites_navigation() -> None:
+    """And every place its page; the strict build says the same, where mkdocs is installed."""
+    listed = set(re.findall(r"^ +- (?:.+: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    hooks = (ROOT / "docs" / "hooks" / "links.py").read_text(encoding="utf-8")
+    later = set(re.findall(r'"([\w-]+\.md)"', re.search(r"^LATER = \((.*?)\)", hooks, flags=re.MULTILINE | re.DOTALL)[1]))  # type: ignore[index]
+    written = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert written - listed == set()
+    made = {"index.md", "contributing.md", "changelog.md", "benchmarks.md", "reference/commands.md", "reference/api.md", "reference/backends.md"}
+    assert listed - written - made - later == set()
 
 
 def test_no_page_has_a_placeholder() -> None:

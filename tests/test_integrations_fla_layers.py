@@ -121,20 +121,20 @@ def test_padding_is_as_if_each_row_were_alone_also_through_the_cache(name: str, 
     for row, length in enumerate(lengths):
         at = {"left": slice(9 - length, 9), "right": slice(0, length)}.get(side, torch.randperm(9)[:length].sort().values)
         mask[row, at] = 1
-    later = torch.randn(3, 2, 64, dtype=torch.float64)
+    later, after = torch.randn(3, 3, 64, dtype=torch.float64), torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 1]])  # one row waits for a step
     cache = fla_likeness.Cache()
     with torch.no_grad():
         y, _, _ = layer(rows, attention_mask=mask, past_key_values=cache, use_cache=True)
         steps = []
-        for t in range(2):
-            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+        for t in range(3):
+            mask = torch.cat([mask, after[:, t : t + 1]], 1)
             steps.append(layer(later[:, t : t + 1], attention_mask=mask, past_key_values=cache, use_cache=True)[0])
-    assert cache.seen == 11
-    assert not y[mask[:, :9] == 0].any()
+    assert cache.seen == 12
+    y, x = torch.cat([y, *steps], 1), torch.cat([rows, later], 1)
+    assert not y[mask == 0].any()
     for row in range(3):
-        kept = mask[row, :9] != 0
-        whole = expected_of(name, original, torch.cat([rows[row, kept], later[row]])[None])[0]
-        torch.testing.assert_close(torch.cat([y[row, kept], torch.cat(steps, 1)[row]]), whole, rtol=1e-8, atol=1e-9)
+        kept = mask[row] != 0
+        torch.testing.assert_close(y[row, kept], expected_of(name, original, x[row, kept][None])[0], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("GatedDeltaNet", (2, 4, 32, 16)), ("DeltaNet", (2, 4, 16, 16))])
@@ -151,6 +151,16 @@ def test_the_cache_holds_flas_layouts(name: str, layout: tuple[int, ...]) -> Non
     torch.testing.assert_close(held["conv_state"][1], layer.k_proj(x)[:, -4:].mT)
     with pytest.raises(ValueError, match="layer_idx"):
         swapped(made(name, torch.float32))(x, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_cache_that_was_never_kept_is_as_none(name: str) -> None:
+    """FLA's own layer leaves three times None behind where it was not asked to keep its states."""
+    layer, cache = swapped(made(name, layer_idx=0)), fla_likeness.Cache()
+    cache.update(recurrent_state=None, conv_state=(None, None, None), layer_idx=0, offset=6)
+    x = torch.randn(2, 6, 64, dtype=torch.float64)
+    assert torch.equal(layer(x, past_key_values=cache, use_cache=False)[0], layer(x)[0])
+    assert cache[0] == {"recurrent_state": None, "conv_state": (None, None, None)}
 
 
 def test_packed_sequences_are_as_if_alone() -> None:
@@ -181,7 +191,10 @@ def test_a_mask_is_asked_once_and_again_when_it_is_written_to() -> None:
 def test_one_graph_holds_the_layer(name: str) -> None:
     layer = swapped(made(name, torch.float32))
     x = torch.randn(2, 20, 64)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], layer(x)[0])
+    graph = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(graph(x)[0], layer(x)[0])
+    packed = {"cu_seqlens": torch.tensor([0, 8, 20])}
+    torch.testing.assert_close(graph(x[:1], **packed)[0], layer(x[:1], **packed)[0])
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -6,6 +6,7 @@ FLA's modules are stood in for (`tests/fla_likeness.py`), so that its own functi
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 
@@ -169,3 +170,24 @@ def test_the_real_fla_asks_us() -> None:
         o, _ = flas()  # on a CPU FLA's own kernels could not run
         assert torch.equal(o, ours.chunk_gated_delta_rule(**call())[0])
     assert registration.calls[OWN] == 1
+
+
+def test_a_transformers_model_runs_on_us_where_fla_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where FLA can be imported, transformers calls it on a CPU too, where it raises; ours runs, and equals transformers' own function."""
+    pytest.importorskip("fla.ops", reason="FLA is not installed: pip install flash-linear-attention")
+    transformers = pytest.importorskip("transformers", minversion="5.23", reason="before 5.23 transformers asks for FLA otherwise")
+    modeling = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    sizes = {f"linear_{name}_head_dim": 16 for name in ("key", "value")} | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    config = transformers.Qwen3NextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = transformers.Qwen3NextForCausalLM(config).eval(), torch.randint(0, 50, (2, 20))
+    with torch.no_grad(), ours.register_with_fla() as registration:
+        logits = model(ids, use_cache=False).logits
+    assert registration.calls[OWN] == 3  # of four layers one is attention
+    assert not registration.refusals
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", inspect.unwrap(modeling.torch_chunk_gated_delta_rule))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, logits, rtol=1e-4, atol=1e-5)

@@ -359,6 +359,18 @@ def test_sixteen_bits_run_plain_and_by_autocast(form: str) -> None:
 # --- refusals
 
 
+def test_another_dtype_is_refused_where_nothing_casts_it() -> None:
+    layer, x = TitansDualCore(24, 2, chunk_size=16), tokens(1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.half()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"x is torch.float64 .*torch.autocast \(which leaves float64"):
+            layer(x)
+    for module in layer.children():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    assert layer(x).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "told"),
     [
@@ -387,6 +399,8 @@ def test_a_form_without_meaning_is_refused(arguments: dict[str, object], error: 
     ("arguments", "error", "told"),
     [
         ({"cache": object()}, TypeError, r"layer.new_cache\(2\), got object"),
+        ({"x": torch.zeros(2, 3, 24, dtype=torch.bfloat16)}, TypeError, r"x is torch.bfloat16 .* torch.float32; pass x.to\(torch.float32\)"),
+        ({"x": torch.zeros(2, 3, 24, dtype=torch.int64)}, TypeError, "x is torch.int64 and the layer's weights are torch.float32"),
         ({"x": torch.zeros(2, 3, 25)}, ValueError, r"\[B, T, 24\], got \(2, 3, 25\)"),
         ({"attention_mask": torch.zeros(2, 3)}, TypeError, "pass mask == 0"),
         ({"attention_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"\[2, 3\], got \[2, 4\]"),

@@ -9,7 +9,7 @@ import torch
 
 import titans_backends as tb
 from tests.test_nn_dual_core import FORMS, layer_of, replace_ops, tokens
-from titans_backends.nn import DualCoreCache, TitansDualCore
+from titans_backends.nn import DualCoreCache, Level, TitansDualCore
 
 STREAMED = pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("recurrent")])
 PIECES = ([1] * 5 + [11, 1, 15, 16, 0, 23], [33, 38], [16, 16, 16, 16, 7], [71])
@@ -103,6 +103,10 @@ def test_a_cache_that_does_not_fit_is_refused() -> None:
         layer(tokens(1, 4), cu_seqlens=torch.tensor([0, 4]), cache=layer.new_cache(1))
     with pytest.raises(ValueError, match="another decay than 'token'"):
         layer(tokens(1, 4), cache=layer_of("recurrent by chunks").new_cache(1))
+    levels = layer_of("recurrent of four cores")  # with periods 1 and 2
+    for other, had in ((layer_of("recurrent", levels=[Level(2), Level(1)]), r"\(2, 1\)"), (layer, r"\(\)")):
+        with pytest.raises(ValueError, match=rf"levels have the periods {had}, and this layer's have \(1, 2\); make one"):
+            levels(tokens(1, 4), cache=other.new_cache(1))
     with pytest.raises(TypeError, match="got list"):
         layer(tokens(1, 4), cache=[layer.new_cache(1)])
     assert isinstance(layer.new_cache(1), DualCoreCache)

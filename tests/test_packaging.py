@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"titans_backends": "titans_backends", "backends": "titans_backends/backends", "autotune_cache": "titans_backends/autotune_cache"}
 """The folders of a checkout that are installed, and where to."""
-DATA = (".yaml", ".cu", ".cuh", ".typed")
+DATA = (".yaml", ".cu", ".cuh", ".tmpl", ".j2", ".css", ".typed")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "results", "golden")
 README_COMMANDS = (
     "pip install -c constraints.txt -e . && titans-backends tune",
@@ -265,7 +265,7 @@ def test_metadata_states_licence_version_extras_and_script(wheels: dict[str, Pat
     assert metadata["Version"] == version[1]
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"triton", "cuda12", "cuda13", "numba", "test", "docs", "all"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"triton", "cuda12", "cuda13", "numba", "report", "test", "docs", "all"}
     assert "Apache License" in archive.read(f"{info}licenses/LICENSE").decode()
     assert "titans-backends = titans_backends.cli:main" in archive.read(f"{info}entry_points.txt").decode()
 
@@ -305,5 +305,5 @@ def test_every_requirement_has_an_exact_constraint() -> None:
 def test_dependencies_are_open_ranges() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     items = [*project["dependencies"], *(item for name, extra in project["optional-dependencies"].items() if name != "all" for item in extra)]
-    assert [item for item in items if not re.fullmatch(r"[\w-]+(\[[\w,]+\])?>=[\d.]+(; [^;]+)?", item)] == []
-    assert project["optional-dependencies"]["all"] == ["titans-backends[triton,cuda13,numba,test,docs]"]
+    assert [item for item in items if not re.fullmatch(r"[\w-]+(\[[\w,]+\])?>=[\d.]+(,!=[\d.]+\*)?(; [^;]+)?", item)] == []
+    assert project["optional-dependencies"]["all"] == ["titans-backends[triton,cuda13,numba,report,test,docs]"]

@@ -20,7 +20,7 @@ from titans_backends.backend import Candidate
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case
 from titans_backends.machine import Machine
-from titans_backends.offers import source_modules
+from titans_backends.offers import offer, source_modules
 from titans_backends.signature import Regime, Signature
 
 pytestmark = pytest.mark.skipif(
@@ -65,8 +65,8 @@ def test_every_card_is_offered_something(op: str, machine: Machine, case: Case) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_head_size_up_to_256_is_served_on_a_small_card(op: str, head_dim: tuple[int, int], dtype: torch.dtype) -> None:
     case = replace(LONG, K=head_dim[0], V=head_dim[1], dtype=dtype)
-    if op == "coupled_core" and head_dim[0] > 128:
-        return  # a chunk's K x K factor is one tile there
+    if op == "coupled_core" and (head_dim[0] > 32 or head_dim[1] > 64):
+        return  # refused: below
     assert offered(op, facts(op, case), CARDS[89])
 
 
@@ -96,7 +96,57 @@ def test_what_it_cannot_do_is_refused_by_name(op: str) -> None:
     assert "compute capability 8.0" in str(module.supports(given, replace(H100, sm=70)))
     assert "float64 is not in" in str(module.supports(replace(given, dtype=torch.float64), H100))
     wide = facts(op, replace(LONG, K=300, V=300))
-    assert f"head_dim K=300 is above {128 if op == 'coupled_core' else 256}" in str(module.supports(wide, H100))
+    assert f"head_dim K=300 is above {32 if op == 'coupled_core' else 256}" in str(module.supports(wide, H100))
+
+
+@pytest.mark.parametrize("regime", ["inference", "training"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": torch.float16}, "float16 misses its tolerances: of 46 cases on an H100 5 were wrong"),
+        ({"dtype": torch.float16}, "use bfloat16 or float32, or backend='eager'"),
+        ({"K": 33}, "head_dim K=33 is above 32, the widest that a card has examined; use backend='eager'"),
+        ({"V": 65}, "head_dim V=65 is above 64, the widest that a card has examined; use backend='eager'"),
+        ({"chunk_size": 65}, "chunk_size=65 is above 64, the longest that a card has examined in bfloat16; use float32, or backend='eager'"),
+    ],
+)
+def test_of_coupled_core_what_no_card_has_examined_is_refused(changes: dict[str, object], said: str, regime: Regime) -> None:
+    made = CONTRACTS["coupled_core"]
+    options = {"output_final_state": True, **{name: value for name, value in changes.items() if name == "chunk_size"}}
+    sizes = {name: value for name, value in changes.items() if name != "chunk_size"}
+    widest = Case("", T=200, K=32, V=64, dtype=torch.bfloat16, options={"output_final_state": True, "chunk_size": 64}, given=made.variants[0].given)
+    served = module_of("coupled_core").supports(signature("coupled_core", widest, regime=regime)[1], H100)
+    assert served, served
+    asked = signature("coupled_core", replace(widest, options=options, **sizes), regime=regime)[1]  # type: ignore[arg-type]
+    assert said in str(module_of("coupled_core").supports(asked, H100))
+    answer = offer(registry.get("triton"), asked, H100)
+    assert not answer.verdict
+    assert answer.forward == answer.backward == ()
+
+
+def test_of_coupled_core_trained_in_float32_narrower_heads_are_served() -> None:
+    made = CONTRACTS["coupled_core"]
+    case = Case("", T=200, K=32, V=33, given=made.variants[0].given)
+    module = module_of("coupled_core")
+    trained = signature("coupled_core", case, regime="training")[1]
+    assert "head_dim V=33 is above 32, the widest that a card has examined, trained in float32; use backend='eager'" in str(
+        module.supports(trained, H100)
+    )
+    assert module.supports(signature("coupled_core", replace(case, V=32), regime="training")[1], H100)
+    assert module.supports(signature("coupled_core", case)[1], H100)
+    assert module.supports(signature("coupled_core", replace(case, dtype=torch.bfloat16), regime="training")[1], H100)
+
+
+def test_coupled_core_takes_chunks_of_any_length_in_float32() -> None:
+    case = replace(LONG, dtype=torch.float32)
+    for chunk in (16, 64, 128, 1000):
+        call = replace(production("coupled_core", case), options={"chunk_size": chunk})
+        assert {one.variant for one in offered("coupled_core", signature("coupled_core", call)[1])} == {"prepared" if chunk <= 64 else "walked"}
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "coupled_core"])
+def test_float16_is_served(op: str) -> None:
+    assert offered(op, facts(op, replace(LONG, dtype=torch.float16)))
 
 
 @pytest.mark.parametrize(("op", "regime"), [*((op, "inference") for op in OPS), *((op, "training") for op in TRAINED)])

@@ -104,7 +104,7 @@ def production(op: str, case: Case) -> Case:
     if op == "dual_core" and case.dtype == torch.float32:
         return replace(case, options={"memory": "flat", "transform": "lam"}, given=("fast_gate", "slow_gate"))
     if op == "coupled_core":
-        case = replace(case, K=64, V=64) if case.K == case.V == 128 else case  # wider heads are not examined yet
+        case = replace(case, K=min(case.K, 32), V=min(case.V, 64)) if max(case.K, case.V) <= 128 else case  # no card has examined wider heads
         return replace(case, options={"transform": "lam", "output_final_state": True}, given=made.variants[1].given)
     kept = {"fast_core": ("gate", "g"), "deep_core": ("gate", "g"), "dual_core": ("g", "fast_gate", "slow_gate", "alpha")}.get(op, ("g",))
     options = {"output_final_state": True} if "output_final_state" in made.option_by_name else {}

@@ -71,6 +71,14 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """coupled_core's kernels are right at sizes, too, that are refused until a card has examined them."""
+    module = import_module("titans_backends.backends.triton.coupled_core")
+    monkeypatch.setattr(module, "EXAMINED", {"K": 128, "V": 256})
+    monkeypatch.setattr(module, "EXAMINED_TRAINED", {})
+
+
 def around(made: Contract, tokens: int = 21) -> Iterator[Case]:
     """What the kernels of an op around the memory tell apart: every variant, dense and packed, sizes and strides of every kind, nothing at all."""
     first = made.variants[0]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.triton_forms import AROUND, TRAINED
-from tests.triton_interpreted import LIMIT, NOT_INTERPRETED, around, expect_none, is_chosen, module_of, poisoned_memory
+from tests.triton_interpreted import LIMIT, NOT_INTERPRETED, around, every_size, expect_none, is_chosen, module_of, poisoned_memory
 from tests.triton_machines import H100
 from titans_backends.backend import Candidate, TrainableOpModule
 from titans_backends.contracts import CONTRACTS
@@ -27,7 +27,7 @@ from titans_backends.facts import signature_of
 from titans_backends.tuning.gate import Ledger, check_backward, failure
 from titans_backends.tuning.suite import Exam, exam_of, wanted_gradients
 
-__all__ = ["poisoned_memory"]  # a fixture for every test of this file
+__all__ = ["every_size", "poisoned_memory"]  # fixtures for every test of this file
 
 LEFT: Mapping[str, tuple[str, ...]] = {"slow_core": ("normalized read",), "dual_core": ("normalized read",)}
 """The variants whose backward another backend supplies."""

@@ -31,6 +31,7 @@ from titans_backends.errors import (  # noqa: E402
 )
 from titans_backends.machine import Machine, detect  # noqa: E402
 from titans_backends.op import BoundOp, Op, get_op  # noqa: E402
+from titans_backends.recording import record  # noqa: E402
 from titans_backends.scope import autotune, policy, use_backend  # noqa: E402
 from titans_backends.signature import Signature  # noqa: E402
 from titans_backends.verdict import ACCEPTED, Verdict, refused  # noqa: E402
@@ -85,6 +86,7 @@ __all__ = [
     "get_op",
     "ops",
     "policy",
+    "record",
     "refused",
     "register_layer",
     "reset",
@@ -99,8 +101,9 @@ def ops() -> tuple[str, ...]:
 
 def reset() -> None:
     """Reads the environment switches, the backends and the tuned tables again at the next call, and drops every memo."""
-    from titans_backends import plans, registry, switches
+    from titans_backends import plans, registry, switches, tables
 
     switches.reload()
+    tables.forget_received()
     registry.reset()
     plans.invalidate()

@@ -109,7 +109,8 @@ class Backend:
     `simplicity` orders ties (0 is simplest); `rank` per device kind orders untuned defaults, a kind left out is not served.
     `backward` names the modules that only backwards run: a forward's row of a tuned table does not go stale with them.
     `probe` names a module with `probe(machine) -> Verdict` that compiles and runs the smallest case; `doctor` and the tuner
-    call it, a call of an op never does. `quick` says whether `tune --quick` races it.
+    call it, a call of an op never does. `quick` says whether `tune --quick` races it. `tables` names a folder beside the manifest with tables that
+    ship with the backend: their rows speak for its own candidates alone (docs/cache.md). The registry makes it a whole path, and fills in `origin`.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Backend:
     quick: bool = True
     origin: str = field(default="built in", compare=False)
     backward: tuple[str, ...] = ()
+    tables: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.backward, str) or not all("." in name for name in self.backward):

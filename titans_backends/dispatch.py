@@ -11,6 +11,7 @@ from typing import Literal
 
 from titans_backends import registry
 from titans_backends.buckets import bucket_of, defaults_of
+from titans_backends.cache.beside import displaces
 from titans_backends.cache.lookup import Hit, Miss, lookup
 from titans_backends.cache.schema import Bucket, Entry
 from titans_backends.cache.source_hash import join_hashes, source_hash
@@ -21,7 +22,7 @@ from titans_backends.offers import Offer, Pair, offers, pairs, source_modules
 from titans_backends.signature import Signature
 from titans_backends.tables import Source, current_environment, sources
 
-__all__ = ["Choice", "Consulted", "Forced", "choose", "pair_source"]
+__all__ = ["Choice", "Consulted", "Forced", "choose", "consult", "pair_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Consulted:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What runs, and why. `origin`: forced by name, tuned here, borrowed from a relative's table, or the untuned default."""
+    """What runs, and why. `origin`: forced by name, tuned here, borrowed from a relative's table, or the untuned default. `answered`: the table that decided."""
 
     signature: Signature
     machine: Machine
@@ -55,11 +56,7 @@ class Choice:
     reason: str
     offers: tuple[Offer, ...]
     consulted: tuple[Consulted, ...]
-
-    @property
-    def answered(self) -> Consulted | None:
-        """The table whose row decided, if one did."""
-        return self.consulted[-1] if self.origin in ("tuned", "borrowed") else None
+    answered: Consulted | None = None
 
 
 def pair_source(pair: Pair, op: str) -> str:
@@ -76,13 +73,30 @@ def _matches(pair: Pair, entry: Entry) -> bool:
     return (pair.backward.name, pair.backward.params) == (entry.backward, entry.backward_params)
 
 
-def _consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str) -> tuple[Consulted, Pair | None]:
+def _own(entry: Entry, owner: str) -> bool:
+    """Whether every candidate that a row names is the owner's."""
+    return all(name.partition("/")[0] == owner for name in (entry.use, entry.backward) if name is not None)
+
+
+def _beside(source: Source, decided: Source) -> bool:
+    """Whether a table is still asked after another answered: a backend's own stands beside the shipped one, not below it."""
+    return source.kind == "backend" and decided.kind in ("shipped", "backend")
+
+
+def _displaces(later: Consulted, earlier: Consulted) -> bool:
+    return later.hit is not None and earlier.hit is not None and displaces(later.hit, earlier.hit)
+
+
+def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str) -> tuple[Consulted, Pair | None]:
     """One table's answer, and the pair that it names if that may be used."""
     if source.table is None:
         return Consulted(source, source.problem), None
     found = lookup(source.table, bucket.op, bucket.when, bucket.seq_len, defaults_of(bucket.op))
     if isinstance(found, Miss):
         return Consulted(source, found.reason, miss=found), None
+    if source.owner and not _own(found.entry, source.owner):
+        told = f"its row names {found.entry.label}; a backend's table speaks for its own candidates alone"
+        return Consulted(source, told, hit=found), None
     pair = next((p for p in available if _matches(p, found.entry)), None)
     if pair is None:
         return Consulted(source, f"its row names {found.entry.label}, which is not among the candidates for this call", hit=found), None
@@ -145,13 +159,19 @@ def choose(
             )
     bucket = bucket_of(signature)
     consulted: list[Consulted] = []
+    decided: tuple[Consulted, Pair] | None = None
     if not signature.batch_invariant:  # one candidate whatever the batch and length: no row by streams or length can say which
         for source in sources(machine):
-            answer, pair = _consult(source, bucket, available, machine.kind)
+            if decided is not None and not _beside(source, decided[0].source):
+                break
+            answer, pair = consult(source, bucket, available, machine.kind)
             consulted.append(answer)
-            if pair is not None:
-                origin: Literal["tuned", "borrowed"] = "borrowed" if source.kind == "borrowed" else "tuned"
-                return Choice(signature, machine, bucket, pair, origin, f"{source.described}: {answer.answer}", given, tuple(consulted))
+            if pair is not None and (decided is None or _displaces(answer, decided[0])):
+                decided = answer, pair
+    if decided is not None:
+        answer, pair = decided
+        origin: Literal["tuned", "borrowed"] = "borrowed" if answer.source.kind == "borrowed" else "tuned"
+        return Choice(signature, machine, bucket, pair, origin, f"{answer.source.described}: {answer.answer}", given, tuple(consulted), answer)
     pair = available[0]
     if forced is not None:
         return Choice(signature, machine, bucket, pair, "forced", f"forced ({forced.by}); its first candidate", given, tuple(consulted))

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["AccelerateError", "BackendError", "BackendRefusedError", "BoundCallMismatchError", "SwitchError", "UnknownNameError", "unknown"]
+__all__ = [
+    "AccelerateError",
+    "BackendError",
+    "BackendRefusedError",
+    "BoundCallMismatchError",
+    "RanksError",
+    "SwitchError",
+    "UnknownNameError",
+    "unknown",
+]
 
 
 class AccelerateError(ValueError):
@@ -28,6 +37,10 @@ class BackendError(RuntimeError):
 
 class BoundCallMismatchError(ValueError):
     """A bound op was called with tensors that differ from the ones it was bound to."""
+
+
+class RanksError(RuntimeError):
+    """Ranks of one job cannot choose alike: one died, did not come, failed or differs; the message names it."""
 
 
 class SwitchError(ValueError):

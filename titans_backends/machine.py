@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import platform
-import re
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Machine", "detect", "slugify"]
+from titans_backends.device_names import slug_of, slugify
+
+__all__ = ["Machine", "detect"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,6 @@ class Machine:
     shared_memory_bytes: int | None = None
     threads: int | None = None
     isa: str | None = None
-
-
-def slugify(name: str) -> str:
-    """A device name as a file name: lower case, every run of other characters one underscore."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def _cpu_name() -> str:
@@ -61,7 +57,7 @@ def _cuda(index: int) -> Machine:
     return Machine(
         kind="cuda",
         name=facts.name,
-        slug=slugify(facts.name),
+        slug=slug_of(facts.name),
         sm=facts.major * 10 + facts.minor,
         sms=facts.multi_processor_count,
         shared_memory_bytes=getattr(facts, "shared_memory_per_block_optin", None),

@@ -27,6 +27,7 @@ from titans_backends.facts import signature_of
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, run_modules
 from titans_backends.precision import float32_precision
+from titans_backends.recording import count, listening
 from titans_backends.sameness import same_as
 from titans_backends.signature import Launch, Signature
 
@@ -138,13 +139,18 @@ class Plan:
             _expect_apart(self.choice.signature.op, [values[place] for place in self.written])  # type: ignore[misc]  # tensors, as in the first call
         for place in self.written:
             announce_change(self.choice.signature.op, values[place])  # type: ignore[arg-type]
-        return again(values)[: self.outputs]
+        outputs = again(values)[: self.outputs]
+        if listening:
+            count(self.choice.signature)
+        return outputs
 
     def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
         """The backward kernel, where and as the forward's; the gradients follow `contract.differentiable`."""
-        if self.needs_guard():
-            return self._guarded(lambda: self._run_backward(call, grads, states, needs))
-        return self._run_backward(call, grads, states, needs)
+        guarded = self.needs_guard()
+        found = self._guarded(lambda: self._run_backward(call, grads, states, needs)) if guarded else self._run_backward(call, grads, states, needs)
+        if listening:
+            count(self.choice.signature, backward=True)
+        return found
 
     def _run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
         """What the module remembered of a backward like this, or its `run_backward`."""
@@ -270,6 +276,8 @@ class Planner:
         if not plan.ran:
             self._warmed.setdefault(_compiled_for(plan.choice.signature), set()).add(plan.choice.pair)
             plan.ran = True
+        if listening:
+            count(plan.choice.signature)
         return outputs
 
     def signature(self, call: Call, dims: dict[str, int], asked: Request) -> Signature:
@@ -336,11 +344,14 @@ class Planner:
         signature, machine = self.signature(call, dims, asked), detect(device)
         warmed = sorted(self._warmed.get(_compiled_for(signature), ()), key=lambda pair: pair.label) if self._capturing(call) else None
         choice = choose(signature, machine, asked.forced, warmed, must_save=asked.must_save)
-        if asked.tune_budget_s is not None and warmed is None and not _tuned_here(choice):
-            from titans_backends.tuning.run import tune_call
+        if asked.tune_budget_s is not None and warmed is None:
+            from titans_backends.tuning import on_call
 
-            tune_call(self.contract, call, signature, asked.tune_budget_s)
-            choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
+            if on_call.shared(signature.device):
+                choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
+            if not _tuned_here(choice):
+                on_call.tune(self.contract, call, signature, asked.tune_budget_s)
+                choice = choose(signature, machine, asked.forced, must_save=asked.must_save)
         forward, backward = run_modules(choice.pair, self.contract.name)
         changed = self.contract.rewritten if self._may_change and call.inplace else ()  # type: ignore[attr-defined]
         written = tuple(self.contract.parameters.index(name) for name in changed)

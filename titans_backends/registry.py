@@ -14,6 +14,7 @@ import pkgutil
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Literal, cast
 
@@ -102,7 +103,13 @@ def _manifest(name: str, module_name: str, origin: str) -> Backend | Broken:
         return Broken(
             backend.name, origin, f"{backend.name} is written for contract version {backend.contract_version}; this library has {CONTRACT_VERSION}"
         )
-    return replace(backend, origin=origin)
+    if backend.tables is None:
+        return replace(backend, origin=origin)
+    folder = Path(getattr(found, "__file__", None) or "").parent / backend.tables
+    if not folder.is_dir():
+        told = f"its manifest says tables={backend.tables!r}, and there is no folder {folder}; correct the name, or package the folder as data"
+        return Broken(backend.name, origin, told)
+    return replace(backend, origin=origin, tables=str(folder))
 
 
 @functools.lru_cache(maxsize=1)

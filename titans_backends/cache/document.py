@@ -14,7 +14,17 @@ from titans_backends.cache import emit
 from titans_backends.cache.nodes import Cursor, SchemaError, compose
 from titans_backends.cache.schema import ALWAYS, SCHEMA, Bucket, DefaultsOf, Device, Environment, Params, When, WhenValue, canonical_when, full_when
 
-__all__ = ["Document", "ForeignDevice", "FutureSchema", "dump_document", "dump_params", "parse_document", "parse_params"]
+__all__ = [
+    "Document",
+    "ForeignDevice",
+    "FutureSchema",
+    "dump_document",
+    "dump_params",
+    "dump_when",
+    "parse_document",
+    "parse_params",
+    "parse_when",
+]
 
 Cell = TypeVar("Cell")
 _NUMBERS = {"sm", "sms", "threads"}
@@ -54,7 +64,7 @@ def parse_document(
         defaults = _defaults(op.text(), defaults_of)
         for row in rows.items():
             parts = row.fields(("when", "by_seq_len"), required=("when", "by_seq_len"))
-            when = _when(parts["when"], defaults)
+            when = parse_when(parts["when"], defaults)
             for key, value in parts["by_seq_len"].mapping():
                 bucket = Bucket(op.text(), when, key.integer(1))
                 if bucket in cells:
@@ -76,7 +86,7 @@ def dump_document(header: Iterable[str], document: Document[list[str]], defaults
         if op != last_op:
             lines.append(f"  {emit.scalar(op)}:")
             last_op = op
-        lines += [f"    - when: {_flat_when(when)}", "      by_seq_len:"]
+        lines += [f"    - when: {dump_when(when)}", "      by_seq_len:"]
         for seq_len, (first, *more) in sorted(by_seq_len.items()):
             lines += [f"        {seq_len}:{first}", *more]
     return "\n".join(lines) + "\n"
@@ -132,7 +142,8 @@ def _defaults(op: str, defaults_of: DefaultsOf) -> Mapping[str, WhenValue] | Non
         return None
 
 
-def _when(cursor: Cursor, defaults: Mapping[str, WhenValue] | None) -> When:
+def parse_when(cursor: Cursor, defaults: Mapping[str, WhenValue] | None) -> When:
+    """A key in its canonical form; without defaults, of an op that this version does not know, as it stands."""
     given = {}
     for key, value in cursor.mapping():
         name = key.text()
@@ -154,7 +165,8 @@ def _when_value(cursor: Cursor) -> WhenValue:
     return value
 
 
-def _flat_when(when: When) -> str:
+def dump_when(when: When) -> str:
+    """A key as a flow mapping."""
     return emit.flow_mapping((name, emit.flow_list(value) if isinstance(value, tuple) else emit.scalar(value)) for name, value in when)
 
 
@@ -169,7 +181,7 @@ def _order(op: str, when: When, defaults_of: DefaultsOf) -> tuple[object, ...]:
     """Sorts by the full key, and values of different types as null, numbers and flags, text, lists. ValueError unless canonical."""
     defaults = _defaults(op, defaults_of) or {}
     if when != canonical_when(when, defaults):
-        raise ValueError(f"a key of {op} is not canonical (see canonical_when): {_flat_when(when)}")
+        raise ValueError(f"a key of {op} is not canonical (see canonical_when): {dump_when(when)}")
     return (op, tuple((name, _rank(value), () if value is None else value) for name, value in full_when(when, defaults)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["SHIPPED_PACKAGE", "shipped_path", "shipped_paths", "timings_path", "user_cache_path"]
+__all__ = ["SHIPPED_PACKAGE", "shipped_paths", "tables_in", "timings_path", "user_cache_path"]
 
 SHIPPED_PACKAGE = "titans_backends.autotune_cache"
 _TIMINGS_SUFFIX = ".timings.yaml"
@@ -31,10 +31,9 @@ def shipped_paths() -> tuple[Path, ...]:
         folder = importlib.resources.files(SHIPPED_PACKAGE)
     except ModuleNotFoundError:
         return ()
-    tables = (item for item in folder.iterdir() if item.name.endswith(".yaml") and not item.name.endswith(_TIMINGS_SUFFIX))
-    return tuple(sorted(item for item in tables if isinstance(item, Path)))
+    return tables_in(folder) if isinstance(folder, Path) else ()
 
 
-def shipped_path(slug: str) -> Path | None:
-    """The shipped table of one device, if there is one."""
-    return next((path for path in shipped_paths() if path.name == f"{slug}.yaml"), None)
+def tables_in(folder: Path) -> tuple[Path, ...]:
+    """Every table of a folder, sorted, without the timings beside them."""
+    return tuple(sorted(item for item in folder.iterdir() if item.name.endswith(".yaml") and not item.name.endswith(_TIMINGS_SUFFIX)))

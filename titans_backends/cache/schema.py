@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, overload
 
+from titans_backends.device_names import canonical
+
 if TYPE_CHECKING:
     from titans_backends.machine import Machine
 
@@ -77,8 +79,8 @@ class Device:
     isa: str | None = None
 
     def same(self, other: Device) -> bool:
-        """Whether rows of the one hold on the other."""
-        return (self.kind, self.slug) == (other.kind, other.slug)
+        """Whether rows of the one hold on the other: one kind of card under any of its names, never a card and a slice of it."""
+        return self.kind == other.kind and (self.slug == other.slug or canonical(self.slug) == canonical(other.slug))
 
 
 @dataclass(frozen=True, slots=True)

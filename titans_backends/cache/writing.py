@@ -18,6 +18,7 @@ from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 __all__ = ["CacheError", "CacheLocked", "locked", "permission", "real_path", "replace_text", "try_writing", "world_writable"]
 
+_ELSEWHERE = "titans-backends tune --output OTHER.yaml"
 _ANY_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -80,8 +81,11 @@ def world_writable(path: Path | str) -> bool:
 
 
 @contextlib.contextmanager
-def locked(target: Path, timeout_s: float) -> Iterator[None]:
-    """Holds `<target>.lock` against every other writer; CacheLocked after `timeout_s`. A dead holder's lock is free at once."""
+def locked(target: Path, timeout_s: float, elsewhere: str = _ELSEWHERE) -> Iterator[None]:
+    """Holds `<target>.lock` against every other writer; CacheLocked after `timeout_s`. A dead holder's lock is free at once.
+
+    `elsewhere`: what to type to write another file.
+    """
     import filelock  # costs more than the rest of this package; only writers need it
 
     lock_path = f"{target}.lock"
@@ -92,17 +96,17 @@ def locked(target: Path, timeout_s: float) -> Iterator[None]:
     except filelock.Timeout as error:
         raise CacheLocked(
             f"{target} is being written by another process, which has held {lock_path} for over {timeout_s:g} s. Wait for it and run again, "
-            "or write elsewhere: titans-backends tune --output OTHER.yaml"
+            f"or write elsewhere: {elsewhere}"
         ) from error
     except OSError as error:
-        raise CacheError(f"{target} cannot be locked for writing: {error}. Write elsewhere: titans-backends tune --output OTHER.yaml") from error
+        raise CacheError(f"{target} cannot be locked for writing: {error}. Write elsewhere: {elsewhere}") from error
     try:
         yield
     finally:
         lock.release()
 
 
-def replace_text(target: Path, text: str) -> None:
+def replace_text(target: Path, text: str, elsewhere: str = _ELSEWHERE) -> None:
     """Puts the text in the file's place in one step, synced first; CacheError leaves the old file as it was. Call it under the lock."""
     try:
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
@@ -117,7 +121,7 @@ def replace_text(target: Path, text: str) -> None:
     except OSError as error:
         raise CacheError(
             f"{target} could not be written ({error.strerror or error}); it is as it was. Free the disk and run again, "
-            "or write elsewhere: titans-backends tune --output OTHER.yaml"
+            f"or write elsewhere: {elsewhere}"
         ) from error
 
 

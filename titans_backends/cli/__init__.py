@@ -19,7 +19,9 @@ from titans_backends.cli.cache import cache
 from titans_backends.cli.doctor import doctor
 from titans_backends.cli.explain import explain
 from titans_backends.cli.failures import CommandGroup
+from titans_backends.cli.new_backend import new_backend
 from titans_backends.cli.ops import ops
+from titans_backends.cli.report import report
 from titans_backends.cli.tune import tune
 from titans_backends.cli.verify import verify
 
@@ -39,6 +41,8 @@ app.command("ops")(ops)
 app.command("explain")(explain)
 app.command("bench")(bench)
 app.command("verify")(verify)
+app.command("report")(report)
+app.command("new-backend")(new_backend)
 app.add_typer(cache, name="cache")
 
 

@@ -13,6 +13,7 @@ from titans_backends.cache import file, paths
 from titans_backends.cache.schema import device_of
 from titans_backends.cli.row_state import Renewal, renewals, row_state
 from titans_backends.machine import Machine
+from titans_backends.tables import shipped_paths
 
 __all__ = ["CacheReport", "check_caches"]
 
@@ -48,9 +49,10 @@ def check_caches(machine: Machine) -> Iterator[CacheReport]:
     if named is not None:
         yield _report(f"{switches.PREFIX}CACHE", named, machine)
     yield _report("user cache", paths.user_cache_path(machine.slug), machine)
-    shipped = paths.shipped_path(machine.slug)
-    if shipped is not None:
-        yield _report("shipped", shipped, machine)
+    for owner, path in shipped_paths():
+        found = file.read(path, defaults_of).table
+        if found is None or found.device.same(device_of(machine)):
+            yield _report(f"backend {owner}" if owner else "shipped", path, machine)
 
 
 def _report(kind: str, path: Path, machine: Machine) -> CacheReport:

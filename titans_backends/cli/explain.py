@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from titans_backends import registry
+from titans_backends.buckets import defaults_of
 from titans_backends.cache.paths import timings_path
+from titans_backends.cache.schema import Bucket, full_when
 from titans_backends.cache.timings import Measurement
 from titans_backends.cli import exit_codes, units, words
 from titans_backends.cli.asked_call import AskedCall, optional_tensors, sized
@@ -26,6 +28,7 @@ from titans_backends.machine import detect
 from titans_backends.offers import Offer, pairs
 from titans_backends.plans import request
 from titans_backends.signature import Launch
+from titans_backends.tuning.plan import plan
 
 __all__ = ["explain"]
 
@@ -106,12 +109,37 @@ def _show(out: Console, asked: AskedCall, found: Explanation) -> None:
         table(out, columns, [Group("", [_timing(one) for one in sorted(measurements, key=_by_time)])])
     if found.choice is not None and found.choice.origin == "default":
         out.print()
+        _show_how_to_measure(out, asked, found)
+
+
+def _show_how_to_measure(out: Console, asked: AskedCall, found: Explanation) -> None:
+    """The command that measures this call's bucket; where `tune` has no words for it, how the call itself does."""
+    planned = _planned(asked, found)
+    if any(bucket.when == found.bucket.when for bucket in planned):
         say(out, "not tuned yet; measure it:")
         command(out, f"titans-backends tune {_tune_words(asked, found)}")
+        return
+    here = dict(full_when(found.bucket.when, defaults_of(asked.op.name)))
+    told = []
+    for bucket in planned:
+        there = dict(full_when(bucket.when, defaults_of(asked.op.name)))
+        told.append(", ".join(f"{name} {there[name]}, not {value}" for name, value in here.items() if there[name] != value))
+    say(out, "not tuned yet, and `titans-backends tune` has no words for it" + (f" (it would measure {'; or '.join(told)})" if told else "") + ".")
+    say(out, "Measure it where it is called:")
+    command(out, f'with tb.autotune(): tb.get_op("{asked.op.name}")(...)')
+
+
+def _planned(asked: AskedCall, found: Explanation) -> tuple[Bucket, ...]:
+    """What that command would measure."""
+    case = asked.case
+    return plan(
+        found.machine.kind, ops=[asked.op.name], seq_lens=[max(case.T, 1)], heads=[(case.G, case.H)], head_dims=[(case.K, case.V)],
+        dtypes=[str(case.dtype).removeprefix("torch.")], regimes=[found.signature.regime], launches=[found.signature.launch], batch=max(case.B, 1),
+    )  # fmt: skip
 
 
 def _tune_words(asked: AskedCall, found: Explanation) -> str:
-    """The command that measures this call's bucket, as far as `tune` has words for it."""
+    """The command that measures this call's bucket, where `tune` has words for it."""
     case = asked.case
     heads = f"{case.G}/{case.H}" if case.G != case.H else str(case.H)
     head_dim = f"{case.K}x{case.V}" if case.K != case.V else str(case.K)

@@ -15,11 +15,11 @@ from titans_backends.cache.nodes import SchemaError
 from titans_backends.cache.writing import CacheError
 from titans_backends.cli import exit_codes
 from titans_backends.cli.show import status_console
-from titans_backends.errors import BackendError, BackendRefusedError, BoundCallMismatchError, SwitchError, UnknownNameError
+from titans_backends.errors import BackendError, BackendRefusedError, BoundCallMismatchError, RanksError, SwitchError, UnknownNameError
 
 __all__ = ["CommandGroup", "MisuseError", "fail", "user_input"]
 
-_MISUSED = (UnknownNameError, SwitchError, SchemaError, CacheError, BackendError, BoundCallMismatchError)
+_MISUSED = (UnknownNameError, RanksError, SwitchError, SchemaError, CacheError, BackendError, BoundCallMismatchError)
 
 
 class MisuseError(Exception):

@@ -16,6 +16,7 @@ from titans_backends.buckets import defaults_of
 from titans_backends.cli.show import Column, Group, Json, console, facts, heading, print_json, say, table
 from titans_backends.contracts import CONTRACTS, contract
 from titans_backends.contracts.contract import Argument, Contract, Option
+from titans_backends.contracts.letters import letters_of
 
 __all__ = ["ops"]
 
@@ -110,6 +111,7 @@ def _whole(op: Contract) -> dict[str, Json]:
         "arguments": [_argument(argument, op) for argument in op.arguments],
         "options": [_option(option) for option in op.options],
         "outputs": [{field.name: getattr(output, field.name) for field in dataclasses.fields(output)} for output in op.outputs],
+        "letters": {**letters_of(op)},
         "key": {name: list(value) if isinstance(value, tuple) else value for name, value in defaults_of(op.name).items()},
         "seq_len": op.seq_len_is,
     }
@@ -131,6 +133,8 @@ def _show_one(out: Console, op: Contract) -> None:
     columns = [Column("name"), Column("layout"), Column("dtype"), Column("asked for by", flexible=True)]
     outputs = [[o.name, _layout(o.dims), f"as {o.like}" if o.like else "float32 or float64", f"{o.when}=True" if o.when else ""] for o in op.outputs]
     table(out, columns, [Group("", outputs)])
+    heading(out, "letters")
+    facts(out, [(letter.replace("*", "..."), meaning) for letter, meaning in letters_of(op).items()])
     heading(out, "formula")
     say(out, _documentation(op))
     heading(out, "tuned by")

@@ -44,7 +44,7 @@ def _planned(request: TuneRequest, machine: Machine, racing: Sequence[str]) -> l
     found = []
     for bucket in request.buckets:
         try:
-            signature = signature_of_bucket(bucket, request.device, request.heads)
+            signature = signature_of_bucket(bucket, request.device, request.heads_of(bucket))
         except ValueError as error:
             found.append(_Planned(bucket, (), 0, str(error)))
             continue

@@ -16,16 +16,20 @@ from titans_backends import registry
 from titans_backends.cache.paths import user_cache_path
 from titans_backends.cache.schema import Bucket
 from titans_backends.cli import exit_codes, units, words
+from titans_backends.cli.assess import run_assessment
 from titans_backends.cli.failures import MisuseError, user_input
 from titans_backends.cli.plan_rows import plan_json, show_plan
 from titans_backends.cli.progress import showing
 from titans_backends.cli.show import command, console, facts, print_json, say, status_console
+from titans_backends.cli.tune_from import Recorded, coverage_json, show_coverage
+from titans_backends.cli.tune_from import from_file as read_problems
 from titans_backends.cli.tune_rows import rows_json, show_rows
 from titans_backends.contracts import CONTRACTS
 from titans_backends.machine import Machine, detect
 from titans_backends.signature import Launch, Regime
+from titans_backends.tuning import ranks
 from titans_backends.tuning.plan import plan
-from titans_backends.tuning.run import TuneInterrupted, TuneReport, TuneRequest
+from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
 from titans_backends.tuning.run import tune as run_tune
 
 __all__ = ["tune"]
@@ -44,6 +48,10 @@ def tune(
     dtype: Annotated[list[str] | None, typer.Option(metavar="DTYPE", help="float32, float64, bfloat16, float16.", show_default="the grid's")] = None,
     regime: Annotated[list[str] | None, typer.Option(metavar="REGIME", help="inference, training.", show_default="the grid's")] = None,
     launch: Annotated[list[str] | None, typer.Option(metavar="LAUNCH", help="eager, graph (CUDA only).", show_default="the grid's")] = None,
+    from_file: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Tune what titans_backends.record wrote, the most expensive first.", show_default=False),
+    ] = None,
     budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Stop after this many seconds; type the command again to go on.", show_default="none")
     ] = None,
@@ -58,6 +66,10 @@ def tune(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write this file.", show_default="the user's cache")] = None,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is current.")] = False,
+    assess: Annotated[
+        bool, typer.Option("--assess", help="Say how good the tuner is: two fresh tunes against every candidate timed fully. Changes no table.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="With --assess: so many buckets of the grid.", show_default="all")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be measured; measure nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The table's rows as JSON on stdout.")] = False,
 ) -> None:
@@ -66,26 +78,34 @@ def tune(
     Only what is missing or no longer current is measured. Ctrl-C keeps every finished bucket.
     Exit status: 0 when every bucket has a row, 1 when some are left or nothing could win, 2 when it could not run, 130 on Ctrl-C.
     """
-    target = words.device_named(device)
+    target = words.device_named(device or ranks.launched_device())
     machine = detect(target)
     small = True if quick is None else quick
     racing = _backends(backend)
     pairs = words.heads_list(heads)
     lengths = words.integers("--seq-lens", seq_lens)
-    with user_input():
-        buckets = plan(
-            machine.kind,
-            quick=small,
-            ops=words.op_names(op),
-            seq_lens=lengths,
-            heads=pairs,
-            head_dims=words.head_dims(head_dim),
-            dtypes=words.one_of("--dtype", dtype, words.DTYPES),
-            regimes=cast("Sequence[Regime] | None", words.one_of("--regime", regime, ("inference", "training"))),
-            launches=cast("Sequence[Launch] | None", words.one_of("--launch", launch, ("eager", "graph"))),
-            batch=batch,
-        )
-    _say_other_lengths(lengths, buckets)
+    grid = {
+        "--op": op, "--seq-lens": seq_lens, "--heads": heads, "--head-dim": head_dim, "--dtype": dtype, "--regime": regime, "--launch": launch,
+        "--batch": batch,
+    }  # fmt: skip
+    recorded = None if from_file is None else read_problems(from_file, grid, machine, target)
+    if recorded is not None:
+        buckets = recorded.buckets
+    else:
+        with user_input():
+            buckets = plan(
+                machine.kind,
+                quick=small,
+                ops=words.op_names(op),
+                seq_lens=lengths,
+                heads=pairs,
+                head_dims=words.head_dims(head_dim),
+                dtypes=words.one_of("--dtype", dtype, words.DTYPES),
+                regimes=cast("Sequence[Regime] | None", words.one_of("--regime", regime, ("inference", "training"))),
+                launches=cast("Sequence[Launch] | None", words.one_of("--launch", launch, ("eager", "graph"))),
+                batch=batch,
+            )
+        _say_other_lengths(lengths, buckets)
     if objective not in ("time", "memory"):
         raise MisuseError(f"--objective must be time or memory, got {objective!r}")
     for name, value in (("--budget", budget), ("--max-memory", max_memory)):
@@ -102,22 +122,30 @@ def tune(
         output=output,
         force=force,
         heads=pairs[0][1] if pairs is not None and len(pairs) == 1 else None,
+        heads_by_bucket={} if recorded is None else recorded.heads,
     )
+    if limit is not None and (limit < 1 or not assess):
+        raise MisuseError(f"--limit must be at least 1 and stand with --assess, got {limit}{'' if assess else ' without it'}")
+    if assess:
+        beside = [name for name, value in (("--force", force), ("--dry-run", dry_run)) if value]
+        if beside:
+            raise MisuseError(f"--assess tunes into files of its own; leave out {', '.join(beside)}")
+        run_assessment(request, machine, budget, limit, as_json)
+        return
+    if dry_run and ranks.launched_rank():
+        return  # rank 0 shows it
     if dry_run:
         _show_dry_run(request, machine, as_json)
         return
-    options = (
-        ("--op", op), ("--seq-lens", seq_lens), ("--heads", heads), ("--head-dim", head_dim), ("--dtype", dtype), ("--regime", regime),
-        ("--launch", launch), ("--backend", backend),
-    )  # fmt: skip
-    typed = [word for name, given in options for value in given or () for word in (name, value)]
+    typed = [] if from_file is None else ["--from", str(from_file)]
+    typed += [word for name, given in {**grid, "--backend": backend}.items() if isinstance(given, list) for value in given for word in (name, value)]
     typed += ["--batch", str(batch)] if batch is not None else []
     typed += [] if quick is None else ["--quick" if quick else "--full"]
     typed += ["--objective", objective] if objective != "time" else []
     typed += ["--max-memory", f"{max_memory:g}"] if max_memory is not None else []
     typed += ["--output", str(output)] if output is not None else []
     typed += ["--device", device] if device is not None else []
-    _Session(request, machine, shlex.join(["titans-backends", "tune", *typed]), as_json).run()
+    _Session(request, machine, shlex.join(["titans-backends", "tune", *typed]), as_json, recorded).run()
 
 
 def _say_other_lengths(asked: Sequence[int] | None, buckets: Sequence[Bucket]) -> None:
@@ -160,40 +188,58 @@ class _Session:
     machine: Machine
     again: str
     as_json: bool
+    recorded: Recorded | None = None
 
     def run(self) -> None:
         """Raises typer.Exit for every status but 0."""
-        err = status_console()
-        self._announce(err)
-        try:
-            with showing(err) as on_event:
-                report = run_tune(self.request, on_event)
-        except TuneInterrupted as stop:
-            self._show(stop.report)
-            self._interrupted(err, stop.report)
-            raise typer.Exit(exit_codes.INTERRUPTED) from stop
+        with ranks.launched() as together:
+            if together is not None and together.rank:
+                ranks.tune(self.request, ranks=together, keep=True)
+                return
+            report = self._measured(together)
         if report.nothing_to_do:
             self._nothing(report)
             return
         self._show(report)
-        self._ended(err if self.as_json else console(), report)
+        self._ended(status_console() if self.as_json else console(), report)
         if not report.complete:
             raise typer.Exit(exit_codes.FALLS_SHORT)
 
+    def _measured(self, together: ranks.Ranks | None) -> TuneReport:
+        """The tune itself, shown while it runs; with other ranks they receive what it finds."""
+        err = status_console()
+        self._announce(err)
+        if together is not None:
+            say(err, f"{together.size} ranks: rank 0 measures, the others receive", "dim")
+        try:
+            with showing(err) as on_event:
+                if together is None:
+                    return run_tune(self.request, on_event)
+                report = ranks.tune(self.request, on_event, ranks=together, keep=True)
+                assert report is not None  # rank 0 has one
+                return report
+        except TuneInterrupted as stop:
+            self._show(stop.report)
+            self._interrupted(err, stop.report)
+            raise typer.Exit(exit_codes.INTERRUPTED) from stop
+
     def _announce(self, err: Console) -> None:
-        grid = "quick grid" if self.request.quick else "full grid"
+        grid = "recorded, the most expensive first" if self.recorded is not None else "quick grid" if self.request.quick else "full grid"
         say(
             err,
             f"{self.machine.name}: {units.amount(len(self.request.buckets), 'bucket')} planned ({grid}), into {_path(self.request, self.machine)}",
             "dim",
         )
+        for said in self.recorded.left_out if self.recorded is not None else ():
+            say(err, f"left out: {said}", "yellow")
 
     def _nothing(self, report: TuneReport) -> None:
         if self.as_json:
-            print_json(rows_json(report.rows))
+            self._print(report, report.rows)
             say(status_console(), NOTHING)
             return
         out = console()
+        self._show_coverage(report)
         say(out, NOTHING)
         current = units.amount(len(report.rows), "bucket is", "buckets are")
         say(out, f"all {current} current in {report.path}" if len(report.rows) != 1 else f"the bucket is current in {report.path}")
@@ -202,12 +248,23 @@ class _Session:
     def _show(self, report: TuneReport) -> None:
         shown = [row for row in report.rows if row.entry is not None or row.reason]
         if self.as_json:
-            print_json(rows_json(shown))
+            self._print(report, shown)
         elif shown:
             out = console()
             out.print()
             show_rows(out, shown)
             out.print()
+            self._show_coverage(report)
+
+    def _print(self, report: TuneReport, rows: Sequence[Row]) -> None:
+        """The rows; of a recording with what they cover."""
+        told = rows_json(rows)
+        print_json(told if self.recorded is None else {"rows": told, "coverage": coverage_json(self.recorded.covered(report))})
+
+    def _show_coverage(self, report: TuneReport) -> None:
+        if self.recorded is not None:
+            show_coverage(console(), self.recorded.covered(report))
+            console().print()
 
     def _ended(self, to: Console, report: TuneReport) -> None:
         measured = sum(row.measured for row in report.rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 from titans_backends.contracts.chunks import chunk_count, chunk_rows
 from titans_backends.contracts.contract import Argument, Call, Contract, Option, arithmetic_dtype
 
-__all__ = ["OPERAND_DTYPES", "bind_arguments", "check_devices", "check_indices", "validate"]
+__all__ = ["OPERAND_DTYPES", "bind_arguments", "check_devices", "check_indices", "check_option", "validate"]
 
 OPERAND_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _KINDS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
@@ -38,7 +38,7 @@ def bind_arguments(contract: Contract, args: tuple[object, ...], kwargs: Mapping
 def validate(contract: Contract, call: Call) -> dict[str, int]:
     """Checks everything but the values of index tensors; returns the sizes bound to the contract's letters."""
     for option in contract.options:
-        _check_option(contract, option, getattr(call, option.name))
+        check_option(contract, option, getattr(call, option.name))
     tensors = _check_tensors(contract, call)
     check_devices(contract, tensors)
     _check_dtypes(contract, tensors)
@@ -54,7 +54,8 @@ def validate(contract: Contract, call: Call) -> dict[str, int]:
     return dims
 
 
-def _check_option(contract: Contract, option: Option, value: object) -> None:
+def check_option(contract: Contract, option: Option, value: object) -> None:
+    """Whether an option may have a value: TypeError or ValueError say what it may."""
     where = f"{contract.name}: {option.name}"
     if value is None and option.nullable:
         return

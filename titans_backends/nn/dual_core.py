@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from titans_backends.nn.flux import ResonanceFlux
 from titans_backends.nn.forms import Chunking, Convolution, Coupling, Decay, Merge, Mode, Transform, resolve
-from titans_backends.nn.joint import Standing
+from titans_backends.nn.joint import Standing, takes
 from titans_backends.nn.level import Level
 from titans_backends.nn.levels import empty_carry
 from titans_backends.nn.memory import States
@@ -169,7 +169,13 @@ class TitansDualCore(Mixing):
         return DualCoreCache(
             0, positions, self.form.chunk_size, slow, zeros(keys, values), zeros(keys, TAPS), zeros(keys, TAPS), zeros(values, TAPS),
             zeros() if self.form.decay == "previous_chunk" else None, [empty_carry(slow) for _ in self.form.levels],
+            self._periods,
         )  # fmt: skip
+
+    @property
+    def _periods(self) -> tuple[int, ...]:
+        """Its levels' periods, in chunks."""
+        return tuple(level.period for level in self.form.levels)
 
     def _check_streamed(self) -> None:
         why = self.form.not_streamed_because
@@ -186,7 +192,7 @@ class TitansDualCore(Mixing):
         if not isinstance(cache, DualCoreCache):
             raise TypeError(f"TitansDualCore: cache must be a DualCoreCache, made by layer.new_cache({x.shape[0]}), got {type(cache).__name__}")
         wanted = (x.shape[0], self.num_heads, self.q_proj.out_features // self.num_heads, self.v_proj.out_features // self.num_heads)
-        if cache.slow.shape != wanted or cache.chunk_size != self.form.chunk_size or len(cache.levels) != len(self.form.levels):
+        if cache.slow.shape != wanted or cache.chunk_size != self.form.chunk_size:
             raise ValueError(
                 f"TitansDualCore: this cache holds states {tuple(cache.slow.shape)} with chunks of {cache.chunk_size}, and this call needs {wanted} with chunks of "
                 f"{self.form.chunk_size}; make one with layer.new_cache({x.shape[0]})"
@@ -195,6 +201,11 @@ class TitansDualCore(Mixing):
             raise ValueError(
                 f"TitansDualCore: this cache is of a layer with another decay than {self.form.decay!r}; make one with layer.new_cache({x.shape[0]})"
             )
+        if cache.periods != self._periods:
+            raise ValueError(
+                f"TitansDualCore: this cache is of a layer whose levels have the periods {cache.periods}, and this layer's have {self._periods}; "
+                f"make one with layer.new_cache({x.shape[0]})"
+            )
 
     def check(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, cache: DualCoreCache | None) -> None:
         """Raises the sentence of what does not fit; `forward` asks it first."""
@@ -202,6 +213,12 @@ class TitansDualCore(Mixing):
             raise TypeError(f"TitansDualCore: x must be a tensor [B, T, {self.d_model}], got {type(x).__name__}")
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"TitansDualCore: x must have shape [B, T, {self.d_model}], got {tuple(x.shape)}")
+        if not takes(self.q_proj, x):
+            wanted = self.q_proj.weight.dtype
+            raise TypeError(
+                f"TitansDualCore: x is {x.dtype} and the layer's weights are {wanted}; pass x.to({wanted}), or convert the layer, or call it under torch.autocast "
+                "(which leaves float64 as it is)"
+            )
         if cu_seqlens is not None and mask is not None:
             raise ValueError("TitansDualCore: attention_mask and cu_seqlens both say where sequences lie; pass one")
         if cu_seqlens is not None and (cu_seqlens.dim() != 1 or x.shape[0] != 1):

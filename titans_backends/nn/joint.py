@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Standing", "joint_projection"]
+__all__ = ["Standing", "joint_projection", "takes"]
 
 _ROWS = 8
 """The product's width is rounded up to so many, where the memory allows: rows of 16 bytes in 16 bits."""
@@ -111,6 +111,14 @@ def joint_projection(x: Tensor, projections: list[nn.Linear], standing: Standing
             return F.linear(x, found)
     standing.recall(weights[0])
     return F.linear(x, _concatenated(weights))
+
+
+def takes(projection: nn.Module, x: Tensor) -> bool:
+    """Whether the product can multiply x's dtype with the weight's, by autocast too; what has a product of its own is not asked."""
+    weight = projection._parameters.get("weight") if type(projection) is nn.Linear else None
+    if weight is None or x.dtype == weight.dtype or type(weight) not in _PLAIN or _is_hooked(projection):  # type: ignore[arg-type]
+        return True
+    return x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype) and torch.is_autocast_enabled(x.device.type)
 
 
 def _without_bias(projection: nn.Module, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class DualCoreCache:
     `position`: tokens fed so far, the same for every row, and `positions` `[B]`, int64, the same on the device; a CUDA graph of a step advances the second
     alone: after a replay add its tokens to the first. `chunk_size`: the layer's. Tensors, in float32 (float64 in a float64 layer): `slow`, `fast`
     `[B, H, K, V]`; `q`, `k`, `v`: the last four inputs of the convolutions `[B, H, K, 4]`, `[B, H, V, 4]`; `decay_sum` `[B, H]`: what the open chunk's decays,
-    or the last one's, sum up to, where the decay is the chunk before's; `levels`: for each level its carry of `deep_core`.
+    or the last one's, sum up to, where the decay is the chunk before's; `levels`: for each level its carry of `deep_core`, whose blocks are of `periods` chunks.
     """
 
     position: int
@@ -34,6 +34,7 @@ class DualCoreCache:
     v: Tensor
     decay_sum: Tensor | None
     levels: list[tuple[Tensor, ...]]
+    periods: tuple[int, ...] = ()
 
     @property
     def chunk_offset(self) -> int:

@@ -11,7 +11,7 @@ import os
 import selectors
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import cast
@@ -42,11 +42,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is compiled for; `heads` as in the tuner's request."""
+    """What is compiled for; `heads` as the tuner's request has them, for each bucket."""
 
     machine: Machine
     device: str
-    heads: int | None = None
+    heads: Callable[[Bucket], int | None] = lambda bucket: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class _Pool:
                 "buckets": [wire.bucket_to(bucket) for bucket in worker.job.buckets],
                 "machine": wire.machine_to(self.target.machine),
                 "device": self.target.device,
-                "heads": self.target.heads,
+                "heads": [self.target.heads(bucket) for bucket in worker.job.buckets],
             }
         )
 

@@ -73,10 +73,10 @@ def serve(read: Callable[[], bytes], write: Callable[[bytes], object]) -> None:
         job = wire.load(line)
         candidate, machine = wire.candidate_from(job["candidate"]), wire.machine_from(job["machine"])
         failed, reason = 0, ""
-        for data in cast("list[object]", job["buckets"]):
+        for data, heads in zip(cast("list[object]", job["buckets"]), cast("list[int | None]", job["heads"]), strict=True):
             bucket = wire.bucket_from(data)
             try:
-                prepare(bucket, candidate, machine, str(job["device"]), cast("int | None", job["heads"]))
+                prepare(bucket, candidate, machine, str(job["device"]), heads)
             except Exception as error:  # whatever a compiler raises is said, and judged elsewhere
                 failed += 1
                 said = (str(error).strip() or "no message").split("\n", 1)[0][:300]

@@ -14,7 +14,7 @@ from titans_backends.cache.schema import canonical_when
 from titans_backends.contracts import CONTRACTS, contract
 from titans_backends.signature import Launch, Regime
 
-__all__ = ["DEFAULT_GRIDS", "PRESENT", "Cells", "grid", "parse_head_dim", "parse_heads", "plan"]
+__all__ = ["DEFAULT_GRIDS", "FLAT", "LAM", "PRESENT", "SMALL", "STREAMED", "Cells", "buckets_of", "grid", "parse_head_dim", "parse_heads", "plan"]
 
 Heads = tuple[int, int]
 HeadDim = tuple[int, int]
@@ -34,16 +34,16 @@ PRESENT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """The optional tensors in the key that the planned buckets have: decay where the op takes it, as the gated layers call it."""
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
-_STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
+STREAMED = ("gated_delta_rule", "slow_core", "dual_core", "uw_transform", "fast_core")
 _AROUND = ("short_conv", "qkv_prepare", "gated_rms_norm", "token_flux", "chunk_flux")
 """What a layer has around its memory."""
-_MEMORY = (*_STREAMED, "gated_delta_step", "dual_core_step", "fused_uw")
-_CHOSEN = (*_STREAMED, "gated_delta_step", "fused_uw")
+_MEMORY = (*STREAMED, "gated_delta_step", "dual_core_step", "fused_uw")
+_CHOSEN = (*STREAMED, "gated_delta_step", "fused_uw")
 """Of these a CPU has several candidates."""
-_SMALL: tuple[tuple[Heads, ...], tuple[HeadDim, ...]] = ((12, 12),), ((32, 32),)
+SMALL: tuple[tuple[Heads, ...], tuple[HeadDim, ...]] = ((12, 12),), ((32, 32),)
 """The heads of the model that the flat and the loop memory come from."""
-_FLAT: tuple[tuple[str, WhenValue], ...] = (("g", False), ("memory", "flat"), ("transform", "lam"))
-_LAM: tuple[tuple[str, WhenValue], ...] = (("transform", "lam"),)
+FLAT: tuple[tuple[str, WhenValue], ...] = (("g", False), ("memory", "flat"), ("transform", "lam"))
+LAM: tuple[tuple[str, WhenValue], ...] = (("transform", "lam"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +69,29 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
         ("cpu", True): (
             Cells(heads=((12, 12),), head_dims=((32, 32),)),
             Cells(),
-            Cells(ops=_STREAMED, seq_lens=(512,), heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
+            Cells(ops=STREAMED, seq_lens=(512,), heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
         ),
         ("cpu", False): (
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((12, 12), (4, 4)), head_dims=((32, 32),)),
             Cells(seq_lens=(64, 128, 256, 512, 1024, 2048, 4096), heads=((16, 16), (16, 32)), head_dims=((128, 128), (64, 64))),
-            Cells(ops=_STREAMED, heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
-            Cells(ops=_STREAMED, regimes=("training",)),
+            Cells(ops=STREAMED, heads=((12, 12),), head_dims=((32, 32),), regimes=("training",)),
+            Cells(ops=STREAMED, regimes=("training",)),
         ),
         ("cuda", True): (
             Cells(_MEMORY, (512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), launches=("eager", "graph")),
             Cells(ops=("gated_delta_rule",), seq_lens=(512, 2048, 8192, 32768), heads=((2, 8), (16, 64)), dtypes=("bfloat16",), launches=("graph",)),
-            Cells(_MEMORY, (512, 2048, 8192), *_SMALL, dtypes=("bfloat16",)),
-            Cells(("dual_core",), (128, 1024, 8192, 65536), *_SMALL),
-            Cells(("dual_core",), (128, 1024, 8192, 65536), *_SMALL, dtypes=("float32", "bfloat16"), launches=("graph",)),
-            Cells(("dual_core",), (128, 512, 2048, 8192, 65536), *_SMALL, launches=("eager", "graph"), when=_FLAT),
-            Cells(("dual_core",), (128, 2048, 65536), *_SMALL, dtypes=("bfloat16",), launches=("eager", "graph"), when=_FLAT),
-            Cells(("coupled_core",), (512, 8192), *_SMALL, launches=("graph",), when=_LAM),
-            Cells(_AROUND, (512, 8192), *_SMALL, dtypes=("float32", "bfloat16"), launches=("graph",)),
-            Cells(("qkv_prepare",), (512, 8192), *_SMALL, dtypes=("float32", "bfloat16"), launches=("graph",), when=(("lookahead", 1),)),
+            Cells(_MEMORY, (512, 2048, 8192), *SMALL, dtypes=("bfloat16",)),
+            Cells(("dual_core",), (128, 1024, 8192, 65536), *SMALL),
+            Cells(("dual_core",), (128, 1024, 8192, 65536), *SMALL, dtypes=("float32", "bfloat16"), launches=("graph",)),
+            Cells(("dual_core",), (128, 512, 2048, 8192, 65536), *SMALL, launches=("eager", "graph"), when=FLAT),
+            Cells(("dual_core",), (128, 2048, 65536), *SMALL, dtypes=("bfloat16",), launches=("eager", "graph"), when=FLAT),
+            Cells(("coupled_core",), (512, 8192), *SMALL, launches=("graph",), when=LAM),
+            Cells(_AROUND, (512, 8192), *SMALL, dtypes=("float32", "bfloat16"), launches=("graph",)),
+            Cells(("qkv_prepare",), (512, 8192), *SMALL, dtypes=("float32", "bfloat16"), launches=("graph",), when=(("lookahead", 1),)),
             Cells(_AROUND, (8192,), ((16, 32),), dtypes=("bfloat16",)),
-            Cells(ops=_STREAMED, seq_lens=(2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
-            Cells(ops=_STREAMED, seq_lens=(8192,), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16",), regimes=("training",)),
-            Cells(_AROUND, (8192,), *_SMALL, regimes=("training",)),
+            Cells(ops=STREAMED, seq_lens=(2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
+            Cells(ops=STREAMED, seq_lens=(8192,), heads=((12, 12),), head_dims=((32, 32),), dtypes=("bfloat16",), regimes=("training",)),
+            Cells(_AROUND, (8192,), *SMALL, regimes=("training",)),
         ),
         ("cuda", False): (
             Cells(
@@ -104,17 +104,17 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
             Cells(
                 (*_MEMORY, *_AROUND), (128, 512, 2048, 8192, 32768), heads=((12, 12),), head_dims=((32, 32), (64, 64)), dtypes=("bfloat16", "float32")
             ),
-            Cells(ops=_STREAMED, seq_lens=(512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
+            Cells(ops=STREAMED, seq_lens=(512, 2048, 8192), heads=((16, 32),), dtypes=("bfloat16",), regimes=("training",)),
             Cells(
-                ops=_STREAMED,
+                ops=STREAMED,
                 seq_lens=(512, 2048, 8192),
                 heads=((12, 12),),
                 head_dims=((32, 32),),
                 dtypes=("bfloat16", "float32"),
                 regimes=("training",),
             ),
-            Cells(("dual_core",), (128, 512, 2048, 8192, 32768), *_SMALL, dtypes=("float32", "bfloat16"), launches=("eager", "graph"), when=_FLAT),
-            Cells(("coupled_core",), (128, 512, 2048, 8192, 32768), *_SMALL, regimes=("inference", "training"), when=_LAM),
+            Cells(("dual_core",), (128, 512, 2048, 8192, 32768), *SMALL, dtypes=("float32", "bfloat16"), launches=("eager", "graph"), when=FLAT),
+            Cells(("coupled_core",), (128, 512, 2048, 8192, 32768), *SMALL, regimes=("inference", "training"), when=LAM),
         ),
     }
 )
@@ -172,7 +172,7 @@ def plan(
     cells = [replace(block, **given) for block in grid(kind, quick=quick)]  # type: ignore[arg-type]  # names and values were checked
     if ops is not None:
         cells = _with_ops(cells, tuple(ops))
-    return tuple(dict.fromkeys(bucket for block in cells for bucket in _buckets(block)))
+    return tuple(dict.fromkeys(bucket for block in cells for bucket, _ in buckets_of(block)))
 
 
 def _check(
@@ -212,7 +212,8 @@ def _with_ops(cells: list[Cells], ops: tuple[str, ...]) -> list[Cells]:
     return [*(block for block in kept if block.ops), *([replace(cells[0], ops=missing)] if missing else [])]
 
 
-def _buckets(cells: Cells) -> Iterator[Bucket]:
+def buckets_of(cells: Cells) -> Iterator[tuple[Bucket, int]]:
+    """The buckets of a block, in its order, each with the v heads of a sequence."""
     for regime in cells.regimes:
         for launch in cells.launches:
             for dtype in cells.dtypes:
@@ -220,7 +221,7 @@ def _buckets(cells: Cells) -> Iterator[Bucket]:
                     for heads in cells.heads:
                         for op in cells.ops:
                             for seq_len in _seq_lens(op, cells.seq_lens):
-                                yield _bucket(op, seq_len, heads, head_dim, dtype, regime, launch, cells)
+                                yield _bucket(op, seq_len, heads, head_dim, dtype, regime, launch, cells), heads[1]
 
 
 def _seq_lens(op: str, asked: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class TuneRequest:
 
     `backends` limits what is measured (None: all; with `quick` those whose manifest says quick); the default always is. `budget_s` limits
     the whole, `bucket_s` one race, `timeout_s` one candidate's compilation and check. `output` names another file than the user's cache.
-    `force` measures what is current too. `heads`: v heads of a sequence, where that divides a bucket's streams.
+    `force` measures what is current too. `heads`: v heads of a sequence, where that divides a bucket's streams; `heads_by_bucket` has them for some buckets.
     """
 
     buckets: tuple[Bucket, ...]
@@ -70,6 +70,17 @@ class TuneRequest:
     output: Path | None = None
     force: bool = False
     heads: int | None = None
+    heads_by_bucket: Mapping[Bucket, int] = field(default_factory=dict)
+
+    def heads_of(self, bucket: Bucket) -> int | None:
+        """The v heads of a bucket's sequences, where somebody said."""
+        return self.heads_by_bucket.get(bucket, self.heads)
+
+    def asks(self, backend: str) -> bool:
+        """Whether a backend's candidates are to race."""
+        if self.backends is not None:
+            return backend in self.backends
+        return not self.quick or registry.get(backend).quick
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +206,7 @@ class _Run:
             return
         left = None if request.budget_s is None else max(0.0, request.budget_s - (time.monotonic() - self.started))
         limits = Limits(AHEAD_S if left is None else min(AHEAD_S, left / 2), request.timeout_s)
-        self.say(compile_ahead(todo, Target(self.machine, request.device, request.heads), limits, most))
+        self.say(compile_ahead(todo, Target(self.machine, request.device, request.heads_of), limits, most))
 
     def _race_s(self, left: int) -> float:
         """The rounds' budget in each of the buckets that are left: the asked one, or less where the whole would take too long."""
@@ -215,27 +226,20 @@ class _Run:
         return TuneReport(self.store.path, done, self.remaining or missing, time.monotonic() - self.started)
 
     def _standing(self, bucket: Bucket) -> Standing:
-        signature = signature_of_bucket(bucket, self.request.device, self.request.heads)
+        signature = signature_of_bucket(bucket, self.request.device, self.request.heads_of(bucket))
         return Standing.of(bucket, signature, offers(signature, self.machine), self.store.measurements(bucket))
 
     def _todo(self, standing: Standing) -> list[Candidate]:
         """Who must be measured: the asked backends' candidates and the default's that have no current measurement; with them the yardsticks."""
         pairs = standing.pairs
         default = members(pairs[0]) if pairs else ()
-        paired = {candidate for pair in pairs for candidate in members(pair)}
-        asked = [c for c in standing.candidates if c in paired and (c in default or self._asked(c.backend))]
-        stale = [c for c in asked if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
+        stale = [c for c in standing.racing(self.request.asks) if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
         if not stale:
             return []
         entry = self.store.entry(standing.bucket)
         winner = None if entry is None else standing.named_by(entry)
         yardsticks = {*default, *(members(winner) if winner is not None else ())}
         return [c for c in standing.candidates if c in stale or c in yardsticks]
-
-    def _asked(self, backend: str) -> bool:
-        if self.request.backends is not None:
-            return backend in self.request.backends
-        return not self.request.quick or registry.get(backend).quick
 
     def _may_race_now(self, standing: Standing, candidate: Candidate) -> bool:
         """Whether a backend that its probe refused when this was written down would be accepted today."""
@@ -290,7 +294,7 @@ class _Run:
         try:
             wanted = [candidate for candidate in todo if candidate not in refused]
             if wanted:
-                bench.open(self.request.heads)
+                bench.open(self.request.heads_of(bucket))
             while wanted:
                 measured |= bench.measure(wanted, standing.hashes, lambda candidate, one: self._tell(bucket, candidate, one))
                 standing = standing.with_measured(rescaled(older, measured) | measured)

@@ -13,13 +13,14 @@ from typing import Literal
 
 from titans_backends.offers import Pair
 
-__all__ = ["GAIN", "TIE", "Contender", "Selection", "combined", "select"]
+__all__ = ["GAIN", "TIE", "WIDEST_TIE", "Contender", "Selection", "combined", "select"]
 
 GAIN = 0.03
 """What a challenger must save of the default's time."""
 TIE = 0.02
 """Medians this close are equal."""
-_WIDEST_TIE = 0.10
+WIDEST_TIE = 0.10
+"""The joint margin makes a tie no wider than this."""
 _MEMORY_TIE_MIB = 1.0
 
 Objective = Literal["time", "memory"]
@@ -95,4 +96,4 @@ def _beats(challenger: Contender, default: Contender) -> bool:
 
 def _tie_us(one: Contender, best: Contender) -> float:
     """The tie band, or the joint margin where that is wider, but never so wide that noise hides a real difference."""
-    return min(max(TIE * best.us, math.hypot(one.margin_us, best.margin_us)), _WIDEST_TIE * best.us)
+    return min(max(TIE * best.us, math.hypot(one.margin_us, best.margin_us)), WIDEST_TIE * best.us)

@@ -6,7 +6,7 @@ Pure but for reading the sources' hashes: the measurements come from `store`, ne
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from titans_backends import registry
@@ -69,13 +69,20 @@ class Standing:
         """Whether a pair's candidates have both passed."""
         return all(candidate in self.current and self.current[candidate].status == "ok" for candidate in members(pair))
 
+    def racing(self, asked: Callable[[str], bool]) -> list[Candidate]:
+        """Who may race: the default, and the candidates of asked backends that some pair can use."""
+        pairs = self.pairs
+        default = members(pairs[0]) if pairs else ()
+        paired = {candidate for pair in pairs for candidate in members(pair)}
+        return [c for c in self.candidates if c in paired and (c in default or asked(c.backend))]
+
+    def contenders(self) -> list[Contender]:
+        """The pairs that passed, with their numbers, the default first where it did."""
+        return [self._contender(pair, order) for order, pair in enumerate(self.pairs) if self.ok(pair)]
+
     def select(self, objective: Objective, max_memory_mib: float | None, *, without_states: bool = False) -> Selection:
         """The rule of `select` over the pairs that passed."""
-        found = [
-            self._contender(pair, order)
-            for order, pair in enumerate(self.pairs)
-            if self.ok(pair) and not (without_states and pair.forward.saves_states)
-        ]
+        found = [one for one in self.contenders() if not (without_states and one.pair.forward.saves_states)]
         chosen = select(found, objective, max_memory_mib)
         return chosen if chosen.winner is not None or found else replace(chosen, reason=self._why_none())
 

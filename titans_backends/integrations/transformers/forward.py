@@ -165,23 +165,20 @@ class GatedDelta:
         """o `[B, T, H, V]`; the state goes on from the cache's and back into it, in place where no gradient runs."""
         index = self.layer_idx
         differentiated = torch.is_grad_enabled() and _any_requires_grad(q, k, v, beta, g, state)
-        if cache is not None and state is not None and q.shape[1] <= MAX_TOKENS:
-            wide = _state(state)
-            inplace = not differentiated and wide is state and held_by(cache, index, state)
-            o, after = self.titans_step(q, k, v, beta, g, state=wide, inplace=inplace, qk_l2norm=qk_l2norm)
-            if not inplace:
-                assert after is not None
-                cache.update_recurrent_state(after, index)
+        start = None if state is None else _state(state)
+        if differentiated and start is not None:
+            start = start.clone()  # the cache's own is overwritten before the backward reads it
+        if cache is not None and start is not None and q.shape[1] <= MAX_TOKENS:
+            inplace = not differentiated and start is state and held_by(cache, index, start)
+            o, after = self.titans_step(q, k, v, beta, g, state=start, inplace=inplace, qk_l2norm=qk_l2norm)
         else:
-            start = None if state is None else _state(state)
-            if differentiated and start is not None:
-                start = start.clone()  # the cache's own is overwritten before the backward reads it
+            inplace = False
             o, after = self.titans_rule(
                 q, k, v, beta, g, initial_state=start, output_final_state=cache is not None, qk_l2norm=qk_l2norm, cu_seqlens=packed
             )
-            if cache is not None:
-                assert after is not None
-                cache.update_recurrent_state(after, index)
+        if cache is not None and not inplace:
+            assert after is not None
+            cache.update_recurrent_state(after, index)
         assert o is not None
         return o
 

@@ -94,13 +94,13 @@ def family_of(layer: type) -> Family | None:
 
 
 def names_used(function: Callable[..., object]) -> frozenset[str]:
-    """The globals and attributes that a function's code names, below its decorators."""
+    """The globals, attributes and enclosing variables that a function's code names, below its decorators."""
     found: set[str] = set()
     codes = [getattr(inspect.unwrap(function), "__code__", None)]
     while codes:
         code = codes.pop()
         if isinstance(code, CodeType):
-            found.update(code.co_names)
+            found.update(code.co_names, code.co_freevars)
             codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
     return frozenset(found)
 

@@ -1,0 +1,128 @@
+"""`tune --assess`: how good the tuner is on this machine, as a table, as JSON on stdout, and as a file with the machine's fingerprint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from titans_backends.cli import exit_codes, units
+from titans_backends.cli.failures import MisuseError
+from titans_backends.cli.keys import by_key, key_json, key_title
+from titans_backends.cli.show import Column, Group, Json, console, facts, heading, print_json, say, status_console, table
+from titans_backends.machine import Machine
+from titans_backends.tuning.assess import Assessment, assess, spread_out
+from titans_backends.tuning.fingerprint import fingerprint
+from titans_backends.tuning.regret import Assessed
+from titans_backends.tuning.run import TuneRequest
+
+__all__ = ["run_assessment"]
+
+_RESULTS = Path("benchmarks") / "results"
+_FLIPS = {"same": "", "tie": "tie", "margin": "default's margin", "outside": "outside"}
+
+
+def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | None, limit: int | None, as_json: bool) -> None:
+    """Assesses, prints and writes; raises typer.Exit where something was left out."""
+    path = request.output or (_RESULTS if _RESULTS.is_dir() else Path()) / f"assess_{machine.slug}.json"
+    if path.suffix != ".json":
+        raise MisuseError(f"--assess writes JSON: --output must end in .json, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen = replace(request, buckets=spread_out(request.buckets, limit), output=None)
+    err = status_console()
+    say(err, f"{machine.name}: {units.amount(len(chosen.buckets), 'bucket')} of {len(request.buckets)} to assess, into {path}", "dim")
+    found = assess(chosen, budget_s, lambda said: say(err, said, "dim"))
+    told = _json(found, request.device)
+    path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(told)
+    else:
+        _show(console(), found, path)
+    if found.left or not found.tuned:
+        raise typer.Exit(exit_codes.FALLS_SHORT)
+
+
+def _json(found: Assessment, device: str) -> dict[str, Json]:
+    return {
+        **fingerprint(device),
+        "summary": asdict(found.summary),
+        "tune_s": list(found.tune_s),
+        "tuned_buckets": list(found.tuned_buckets),
+        "seconds": found.seconds,
+        "first_uses": [{**key_json(one.bucket), "first_s": one.first_s, "second_s": one.second_s, "origin": one.origin} for one in found.first_uses],
+        "tuned": [_row(one) for one in found.tuned],
+        "midpoints": [_row(one) for one in found.midpoints],
+        "left": [{**key_json(bucket), "reason": reason} for bucket, reason in found.left],
+    }
+
+
+def _row(one: Assessed) -> dict[str, Json]:
+    return {
+        **key_json(one.bucket),
+        "candidates": one.candidates,
+        "best": one.best,
+        "best_us": one.best_us,
+        "best_spread": one.best_spread,
+        "choices": [asdict(choice) for choice in one.choices],
+        "flip": None if one.flip is None else asdict(one.flip),
+        "between": None if one.between is None else list(one.between),
+    }
+
+
+def _show(out: Console, found: Assessment, path: Path) -> None:
+    for title, rows in (("tuned buckets, first tune | second", found.tuned), ("midpoints, chosen by lookup", found.midpoints)):
+        if rows:
+            heading(out, title)
+            _table(out, rows)
+    figures = found.summary
+    out.print()
+    pairs = [
+        (
+            "regret",
+            f"mean {_percent(figures.mean_regret)}, worst {_percent(figures.worst_regret)}, over {units.amount(figures.buckets, 'bucket')}, two tunes",
+        )
+    ]
+    cost = f"; worst cost {_percent(figures.worst_flip_cost)}" if figures.flips else ""
+    pairs.append(("flips", f"{figures.flips}, {figures.flips_outside} outside ties and the default's margin{cost}"))
+    if figures.midpoints:
+        within = f"{_percent(figures.midpoints_within)} of {figures.midpoints} within 5 %, worst {_percent(figures.worst_midpoint_regret)}"
+        pairs.append(("midpoints", within))
+    pairs.append(("time to tune", " | ".join(_tuned(s, n) for s, n in zip(found.tune_s, found.tuned_buckets, strict=True))))
+    for use in found.first_uses:
+        said = f"{units.seconds(use.first_s)} with a table there, nothing tuned ({use.origin}); the second call {units.time_us(1e6 * use.second_s)}"
+        pairs.append((f"first {use.bucket.op}", said))
+    facts(out, pairs)
+    if found.left:
+        say(out, Text(f"{units.amount(len(found.left), 'bucket')} not assessed, the first: {found.left[0][1]}", "yellow"))
+    say(out, f"measured in {units.seconds(found.seconds)}; the figures are in {path}")
+
+
+def _table(out: Console, rows: Sequence[Assessed]) -> None:
+    columns = [Column("seq_len", "right"), Column("chosen", flexible=True), Column("regret", "right"), Column("flip"), Column("best", flexible=True)]
+    columns += [Column("median", "right"), Column("±", "right"), Column("of", "right")]
+    groups = [Group(key_title(first), [_cells(row) for _, row in group]) for first, group in by_key((row.bucket, row) for row in rows)]
+    table(out, columns, groups)
+
+
+def _cells(one: Assessed) -> list[str | Text]:
+    labels = list(dict.fromkeys(choice.label for choice in one.choices))
+    worst = max(choice.regret for choice in one.choices)
+    loud = "red" if any(choice.beyond_noise and choice.regret > 0.05 for choice in one.choices) else ""
+    flip = "" if one.flip is None else _FLIPS[one.flip.within]
+    return [
+        str(one.bucket.seq_len), " | ".join(labels), Text(_percent(worst), loud), flip, one.best if one.best not in labels else "the same",
+        units.time_us(one.best_us), units.percent(one.best_spread), str(one.candidates),
+    ]  # fmt: skip
+
+
+def _tuned(seconds: float, buckets: int) -> str:
+    return f"{units.seconds(seconds)} for {units.amount(buckets, 'bucket')}"
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else units.percent(share)

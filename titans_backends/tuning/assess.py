@@ -1,0 +1,241 @@
+"""How good the tuner is, measured: two fresh tunes of the same buckets, then every candidate of each timed fully, there and between the buckets.
+
+Nothing that a call reads is written: the tunes write files of their own, which are gone afterwards. Within a budget; what it does not reach is said.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+from titans_backends.backend import Candidate
+from titans_backends.buckets import Bucket, defaults_of
+from titans_backends.cache import file
+from titans_backends.cache.paths import timings_path
+from titans_backends.dispatch import consult
+from titans_backends.machine import Machine, detect
+from titans_backends.offers import Pair, offers
+from titans_backends.tables import Source
+from titans_backends.tuning.bench import Bench
+from titans_backends.tuning.first_use import FirstUse, first_use
+from titans_backends.tuning.host import Host, OpenFailed
+from titans_backends.tuning.problem import signature_of_bucket
+from titans_backends.tuning.regret import Assessed, Summary, flip_of, judged, summary
+from titans_backends.tuning.run import TuneInterrupted, TuneReport, TuneRequest, tune
+from titans_backends.tuning.standing import Standing
+from titans_backends.tuning.timing import RaceRules
+
+__all__ = ["Assessment", "FirstUse", "Progress", "assess", "in_order", "midpoints", "spread_out"]
+
+Progress = Callable[[str], None]
+_TUNE_SHARE, _AGAIN_SHARE = 0.25, 0.3
+"""Of the budget the first tune may take so much, the second so much of what it left at most."""
+_LEAST_S, _MOST_S = 0.5, 8.0
+_FIRST_USES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What came of it. `tune_s`: seconds of each of the two tunes, of `tuned_buckets` each; `left`: buckets and midpoints that were not assessed, with reasons."""
+
+    tuned: tuple[Assessed, ...]
+    midpoints: tuple[Assessed, ...]
+    tune_s: tuple[float, float]
+    tuned_buckets: tuple[int, int]
+    first_uses: tuple[FirstUse, ...]
+    left: tuple[tuple[Bucket, str], ...]
+    seconds: float
+
+    @property
+    def summary(self) -> Summary:
+        """Its figures."""
+        return summary(self.tuned, self.midpoints)
+
+
+def spread_out(buckets: Sequence[Bucket], limit: int | None) -> tuple[Bucket, ...]:
+    """The first buckets of a plan, the lengths of one key together and one key of each op in turn, so that few of them show much."""
+    groups: dict[str, dict[object, list[Bucket]]] = {}
+    for bucket in buckets:
+        groups.setdefault(bucket.op, {}).setdefault(bucket.when, []).append(bucket)
+    keys = {op: list(by_when.values()) for op, by_when in groups.items()}
+    turns = max(map(len, keys.values()), default=0)
+    ordered = [bucket for turn in range(turns) for by_op in keys.values() if turn < len(by_op) for bucket in by_op[turn]]
+    return tuple(ordered[:limit])
+
+
+def midpoints(buckets: Sequence[Bucket]) -> tuple[tuple[Bucket, tuple[int, int]], ...]:
+    """The lengths in the middle, in log2, of neighbours that differ in nothing else; where there is a whole number between them."""
+    lengths: dict[tuple[str, object], list[Bucket]] = {}
+    for bucket in buckets:
+        lengths.setdefault((bucket.op, bucket.when), []).append(bucket)
+    found = []
+    for group in lengths.values():
+        ordered = sorted(group, key=lambda bucket: bucket.seq_len)
+        for shorter, longer in pairwise(ordered):
+            middle = _middle(shorter, longer)
+            if shorter.seq_len < middle < longer.seq_len:
+                found.append((shorter._replace(seq_len=middle), (shorter.seq_len, longer.seq_len)))
+    return tuple(found)
+
+
+def in_order(buckets: Sequence[Bucket]) -> list[tuple[Bucket, tuple[int, int] | None]]:
+    """The buckets of each key, then the midpoints between them, so that a budget that ends early has seen both."""
+    groups: dict[tuple[str, object], list[Bucket]] = {}
+    for bucket in buckets:
+        groups.setdefault((bucket.op, bucket.when), []).append(bucket)
+    found: list[tuple[Bucket, tuple[int, int] | None]] = []
+    for group in groups.values():
+        found += [(bucket, None) for bucket in group]
+        found += midpoints(group)
+    return found
+
+
+def _middle(shorter: Bucket, longer: Bucket) -> int:
+    """For `fused_uw` a whole number of matrices."""
+    middle = round(math.sqrt(shorter.seq_len * longer.seq_len))
+    if shorter.op != "fused_uw":
+        return middle
+    chunk = dict(shorter.when).get("chunk_size", defaults_of("fused_uw")["chunk_size"])
+    assert isinstance(chunk, int)
+    return max(1, round(middle / chunk)) * chunk
+
+
+def assess(request: TuneRequest, budget_s: float | None = None, progress: Progress = lambda said: None) -> Assessment:
+    """Assesses the tuner on the request's buckets; `progress` hears what is done next. The request's own file is left alone. Ctrl-C ends it with what there is."""
+    with tempfile.TemporaryDirectory(prefix="titans_backends_assess_") as folder:
+        return _Run(request, budget_s, progress, Path(folder), detect(request.device)).all()
+
+
+@dataclass(slots=True)
+class _Run:
+    """One assessment."""
+
+    request: TuneRequest
+    budget_s: float | None
+    progress: Progress
+    folder: Path
+    machine: Machine
+    begun: float = field(default_factory=time.monotonic)
+    left: list[tuple[Bucket, str]] = field(default_factory=list)
+    interrupted: bool = False
+
+    def all(self) -> Assessment:
+        first = self._tune("first", self.request.buckets, _TUNE_SHARE)
+        reached = tuple(row.bucket for row in first.rows if row.entry is not None)
+        self.left += [(row.bucket, f"the first tune found no winner: {row.reason}") for row in first.rows if row.entry is None]
+        self.left += [(bucket, "the first tune did not reach it") for bucket in first.remaining]
+        second = self._tune("second", reached, _AGAIN_SHARE)
+        uses = tuple(self._first_uses(reached))
+        tuned: list[Assessed] = []
+        between: list[Assessed] = []
+        again = frozenset(row.bucket for row in second.rows if row.entry is not None)
+        work = in_order(reached)
+        with Host(self.request.device) as host:
+            for position, (bucket, neighbours) in enumerate(work):
+                if self._left_s() <= 0:
+                    why = "it was interrupted" if self.interrupted else "the budget ended"
+                    self.left += [(other, why) for other, _ in work[position:]]
+                    break
+                try:
+                    done = self._exhaustive(host, bucket, neighbours, bucket in again, len(work) - position)
+                except KeyboardInterrupt:
+                    self.interrupted, done = True, None
+                    self.left.append((bucket, "it was interrupted"))
+                if done is not None:
+                    (tuned if neighbours is None else between).append(done)
+        seconds, counts = (first.seconds, second.seconds), (len(reached), len(again))
+        return Assessment(tuple(tuned), tuple(between), seconds, counts, uses, tuple(self.left), time.monotonic() - self.begun)
+
+    def _left_s(self) -> float:
+        if self.interrupted:
+            return 0.0
+        return math.inf if self.budget_s is None else self.budget_s - (time.monotonic() - self.begun)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.yaml"
+
+    def _tune(self, name: str, buckets: tuple[Bucket, ...], share: float) -> TuneReport:
+        """A tune that knows nothing of any other."""
+        self.progress(f"the {name} tune, of {len(buckets)} buckets")
+        left = self._left_s()
+        budget = None if left == math.inf else max(1.0, left * share)
+        try:
+            return tune(replace(self.request, buckets=buckets, output=self._path(name), force=False, budget_s=budget))
+        except TuneInterrupted as stop:
+            self.interrupted = True
+            return stop.report
+
+    def _source(self, name: str) -> Source:
+        return Source("named", self._path(name), file.read(self._path(name), defaults_of).table)
+
+    def _chosen(self, name: str, bucket: Bucket, standing: Standing) -> Pair | None:
+        """What a call of the bucket would run by that tune's file: a row's pair, or the default."""
+        _, pair = consult(self._source(name), bucket, standing.pairs, self.machine.kind)
+        return pair if pair is not None else next(iter(standing.pairs), None)
+
+    def _exhaustive(self, host: Host, bucket: Bucket, between: tuple[int, int] | None, twice: bool, left: int) -> Assessed | None:
+        """Every candidate of a bucket timed to the end, and what the tunes' choices cost there. `twice`: the second tune has a row for it too."""
+        self.progress(f"every candidate of {bucket.op} at seq_len {bucket.seq_len}, {left} to go")
+        heads = self.request.heads_of(bucket)
+        signature = signature_of_bucket(bucket, self.request.device, heads)
+        standing = Standing.of(bucket, signature, offers(signature, self.machine), ())
+        candidates = self._hopeful(bucket, standing, between)
+        race_s = min(_MOST_S, max(_LEAST_S, self._left_s() / left / 4))
+        endless = RaceRules(
+            race_s,
+            least_rounds=7,
+            min_rounds=30,
+            max_rounds=200,
+            drop_factor=math.inf,
+            hopeless_factor=math.inf,
+            target_spread=0.004,
+            final_rounds=20,
+        )
+        bench = Bench(host, bucket, endless, self.request.timeout_s)
+        try:
+            bench.open(heads)
+            standing = standing.with_measured(bench.measure(candidates, standing.hashes, lambda candidate, one: None))
+        except OpenFailed as error:
+            self.left.append((bucket, f"its inputs could not be made: {error}"))
+            return None
+        contenders = {one.pair: one for one in standing.contenders()}
+        names = ("first", "second") if twice else ("first",)
+        pairs = [self._chosen(name, bucket, standing) for name in names]
+        choices = [judged(pair, contenders) for pair in pairs if pair is not None]
+        if not contenders or None in choices or not choices:
+            self.left.append((bucket, "what was chosen did not pass when it was measured again"))
+            return None
+        best = min(contenders.values(), key=lambda one: (one.us, one.order))
+        flip = flip_of(pairs[0], pairs[1], contenders) if len(pairs) == 2 and pairs[0] is not None and pairs[1] is not None else None
+        kept = tuple(choice for choice in choices if choice is not None)
+        return Assessed(bucket, best.pair.label, best.us, best.spread, len(contenders), kept, flip, between)
+
+    def _hopeful(self, bucket: Bucket, standing: Standing, between: tuple[int, int] | None) -> list[Candidate]:
+        """Who raced, without those that failed or were refused in the first tune: they would fail again, and take their time over it."""
+        racing = standing.racing(self.request.asks)
+        timings = file.read_timings(timings_path(self._path("first")), defaults_of).table
+        measured = () if timings is None else timings.rows.get(bucket, ())
+        if between is not None:
+            refused = {
+                one.candidate.partition("/")[0] for found in (timings.rows.values() if timings else ()) for one in found if one.status == "refused"
+            }
+            return [candidate for candidate in racing if candidate.backend not in refused]
+        lost = {(one.candidate, tuple(sorted(one.params)), one.direction, one.saves_states) for one in measured if one.status != "ok"}
+        return [c for c in racing if (c.name, tuple(sorted(c.params)), c.direction, c.saves_states) not in lost]
+
+    def _first_uses(self, reached: Sequence[Bucket]) -> Iterator[FirstUse]:
+        """One bucket of each of the first ops, in a fresh process that finds the first tune's file."""
+        for bucket in list({bucket.op: bucket for bucket in reversed(reached)}.values())[::-1][:_FIRST_USES]:
+            if self._left_s() <= 0:
+                return
+            self.progress(f"the first call of {bucket.op} in a fresh process")
+            found = first_use(bucket, self.request.device, self.request.heads_of(bucket), self._path("first"))
+            if isinstance(found, FirstUse):
+                yield found
+            else:
+                self.left.append((bucket, f"its first use in a fresh process failed: {found}"))

@@ -12,17 +12,22 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["CONSUMER_SHARED_BYTES", "Params", "copies_rows", "dots", "narrow_warps", "serves", "tile_width"]
+__all__ = ["CONSUMER_SHARED_BYTES", "HOPPER", "Params", "copies_rows", "dots", "narrow_warps", "serves", "serves_rows", "tile_width"]
 
 Params = tuple[tuple[str, Param], ...]
 
 CONSUMER_SHARED_BYTES = 99 * 1024
 """Shared memory of a block on consumer cards (sm_86, sm_89, sm_120): the least that the kernels count on."""
 
+HOPPER = range(90, 100)
+"""Cards whose tensor cores multiply with wgmma."""
+_ROW = 16
+"""Numbers: what rows must be multiples of, and begin at multiples of, for asynchronous copies to take them."""
 _OLDEST_SM = 80
 _OLDEST_TRITON = (3, 6)
 _WIDEST = 256
 _MOST_TOKENS = 2**31 - 2**16
+_OPERANDS = ("q", "k", "v", "u", "w")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -66,6 +71,41 @@ def copies_rows(signature: Signature) -> bool:
     Where they do not, a loop's products are compiled as those outside of one (`narrow_warps`).
     """
     return (signature.dim("K") | signature.dim("V")) % 16 == 0 and signature.aligned
+
+
+def serves_rows(signature: Signature, machine: Machine) -> Verdict:
+    """Refuses on Hopper what `gated_delta_rule` was seen to compute wrongly there: 16-bit operands whose rows no asynchronous copy takes."""
+    if signature.dtype.itemsize != 2 or machine.sm not in HOPPER:
+        return ACCEPTED
+    name = str(signature.dtype).removeprefix("torch.")
+    seen = "products from such rows gave wrong values and an illegal address on an H100 (Triton 3.6)"
+    verdict = ACCEPTED
+    odd = [f"{letter}={signature.dim(letter)}" for letter in "KV" if signature.dim(letter) % _ROW]
+    if odd:
+        padded = " and ".join(f"{letter}={-(-signature.dim(letter) // _ROW) * _ROW}" for letter in "KV")
+        verdict &= refused(
+            f"{' and '.join(odd)} in {name}: {_ROW} does not divide {'them' if len(odd) > 1 else 'it'}, and {seen}; use backend='cupy' or backend='eager', "
+            f"or pad the heads with zeros to {padded} and pass scale"
+        )
+    loose = _loose_operands(signature)
+    if loose:
+        verdict &= refused(
+            f"{', '.join(loose)} in {name}: {_ROW} does not divide every stride, or the data does not begin on {_ROW} bytes, and {seen}; "
+            "pass clones, or use backend='cupy' or backend='eager'"
+        )
+    return verdict
+
+
+def _loose_operands(signature: Signature) -> list[str]:
+    """Operands that are not aligned, or whose heads or tokens begin where an aligned row cannot; rows of an odd number of columns are told by their head_dim."""
+    found = []
+    for name in _OPERANDS:
+        given = signature.tensor(name)
+        if given is None or given.shape[-1] % _ROW or (given.stride[-1] != 1 and given.shape[-1] > 1):  # the last are copied
+            continue
+        if not given.aligned or any(step % _ROW for step in given.stride[:-1]):
+            found.append(name)
+    return found
 
 
 def tile_width(size: int) -> int:

@@ -1,7 +1,7 @@
 """The Triton backend's kernels compile ahead of time, without a GPU, and fit the card: shared memory, registers, spills.
 
-Each op's default for production calls on four architectures, that of its backward on Hopper, and of the shipped tables one row of every variant and
-dtype on their own card, where all of them ran when they were measured; a row whose source has changed since is not used. A card is described in
+Each op's default for production calls on four architectures, that of its backward on Hopper, and of the shipped tables one row of every variant
+on their own card, where all of them ran when they were measured; a row whose source has changed since is not used. A card is described in
 `triton_machines.py`; what a candidate launches is found by `triton_forms.py`.
 """
 
@@ -189,7 +189,7 @@ BACKWARDS = [OfBackward(op, case.name) for op in TRAINED for case in TRAINING if
 
 @dataclass(frozen=True, slots=True)
 class OfTable:
-    """What an op's rows of a shipped table launch on their card: the first of every variant and dtype, the other rows differ in tiles and sizes."""
+    """What an op's rows of a shipped table launch on their card: the first of every variant; the others differ in dtype, tiles and sizes, and ran there too."""
 
     table: Table
     op: str
@@ -204,7 +204,7 @@ class OfTable:
             made = CONTRACTS[bucket.op]
             for candidate in candidates_of(bucket, entry, machine):
                 assert candidate is not None, f"gone: {named(bucket, entry)}"
-                kind = (candidate.direction, candidate.variant, dict(bucket.when)["dtype"])
+                kind = (candidate.direction, candidate.variant)
                 if kind in seen:
                     continue
                 seen.add(kind)

@@ -87,15 +87,14 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
             f"mean {_percent(figures.mean_regret)}, worst {_percent(figures.worst_regret)}, over {units.amount(figures.buckets, 'bucket')}, two tunes",
         )
     ]
-    pairs.append(
-        ("flips", f"{figures.flips}, {figures.flips_outside} outside ties and the default's margin; worst cost {_percent(figures.worst_flip_cost)}")
-    )
+    cost = f"; worst cost {_percent(figures.worst_flip_cost)}" if figures.flips else ""
+    pairs.append(("flips", f"{figures.flips}, {figures.flips_outside} outside ties and the default's margin{cost}"))
     if figures.midpoints:
         within = f"{_percent(figures.midpoints_within)} of {figures.midpoints} within 5 %, worst {_percent(figures.worst_midpoint_regret)}"
         pairs.append(("midpoints", within))
     pairs.append(("time to tune", " | ".join(_tuned(s, n) for s, n in zip(found.tune_s, found.tuned_buckets, strict=True))))
     for use in found.first_uses:
-        said = f"{units.seconds(use.first_s)} with a table there, nothing tuned ({use.origin}); the second call {units.time_us(1e6 * use.second_s)}"
+        said = f"{units.seconds(use.first_s)} with a table there, in a fresh process (choice: {use.origin}); the second call {units.time_us(1e6 * use.second_s)}"
         pairs.append((f"first {use.bucket.op}", said))
     facts(out, pairs)
     if found.left:

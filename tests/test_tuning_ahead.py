@@ -62,7 +62,7 @@ class Workshop:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_children: None) -> Iterator[Workshop]:
     (tmp_path / "marks").mkdir()
     monkeypatch.syspath_prepend(PLUGINS)
     monkeypatch.setenv("TITANS_BACKENDS_PLUGINS", "foresight")

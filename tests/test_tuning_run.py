@@ -72,7 +72,7 @@ class Workshop:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_children: None) -> Iterator[Workshop]:
     shutil.copytree(PLUGINS / "faulty", tmp_path / "plugins" / "faulty", ignore=shutil.ignore_patterns("__pycache__"))
     for name in [name for name in sys.modules if name.split(".")[0] == "faulty"]:
         monkeypatch.delitem(sys.modules, name)

@@ -57,12 +57,11 @@ def _sources(machine: Machine) -> Iterator[Source]:
         yield _source("named", named, file.load(named, defaults_of, device))
     user = paths.user_cache_path(machine.slug)
     yield _source("user", user, file.load(user, defaults_of, device))
-    for path in paths.shipped_paths():
-        loaded = file.read(path, defaults_of)
+    shipped = [(path, file.read(path, defaults_of)) for path in paths.shipped_paths()]
+    for path, loaded in shipped:
         if loaded.table is None or loaded.table.device.same(device):
             yield _source("shipped", path, loaded)
-    for path in paths.shipped_paths():
-        loaded = file.read(path, defaults_of)
+    for path, loaded in shipped:
         related = loaded.table is not None and loaded.table.device.kind == device.kind and device.sm is not None
         if related and loaded.table is not None and loaded.table.device.sm == device.sm and not loaded.table.device.same(device):
             yield _source("borrowed", path, loaded)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ForkedPopen", "can_fork", "run", "run_pytest"]
 
 _NOT_THE_CHILDS = ("PYTEST_XDIST", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS")
+_PLAIN = ("-q", "--tb=short", "--no-header", "--color=no", "-p", "no:cacheprovider", "-p", "no:xdist")
 
 
 def can_fork() -> bool:
@@ -47,10 +48,10 @@ def run(code: str, *, env: Mapping[str, str] | None = None, cwd: Path | None = N
             process.kill()
 
 
-def run_pytest(*words: str, cwd: Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """`pytest` with these words, as if below no other pytest."""
-    own = {name: value for name, value in (os.environ if env is None else env).items() if not name.startswith(_NOT_THE_CHILDS)}
-    return run(f"import sys, pytest\nsys.exit(pytest.main({list(words)!r}))", env=own, cwd=cwd, timeout=900.0)
+def run_pytest(*words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """`pytest` with these words and short reports, as if below no other pytest, in this environment with `more`."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_THE_CHILDS)}
+    return run(f"import sys, pytest\nsys.exit(pytest.main({[*words, *_PLAIN]!r}))", env={**env, **more}, cwd=cwd, timeout=900.0)
 
 
 class ForkedPopen:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import fresh
 from tests.triton_forms import AROUND
 
 pytestmark = [
@@ -29,20 +29,10 @@ PARTS = {
     "parts": ("tests/triton_interpreted_parts.py",),
 }
 """What pytest is to run. The longest first, so that the processes end together."""
-_LEFT_OUT = {"PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST"}
 
 
 def _run(part: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT and not name.startswith("PYTEST_XDIST")}
-    options = ("-q", "--tb=short", "--no-header", "--color=no", "-p", "no:cacheprovider", "-p", "no:xdist")
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *PARTS[part], *options],
-        cwd=ROOT,
-        env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return fresh.run_pytest(*PARTS[part], cwd=ROOT, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ def small(seq_lens: Sequence[int] = (16,), regime: str = "inference") -> tuple[B
 def test_faults_are_recorded_with_their_reasons_and_the_rest_is_raced(workshop: Workshop) -> None:
     workshop.offer("raises", "good", "nan", "segfault", "wrong", "exits", "huge", "hangs", "later")
     (bucket,) = small()
-    report = workshop.tune([bucket], timeout_s=3.0)
+    report = workshop.tune([bucket], timeout_s=2.0)
     assert report.complete
     found = {name: one for (name, _), one in workshop.measurements(bucket).items()}
     said = {
@@ -104,7 +104,7 @@ def test_faults_are_recorded_with_their_reasons_and_the_rest_is_raced(workshop: 
         "segfault": "killed by signal 11 (SIGSEGV)",
         "exits": "exited with status 3",
         "huge": "out of memory",
-        "hangs": "no answer within 3 s",
+        "hangs": "no answer within 2 s",
     }
     for name, reason in said.items():
         assert found[name].status == "failed"

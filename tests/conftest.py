@@ -1,13 +1,16 @@
-"""Fixtures that put a loopback backend in front of the others for one test, or leave eager the first; and Ctrl-C for the tests that send it."""
+"""Fixtures: a loopback backend in front of the others for one test, or eager the first; child processes that begin at once; Ctrl-C for the tests that send it."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
 import titans_backends as tb
+from tests.fresh import ForkedPopen, can_fork
 from tests.loopback import by_length, install
 
 
@@ -16,6 +19,14 @@ def interruptible() -> None:
     """A shell starts what it puts in the background with SIGINT ignored, and children inherit that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def forked_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuner's child processes are forked from one that has imported torch, which takes two seconds; how a user's begin is tested without this."""
+    if can_fork():
+        names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
+        monkeypatch.setattr("titans_backends.tuning.child.subprocess", SimpleNamespace(Popen=ForkedPopen, **names))
 
 
 @pytest.fixture

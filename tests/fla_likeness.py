@@ -24,8 +24,8 @@ class ShortConvolution(nn.Conv1d):
         raise AssertionError("the original convolution ran")
 
 
-class Norm(nn.Module):
-    """An RMS norm, gated where it has an activation."""
+class RMSNorm(nn.Module):
+    """An RMS norm."""
 
     def __init__(self, width: int, eps: float, activation: str | None = None) -> None:
         super().__init__()
@@ -33,6 +33,13 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         if activation is not None:
             self.activation = activation
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        raise AssertionError("the original norm ran")
+
+
+class FusedRMSNormGated(RMSNorm):
+    """The same, gated."""
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         raise AssertionError("the original norm ran")
@@ -52,7 +59,7 @@ class _Layer(nn.Module):
             self.v_conv1d = ShortConvolution(values, taps, bias, "silu")
         if self.use_gate:
             self.g_proj = nn.Linear(hidden, values, bias=False)
-        self.o_norm = Norm(self.head_v_dim, 1e-5, gate if self.use_gate else None)
+        self.o_norm = FusedRMSNormGated(self.head_v_dim, 1e-5, gate) if self.use_gate else RMSNorm(self.head_v_dim, 1e-5)
         self.o_proj = nn.Linear(values, hidden, bias=False)
 
 
@@ -114,6 +121,8 @@ class DeltaNet(_Layer):
             self.b_proj = nn.Linear(hidden_size, num_heads, bias=False)
 
 
+for forward in (ShortConvolution.forward, RMSNorm.forward, FusedRMSNormGated.forward, _original):
+    forward.__module__ = "fla.somewhere"
 GatedDeltaNet.__module__ = "fla.layers.gated_deltanet"
 DeltaNet.__module__ = "fla.layers.delta_net"
 

@@ -103,7 +103,9 @@ class Block:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_at_a_time() -> Iterator[None]:
-    """Blocks are run by `Block`, and shared memory is NaN in the beginning."""
+    """Blocks are run by `Block`, all on one core, since to wake the next thread on another one takes longer than it runs; shared memory is NaN in the beginning."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
     def array(self: Any, shape: object, dtype: object, alignment: None = None) -> object:
         caller = sys._getframe(1)

@@ -152,7 +152,9 @@ def test_a_shared_layer_is_swapped_once_under_all_its_names_and_a_model_may_be_t
     assert marks == ["new", "new"]
     root = Doubled()
     root.itself = nn.Sequential(root)  # a cycle ends
-    assert tb.accelerate(root).entries[0].paths == ("",)
+    report = tb.accelerate(root)
+    assert report.entries[0].paths == ("",)
+    assert repr(report) == "<Doubled: 1 swapped>"  # its name before
 
 
 def test_a_layer_that_got_another_class_since_is_not_undone_and_neither_are_the_others() -> None:

@@ -195,7 +195,7 @@ def test_an_interrupt_keeps_what_is_done(two_problems: None, tmp_path: Path, mon
     [
         (["--grid", "cpu", "fused_uw"], "leave out OP, or leave out --grid"),
         (["--grid", "cpu", "--heads", "4", "--backend", "eager"], "leave out --heads, --backend, or"),
-        (["fused_uw", "--within", "3"], "--within stand with --grid"),
+        (["fused_uw", "--within", "3"], "--within stands with --grid"),
         ([], "bench takes ops, or --grid with one of seeds, qwen, lam, decode, train, cpu"),
         (["--grid", "kwen"], "unknown grid 'kwen'"),
         (["--grid", "cpu", "--limit", "0"], "--limit must be above 0"),

@@ -102,6 +102,7 @@ def test_each_finding_has_its_level_and_command(backends: list[BackendReport], c
 
 def test_nothing_to_find_is_nothing() -> None:
     assert MODULE.find([USABLE], [cache()]) == []
+    assert (cache(rows=1).described, cache(rows=2).described) == ("1 row", "2 rows")
 
 
 @pytest.mark.parametrize(("state", "status"), [("usable", 0), ("refused", 2)])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 from typer.testing import CliRunner
 
+from tests import fresh
 from titans_backends.cli import app
 
 VERBS = ("tune", "autotune", "doctor", "ops", "explain", "bench", "verify", "cache")
@@ -102,8 +100,8 @@ def test_the_library_does_not_import_its_command_line() -> None:
     code = (
         "import sys, titans_backends as tb; tb.get_op('slow_core'); print([m for m in ('titans_backends.cli', 'typer', 'rich') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    result = fresh.run(code)
+    assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_the_version_is_the_librarys() -> None:

@@ -194,6 +194,9 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "p" / "mine" / "fused_uw.py").read_text() == before
     (tmp_path / "file").write_text("")
     assert new("other", "--output", tmp_path / "file").exit_code == exit_codes.MISUSED
+    nowhere = new("other", "--output", tmp_path / "file" / "p")
+    assert nowhere.exit_code == exit_codes.MISUSED
+    assert "cannot be written: Not a directory" in nowhere.stderr.replace("\n", " ")
 
 
 def test_in_tree_wants_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

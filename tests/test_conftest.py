@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+from tests import fresh
 from titans_backends import registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,8 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def collect(*options: str) -> subprocess.CompletedProcess[str]:
     """Collects this file in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *options, str(Path(__file__))]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return fresh.run_pytest("--collect-only", *options, str(Path(__file__)), cwd=ROOT)
 
 
 def test_a_backend_name_is_one_that_the_registry_knows(backend_name: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 
@@ -14,6 +12,7 @@ from titans_backends.backends.cupy import dual_core, launch, uw_transform
 from titans_backends.backends.cupy.ahead import ahead_of, collected
 
 import titans_backends as tb
+from tests import fresh
 from tests.triton_machines import H100
 from titans_backends import registry
 from titans_backends.contracts import CONTRACTS
@@ -62,7 +61,7 @@ def test_every_module_is_imported_without_cupy() -> None:
         "backend = importlib.import_module('titans_backends.backends.cupy').BACKEND\n"
         "for name in (*backend.ops.values(), backend.probe): importlib.import_module(name)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -119,7 +118,7 @@ def test_dual_flat_rounds_as_torchs_newer_setting_says(setting: str, once: bool)
         f"torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = {setting!r}; "
         "print(sorted({('TF32_ONCE', True) in form.macros for form in flat_forms()}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = fresh.run(code)
     assert done.stdout.strip() == f"[{once}]", done.stderr
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 import titans_backends as tb
+from tests import fresh
 from titans_backends import registry
 from titans_backends.contracts import contract
 from titans_backends.contracts.case import Case, build
@@ -232,5 +232,5 @@ assert "titans_backends.backends.inductor.fast_core" in sys.modules
 heavy = [name for name in ("torch._inductor", "torch._dynamo.convert_frame", "triton") if name in sys.modules]
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr

@@ -194,6 +194,7 @@ REFUSALS = [
     ("chunk_gated_delta_rule", {"initial_state": torch.zeros(B, H, V, K)}, ValueError, r"\[N, HV, K, V\]"),
     ("chunk_gated_delta_rule", {"state_v_first": True, "transpose_state_layout": True}, ValueError, "both given"),
     ("chunk_gated_delta_rule", {"q": torch.zeros(B, T, 3, K)}, ValueError, "3"),
+    ("chunk_delta_rule", {"v": None}, TypeError, "v must be a torch.Tensor, got NoneType"),
     ("fused_recurrent_gated_delta_rule", {"gk": torch.zeros(B, T, H, K)}, ValueError, "gk, a decay for each channel"),
     ("fused_recurrent_gated_delta_rule", {"gv": torch.zeros(B, T, H, V)}, ValueError, "gv, a decay for each channel"),
     ("fused_recurrent_gated_delta_rule", {"beta": torch.zeros(B, T, H, V)}, ValueError, "one for each value channel"),

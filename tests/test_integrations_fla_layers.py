@@ -5,6 +5,7 @@ The layers are likenesses (`tests/fla_likeness.py`) whose own forward raises, so
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 
@@ -174,17 +175,19 @@ def test_packed_sequences_are_as_if_alone() -> None:
 
 def test_a_mask_is_asked_once_and_again_when_it_is_written_to() -> None:
     mask = torch.ones(2, 5)
-    assert padding.packing_of("layer", mask, 5) is None
+    assert padding.packing_of("layer", mask, 2, 5) is None
     mask[0, 0] = 0
-    first = padding.packing_of("layer", mask, 5)
+    first = padding.packing_of("layer", mask, 2, 5)
     assert first is not None
     assert first.cu_seqlens.tolist() == [0, 4, 9]
-    assert padding.packing_of("layer", mask, 5) is first
-    assert padding.packing_of("layer", mask, 4) is None
+    assert padding.packing_of("layer", mask, 2, 5) is first
+    assert padding.packing_of("layer", mask, 2, 4) is None
     with pytest.raises(ValueError, match="attention_mask has shape"):
-        padding.packing_of("layer", torch.ones(2, 1, 5, 5), 5)
+        padding.packing_of("layer", torch.ones(2, 1, 5, 5), 2, 5)
+    with pytest.raises(ValueError, match="with 3 rows"):  # row 0's tokens would be taken for those of all rows
+        padding.packing_of("layer", mask, 3, 5)
     with pytest.raises(ValueError, match="at least 6"):
-        padding.packing_of("layer", mask, 6)
+        padding.packing_of("layer", mask, 2, 6)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -221,6 +224,18 @@ def test_a_swap_is_told_and_undone(name: str) -> None:
         model[0](torch.randn(1, 3, 64))
 
 
+def test_a_norm_that_is_another_since_the_swap_is_called() -> None:
+    layer, x = swapped(made("GatedDeltaNet")), torch.randn(1, 9, 64, dtype=torch.float64)
+    layer.o_norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(AssertionError, match="the original norm ran"):
+        layer(x)
+    plain = swapped(made("DeltaNet"))
+    plain.o_norm = nn.Identity()
+    assert plain(x)[0].isfinite().all()
+    with pytest.raises(TypeError, match=r"cu_seqlens must be a torch\.Tensor or None, got list"):
+        plain(x, cu_seqlens=[0, 9])
+
+
 def subclass_of(layer: nn.Module) -> nn.Module:
     kind = type(layer)
     layer.__class__ = type("Mine", (kind,), {"forward": lambda self, x: x})
@@ -237,6 +252,9 @@ REFUSALS = [
     ("GatedDeltaNet", {}, lambda layer: setattr(layer, "v_conv1d", nn.Identity()), "v_conv1d is a Identity"),
     ("DeltaNet", {}, lambda layer: layer.v_conv1d.register_forward_hook(lambda *_: None), "v_conv1d has 1 of _forward_hooks"),
     ("DeltaNet", {}, subclass_of, "Mine has a forward of its own"),
+    ("DeltaNet", {}, lambda layer: setattr(layer, "o_norm", nn.LayerNorm(16, bias=False)), "LayerNorm; it must be FLA's RMSNorm"),
+    ("GatedDeltaNet", {}, lambda layer: subclass_of(layer.o_norm), "Mine; it must be FLA's FusedRMSNormGated"),
+    ("GatedDeltaNet", {}, lambda layer: subclass_of(layer.q_conv1d), "q_conv1d: Mine.forward is from tests.test_integrations_fla_layers"),
 ]
 
 
@@ -251,7 +269,11 @@ def test_what_a_layer_cannot_become_is_said_with_every_reason(name: str, changes
     assert says in str(verdict)
 
 
-def test_an_older_fla_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patched_forward_and_an_older_fla_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fla_likeness.GatedDeltaNet, "forward", lambda self, x: x)
+    assert "GatedDeltaNet.forward is from tests." in str(ours.GATED_DELTA_NET.convert(made("GatedDeltaNet"), None))
+    monkeypatch.setattr(fla_likeness.GatedDeltaNet, "forward", functools.wraps(fla_likeness._original)(lambda self, x: x))
+    assert "GatedDeltaNet.forward is wrapped by tests." in str(ours.GATED_DELTA_NET.convert(made("GatedDeltaNet"), None))
     older = fla_likeness.modules()["fla"]
     older.__version__ = "0.5.2"
     monkeypatch.setitem(sys.modules, "fla", older)

@@ -57,11 +57,14 @@ def test_flas_function_runs_on_us_until_undone(fla: dict[str, object]) -> None:
         assert torch.equal(state, after)
         assert dict(registration.calls) == {"chunk_gated_delta_rule": 1}
         assert not registration.refusals
+        with ours.register_with_fla() as same:
+            assert same is registration
+        assert not isinstance(flas(), str)  # who asked first still has it
     assert flas() == OWN
     assert "undone" in str(registration)
     again = ours.register_with_fla()
     flas()
-    assert (dict(registration.calls), dict(again.calls)) == ({OWN: 1}, {OWN: 1})
+    assert (dict(registration.calls), dict(again.calls)) == ({OWN: 2}, {OWN: 1})
 
 
 def test_it_says_what_fla_asks_nobody_for(fla: dict[str, object]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
+import inspect
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -140,7 +143,7 @@ def test_the_layers_are_known_by_name_and_nothing_is_imported() -> None:
     code = "import sys, titans_backends.integrations.transformers; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     for family in KNOWN:
-        assert not family.differences(getattr(importlib.import_module(family.module), family.layer).forward)
+        assert not family.differences(getattr(importlib.import_module(family.module), family.layer))
 
 
 # --- caches
@@ -442,7 +445,15 @@ def test_a_version_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert "does not use A_log, " in told
     assert names_used(longer) == {"original", "k_norm"}
     monkeypatch.undo()
-    assert type(layer) is kind
+    monkeypatch.setattr(kind, "forward", functools.wraps(original)(lambda *args, **kwargs: 2 * original(*args, **kwargs)))
+    assert f"{kind.__name__}.forward is wrapped by {__name__}, whose code a swap would pass by" in refusal(model)
+    monkeypatch.undo()
+    source = inspect.unwrap(original)
+    copied = types.FunctionType(source.__code__, {"__name__": "theirs"}, "forward")  # every name is known, what it does with them is not
+    copied.__signature__ = inspect.signature(original)
+    layer.__class__ = type("Mine", (kind,), {"forward": copied})
+    assert "Mine.forward is from theirs, whose code a swap would pass by" in refusal(model)
+    layer.__class__ = kind
     del layer.dt_bias
     layer.num_v_heads = 3
     assert "it has no tensor dt_bias" in refusal(model)
@@ -476,4 +487,10 @@ def test_a_norm_that_is_not_known_stays() -> None:
     after = copy.deepcopy(before)
     (entry,) = tb.accelerate(after).swapped
     assert entry.notes == ("its gated norm, Halved, is none that this integration knows, and stays as it is",)
+    assert close(logits(after, tokens()), logits(before, tokens()))
+    before, after = pair("qwen3_5")
+    for model in (before, after):
+        norm = delta_layers(model)[0].norm
+        delta_layers(model)[0].norm = wrapped = Halved(norm)
+        wrapped.weight, wrapped.variance_epsilon = norm.weight, norm.variance_epsilon  # as adapters pass them on
     assert close(logits(after, tokens()), logits(before, tokens()))

@@ -228,6 +228,13 @@ def test_a_norm_with_a_hook_is_called_and_a_mask_of_another_shape_refused() -> N
     layer.o_norm.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     torch.testing.assert_close(layer(tokens(70))[0], want, rtol=1e-8, atol=1e-10)
     assert seen == [(2, 96, 2, 16)]
+    original = layer.o_norm
+    layer.o_norm = nn.Module()
+    layer.o_norm.forward = lambda o, gate: 2 * original(o, gate)  # as an adapter wraps it
+    torch.testing.assert_close(layer(tokens(70))[0], 2 * want, rtol=1e-8, atol=1e-10)
+    wrapper = type("Wrapper", (nn.Module,), {"forward": lambda self, o, gate: 3 * original(o, gate), "weight": original.weight, "eps": original.eps})
+    layer.o_norm = wrapper()
+    torch.testing.assert_close(layer(tokens(70))[0], 3 * want, rtol=1e-8, atol=1e-10)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[B, T\], got \(2, 1, 70\)"):
         layer(tokens(70), torch.ones(2, 1, 70))
     with pytest.raises(TypeError, match="past_key_values must be a list of dictionaries or a dictionary, got tuple"):

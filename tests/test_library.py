@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 import torch.utils.checkpoint
 
 import titans_backends as tb
+from tests import fresh
 from titans_backends import library, plans
 from titans_backends import op as ops
 from titans_backends.contracts import CONTRACTS
@@ -63,7 +62,7 @@ def test_an_op_can_be_traced_before_it_was_ever_called() -> None:
         "got = torch.compile(lambda q: op(q, q, q)[0], fullgraph=True, backend='eager')(x)\n"
         "assert torch.equal(got, op(x, x, x)[0])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
 
 

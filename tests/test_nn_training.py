@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tests import fresh
 from tests.test_nn_encoder import encoder_of, ids
 from tests.test_nn_joint import Launches
 from titans_backends.nn import TitansEncoder
@@ -76,5 +75,5 @@ def test_an_encoder_in_sixteen_bits_and_under_autocast(mode: str) -> None:
 
 def test_two_processes_train_as_one() -> None:
     script = Path(__file__).with_name("nn_on_two_processes.py")
-    done = subprocess.run([sys.executable, str(script), "recurrent"], capture_output=True, text=True, timeout=300, check=False)
+    done = fresh.run(f"import runpy\nrunpy.run_path({str(script)!r})['main']('recurrent')")
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 import titans_backends as tb
+from tests import fresh
 from titans_backends import registry
 from titans_backends.contracts import CONTRACTS, contract
 from titans_backends.contracts.case import Case, build
@@ -210,7 +210,8 @@ assert os.waitpid(child, 0)[1] == 0
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_child_goes_on_without_the_parents_threads(two_threads: None) -> None:
-    subprocess.run([sys.executable, "-c", _AFTER_A_FORK], check=True, timeout=120)
+    done = fresh.run(_AFTER_A_FORK)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("keys", "values"), [(1, 1), (3, 5), (17, 33), (64, 16), (32, 48)])
@@ -282,7 +283,8 @@ def test_importing_the_library_and_reading_every_manifest_leaves_numba_alone() -
     program = (
         "import sys, titans_backends; from titans_backends import registry; assert 'numba_cpu' in registry.known(); assert 'numba' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    done = fresh.run(program)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_probe_runs_the_smallest_case_and_a_wrong_result_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,7 @@ wants NVVM and NVRTC, which come with the extra `test`. On a GPU the last test s
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +20,7 @@ import pytest
 import torch
 
 import titans_backends as tb
+from tests import fresh
 from tests.triton_machines import H100
 from titans_backends import registry
 from titans_backends.backend import OpModule, TrainableOpModule
@@ -47,21 +46,12 @@ ABSENT = [name for name in ("numba", "numba_cuda") if find_spec(name) is None]
 installed = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}: pip install -c constraints.txt -e '.[test]'")
 
 
-def child(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A Python process that inherits nothing of this pytest run."""
-    left_out = {"PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "NUMBA_ENABLE_CUDASIM"}
-    kept = {name: value for name, value in os.environ.items() if name not in left_out and not name.startswith("PYTEST_XDIST")}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True, check=False)
-
-
 @installed
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["test_backward", "not test_backward"])
-def test_every_op_is_right_in_the_simulator(part: str) -> None:
-    options = ("-q", "--tb=short", "--no-header", "--color=no", "-p", "no:cacheprovider", "-p", "no:xdist")
-    done = child("-m", "pytest", "tests/numba_simulated.py", "-k", part, *options, NUMBA_ENABLE_CUDASIM="1", OMP_NUM_THREADS="1")
+def test_every_op_is_right_in_the_simulator() -> None:
+    done = fresh.run_pytest("tests/numba_simulated.py", cwd=ROOT, NUMBA_ENABLE_CUDASIM="1", OMP_NUM_THREADS="1")
     if done.returncode:
-        pytest.fail(f"NUMBA_ENABLE_CUDASIM=1 pytest tests/numba_simulated.py -k '{part}'\n{done.stdout}\n{done.stderr}", pytrace=False)
+        pytest.fail(f"NUMBA_ENABLE_CUDASIM=1 pytest tests/numba_simulated.py\n{done.stdout}\n{done.stderr}", pytrace=False)
     assert " passed" in done.stdout
 
 
@@ -220,7 +210,7 @@ def test_a_numba_that_cannot_be_imported_is_a_refusal_with_the_cure(monkeypatch:
 @installed
 def test_a_numpy_without_row_stack_will_do_and_stays_as_it_is() -> None:
     program = f"import numpy; vars(numpy).pop('row_stack', None); import {PACKAGE}.target; assert not hasattr(numpy, 'row_stack')"
-    done = child("-W", "ignore", "-c", program)
+    done = fresh.run(program)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import titans_backends as tb
+from tests import fresh
 from tests.loopback import install
 from titans_backends import CONTRACT_VERSION, Backend, Machine, registry
 
@@ -129,7 +129,7 @@ def test_an_installed_plugin_is_found_by_its_entry_point(tmp_path: Path) -> None
         "print(op.explain(x, x, x).kernel, registry.get('dummy').origin, '|', registry.broken()['sick'].reason)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = fresh.run(code, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("dummy/matmul entry point of dummy-backend | importing no_such_module_at_all raised ModuleNotFoundError")
 
@@ -154,5 +154,5 @@ def test_importing_the_library_imports_no_kernel_package() -> None:
         "bad += [n for n in sys.modules if n.startswith('titans_backends.nn')]\n"
         "bad += [n for n in ('typer', 'rich', 'yaml._yaml') if n in sys.modules and n != 'yaml._yaml']\nprint(bad)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = fresh.run(code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

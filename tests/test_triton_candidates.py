@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
@@ -12,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tests import fresh
 from tests.triton_forms import PRODUCTION, TRAINED, TRAINING, compilations, module_of, production, signature
 from tests.triton_forms import offered as offered_in_regime
 from tests.triton_machines import CARDS, H100
@@ -175,5 +174,5 @@ def forward_of(ops: Iterable[str]) -> set[str]:
 
 def test_the_manifest_imports_no_triton() -> None:
     code = "import sys, titans_backends as tb; tb.registry.known(); assert 'triton' not in sys.modules, 'triton was imported'"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr

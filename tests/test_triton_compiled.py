@@ -1,8 +1,8 @@
 """The Triton backend's kernels compile ahead of time, without a GPU, and fit the card: shared memory, registers, spills.
 
 Each op's default for production calls on four architectures, that of its backward on Hopper, and of the shipped tables one row of every variant and
-dtype on their own card, where all of them ran when they were measured; a row whose source has changed since is not used. A card is described in
-`triton_machines.py`; what a candidate launches is found by `triton_forms.py`.
+dtype that no default has, on their own card, where all of them ran when they were measured; a row whose source has changed since is not used. A card is
+described in `triton_machines.py`; what a candidate launches is found by `triton_forms.py`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from tests.triton_forms import (
 )
 from tests.triton_machines import CARDS
 from tests.triton_tables import candidates_of, machine_of, named, rows, shipped
+from titans_backends.backend import Candidate
 from titans_backends.cache.schema import Table
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import build
+from titans_backends.contracts.contract import Call
 from titans_backends.tuning.problem import case_of
 
 pytestmark = [
@@ -58,7 +60,6 @@ SPILLED_BACK: Mapping[tuple[str, str], int] = {
     ("uw_transform", "long"): 40,
     ("slow_core", "small heads"): 40,
     ("dual_core", "long"): 80,
-    ("deep_core", "long"): 200,
 }
 """What the worst kernel of a backward's default spills there, by op and call; where nothing stands it is 0. `python tests/triton_forms.py --backward`."""
 MARGIN = 8
@@ -87,7 +88,7 @@ class Default:
 def defaults() -> Iterator[Default]:
     """All of them: every op at two head sizes on Hopper, one elsewhere; float32 where it asks for most, on Hopper and on a small card, whose 16-bit code is sm_80's."""
     for op in import_module("titans_backends.backends.triton").BACKEND.ops:
-        if op == "coupled_core":  # LAM's heads alone: wide ones take minutes to compile
+        if op == "coupled_core":  # heads of up to 64 alone
             yield Default(op, "small heads", 90)
             yield Default(op, "float32", 90)
             continue
@@ -145,13 +146,17 @@ class OfDefault:
 
     default: Default
 
-    def __call__(self) -> list[Compilation]:
+    def candidate(self) -> tuple[Call, Candidate]:
+        """A production call and what the card is offered first for it."""
         asked = self.default
         call, facts = signature(asked.op, production(asked.op, CASES[asked.case]), asked.float32)
         card = CARDS[asked.sm]
         verdict = module_of(asked.op).supports(facts, card)
         assert verdict, verdict
-        return compilations(asked.op, call, module_of(asked.op).candidates(facts, card)[0], asked.sm)
+        return call, module_of(asked.op).candidates(facts, card)[0]
+
+    def __call__(self) -> list[Compilation]:
+        return compilations(self.default.op, *self.candidate(), self.default.sm)
 
     def __str__(self) -> str:
         return str(self.default)
@@ -164,32 +169,42 @@ class OfBackward:
     op: str
     case: str
 
-    def __call__(self) -> list[Compilation]:
+    def candidate(self) -> tuple[Call, Candidate]:
+        """A production call and what Hopper is offered first for its backward."""
         call, facts = signature(self.op, production(self.op, CASES[self.case]), regime="training")
         card = CARDS[90]
         verdict = module_of(self.op).supports(facts, card)
         assert verdict, verdict
-        return compilations(self.op, call, offered(self.op, facts, card)[0], 90)
+        return call, offered(self.op, facts, card)[0]
+
+    def __call__(self) -> list[Compilation]:
+        return compilations(self.op, *self.candidate(), 90)
 
     def __str__(self) -> str:
         return f"{self.op}-{self.case}"
 
 
-LEFT_OUT = {("dual_core", "medium heads"), ("deep_core", "medium heads"), ("coupled_core", "long"), ("coupled_core", "medium heads")}
-"""`dual_core` runs the other ops' kernels, `deep_core` is experimental, and `coupled_core` with wide heads takes minutes to compile."""
-
-
 def _compiled_back(op: str, case: str) -> bool:
-    """All but those; one case of the ops around the memory, of which two run short_conv's kernel."""
-    return case == "small heads" and op != "qkv_prepare" if op in AROUND else (op, case) not in LEFT_OUT
+    """All but one of `dual_core`, which runs the other ops' kernels; one of the ops around the memory, of which two run short_conv's kernel."""
+    return case == "small heads" and op != "qkv_prepare" if op in AROUND else (op, case) != ("dual_core", "medium heads")
 
 
 BACKWARDS = [OfBackward(op, case.name) for op in TRAINED for case in TRAINING if _compiled_back(op, case.name)]
 
 
+def _kinds_of_defaults(op: str, sm: int | None) -> Iterator[tuple[str, str, str]]:
+    """Direction, variant and dtype of what the two tests of defaults compile of an op for a card."""
+    ahead = [OfDefault(one) for one in defaults() if (one.op, one.sm) == (op, sm)]
+    back = [one for one in BACKWARDS if (one.op, 90) == (op, sm)]
+    for one in (*ahead, *back):
+        _, candidate = one.candidate()
+        case = one.default.case if isinstance(one, OfDefault) else one.case
+        yield candidate.direction, candidate.variant, str(CASES[case].dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True)
 class OfTable:
-    """What an op's rows of a shipped table launch on their card: the first of every variant and dtype, the other rows differ in tiles and sizes."""
+    """What an op's rows of a shipped table launch on their card: the first of every variant and dtype that no default has; the other rows differ in tiles and sizes."""
 
     table: Table
     op: str
@@ -197,7 +212,7 @@ class OfTable:
     def __call__(self) -> list[Compilation]:
         machine = machine_of(self.table)
         found: dict[Compilation, None] = {}
-        seen = set[tuple[object, ...]]()
+        seen = set[tuple[object, ...]](_kinds_of_defaults(self.op, machine.sm))
         for bucket, entry in rows(self.table):
             if bucket.op != self.op:
                 continue

@@ -1,18 +1,17 @@
-"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, a process for each op (one for those around the memory), at once on all cores."""
+"""Every Triton kernel is right in the interpreter: `triton_interpreted*.py`, in a process for each of the long ops and two for the others, at once on all cores."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests import fresh
 from tests.triton_forms import AROUND
 
 pytestmark = [
@@ -21,28 +20,25 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = tuple(reversed(import_module("titans_backends.backends.triton").BACKEND.ops))
+LONG = ("dual_core", "gated_delta_rule", "slow_core", "fast_core", "deep_core")
+"""The ops with a process each, the longest first, so that the processes end together; the others share one."""
 _FILES = ("tests/triton_interpreted.py", "tests/triton_interpreted_gradients.py")
+
+
+def _of(ops: tuple[str, ...]) -> str:
+    return " or ".join(f"{op}-" for op in ops)
+
+
 PARTS = {
-    **{op: (*_FILES, "-k", f"{op}-") for op in OPS if op not in AROUND},
-    "around": (*_FILES, "-k", " or ".join(f"{op}-" for op in AROUND)),
-    "parts": ("tests/triton_interpreted_parts.py",),
+    **{op: (*_FILES, "-k", _of((op,))) for op in LONG},
+    "around": (*_FILES, "-k", _of(AROUND)),
+    "others": (*_FILES, "tests/triton_interpreted_parts.py", "-k", f"not ({_of((*LONG, *AROUND))})"),
 }
-"""What pytest is to run. The longest first, so that the processes end together."""
-_LEFT_OUT = {"PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST"}
+"""What pytest is to run: every test of the three files once."""
 
 
 def _run(part: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT and not name.startswith("PYTEST_XDIST")}
-    options = ("-q", "--tb=short", "--no-header", "--color=no", "-p", "no:cacheprovider", "-p", "no:xdist")
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *PARTS[part], *options],
-        cwd=ROOT,
-        env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return fresh.run_pytest(*PARTS[part], cwd=ROOT, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")

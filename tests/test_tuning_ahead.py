@@ -62,7 +62,7 @@ class Workshop:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_children: None) -> Iterator[Workshop]:
     (tmp_path / "marks").mkdir()
     monkeypatch.syspath_prepend(PLUGINS)
     monkeypatch.setenv("TITANS_BACKENDS_PLUGINS", "foresight")
@@ -140,7 +140,7 @@ def test_what_fails_or_dies_is_counted_and_decides_nothing(workshop: Workshop) -
 
 def test_a_candidate_that_hangs_is_killed_and_another_process_does_the_rest(workshop: Workshop) -> None:
     workshop.offer("hangs", "good")
-    said = compiled(todo(small(16)), each_s=5.0, most=1)
+    said = compiled(todo(small(16)), each_s=2.0, most=1)
     assert (said.candidates, said.failed, said.processes) == (1, 1, 1)
     assert "foresight/hangs: no answer in time" in said.reason
     marks = workshop.marks()
@@ -150,7 +150,7 @@ def test_a_candidate_that_hangs_is_killed_and_another_process_does_the_rest(work
 
 def test_the_whole_ends_at_its_limit_and_a_budget_is_not_spent_on_it(workshop: Workshop) -> None:
     workshop.offer("hangs")
-    report = workshop.tune(small(16), budget_s=16.0)
+    report = workshop.tune(small(16), budget_s=8.0)
     (said,) = workshop.said()
     assert (said.candidates, said.failed) == (0, 1)
     assert "not done within" in said.reason

@@ -201,7 +201,7 @@ def test_the_command_writes_the_figures_with_the_machine_and_shows_them(tmp_path
         seen.append(request)
         one = request.buckets[0]
         choices = (Choice("eager/x", 110.0, 0.01, 0.1, True), Choice("eager/y", 100.0, 0.01, 0.0, False))
-        tuned = Assessed(one, "eager/y", 100.0, 0.01, 2, choices, Flip("outside", 0.1))
+        tuned = Assessed(one, "eager/y", 100.0, 0.01, 2, choices, None if len(seen) > 1 else Flip("outside", 0.1))
         return Assessment((tuned,), (), (3.0, 2.0), (1, 1), (FirstUse(one, 1.25, 0.001, "tuned"),), (), 9.0)
 
     monkeypatch.setattr(module, "assess", made)
@@ -211,13 +211,15 @@ def test_the_command_writes_the_figures_with_the_machine_and_shows_them(tmp_path
     assert result.exit_code == 0, result.output
     assert len(seen[0].buckets) == 1
     assert seen[0].output is None  # its tables are its own
-    for said in ("eager/x | eager/y", "10 %", "outside", "mean 5.0 %, worst 10 %", "1.2 s with a table there, nothing tuned (tuned)"):
+    for said in ("eager/x | eager/y", "10 %", "outside", "mean 5.0 %, worst 10 %", "1.2 s with a table there, in a fresh process (choice: tuned)"):
         assert said in result.stdout
     told = json.loads(path.read_text())
     assert told["device"]["slug"] == detect("cpu").slug
     assert told["environment"]["torch"]
     assert told["summary"]["worst_regret"] == 0.1
     assert told["tuned"][0]["choices"][0]["label"] == "eager/x"
+    assert "; worst cost 10 %" in result.stdout
+    assert "worst cost" not in run(app, [*words, "--output", str(path)]).stdout  # the second has no flip
     for wrong, why in (
         ([*words, "--output", "x.yaml"], "--output must end in .json"),
         ([*words, "--force"], "leave out --force"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests import fresh
 from titans_backends.buckets import Bucket, bucket_of, defaults_of
 from titans_backends.cache.schema import WhenValue, canonical_when
 from titans_backends.contracts import CONTRACTS, contract
@@ -77,3 +78,17 @@ def test_a_group_that_does_not_divide_the_streams_is_an_error() -> None:
 def test_a_signature_takes_no_memory_for_its_tensors() -> None:
     huge = bucket("gated_delta_rule", 1 << 40, streams=64)
     assert dict(signature_of_bucket(huge).dims)["T"] == 1 << 40
+
+
+def test_torchs_settings_become_the_buckets_and_inductor_stays_out_where_nothing_changes() -> None:
+    code = (
+        "import sys, torch\n"
+        "from titans_backends.buckets import Bucket\n"
+        "from titans_backends.tuning.problem import set_torch\n"
+        "def settings(**fields):\n"
+        "    set_torch(Bucket('slow_core', tuple(fields.items()), 16))\n"
+        "    return torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), 'torch._inductor' in sys.modules\n"
+        "print([settings(), settings(float32='high'), settings(deterministic=True)[:2], settings()[:2]])\n"
+    )
+    done = fresh.run(code)
+    assert done.stdout.strip() == "[('highest', False, False), ('high', False, False), ('highest', True), ('highest', False)]", done.stderr

@@ -72,7 +72,7 @@ class Workshop:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_children: None) -> Iterator[Workshop]:
     shutil.copytree(PLUGINS / "faulty", tmp_path / "plugins" / "faulty", ignore=shutil.ignore_patterns("__pycache__"))
     for name in [name for name in sys.modules if name.split(".")[0] == "faulty"]:
         monkeypatch.delitem(sys.modules, name)
@@ -94,7 +94,7 @@ def small(seq_lens: Sequence[int] = (16,), regime: str = "inference") -> tuple[B
 def test_faults_are_recorded_with_their_reasons_and_the_rest_is_raced(workshop: Workshop) -> None:
     workshop.offer("raises", "good", "nan", "segfault", "wrong", "exits", "huge", "hangs", "later")
     (bucket,) = small()
-    report = workshop.tune([bucket], timeout_s=3.0)
+    report = workshop.tune([bucket], timeout_s=2.0)
     assert report.complete
     found = {name: one for (name, _), one in workshop.measurements(bucket).items()}
     said = {
@@ -104,7 +104,7 @@ def test_faults_are_recorded_with_their_reasons_and_the_rest_is_raced(workshop: 
         "segfault": "killed by signal 11 (SIGSEGV)",
         "exits": "exited with status 3",
         "huge": "out of memory",
-        "hangs": "no answer within 3 s",
+        "hangs": "no answer within 2 s",
     }
     for name, reason in said.items():
         assert found[name].status == "failed"

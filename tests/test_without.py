@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 
+from tests import fresh
 from titans_backends import registry
 
 PACKAGES = {"triton": ("triton",), "cupy": ("cupy", "cupyx", "cupy_backends"), "numba": ("numba", "numba_cuda")}
@@ -54,7 +53,7 @@ class Done:
 def without(missing: tuple[str, ...]) -> Done:
     """Runs the program where the packages are missing; a failure shows what it said."""
     absent = tuple(module for name in missing for module in PACKAGES[name])
-    done = subprocess.run([sys.executable, "-c", f"ABSENT = {absent!r}\n{PROGRAM}"], capture_output=True, text=True, check=False, timeout=300)
+    done = fresh.run(f"ABSENT = {absent!r}\n{PROGRAM}")
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout)
     return Done({one["name"]: one for one in said["backends"]}, [one["command"] for one in said["findings"]])

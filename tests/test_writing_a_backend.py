@@ -86,7 +86,7 @@ def test_every_command_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
     doctor = said["titans-backends doctor --no-run"][1]
     assert re.search(r"mine +importable .*entry point of titans-backends-mine", doctor), doctor
-    assert re.search(r"backend mine +1 rows", doctor), doctor  # its table; the page asks twice, and this is the second time
+    assert re.search(r"backend mine +1 row\b", doctor), doctor  # its table; the page asks twice, and this is the second time
     assert " passed" in said['pytest -q -k "plain and float32"'][1]
     assert "mine/two_products" in said["titans-backends explain fused_uw --seq-len 512 --heads 12 --head-dim 32"][1]
     table = yaml.safe_load((folder / "mine" / "tables" / "this_machine.yaml").read_text())

@@ -34,6 +34,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("triton_interpreted.py wants the interpreter: TRITON_INTERPRET=1 pytest tests/triton_interpreted.py")
 pytest.importorskip("triton")
 
+from tests.triton_interpreter_once import hasten
+
+hasten()
+
 OPS = tuple(import_module("titans_backends.backends.triton").BACKEND.ops)
 LIMIT = tolerance(torch.float32)
 NOT_INTERPRETED = ("warps", "stages", "registers", "dot")

@@ -21,7 +21,10 @@ from titans_backends.backends.triton.grid import locate, slot_count, unit_stride
 from titans_backends.backends.triton.inverse import unit_lower_inverse
 from titans_backends.backends.triton.launch import Kernel
 
+from tests.triton_interpreter_once import hasten
 from titans_backends.machine import detect
+
+hasten()
 
 
 @triton.jit

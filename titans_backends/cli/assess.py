@@ -94,7 +94,7 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
         pairs.append(("midpoints", within))
     pairs.append(("time to tune", " | ".join(_tuned(s, n) for s, n in zip(found.tune_s, found.tuned_buckets, strict=True))))
     for use in found.first_uses:
-        said = f"{units.seconds(use.first_s)} with a table there, nothing tuned ({use.origin}); the second call {units.time_us(1e6 * use.second_s)}"
+        said = f"{units.seconds(use.first_s)} with a table there, in a fresh process (choice: {use.origin}); the second call {units.time_us(1e6 * use.second_s)}"
         pairs.append((f"first {use.bucket.op}", said))
     facts(out, pairs)
     if found.left:

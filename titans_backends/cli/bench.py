@@ -71,7 +71,11 @@ def bench(
         return
     beside = [name for name, value in {"--within": within, "--limit": limit, "--output": output}.items() if value is not None]
     if beside or not op:
-        raise MisuseError(f"{', '.join(beside)} stand with --grid" if beside else f"bench takes ops, or --grid with one of {', '.join(BENCH_GRIDS)}")
+        raise MisuseError(
+            f"{', '.join(beside)} stand{'s' if len(beside) == 1 else ''} with --grid"
+            if beside
+            else f"bench takes ops, or --grid with one of {', '.join(BENCH_GRIDS)}"
+        )
     given = words.integers("--seq-len", seq_len)
     lengths: list[int | None] = [None] if given is None else [*given]
     sizes = (batch or 1, heads or "16", head_dim or "128", dtype or "float32", regime or "inference")

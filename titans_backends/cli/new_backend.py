@@ -33,7 +33,10 @@ def new_backend(
         if inside and output is not None:
             raise MisuseError("--in-tree writes into backends/ of this checkout, --output elsewhere; give one of the two")
         made = in_tree(name, op, flavour, _checkout()) if inside else plugin(name, op, flavour, output)
-        made.write()
+        try:
+            made.write()
+        except OSError as error:
+            raise MisuseError(f"{made.folder} cannot be written: {error.strerror or error}; name another folder with --output") from error
     if as_json:
         print_json({"folder": str(made.folder), "files": list(made.files), "next": list(made.next), "advice": flavour.advice})
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 
 __all__ = ["MODULES", "load"]
 
@@ -20,8 +19,7 @@ def load() -> None:
     _loaded = True
     try:
         for name in MODULES:
-            if find_spec(name) is not None:
-                import_module(name)
+            import_module(name)
     except BaseException:
         _loaded = False
         raise

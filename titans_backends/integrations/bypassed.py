@@ -22,10 +22,13 @@ def bypassed(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a call of this module is its class's forward and nothing else, so that an op may stand in for it."""
+def is_plain(module: nn.Module, known: type) -> bool:
+    """Whether a call of this module is the forward of the class `known` and nothing else, so that an op may stand in for it.
+
+    What was put in the module's place since the swap (an adapter's wrapper, say) has another.
+    """
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in module.__dict__
+    return not hooked and "forward" not in module.__dict__ and type(module).forward is known.forward  # type: ignore[attr-defined]  # a module's class has one
 
 
 def _reasons(part: nn.Module) -> list[str]:

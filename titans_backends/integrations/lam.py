@@ -15,6 +15,7 @@ from titans_backends.integrations.bypassed import bypassed
 from titans_backends.integrations.known import Conversion, KnownLayer, register_layer
 from titans_backends.integrations.lam_forward import BYPASSED, OPS, LamForward
 from titans_backends.integrations.lam_probe import Sizes, Told, told_by_outputs, unusual
+from titans_backends.integrations.origin import forward_owner
 from titans_backends.nn.dual_core import TitansDualCore
 from titans_backends.nn.forced import Forced
 from titans_backends.nn.forms import resolve
@@ -82,6 +83,7 @@ def _conversion(
         "ops": Forced.to(backend, OPS[mode]),
         "_standing": Standing(),
         "_trains_as_before": trains_as_before,
+        "_norm_class": forward_owner(type(module.o_norm)),
     }
     if not hasattr(module, "num_heads"):
         attributes["num_heads"] = cast(nn.Linear, module.b_proj).out_features

@@ -34,6 +34,7 @@ class LamForward(Mixing):
 
     layer_idx: int
     _trains_as_before: bool
+    _norm_class: type
 
     def forward(
         self,
@@ -67,7 +68,7 @@ class LamForward(Mixing):
 
     def _normed(self, o: Tensor, gate: Tensor) -> Tensor:
         norm = self.o_norm
-        if not is_plain(norm):
+        if not is_plain(norm, self._norm_class):
             return cast(Tensor, norm(o, gate))
         (y,) = self.ops.op("gated_rms_norm")(o, gate, norm.weight, eps=norm.eps)
         return cast(Tensor, y)

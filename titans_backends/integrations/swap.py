@@ -67,7 +67,7 @@ def accelerate(model: nn.Module, *, strict: bool = True, backend: str | None = N
     if strict:
         _expect_all(asked)
         _expect_some(model, modules, asked, layers)
-    swaps = []
+    kind, swaps = type(model), []
     try:
         for answer in asked:
             if isinstance(answer, _Planned):
@@ -75,7 +75,7 @@ def accelerate(model: nn.Module, *, strict: bool = True, backend: str | None = N
     except BaseException:
         undone(swaps)
         raise
-    return Report(type(model), [answer.entry if isinstance(answer, _Planned) else answer for answer in asked], swaps)
+    return Report(kind, [answer.entry if isinstance(answer, _Planned) else answer for answer in asked], swaps)
 
 
 # --- looking

@@ -28,14 +28,13 @@ def prepare(bucket: Bucket, candidate: Candidate, machine: Machine, device: str,
     import torch
 
     from titans_backends import registry
-    from titans_backends.buckets import field
+    from titans_backends.tuning.problem import set_torch
 
     module, reason = registry.module(registry.get(candidate.backend), bucket.op)
     hook = None if module is None else registry.compiling_ahead(module)
     if module is None or hook is None:
         raise RuntimeError(f"it has no compile_ahead: {reason}")
-    torch.set_float32_matmul_precision(str(field(bucket, "float32")))
-    torch.use_deterministic_algorithms(bool(field(bucket, "deterministic")))
+    set_torch(bucket)
     for call in _calls(bucket, candidate, module, machine, device, heads):
         with torch.no_grad():
             hook.compile_ahead(call, candidate, machine)

@@ -21,7 +21,7 @@ from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.signature import Signature
 
-__all__ = ["BESIDE", "case_of", "ends_in_a_state", "integer", "present", "signature_of_bucket", "signature_of_case"]
+__all__ = ["BESIDE", "case_of", "ends_in_a_state", "integer", "present", "set_torch", "signature_of_bucket", "signature_of_case"]
 
 BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -47,6 +47,14 @@ def integer(bucket: Bucket, name: str) -> int:
     if not isinstance(value, int):
         raise ValueError(f"{bucket.op}: the bucket's {name} must be a whole number, got {value!r}")
     return value
+
+
+def set_torch(bucket: Bucket) -> None:
+    """Torch's settings become the bucket's. The deterministic switch is set where that changes it: torch imports Inductor with it, for a second."""
+    torch.set_float32_matmul_precision(str(field(bucket, "float32")))
+    deterministic = bool(field(bucket, "deterministic"))
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def _key_options(bucket: Bucket) -> dict[str, OptionValue]:

@@ -36,7 +36,7 @@ from titans_backends.tuning.gate import (
     run_forward,
 )
 from titans_backends.tuning.peak import peak_mib
-from titans_backends.tuning.problem import case_of
+from titans_backends.tuning.problem import case_of, set_torch
 from titans_backends.tuning.sampler import Sampler, sampler_for
 from titans_backends.tuning.slices import Part, group_part, heads_part
 from titans_backends.tuning.suite import Outputs, suite, suite_key, wanted_gradients
@@ -69,8 +69,7 @@ class Session:
     """A bucket's inputs on the device, and the kernels that run on them."""
 
     def __init__(self, bucket: Bucket, device: str, heads: int | None) -> None:
-        torch.set_float32_matmul_precision(str(field(bucket, "float32")))
-        torch.use_deterministic_algorithms(bool(field(bucket, "deterministic")))
+        set_torch(bucket)
         self.bucket, self.device = bucket, device
         self.contract, self.machine = contract(bucket.op), detect(device)
         self.call: Call = build(self.contract, case_of(bucket, heads), device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_backends.contracts.short_conv import TAPS
+from titans_backends.integrations.origin import strangers
 from titans_backends.op import get_op
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
@@ -33,7 +34,8 @@ def conv_verdict(name: str, conv: nn.Module | None) -> Verdict:
     """Whether a layer's convolution is one that our op computes."""
     if not isinstance(conv, nn.Conv1d) or not hasattr(conv, "activation"):
         return refused(f"{name} is a {type(conv).__name__}; it must be FLA's ShortConvolution")
-    verdict = ACCEPTED
+    foreign = strangers(type(conv), "fla")
+    verdict = refused(*(f"{name}: {reason}" for reason in foreign)) if foreign else ACCEPTED
     if conv.kernel_size != (TAPS,):
         verdict &= refused(f"{name} has {conv.kernel_size[0]} taps; short_conv has {TAPS}")
     if conv.groups != conv.in_channels or conv.in_channels != conv.out_channels:

@@ -73,6 +73,7 @@ def chunk_gated_delta_rule(
     name = "chunk_gated_delta_rule"
     state_v_first = words.state_layout(name, state_v_first, unknown)
     words.refuse_unknown(name, unknown)
+    words.refuse_operands(name, q=q, k=k, v=v)
     words.refuse_context(name, cp_context)
     words.refuse_hints(name, cu_seqlens, cu_seqlens_cpu, chunk_indices)
     words.refuse_chunk_size(name, chunk_size)
@@ -112,6 +113,7 @@ def fused_recurrent_gated_delta_rule(
     name = "fused_recurrent_gated_delta_rule"
     state_v_first = words.state_layout(name, state_v_first, unknown)
     words.refuse_unknown(name, unknown)
+    words.refuse_operands(name, q=q, k=k, v=v)
     words.refuse_channel_decay(name, gk, gv)
     words.refuse_gates(name, g, A_log, dt_bias, use_gate_in_kernel)
     words.refuse_beta(name, beta, v, use_beta_sigmoid_in_kernel, allow_neg_eigval)
@@ -145,6 +147,7 @@ def chunk_delta_rule(
     """
     name = "chunk_delta_rule"
     words.refuse_unknown(name, unknown)
+    words.refuse_operands(name, q=q, k=k, v=v)
     words.refuse_hints(name, cu_seqlens, cu_seqlens_cpu)
     words.refuse_chunk_size(name, chunk_size)
     words.refuse_beta(name, beta, v)
@@ -172,6 +175,7 @@ def fused_recurrent_delta_rule(
     """The same as `chunk_delta_rule`."""
     name = "fused_recurrent_delta_rule"
     words.refuse_unknown(name, unknown)
+    words.refuse_operands(name, q=q, k=k, v=v)
     words.refuse_beta(name, beta, v)
     rule = DeltaRule(
         name, q, k, v, beta, None, q.dtype, scale=scale, initial_state=initial_state, output_final_state=bool(output_final_state),

@@ -17,6 +17,7 @@ __all__ = [
     "refuse_context",
     "refuse_gates",
     "refuse_hints",
+    "refuse_operands",
     "refuse_state",
     "refuse_unknown",
     "state_layout",
@@ -52,6 +53,13 @@ def state_layout(function: str, state_v_first: bool, unknown: dict[str, object])
         raise ValueError(f"{function}: state_v_first and its old name transpose_state_layout are both given; pass state_v_first alone")
     warnings.warn(f"{function}: transpose_state_layout is the old name of state_v_first; pass that", DeprecationWarning, stacklevel=4)
     return bool(unknown.pop("transpose_state_layout"))
+
+
+def refuse_operands(function: str, **operands: object) -> None:
+    """TypeError for a q, k or v that is no tensor."""
+    for name, value in operands.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def refuse_hints(function: str, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None = None, chunk_indices: Tensor | None = None) -> None:

@@ -26,6 +26,7 @@ class LayerForward:
     titans_prepare_backend: str | None
     titans_conv_backend: str | None
     titans_norm_backend: str | None
+    titans_norm_class: type
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -35,7 +36,7 @@ class LayerForward:
     q_conv1d: convolutions.Convolution
     k_conv1d: convolutions.Convolution
     v_conv1d: convolutions.Convolution
-    o_norm: output_norm.Norm
+    o_norm: nn.Module
     head_k_dim: int
     head_v_dim: int
     use_short_conv: bool
@@ -55,18 +56,21 @@ class LayerForward:
         """`[B, T, D]` to `[B, T, D]`, None, and the cache, as FLA's: other keywords than `cu_seqlens` are the model's and mean nothing here."""
         batch, length, _ = hidden_states.shape
         cu_seqlens = kwargs.get("cu_seqlens")
-        assert cu_seqlens is None or isinstance(cu_seqlens, Tensor)
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"{self.titans_name}: cu_seqlens must be a torch.Tensor or None, got {type(cu_seqlens).__name__}")
         state, convs = layer_cache.state_of(self.titans_name, self.layer_idx, past_key_values)
-        packing = packing_of(self.titans_name, attention_mask, length) if cu_seqlens is None else None
+        packing = packing_of(self.titans_name, attention_mask, batch, length) if cu_seqlens is None else None
         x = hidden_states
         if packing is not None:
             x, cu_seqlens = packing.pack(x), packing.cu_seqlens
         o, state, convs = self.titans_memory(x, state, convs, cu_seqlens, bool(use_cache))
         layer_cache.keep(self.layer_idx, past_key_values, state, convs, length)
         if self.use_gate:
-            o = output_norm.gated(o, self.g_proj(x).unflatten(-1, (-1, self.head_v_dim)), self.o_norm, self.titans_norm_backend)
+            o = output_norm.gated(
+                o, self.g_proj(x).unflatten(-1, (-1, self.head_v_dim)), self.o_norm, self.titans_norm_class, self.titans_norm_backend
+            )
         else:
-            o = output_norm.plain(o, self.o_norm)
+            o = output_norm.plain(o, self.o_norm, self.titans_norm_class)
         y: Tensor = self.o_proj(o.flatten(-2))
         return y if packing is None else packing.unpack(y, batch, length), None, past_key_values
 

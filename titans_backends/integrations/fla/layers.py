@@ -17,6 +17,7 @@ from titans_backends.integrations.fla.delta_net import QK_ACTIVATIONS, QK_NORMS,
 from titans_backends.integrations.fla.gated_delta_net import GatedDeltaNetForward
 from titans_backends.integrations.fla.output_norm import norm_verdict
 from titans_backends.integrations.known import Conversion, KnownLayer, register_layer
+from titans_backends.integrations.origin import forward_owner, strangers
 from titans_backends.op import get_op
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
@@ -58,6 +59,7 @@ def _converts(name: str) -> Callable[[nn.Module, str | None], Conversion | Verdi
             "titans_prepare_backend": _where_declared(backend, "qkv_prepare"),
             "titans_conv_backend": _where_declared(backend, "short_conv"),
             "titans_norm_backend": _where_declared(backend, "gated_rms_norm"),
+            "titans_norm_class": forward_owner(type(module.o_norm)),
         }
         return Conversion(forward, attributes, (_NOTE,) if module.use_short_conv else ())
 
@@ -67,9 +69,11 @@ def _converts(name: str) -> Callable[[nn.Module, str | None], Conversion | Verdi
 def _class_verdict(module: nn.Module, path: str) -> Verdict:
     """Whether the layer computes what FLA's class computes, of a release whose cache is known."""
     verdict = ACCEPTED
-    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    owner = forward_owner(type(module))
     if _path(owner) != path:
         verdict &= refused(f"{_path(owner)} has a forward of its own, which a swap would pass by; register_layer describes such a layer")
+    elif foreign := strangers(type(module), "fla"):
+        verdict &= refused(*foreign)
     version = str(getattr(sys.modules.get("fla"), "__version__", "of an unknown version"))
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or tuple(map(int, found.groups())) < _OLDEST:

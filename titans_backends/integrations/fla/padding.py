@@ -34,14 +34,15 @@ class Packing:
 _LATEST: tuple[weakref.ref[Tensor], int, int, Packing | None] | None = None
 
 
-def packing_of(layer: str, mask: Tensor | None, length: int) -> Packing | None:
-    """The packing of the last `length` columns of a mask `[B, >= length]`, ones or True to keep; None where they keep everything, or there is no mask."""
+def packing_of(layer: str, mask: Tensor | None, batch: int, length: int) -> Packing | None:
+    """The packing of the last `length` columns of a mask `[batch, >= length]`, ones or True to keep; None where they keep everything, or there is no mask."""
     global _LATEST
     if mask is None:
         return None
-    if mask.dim() != 2 or mask.shape[1] < length:
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
         raise ValueError(
-            f"{layer}: attention_mask has shape {tuple(mask.shape)}; it must be [batch, tokens], 0 where a token is padding, with at least {length} tokens"
+            f"{layer}: attention_mask has shape {tuple(mask.shape)}; it must be [batch, tokens], 0 where a token is padding, with {batch} rows and at least "
+            f"{length} tokens"
         )
     if torch.compiler.is_compiling() or mask.is_inference():  # neither has a version that says whether it was written to
         return _packing(mask, length)

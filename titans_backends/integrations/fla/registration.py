@@ -38,12 +38,14 @@ class Registration:
     """What was registered, and what came of it; a context manager that undoes it.
 
     `functions` are FLA's that ask us, `left` those that ask nobody; `calls` counts what ran here, by function, `refusals` what was left to FLA, by reason.
+    `holders`: how often it was asked for; the end of a `with` undoes it for the last of them, `undo()` for all.
     """
 
     functions: tuple[str, ...]
     left: tuple[str, ...]
     backend: str | None = None
     active: bool = True
+    holders: int = 1
     calls: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
 
@@ -58,7 +60,9 @@ class Registration:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.undo()
+        self.holders -= 1
+        if self.holders < 1:
+            self.undo()
 
     def __str__(self) -> str:
         lines = [f"FLA asks titans_backends for {', '.join(self.functions)}" + ("" if self.active else " (undone)")]
@@ -98,6 +102,7 @@ def register_with_fla(*, backend: str | None = None) -> Registration:
             raise ValueError(
                 f"register_with_fla: it is registered with backend={_ACTIVE.backend!r}, now backend={backend!r} was asked for; undo() the first one"
             )
+        _ACTIVE.holders += 1
         return _ACTIVE
     if backend is not None:
         registry.get(backend)

@@ -7,6 +7,7 @@ from torch import nn
 
 from titans_backends.contracts.short_conv import TAPS
 from titans_backends.integrations.known import Conversion, KnownLayer, register_layer
+from titans_backends.integrations.origin import forward_owner
 from titans_backends.integrations.transformers.versions import Family, family_of, unfamiliar
 from titans_backends.op import get_op
 from titans_backends.verdict import Verdict, refused
@@ -28,7 +29,7 @@ def convert(module: nn.Module, backend: str | None) -> Conversion | Verdict:
     family = family_of(type(module))
     if family is None:
         return refused(f"{type(module).__name__} is no gated delta layer of transformers")
-    reasons = (*family.differences(type(module).forward), *_missing(module, family), *_without_op(backend))
+    reasons = (*family.differences(type(module)), *_missing(module, family), *_without_op(backend))
     if reasons:
         return refused(*reasons)
     reasons = (*_wrong_sizes(module), *_wrong_activation(module))
@@ -44,6 +45,7 @@ def convert(module: nn.Module, backend: str | None) -> Conversion | Verdict:
         "titans_prepare": get_op("qkv_prepare", backend=_where_declared(backend, "qkv_prepare")),
         "titans_norm": None if gate is None else get_op("gated_rms_norm", backend=_where_declared(backend, "gated_rms_norm")),
         "titans_gate": gate,
+        "titans_norm_class": forward_owner(type(getattr(module, family.modules[-2]))),
     }
     return Conversion(family.form, attributes, tuple(notes))
 

@@ -47,6 +47,7 @@ class GatedDelta:
     titans_prepare: Op
     titans_norm: Op | None
     titans_gate: str | None
+    titans_norm_class: type
 
     def _projected(self, x: Tensor) -> Projected:
         """q, k, v, the output's gate, and what beta and g are made of."""
@@ -185,7 +186,7 @@ class GatedDelta:
     def _gated(self, o: Tensor, z: Tensor) -> Tensor:
         """The gated norm by our op; by the module itself where something waits for its call, or it is none that we know."""
         norm, op = self._gate_norm(), self.titans_norm
-        if op is None or not is_plain(norm):
+        if op is None or not is_plain(norm, self.titans_norm_class):
             y: Tensor = norm(o.reshape(-1, o.shape[-1]), z.reshape(-1, z.shape[-1])).view(o.shape)
             return y
         weight, eps = norm.weight, norm.variance_epsilon

@@ -1,7 +1,7 @@
 """Which classes of transformers are known, by name, and how a forward is recognised as one of those that this integration was written for.
 
-Nothing is imported: a class says its module and its name, and its forward's code says which names it uses. A forward that uses a name that is not
-listed here does something that the swapped one would not.
+Nothing is imported: a class says its module and its name, and its forward's code says where it is from and which names it uses. A forward of another's,
+or one that uses a name that is not listed here, does something that the swapped one would not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
 
+from titans_backends.integrations.origin import strangers
 from titans_backends.integrations.transformers.forms import FusedProjection, JointProjection, SeparateProjections
 from titans_backends.integrations.transformers.forward import GatedDelta
 
@@ -48,9 +49,10 @@ class Family:
     parts: frozenset[str]
     modules: tuple[str, ...]
 
-    def differences(self, forward: Callable[..., object]) -> tuple[str, ...]:
-        """Why a forward is none that this integration was written for; nothing where it is."""
-        told = []
+    def differences(self, layer: type) -> tuple[str, ...]:
+        """Why a class's forward is none that this integration was written for; nothing where it is."""
+        forward: Callable[..., object] = layer.forward  # type: ignore[attr-defined]  # a module's class has a forward
+        told = list(strangers(layer, "transformers"))
         parameters = tuple(inspect.signature(forward).parameters)
         if parameters != _PARAMETERS:
             told.append(f"its forward takes ({', '.join(parameters)}); known is ({', '.join(_PARAMETERS)})")
@@ -107,4 +109,4 @@ def names_used(function: Callable[..., object]) -> frozenset[str]:
 
 def unfamiliar(norm: type) -> bool:
     """Whether a gated norm's forward is not the one that our op computes."""
-    return names_used(norm.forward) != NORM_FORWARD  # type: ignore[attr-defined]  # a module's class has a forward
+    return bool(strangers(norm, "transformers")) or names_used(norm.forward) != NORM_FORWARD  # type: ignore[attr-defined]  # a module's class has a forward

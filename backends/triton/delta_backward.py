@@ -16,7 +16,7 @@ from .delta_gradients import ERASED, QUERIES, VECTORS, WRITTEN
 from .delta_reverse import ENDS, REVERSE
 from .delta_schedules import Factors, Operands, Params, divide, prepare, run_scan
 from .delta_updates import UPDATES
-from .grid import strides, unit_stride
+from .grid import in_rows, strides
 from .serving import tile_width
 from .slow_scan import denormalized
 
@@ -39,7 +39,7 @@ def gradients(
         for name, grad in into.items():
             grad.copy_(d_final) if name == "initial_state" and d_final is not None else grad.zero_()
     elif into:
-        d_o = torch.zeros_like(x.v) if grads[0] is None else unit_stride(grads[0])
+        d_o = torch.zeros_like(x.v) if grads[0] is None else in_rows(grads[0])
         _fill(x, p, d_o, d_final, saved, into)
     return tuple(into.get(name) for name in inputs)
 

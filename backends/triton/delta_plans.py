@@ -13,7 +13,7 @@ from titans_backends.backend import Candidate, Param
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from .serving import CONSUMER_SHARED_BYTES, dots, tile_width
+from .serving import CONSUMER_SHARED_BYTES, dots, least_columns, tile_width
 
 __all__ = ["LONG", "SMS", "delta_plans", "saving", "shared_bytes"]
 
@@ -93,11 +93,21 @@ def _plans(signature: Signature, keys: int, values: int) -> list[Plan]:
             _states(block, 4, 32, 4, 3),
             *([] if float32 else [_crowded(_scan(block, 4, 32, 4, 3)), _crowded(_scan(block, 4, min(values, tile), 4, 3))]),
         ]
+    least = least_columns(signature)
     distinct: list[Plan] = []
     for plan in found:
+        plan = _widened(plan, least)
         if plan not in distinct:
             distinct.append(plan)
     return distinct
+
+
+def _widened(plan: Plan, least: int) -> Plan:
+    """The same with that many columns at least where a scan's blocks have 64 rows."""
+    variant, params = plan
+    if variant == "whole" or int(params["block"]) < 64:
+        return plan
+    return variant, {**params, "value_tile": max(int(params["value_tile"]), least)}
 
 
 def _scan(block: int, prepare_warps: int, tile: int, warps: int, stages: int) -> Plan:

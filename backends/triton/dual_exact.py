@@ -16,7 +16,7 @@ from titans_backends.signature import Signature
 
 from .delta_schedules import SCHEDULES, Fast, Operands
 from .grid import on_device, unit_stride
-from .serving import CONSUMER_SHARED_BYTES, dots, tile_width
+from .serving import CONSUMER_SHARED_BYTES, dots, least_columns, tile_width
 from .slow_scan import NORMALIZE
 
 __all__ = ["exact", "exact_candidates"]
@@ -60,16 +60,17 @@ def exact_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
     small = max(keys, values) <= _SMALL
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
-    dot = dots(signature)[0]
+    dot, least = dots(signature)[0], least_columns(signature)
     scans: list[Candidate] = []
     splits: list[Candidate] = []
     for block, tile, prepare_warps, warps, stages in _shapes(signature, small):
-        tile = min(tile, values)
+        tile = max(min(tile, values), least if block >= 64 else 1)
+        map_tile = max(_MAP_TILE, least if block >= 64 else 1)
         if chunk % block or _scan_bytes(signature, block, tile, stages, dot) > room:
             continue
         shape = (block, tile, prepare_warps, warps, stages, dot)
         scans.append(_candidate("scan", *shape))
-        if _scan_bytes(signature, block, max(tile, _MAP_TILE), stages, dot) > room:
+        if _scan_bytes(signature, block, max(tile, map_tile), stages, dot) > room:
             continue
         for length in (16,) if splits and small else (16, 8, 32) if small else (16, 32):
             per = chunk // block
@@ -77,7 +78,7 @@ def exact_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
             if segment <= _LONGEST_SEGMENT:
                 chain = (16, 1, 3) if small else (32, 4, 2)
                 names = ("segment", "map_tile", "map_warps", "chain_tile", "chain_warps", "chain_stages")
-                cut = zip(names, (segment, _MAP_TILE, 2 if small and block <= 32 else 4, *chain), strict=True)
+                cut = zip(names, (segment, map_tile, 2 if small and block <= 32 else 4, *chain), strict=True)
                 splits.append(_candidate("split", *shape, *cut))
     scans, splits = list(dict.fromkeys(scans))[: 8 if small else 3], list(dict.fromkeys(splits))[: 6 if small else 3]
     return [*splits, *scans] if _is_cut(signature, machine, values) else [*scans, *splits]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from titans_backends.launching.rows import unit_stride
 
-__all__ = ["chunks_before", "find_sequence", "first_slot", "locate", "on_device", "slot_count", "strides", "unit_stride"]
+__all__ = ["chunks_before", "find_sequence", "first_slot", "in_rows", "locate", "on_device", "slot_count", "strides", "unit_stride"]
 
 
 def slot_count(batch: int, tokens: int, unit: int, cu_seqlens: Tensor | None, offset: int = 0) -> int:
@@ -34,6 +34,14 @@ def on_device(cu_seqlens: Tensor | None, like: Tensor) -> Tensor | None:
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("cu_seqlens lies on the CPU, and a graph is being captured: move it to the device before the capture")
     return cu_seqlens.to(like.device).contiguous()
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """The tensor itself, or a copy: where its last dimension is not contiguous, and where only a copy has 16-bit rows that asynchronous copies take."""
+    x = unit_stride(x)
+    if x.dtype.itemsize != 2 or x.shape[-1] % 16 or not (x.data_ptr() & 15 or any(step & 15 for step in x.stride()[:-1])):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["CONSUMER_SHARED_BYTES", "HOPPER", "Params", "copies_rows", "dots", "narrow_warps", "serves", "serves_rows", "tile_width"]
+__all__ = ["CONSUMER_SHARED_BYTES", "HOPPER", "Params", "copies_rows", "dots", "least_columns", "narrow_warps", "serves", "serves_rows", "tile_width"]
 
 Params = tuple[tuple[str, Param], ...]
 
@@ -60,25 +60,36 @@ def narrow_warps(dtype: torch.dtype, rows: int, columns: int, warps: int) -> int
     """The warps for a kernel whose narrowest product outside of a pipelined loop has that many columns: 2 at most where wgmma would be too narrow.
 
     Seen on an H100 with Triton 3.6: products of 16-bit operands with 64 rows or more and 16 or 32 columns gave wrong values or an illegal address with 4
-    and 8 warps, and right values with 2 (mma.sync), with 32 rows or fewer, with 64 columns or more, in float32, and in pipelined loops (delta_scan).
+    and 8 warps, and right values with 2 (mma.sync), with 32 rows or fewer, with 64 columns or more, in float32, and in pipelined loops whose operands
+    come by asynchronous copies (delta_scan). In delta_scan without such copies it is ptxas 12.8 that is wrong: of a descriptor, the address of an operand
+    in shared memory, it adds the constant part to a register that holds something else by then.
     """
     return min(warps, 2) if dtype.itemsize == 2 and rows >= 64 and columns < 64 else warps
 
 
 def copies_rows(signature: Signature) -> bool:
-    """Whether asynchronous copies take the rows of q, k and v: 16 divides the head_dims, and with them what a head's rows start at, and all are aligned.
+    """Whether asynchronous copies take the rows of the operands: 16 divides the head_dims and what heads and tokens start at, and all are aligned.
 
-    Where they do not, a loop's products are compiled as those outside of one (`narrow_warps`).
+    Where they do not, a loop's products are compiled as those outside of one (`narrow_warps`, `least_columns`).
     """
-    return (signature.dim("K") | signature.dim("V")) % 16 == 0 and signature.aligned
+    return (signature.dim("K") | signature.dim("V")) % _ROW == 0 and signature.aligned and not _loose_operands(signature)
+
+
+def least_columns(signature: Signature) -> int:
+    """The columns that a loop's products of 64 rows have at least: where no asynchronous copy takes 16-bit rows, fewer than 64 are compiled wrongly."""
+    return 64 if signature.dtype.itemsize == 2 and not copies_rows(signature) else 1
 
 
 def serves_rows(signature: Signature, machine: Machine) -> Verdict:
-    """Refuses on Hopper what `gated_delta_rule` was seen to compute wrongly there: 16-bit operands whose rows no asynchronous copy takes."""
+    """Refuses on Hopper what `gated_delta_rule` was seen to compute wrongly there: 16-bit operands whose rows no asynchronous copy takes.
+
+    The tiles that were wrong are offered no more (`least_columns`). The others are right where their machine code is executed without a card; until a card has
+    examined them too, nothing on such rows is served.
+    """
     if signature.dtype.itemsize != 2 or machine.sm not in HOPPER:
         return ACCEPTED
     name = str(signature.dtype).removeprefix("torch.")
-    seen = "products from such rows gave wrong values and an illegal address on an H100 (Triton 3.6)"
+    seen = "products from such rows gave wrong values and an illegal address on an H100, and no card has examined their mend"
     verdict = ACCEPTED
     odd = [f"{letter}={signature.dim(letter)}" for letter in "KV" if signature.dim(letter) % _ROW]
     if odd:
@@ -101,7 +112,7 @@ def _loose_operands(signature: Signature) -> list[str]:
     found = []
     for name in _OPERANDS:
         given = signature.tensor(name)
-        if given is None or given.shape[-1] % _ROW or (given.stride[-1] != 1 and given.shape[-1] > 1):  # the last are copied
+        if given is None or given.shape[-1] % _ROW or given.stride[-1] != 1:  # the last are copied
             continue
         if not given.aligned or any(step % _ROW for step in given.stride[:-1]):
             found.append(name)

@@ -28,7 +28,7 @@ from .delta_plans import shared_bytes as delta_bytes
 from .delta_schedules import Operands, Params
 from .grid import on_device, unit_stride
 from .program import remembering, remembering_backward
-from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, narrow_warps, serves, serves_rows, tile_width
+from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, least_columns, narrow_warps, serves, serves_rows, tile_width
 from .slow_scan import Tiling, normalized, shared_bytes, slow_scan
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
@@ -105,7 +105,8 @@ def _segmented(signature: Signature, machine: Machine, room: int, others: list[C
         return others
     block, size = int(str(signature.option("chunk_size"))), signature.dtype.itemsize
     keys, values = tile_width(signature.dim("K")), tile_width(signature.dim("V"))
-    tiles = [tile for tile in (16, 32, 64) if tile <= max(values, 16)][-2:]
+    least = least_columns(signature) if block >= 64 else 1
+    tiles = sorted({max(tile, least) for tile in [tile for tile in (16, 32, 64) if tile <= max(values, 16)][-2:]})
     plans: list[tuple[str, dict[str, Param]]] = []
     for tile in tiles:
         for stages in (3, 2):

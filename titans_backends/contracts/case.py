@@ -244,6 +244,8 @@ def cases(contract: Contract, dtype: torch.dtype = torch.float32) -> Iterator[Ca
     if "chunk_size" in contract.option_by_name:  # short chunks of wide heads take tiles that no other case takes
         narrow = {**first.options, "chunk_size": 16}
         yield replace(base, name=f"{first.name}, chunks of 16, heads of 128", T=40, B=1, G=1, H=2, K=128, V=128, options=narrow, given=first.given)
+    if dtype.itemsize == 2:  # rows that no 16-byte copy takes, and tokens that a kernel for short sequences does not get
+        yield replace(base, name=f"{first.name}, odd heads, several blocks", T=300, B=1, G=1, K=60, V=100, options=first.options, given=first.given)
     for variant in contract.variants if "cu_seqlens" in contract.argument_by_name else ():
         packed = replace(base, lengths=(33, 0, 1, 66, 0), options=variant.options, given=variant.given)
         yield replace(packed, name=f"{variant.name}, packed with empty sequences")

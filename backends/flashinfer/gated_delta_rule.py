@@ -32,7 +32,7 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
     q, k, v = (_packed(x) for x in (call.q, call.k, call.v))
     lengths = {}
     if call.cu_seqlens is None:
-        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=v.device)
+        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int64, device=v.device)
         lengths["max_seqlen"] = tokens  # of a packed call it would have to be read from the device
     else:
         offsets = dense(call.cu_seqlens)

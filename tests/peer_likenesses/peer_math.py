@@ -3,9 +3,9 @@
 import os
 
 import torch
+from titans_backends.backends.eager import gated_delta_rule as eager
 
 from titans_backends.backend import Candidate
-from titans_backends.backends.eager import gated_delta_rule as eager
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 
 _CHUNKED = Candidate("eager", "chunked", (("chunk_size", 64), ("inverse", "blocks")))

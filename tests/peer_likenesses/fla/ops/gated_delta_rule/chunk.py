@@ -1,6 +1,7 @@
 import torch
-from fla.backends import dispatch
 from peer_math import backward, contiguous, forward, inverse, running, saw, single, unit, unit_backward
+
+from fla.backends import dispatch
 
 RCP_LN2 = 1.4426950216
 

@@ -148,7 +148,7 @@ TRAINED = ("gated, grouped heads", "gated, correlated keys, beta 0 1 2", "plain"
 def test_what_it_serves_is_right_through_get_op_and_through_every_candidate(name: str, on_cpu: Path) -> None:
     passed: set[str] = set()
     for one in worth("gated_delta_rule", torch.bfloat16):
-        sized = one if name == "fla" else replace(one, K=128, V=128, T=min(one.T, 66), H=min(one.H, 2), G=1)
+        sized = one if name == "fla" else replace(one, K=128, V=128, B=1, T=min(one.T, 66), H=min(one.H, 2), G=1)
         for regime in ("inference", "training") if name != "flashinfer" and one.name in TRAINED else ("inference",):
             result = examine(Item(name, "gated_delta_rule", sized, regime))  # type: ignore[arg-type]
             assert result.status == "passed", (one.name, regime, result.detail)

@@ -183,7 +183,21 @@ def test_the_request_holds_what_was_asked(monkeypatch: pytest.MonkeyPatch, tmp_p
         seen.append(request)
         return report(request)
 
-    words = ["--full", "--backend", "eager", "--objective", "memory", "--max-memory", "8", "--budget", "9", "--timeout", "300", "--regime", "training"]
+    words = [
+        "--full",
+        "--backend",
+        "eager",
+        "--objective",
+        "memory",
+        "--max-memory",
+        "8",
+        "--budget",
+        "9",
+        "--timeout",
+        "300",
+        "--regime",
+        "training",
+    ]
     ending(monkeypatch, tuner, *words, "--force", "--output", str(tmp_path / "x.yaml"))
     ending(monkeypatch, tuner)
     assert (seen[0].quick, seen[0].backends, seen[0].objective, seen[0].max_memory_mib, seen[0].budget_s) == (False, ("eager",), "memory", 8.0, 9.0)

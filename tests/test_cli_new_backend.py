@@ -166,7 +166,7 @@ def test_in_tree_it_is_a_folder_of_backends_that_is_found_by_looking(tmp_path: P
         (["My-Kernel"], "a backend's name is a Python identifier in lower case, as my_backend; got 'My-Kernel'"),
         (["class"], "a backend's name is a Python identifier"),
         (["_hidden"], "a backend's name is a Python identifier"),
-        (["eager"], "there is a backend 'eager' already (built in); known: cupy, eager, inductor"),
+        (["eager"], "there is a backend 'eager' already (built in); known: cupy, eager, fla, "),
         (["json"], "there is a module 'json' already"),
         (["torch"], "there is a module 'torch' already"),
         (["reference"], "what the contracts' references are called"),

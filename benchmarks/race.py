@@ -90,7 +90,12 @@ def chosen(asked: argparse.Namespace) -> list[Case]:
     """The cases of the command line."""
     every = CASES
     if asked.cell:
-        cells = [Cell(*map(int, found.groups())) for text in asked.cell if (found := re.fullmatch(r"(\d+)x(\d+) (\d+)/(\d+) D(\d+)", text))]
+        cells = []
+        for text in asked.cell:
+            found = re.fullmatch(r"(\d+)x(\d+)[ ,](\d+)/(\d+)[ ,]D(\d+)", text)
+            if found is None:
+                raise SystemExit(f"error: --cell {text!r} is not like '1x64 2/4 D16': sequences x tokens, heads of q and k / of v, head_dim")
+            cells.append(Cell(*map(int, found.groups())))
         every = tuple(Case(cell, mode) for mode in ("forward", "training") for cell in cells)  # type: ignore[arg-type]
     return [case for case in every if any(part in str(case) for part in asked.cases.split(","))]
 
@@ -105,7 +110,8 @@ def parent(names: list[str], paths: dict[str, str], cases: list[Case], asked: ar
     """Starts the groups' processes, each for its share of the time; one that dies is started again without the case that it was at."""
     end = time.monotonic() + asked.seconds
     if asked.warm and asked.device == "cuda":
-        for name in (name for name in names if GROUPS[name].whole):
+        done = Results.read(asked.json).cases
+        for name in (name for name in names if GROUPS[name].whole and (asked.again or any(name not in done.get(str(case), {}) for case in cases))):
             process(name, paths, asked, "warm", min(asked.warm_seconds, end - time.monotonic()))
     for name in names:
         until = time.monotonic() + (end - time.monotonic()) * (SHARES[name] if name != names[-1] else 1.0)

@@ -149,6 +149,7 @@ class _Run:
     subject: Problem
     asked: Asked
     truth: Truth | ForwardTruth
+    available: Sequence[Pair]
     entrants: dict[str, Entrant] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
@@ -175,22 +176,18 @@ class _Run:
 
     def candidates(self) -> tuple[list[Candidate], list[Candidate]]:
         """Both directions' candidates that race here: whole backends, the defaults of slow ones, and what the first run chose."""
-        named: list[tuple[Candidate, ...]] = [self._members(pair) for pair in self.available() if _label(pair) in self.anchors]
+        named: list[tuple[Candidate, ...]] = [self._members(pair) for pair in self.available if _label(pair) in self.anchors]
         if self.group.whole:
-            named += [self._members(choice.pair) for choice in self.asked.choices.values()] + [self._members(self.available()[0])]
+            named += [self._members(choice.pair) for choice in self.asked.choices.values()] + [self._members(self.available[0])]
         kept = {candidate for members in named for candidate in members}
         offered = [(one.backend.name, side) for one in self.asked.offers for side in (one.forward, one.backward)]
         for backend, side in offered:
             if backend in self.group.backends:
                 kept |= set(side[:1] if self.group.slow else side)
-        usable = {candidate for pair in self.available() for candidate in self._members(pair)}
+        usable = {candidate for pair in self.available for candidate in self._members(pair)}
         kept &= usable
         forward = [c for _, side in offered for c in side if c in kept and c.direction == "forward"]
         return forward, [c for _, side in offered for c in side if c in kept and c.direction == "backward"]
-
-    def available(self) -> list[Pair]:
-        """Every admissible pair, the default first."""
-        return pairs(self.asked.offers, self.asked.signature)
 
     @staticmethod
     def _members(pair: Pair) -> tuple[Candidate, ...]:
@@ -254,7 +251,7 @@ class _Run:
     def contenders(self, times: Mapping[Candidate, tuple[float, float]]) -> dict[Pair, Picked]:
         """Every pair that passed, as the tuner's rule takes it."""
         found = {}
-        for order, pair in enumerate(self.available()):
+        for order, pair in enumerate(self.available):
             members = self._members(pair)
             if all(candidate in times for candidate in members):
                 us, spread = combined([times[candidate] for candidate in members])
@@ -267,7 +264,7 @@ class _Run:
         by_label = {one.label: pair for pair, one in contenders.items()}
         kept = [pair for pair in contenders if _label(pair) in self.anchors]
         if self.group.whole:
-            kept += [self.available()[0], *(choice.pair for choice in self.asked.choices.values())]
+            kept += [self.available[0], *(choice.pair for choice in self.asked.choices.values())]
         best: dict[str, Pair] = {}
         for pair, one in sorted(contenders.items(), key=lambda item: item[1].us):
             who = "two" if "+" in one.who else one.who
@@ -412,20 +409,23 @@ def measured(
     begin, training = time.perf_counter(), case.mode == "training"
     subject = _posed(case, device)
     asked = asked_of(subject, training)
+    available = pairs(asked.offers, asked.signature)
+    refused = {one.backend.name: str(one.verdict) for one in asked.offers if not one.verdict}
+    if not group.whole and not any(takes(name, case) for name in functions) and not any(who_of(pair) in group.backends for pair in available):
+        return Part(refused=refused, seconds=time.perf_counter() - begin)
     truth: Truth | ForwardTruth = Truth(subject) if training else ForwardTruth(subject)
     anchors = frozenset() if first is None else frozenset(one.label for one in first.entrants if one.kind == "backend" and one.graph_us is not None)
-    run = _Run(case, group, anchors, rules, device, training, subject, asked, truth)
+    run = _Run(case, group, anchors, rules, device, training, subject, asked, truth, available)
     forward, backward = run.candidates()
     contenders = run.contenders(run.alone(forward, backward))
     run.timed(run.finalists(contenders), functions)
-    refused = {one.backend.name: str(one.verdict) for one in asked.offers if not one.verdict}
     chosen = {way: Chosen(_label(c.pair), c.origin, c.reason) for way, c in (("graph", asked.choices["graph"]), ("wall", asked.choices["eager"]))}
     return Part(
         tuple(run.entrants.values()),
         tuple(_near(list(contenders.values()))),
         chosen,
         refused,
-        _label(run.available()[0]),
+        _label(run.available[0]),
         len(forward) + len(backward),
         floor_us(subject, training, top),
         time.perf_counter() - begin,

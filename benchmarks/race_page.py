@@ -124,11 +124,12 @@ def compact(results: Results, names: Sequence[str] | None = None) -> str:
         )  # fmt: skip
         name = str(line.case).replace(" forward", " f").replace(" training", " fb")
         said.append(f"{name} [{number(line.found.floor_us)}] {times} {own} | {whose(line.found, line.winner.label)[:13]} | {told} | {more}")
-    return "\n".join([*said, *summary(graph), *summary(list(wall.values())), *missing(results)])
+    return "\n".join([*said, *summary(graph, listed=False), *summary(list(wall.values()), listed=False), *list(missing(results))[:12]])
 
 
-def summary(lines: Sequence[Line]) -> Iterator[str]:
-    """How good each choice was over the cases."""
+def summary(lines: Sequence[Line], *, listed: bool = True) -> Iterator[str]:
+    """How good each choice was over the cases; `listed`: with those where it costs too much."""
+    way = lines[0].way if lines else "graph"
     names = {"dispatch": "`get_op` with what is shipped", "here": "tuned here, with the peers installed", "ours": "tuned here, without them"}
     for what, title in names.items():
         regrets = {str(line.case): regret for line in lines if (regret := line.choices.get(what, ("", None))[1]) is not None}
@@ -136,11 +137,14 @@ def summary(lines: Sequence[Line]) -> Iterator[str]:
             continue
         over = sorted((name for name in regrets if regrets[name] > BAND), key=lambda name: -regrets[name])
         worst = max(regrets, key=lambda name: regrets[name])
-        told = f": {', '.join(f'{name} {cost(regrets[name])}' for name in over)}" if over else ""
+        told = f": {', '.join(f'{name} {cost(regrets[name])}' for name in over)}" if over and listed else ""
         within = len(regrets) - len(over)
+        beside = [line.found.regret(line.choices[what][0], way, backends=True) for line in lines if what in line.choices]
+        alone = [regret for regret in beside if regret is not None]
         yield (
-            f"{title}, {WAYS[lines[0].way]}: at most 5 % over the best in {within} of {len(regrets)} cases; "
-            f"mean {cost(statistics.mean(regrets.values()))}, worst {cost(regrets[worst])} ({worst}){told}"
+            f"{title}, {WAYS[way]}: at most 5 % over the best in {within} of {len(regrets)} cases; "
+            f"mean {cost(statistics.mean(regrets.values()))}, worst {cost(regrets[worst])} ({worst}){told}; "
+            f"over the best backend, without the peers' own functions: {sum(one <= BAND for one in alone)} of {len(alone)}, worst {cost(max(alone))}"
         )
 
 
@@ -206,7 +210,7 @@ def _facts(results: Results) -> str:
         if "graph" in scale
     ]
     more = f" Later runs' times were multiplied by {min(scales):.3f} to {max(scales):.3f} to stand on the first one's scale." if scales else ""
-    return f"{'; '.join(said)}.{more}"
+    return f"{'; '.join(said)}.{more} Every time: [race.json](../benchmarks/results/race.json)."
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -184,9 +184,9 @@ class Standings:
         found = [one for one in self.entrants if one.kind != "other" and one.us(way) is not None]
         return sorted(found, key=lambda one: cast(float, one.us(way)))
 
-    def winner(self, way: Way) -> Entrant | None:
-        """The fastest."""
-        return next(iter(self.timed(way)), None)
+    def winner(self, way: Way, *, backends: bool = False) -> Entrant | None:
+        """The fastest of all, peers' own functions included, or of the backends alone."""
+        return next((one for one in self.timed(way) if one.kind == "backend" or not backends), None)
 
     def entrant(self, label: str) -> Entrant | None:
         """By its label."""
@@ -196,9 +196,9 @@ class Standings:
         """A backend's or a peer's fastest."""
         return next((one for one in self.timed(way) if one.who == who), None)
 
-    def regret(self, label: str, way: Way) -> float | None:
+    def regret(self, label: str, way: Way, *, backends: bool = False) -> float | None:
         """What a choice takes over the fastest, as a share of that; None where it was not timed."""
-        mine, best = self.entrant(label), self.winner(way)
+        mine, best = self.entrant(label), self.winner(way, backends=backends)
         us = None if mine is None else mine.us(way)
         if us is None and way == "graph":  # chosen from all runs together, and no run had it among its finalists: its time in the tuner's manner
             us = next((one.us for one in self.contenders if one.label == label), None)

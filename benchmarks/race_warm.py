@@ -7,26 +7,36 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from typing import cast
 
 import torch
-from against_fla import Cell, hurry, problem
+from against_fla import hurry, problem
+from device_timing import arriving, leaves_of
 from race_cells import Case, Group
-from race_peers import loaded, takes
+from race_choices import module_of
+from race_peers import Function, loaded, takes
+from torch import Tensor
 from training_peers import compile_share
 from training_steps import RULE, Problem, posed, step
 
 from titans_backends import registry
-from titans_backends.buckets import bucket_of
+from titans_backends.backend import Candidate, TrainableOpModule
+from titans_backends.buckets import Bucket, bucket_of
 from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
-from titans_backends.machine import Machine, detect
+from titans_backends.machine import detect
 from titans_backends.offers import offers
+from titans_backends.signature import Signature
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 
 __all__ = ["warmed"]
@@ -60,36 +70,38 @@ def warmed(group: Group, cases: Sequence[Case], limit_s: float) -> str:
 
 def _ours(cases: Sequence[Case], limit_s: float, most: int) -> str:
     """Every candidate whose backend compiles ahead."""
-    machine, wanted, heads = detect("cuda"), [], {}
+    machine = detect("cuda")
+    wanted: list[tuple[Bucket, list[Candidate]]] = []
+    heads: dict[Bucket, int] = {}
     for case in cases:
-        signature = _signature(case, machine)
-        bucket = bucket_of(signature)
+        signature = replace(_signature(_sizes(case), case), device=machine.kind)
+        bucket, given = bucket_of(signature), offers(signature, machine)
         heads[bucket] = case.cell.H
-        given = offers(signature, machine)
         wanted.append((bucket, hooked(given, [candidate for one in given for candidate in (*one.forward, *one.backward)])))
     done = compile_ahead(jobs(wanted), Target(machine, "cuda", heads.get), Limits(limit_s, 60.0), most)
     return f"ours: {done.candidates} compiled in {done.seconds:.0f} s, {done.failed} not{f' ({done.reason[:160]})' if done.failed else ''}"
 
 
-def _signature(case: Case, machine: Machine):  # type: ignore[no-untyped-def]
-    cell, made = case.cell, CONTRACTS[RULE]
-    like = torch.empty(0, dtype=torch.bfloat16, device="meta")
-    call = made.make_call(
-        q=like.new_empty(cell.B, cell.T, cell.G, cell.D),
-        k=like.new_empty(cell.B, cell.T, cell.G, cell.D),
-        v=like.new_empty(cell.B, cell.T, cell.H, cell.D),
-        beta=like.new_empty(cell.B, cell.T, cell.H, dtype=torch.float32),
-        g=like.new_empty(cell.B, cell.T, cell.H, dtype=torch.float32),
-        output_final_state=case.mode == "forward",
-    )
-    regime = "training" if case.mode == "training" else "inference"
-    return replace(signature_of(made, call, validate(made, call), regime=regime, launch="graph"), device=machine.kind)
+def _sizes(case: Case) -> GatedDeltaRule:
+    """The call without its numbers."""
+    cell = case.cell
+
+    def empty(heads: int, *last: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(cell.B, cell.T, heads, *last, dtype=dtype, device="meta")
+
+    given = {name: empty(heads, cell.D) for name, heads in (("q", cell.G), ("k", cell.G), ("v", cell.H))}
+    return GatedDeltaRule(**given, **{name: empty(cell.H, dtype=torch.float32) for name in ("beta", "g")}, output_final_state=case.mode == "forward")
+
+
+def _signature(call: GatedDeltaRule, case: Case) -> Signature:
+    made, regime = CONTRACTS[RULE], "training" if case.mode == "training" else "inference"
+    return signature_of(made, call, validate(made, call), regime=regime, launch="graph")  # type: ignore[arg-type]
 
 
 def _jobs(group: Group, cases: Sequence[Case]) -> list[_Job]:
     """The slowest compiler's first, each combination of heads apart."""
     found: list[_Job] = []
-    for name in (name for name in ("flash_qla", "fla", "fla_ungated") if name in group.own):
+    for name in (name for name in ("flash_qla", "fla", "fla_ungated") if name in group.own and find_spec(name.removesuffix("_ungated"))):
         kinds: dict[tuple[int, int, int], list[Case]] = {}
         for case in (case for case in cases if takes(name, case)):
             kinds.setdefault((case.cell.G, case.cell.H, case.cell.D), []).append(case)
@@ -133,58 +145,36 @@ def _compile(job: _Job) -> None:
         if job.name == "flash_qla":
             compile_share(job.index, job.count)
         for case in job.cases:
-            for run in (*_own(functions[job.name], case), *_backend(job.name, case)):
+            call = problem(case.cell)
+            call.output_final_state = case.mode == "forward"
+            subject = posed(RULE, str(case), call)
+            for run in chain(_own(functions[job.name], subject, case), _backend(job.name, subject, case)):
                 try:
                     run()
                     torch.cuda.synchronize()
                 except Exception as error:
                     print(f"{job}: {case}: {type(error).__name__}: {str(error)[:160]}", file=sys.stderr, flush=True)
+            del subject, call
             torch.cuda.empty_cache()
     except Exception as error:  # the race says what it means
         print(f"{job}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr, flush=True)
 
 
-def _subject(case: Case) -> Problem:
-    call = problem(case.cell)
-    call.output_final_state = case.mode == "forward"
-    return posed(RULE, str(case), call)
-
-
-def _own(function, case: Case) -> Iterable:  # type: ignore[no-untyped-def, type-arg]
-    subject = _subject(case)
-    if case.mode == "forward":
-        yield lambda: _quiet(lambda: function(CONTRACTS[RULE].tensors(subject.call), True))
-    else:
-        from device_timing import leaves_of
-
+def _own(function: Function, subject: Problem, case: Case) -> Iterator[Callable[[], object]]:
+    """The peer's own function."""
+    if case.mode == "training":
         yield step(subject, lambda x: function(x, False), leaves_of(RULE, subject.call))
+    else:
+        yield torch.no_grad()(lambda: function(CONTRACTS[RULE].tensors(subject.call), True))
 
 
-def _backend(name: str, case: Case) -> Iterable:  # type: ignore[no-untyped-def, type-arg]
+def _backend(name: str, subject: Problem, case: Case) -> Iterator[Callable[[], object]]:
     """The candidates of the backend of that name, where there is one."""
     if name not in registry.known():
         return
-    from device_timing import arriving
-    from race_choices import module_of
-
-    subject, machine = _subject(case), detect("cuda")
-    signature = replace(
-        _signature(case, machine), tensors=signature_of(CONTRACTS[RULE], subject.call, validate(CONTRACTS[RULE], subject.call)).tensors
-    )
-    for one in offers(signature, machine, [name]):
+    for one in offers(_signature(cast(GatedDeltaRule, subject.call), case), detect("cuda"), [name]):
         for candidate in one.forward:
-            yield lambda candidate=candidate: _quiet(lambda: module_of(candidate).run(subject.call, candidate))
-        for candidate in one.backward:
-            if not candidate.saves_states:
-                needs = arriving(RULE, subject.call)[2]
-                yield lambda candidate=candidate, needs=needs: _quiet(
-                    lambda: module_of(candidate).run_backward(subject.call, subject.grads, None, needs, candidate)
-                )
-
-
-def _quiet(run):  # type: ignore[no-untyped-def]
-    with torch.no_grad():
-        return run()
-
-
-_ = Cell
+            yield torch.no_grad()(partial(module_of(candidate).run, subject.call, candidate))
+        for candidate in (candidate for candidate in one.backward if not candidate.saves_states):
+            backward = cast(TrainableOpModule, module_of(candidate)).run_backward
+            yield torch.no_grad()(partial(backward, subject.call, subject.grads, None, arriving(RULE, subject.call)[2], candidate))

@@ -82,7 +82,7 @@ def _flashinfer_module() -> ModuleType:
     """Its prefill module. Its package imports much that the rule does not need; where some of that is missing the package is stood in for by a bare one."""
     try:
         return importlib.import_module("flashinfer.gdn_prefill")
-    except ImportError as error:
+    except Exception as error:  # whatever its top-level import raises
         spec = importlib.util.find_spec("flashinfer")
         if spec is None or spec.submodule_search_locations is None:
             raise

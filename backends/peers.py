@@ -28,6 +28,7 @@ from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 __all__ = [
     "NO_NVCC",
+    "dense",
     "gated",
     "has_nvcc",
     "load",
@@ -48,6 +49,7 @@ __all__ = [
 NO_NVCC = "no nvcc was found in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or the nvidia-cuda-nvcc wheel"
 """What `has_nvcc` looked at, as a clause."""
 
+_ALIGNMENT = 16
 _FAILED: dict[str, str] = {}
 _OFFSETS = WeakTensorKeyDictionary()
 
@@ -158,6 +160,12 @@ def own_offsets(cu_seqlens: Tensor) -> Tensor:
         kept = _OFFSETS[cu_seqlens] = (cu_seqlens._version, cu_seqlens.clone())
     found: Tensor = kept[1]
     return found
+
+
+def dense(x: Tensor) -> Tensor:
+    """The tensor itself, or a copy where it is not contiguous or does not start on 16 bytes: peers take rows by whole vectors and do not ask."""
+    x = x.contiguous()
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
 def gated(o: Tensor, gate: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-from ..peers import load, sources
+from ..peers import dense, load, sources
 from .dispatching import fla_alone
 from .serving import DISTRIBUTION, serves
 
@@ -33,13 +33,13 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
 
 def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o and the state."""
-    q, k, v, beta, state = (x.contiguous() for x in (call.q, call.k, call.v, call.beta, call.state))
+    q, k, v, beta, state = (dense(x) for x in (call.q, call.k, call.v, call.beta, call.state))
     with fla_alone():
         o, after = load("fla", "fla.ops.gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd(
             q=q,
             k=k,
             v=v,
-            g=None if call.g is None else call.g.contiguous(),
+            g=None if call.g is None else dense(call.g),
             beta=beta,
             scale=k.shape[-1] ** -0.5 if call.scale is None else call.scale,
             initial_state=state,

@@ -14,7 +14,7 @@ from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from ..peers import sources
+from ..peers import dense, sources
 from .dispatching import fla_alone
 from .inputs import CHUNK, Inputs, delta, made, rule
 from .serving import DISTRIBUTION, gradient_kernels, without_gate
@@ -42,14 +42,14 @@ def run_backward(
     """Gradients of q, k, v, beta, g, gate and initial_state, in that order."""
     d_o, d_state = grads
     x = made(call, zero_decay=candidate.variant == "gated_delta_rule")
-    d_y = torch.zeros_like(x.shared["v"]) if d_o is None else d_o.contiguous()
+    d_y = torch.zeros_like(x.shared["v"]) if d_o is None else dense(d_o)
     found: dict[str, Tensor | None] = {}
     with fla_alone(tilelang=("gradients", "tilelang") in candidate.params):
         o, kept = _again(x, call.gate is not None, candidate)
         if call.gate is not None:
             found["gate"] = (d_y.float() * o.float()).sum(-1)
             d_y = (d_y * call.gate.unsqueeze(-1)).to(d_y.dtype)
-        arriving = {"do": d_y, "dht": None if d_state is None else d_state.contiguous()}
+        arriving = {"do": d_y, "dht": None if d_state is None else dense(d_state)}
         if candidate.variant == "delta_rule":
             q, k, v, beta, state = delta().chunk_delta_rule_bwd(beta=x.beta, **kept, **arriving, **x.shared)
             g = None

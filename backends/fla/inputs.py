@@ -11,7 +11,7 @@ from torch import Tensor
 
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 
-from ..peers import load, own_offsets
+from ..peers import dense, load, own_offsets
 
 __all__ = ["CHUNK", "Inputs", "delta", "made", "rule"]
 
@@ -48,7 +48,7 @@ def delta() -> ModuleType:
 def made(call: GatedDeltaRule, *, zero_decay: bool) -> Inputs:
     """The inputs of a call; `zero_decay`: with a decay of nothing where it has none."""
     functions = rule()
-    q, k, v, beta = (x.contiguous() for x in (call.q, call.k, call.v, call.beta))
+    q, k, v, beta = (dense(x) for x in (call.q, call.k, call.v, call.beta))
     g = call.g
     if g is None and zero_decay:
         g = torch.zeros(beta.shape, dtype=torch.float32, device=beta.device)
@@ -61,8 +61,8 @@ def made(call: GatedDeltaRule, *, zero_decay: bool) -> Inputs:
         "k": k,
         "v": v,
         "scale": k.shape[-1] ** -0.5 if call.scale is None else call.scale,
-        "initial_state": None if call.initial_state is None else call.initial_state.contiguous(),
+        "initial_state": None if call.initial_state is None else dense(call.initial_state),
         "cu_seqlens": offsets,
         "chunk_indices": None if offsets is None else functions.prepare_chunk_indices(offsets, CHUNK),
     }
-    return Inputs(shared, beta, None if g is None else g.contiguous(), q_norm, k_norm)
+    return Inputs(shared, beta, None if g is None else dense(g), q_norm, k_norm)

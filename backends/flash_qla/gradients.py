@@ -14,7 +14,7 @@ from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from ..peers import sources
+from ..peers import dense, sources
 from .inputs import Inputs, kernels, made
 from .serving import DISTRIBUTIONS
 
@@ -38,7 +38,7 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, beta, g, gate and initial_state, in that order."""
     (d_o, d_state), x, auto = grads, made(call), bool(candidate.param("auto_cp"))
-    d_y = torch.zeros_like(x.shared["v"]) if d_o is None else d_o.contiguous()
+    d_y = torch.zeros_like(x.shared["v"]) if d_o is None else dense(d_o)
     found: dict[str, Tensor | None] = {}
     running, inverse = _kept(x, auto)
     if call.gate is not None:

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 
-from ..peers import load, own_offsets
+from ..peers import dense, load, own_offsets
 
 __all__ = ["Inputs", "kernels", "made"]
 
@@ -37,7 +37,7 @@ class Inputs:
     def of_filled(self, states: Tensor | None) -> Tensor | None:
         """The states of the sequences that have tokens, of one for each sequence."""
         if states is None or self.filled is None:
-            return None if states is None else states.contiguous()
+            return None if states is None else dense(states)
         return states[self.filled]
 
     def of_all(self, states: Tensor, others: Tensor | None) -> Tensor:
@@ -57,8 +57,8 @@ def kernels() -> ModuleType:
 def made(call: GatedDeltaRule) -> Inputs:
     """The inputs of a call, a decay of nothing where it has none."""
     functions = kernels()
-    q, k, v, beta = (x.contiguous() for x in (call.q, call.k, call.v, call.beta))
-    g = torch.zeros(beta.shape, dtype=torch.float32, device=beta.device) if call.g is None else call.g.to(torch.float32).contiguous()
+    q, k, v, beta = (dense(x) for x in (call.q, call.k, call.v, call.beta))
+    g = torch.zeros(beta.shape, dtype=torch.float32, device=beta.device) if call.g is None else dense(call.g.to(torch.float32))
     q_norm = k_norm = None
     if call.qk_l2norm:
         (q, q_norm), (k, k_norm) = functions.l2norm_fwd(q), functions.l2norm_fwd(k)

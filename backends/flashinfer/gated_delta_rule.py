@@ -14,7 +14,7 @@ from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from ..peers import gated, load, sources
+from ..peers import dense, gated, load, sources
 from .serving import DISTRIBUTIONS
 from .serving import serves as supports
 
@@ -32,10 +32,10 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
     q, k, v = (_packed(x) for x in (call.q, call.k, call.v))
     lengths = {}
     if call.cu_seqlens is None:
-        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=v.device)
+        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int64, device=v.device)
         lengths["max_seqlen"] = tokens  # of a packed call it would have to be read from the device
     else:
-        offsets = call.cu_seqlens.contiguous()
+        offsets = dense(call.cu_seqlens)
     found = load("flashinfer", "flashinfer.gdn_prefill").chunk_gated_delta_rule(
         q=q,
         k=k,
@@ -43,7 +43,7 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
         g=None if call.g is None else _packed(call.g.to(torch.float32).exp()),
         beta=_packed(call.beta.to(torch.float32)),
         scale=k.shape[-1] ** -0.5 if call.scale is None else call.scale,
-        initial_state=None if call.initial_state is None else call.initial_state.transpose(-1, -2).contiguous(),
+        initial_state=None if call.initial_state is None else dense(call.initial_state.transpose(-1, -2)),
         output_final_state=call.output_final_state,
         cu_seqlens=offsets,
         use_qk_l2norm_in_kernel=call.qk_l2norm,
@@ -55,4 +55,4 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
 
 def _packed(x: Tensor) -> Tensor:
     """`[B, T, ...]` as `[B T, ...]`, contiguous."""
-    return x.contiguous().flatten(0, 1)
+    return dense(x).flatten(0, 1)

@@ -56,7 +56,8 @@ def tune(
         float | None, typer.Option(metavar="SECONDS", help="Stop after this many seconds; type the command again to go on.", show_default="none")
     ] = None,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="What one candidate's compilation and check may take; other people's kernels compile for minutes.")
+        float,
+        typer.Option(metavar="SECONDS", help="What one candidate's compilation and check may take; other people's kernels compile for minutes."),
     ] = TIMEOUT_S,
     quick: Annotated[bool | None, typer.Option("--quick/--full", help="The small or the whole grid.", show_default="quick")] = None,
     backend: Annotated[

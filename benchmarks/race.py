@@ -64,6 +64,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure what the file has too")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, default=Path("race.json"), metavar="FILE")
+    parser.add_argument("--shapes", type=Path, metavar="FILE", help="write the cases for `titans-backends tune --from FILE`, and stop")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--process", choices=("warm", "race"), help=argparse.SUPPRESS)
     asked = parser.parse_args(given)
@@ -77,6 +78,11 @@ def main(given: list[str] | None = None) -> int:
     if asked.list or not cases:
         print("\n".join(map(str, CASES)))
         return 0 if asked.list else 2
+    if asked.shapes is not None:
+        from race_warm import shapes
+
+        asked.shapes.write_text(shapes(cases), encoding="utf-8")
+        return 0
     if asked.process is not None:
         group = of_group(names[0], asked)
         return warm(group, cases, asked) if asked.process == "warm" else child(group, cases, asked)

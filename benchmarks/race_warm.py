@@ -29,17 +29,19 @@ from training_steps import RULE, Problem, posed, step
 
 from titans_backends import registry
 from titans_backends.backend import Candidate, TrainableOpModule
-from titans_backends.buckets import Bucket, bucket_of
+from titans_backends.buckets import Bucket, bucket_of, defaults_of
+from titans_backends.cache.problems import Count, dump_problems
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.machine import detect
 from titans_backends.offers import offers
+from titans_backends.recording import problem_of
 from titans_backends.signature import Signature
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 
-__all__ = ["warmed"]
+__all__ = ["shapes", "warmed"]
 
 _SHARES = {"flash_qla": 4, "fla": 3, "fla_ungated": 2}
 
@@ -66,6 +68,16 @@ def warmed(group: Group, cases: Sequence[Case], limit_s: float) -> str:
         peers = pool.submit(_peers, todo, theirs, limit_s)
         ours = _ours(cases, limit_s, max(1, cores - theirs)) if group.whole else "ours: nothing"
         return f"{ours}; {peers.result()}"
+
+
+def shapes(cases: Sequence[Case]) -> str:
+    """The cases as `titans-backends tune --from` reads them, all to be captured in graphs."""
+    told = {}
+    for case in cases:
+        problem_met = problem_of(replace(_signature(_sizes(case), case), device="cuda"))
+        if problem_met is not None:
+            told[problem_met] = Count(1, int(case.mode == "training"))
+    return dump_problems(told, defaults_of)
 
 
 def _ours(cases: Sequence[Case], limit_s: float, most: int) -> str:

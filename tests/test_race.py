@@ -14,6 +14,8 @@ from torch import Tensor
 
 import titans_backends as tb
 from tests.scripts import script
+from titans_backends.buckets import defaults_of
+from titans_backends.cache.problems import parse_problems
 
 race = script("benchmarks/race.py")
 cells = script("benchmarks/race_cells.py")
@@ -66,6 +68,14 @@ def test_the_cases_are_the_peers_rows_and_the_small_heads() -> None:
     assert sum(name.endswith("forward") for name in peers) == 14
     first = {(case.cell.G, case.cell.H, case.cell.D): case.cell.T for case in reversed(cells.CASES) if case.cell.B == 1}
     assert set(first.values()) == {8192}
+
+
+def test_the_cases_can_be_tuned(tmp_path: Path) -> None:
+    assert race.main(["--shapes", str(tmp_path / "shapes.yaml")]) == 0
+    met = parse_problems((tmp_path / "shapes.yaml").read_text(encoding="utf-8"), "shapes.yaml", defaults_of)
+    assert len(met) == 37
+    assert all(dict(one.problem.bucket.when)["launch"] == "graph" for one in met)
+    assert sum(one.count.backward for one in met) == 16
 
 
 def test_a_later_run_stands_on_the_first_ones_scale() -> None:

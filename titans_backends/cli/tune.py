@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -137,7 +137,8 @@ def tune(
         beside = [name for name, value in (("--force", force), ("--dry-run", dry_run)) if value]
         if beside:
             raise MisuseError(f"--assess tunes into files of its own; leave out {', '.join(beside)}")
-        run_assessment(request, machine, budget, limit, as_json)
+        cheapest_first = request if recorded is None else replace(request, buckets=buckets[::-1])
+        run_assessment(cheapest_first, machine, budget, limit, as_json)
         return
     if dry_run and ranks.launched_rank():
         return  # rank 0 shows it

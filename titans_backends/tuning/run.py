@@ -59,7 +59,7 @@ class TuneRequest:
     `backends` limits what is measured (None: all; with `quick` those whose manifest says quick); the default always is. `budget_s` limits
     the whole, `bucket_s` one race, `timeout_s` one candidate's compilation and check. `output` names another file than the user's cache.
     `force` measures what is current too, `doubtful` of that those alone whom their measurements leave open. `heads`: v heads of a sequence,
-    where that divides a bucket's streams; `heads_by_bucket` has them for some buckets.
+    where that divides a bucket's streams; `heads_by_bucket` has them for some buckets. `ahead`: compiles side by side first.
     """
 
     buckets: tuple[Bucket, ...]
@@ -76,6 +76,7 @@ class TuneRequest:
     doubtful: bool = False
     heads: int | None = None
     heads_by_bucket: Mapping[Bucket, int] = field(default_factory=dict)
+    ahead: bool = True
 
     def heads_of(self, bucket: Bucket) -> int | None:
         """The v heads of a bucket's sequences, where somebody said."""
@@ -203,7 +204,7 @@ class _Run:
     def _compile_ahead(self, work: Sequence[tuple[int, Standing, list[Candidate]]]) -> None:
         """Compiles side by side what is about to be measured, where there are cores for it and modules that can."""
         most, request = processes(), self.request
-        if not most:
+        if not most or not request.ahead:
             return
         able = [(standing.bucket, hooked(standing.offers, todo)) for _, standing, todo in work]
         todo = jobs((bucket, [c for c in candidates if not self._refusal(c.backend)]) for bucket, candidates in able)

@@ -6,7 +6,6 @@ Reads only, and never sets a damaged file aside. What a file holds or lacks is a
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,7 +83,7 @@ def _tables() -> Iterator[tuple[Origin, Path]]:
 def _take_table(edge: Edge, origin: Origin, path: Path, found: dict[_Key, _Gathered], problems: list[FileFacts]) -> None:
     loaded = file.read(path, defaults_of)
     if loaded.table is None:
-        reason = _without(path, loaded.problem.message) if loaded.problem is not None else "there is no such file"
+        reason = loaded.reason or "there is no such file"
         problems.append(FileFacts(origin, _shown(origin, path), "", reason))
         return
     device = loaded.table.device
@@ -104,7 +103,7 @@ def _take_table(edge: Edge, origin: Origin, path: Path, found: dict[_Key, _Gathe
 def _timings(origin: Origin, path: Path, device: Device, files: list[FileFacts]) -> Timings | None:
     loaded = file.read_timings(path, defaults_of, device)
     if loaded.problem is not None:
-        files.append(FileFacts(origin, _shown(origin, path), "", _without(path, loaded.problem.message)))
+        files.append(FileFacts(origin, _shown(origin, path), "", loaded.reason))
     elif loaded.table is not None:
         files.append(FileFacts(origin, _shown(origin, path), _count(sum(map(len, loaded.table.rows.values())), "timing")))
     return loaded.table
@@ -116,7 +115,7 @@ def _take_results(path: Path, found: dict[_Key, _Gathered], problems: list[FileF
         return
     loaded = file.read_timings(path, defaults_of)
     if loaded.table is None:
-        reason = _without(path, loaded.problem.message) if loaded.problem is not None else "it went away"
+        reason = loaded.reason or "it went away"
         problems.append(FileFacts("results", _shown("results", path), "", reason))
         return
     device = loaded.table.device
@@ -208,12 +207,6 @@ def _shown(origin: Origin, path: Path) -> str:
     if origin == "shipped":
         return f"{path.parent.name}/{path.name}"
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
-
-
-def _without(path: Path, message: str) -> str:
-    """A problem's sentence without the path that it begins with, which stands beside it, as `_shown` has it."""
-    line = re.fullmatch(r":(\d+): (.*)", message.removeprefix(str(path)), re.DOTALL)
-    return f"line {line[1]}: {line[2]}" if line is not None else message.removeprefix(str(path)).lstrip(": ")
 
 
 def _count(number: int, what: str) -> str:

@@ -29,7 +29,7 @@ from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Work
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.offers import Pair, pairs
-from titans_backends.tuning.select import WIDEST_TIE, combined
+from titans_backends.tuning.select import NOISE, combined
 from titans_backends.tuning.timing import timing_of
 
 __all__ = ["Rules", "floor_us", "measured", "settled"]
@@ -440,6 +440,6 @@ def _near(contenders: Sequence[Picked]) -> list[Picked]:
     for one in ranked:
         best.setdefault(one.who, one)
     least, picked = min((one.us for one in contenders), default=0.0), rule_of(contenders)
-    near = [one for one in ranked if one.us <= (1 + WIDEST_TIE) * least][:_MOST_KEPT]
+    near = [one for one in ranked if one.us <= (1 + NOISE) * least][:_MOST_KEPT]
     kept = {one.label: one for one in (*near, *best.values(), *(one for one in contenders if one.order == 0 or one.label == picked))}
     return sorted(kept.values(), key=lambda one: one.order)

@@ -217,7 +217,7 @@ def test_it_prints_what_to_type_next(tmp_path: Path, monkeypatch: pytest.MonkeyP
     said = new("my_kernels", "--kind", "triton").stdout
     for line in (
         "cd titans-backends-my-kernels",
-        "pip install -e .",
+        "pip install -e '.[test]'",
         "titans-backends verify --backend my_kernels",
         "tune --op fused_uw",
         "TRITON_INTERPRET=1",

@@ -90,6 +90,8 @@ def tune(
     machine = detect(target)
     small = True if quick is None else quick
     racing = _backends(backend)
+    for one in registry.broken().values():
+        say(status_console(), f"backend {one.name} is broken and does not race: {one.reason}; see: titans-backends doctor", "yellow")
     pairs = words.heads_list(heads)
     lengths = words.integers("--seq-lens", seq_lens)
     grid = {

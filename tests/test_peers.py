@@ -411,7 +411,7 @@ def test_fla_refuses_to_train_on_hopper_with_a_triton_that_compiles_it_wrong(sit
 
 def test_without_nvcc_tilelang_cannot_compile(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared().shutil, "which", lambda name: None)
-    monkeypatch.setattr(shared(), "version_of", lambda name: None if name == "nvidia-cuda-nvcc" else "0.1.3")
+    monkeypatch.setattr(shared(), "version_of", lambda name: "12.9.86" if name == "nvidia-cuda-nvcc" else "0.1.3")
     nowhere = Path("/nonexistent")
     monkeypatch.setattr(shared(), "Path", lambda given: nowhere)
     monkeypatch.setenv("CUDA_HOME", str(site))

@@ -17,6 +17,7 @@ from titans_backends.backend import Candidate
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file
 from titans_backends.cache.paths import timings_path
+from titans_backends.cache.timings import Measurement
 from titans_backends.dispatch import consult
 from titans_backends.machine import Machine, detect
 from titans_backends.offers import Pair, offers
@@ -29,13 +30,13 @@ from titans_backends.tuning.host import Host, OpenFailed
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.regret import Assessed, Summary, flip_of, judged, summary
 from titans_backends.tuning.run import AHEAD_S, TuneInterrupted, TuneReport, TuneRequest, tune
-from titans_backends.tuning.standing import Standing
+from titans_backends.tuning.standing import Standing, measurement_of
 from titans_backends.tuning.timing import RaceRules
 
 __all__ = ["Assessment", "FirstUse", "Progress", "assess", "in_order", "midpoints", "spread_out"]
 
 Progress = Callable[[str], None]
-_AHEAD_SHARE, _TUNE_SHARE, _AGAIN_SHARE = 0.35, 0.3, 0.3
+_AHEAD_SHARE, _TUNE_SHARE, _AGAIN_SHARE = 0.35, 0.4, 0.5
 """Of what is left of the budget compiling ahead may take so much, then the first tune, then the second at most."""
 _LEAST_S, _MOST_S = 0.4, 8.0
 
@@ -217,7 +218,6 @@ class _Run:
         heads = self._heads(bucket)
         signature = signature_of_bucket(bucket, self.request.device, heads)
         standing = Standing.of(bucket, signature, offers(signature, self.machine), ())
-        candidates = self._hopeful(bucket, standing, between)
         race_s = min(_MOST_S, max(_LEAST_S, self._left_s() / left / 4))
         full = RaceRules(
             race_s,
@@ -231,8 +231,8 @@ class _Run:
         )
         bench = Bench(host, bucket, full, self.request.timeout_s)
         try:
-            bench.open(heads)
-            standing = standing.with_measured(bench.measure(candidates, standing.hashes, lambda candidate, one: None))
+            bench.open(heads, references=False)
+            standing = standing.with_measured(self._timed(bench, standing, between))
         except OpenFailed as error:
             self.left.append((bucket, f"its inputs could not be made: {error}"))
             return None
@@ -248,23 +248,28 @@ class _Run:
         kept = tuple(choice for choice in choices if choice is not None)
         return Assessed(bucket, best.pair.label, best.us, best.spread, len(contenders), kept, flip, between)
 
-    def _hopeful(self, bucket: Bucket, standing: Standing, between: tuple[int, int] | None) -> list[Candidate]:
-        """Who raced, without those that failed or were refused in the first tune: they would fail again, and take their time over it."""
-        racing = standing.racing(self.request.asks)
+    def _timed(self, bench: Bench, standing: Standing, between: tuple[int, int] | None) -> dict[Candidate, Measurement]:
+        """Everyone who raced in the first tune and passed, timed; at a midpoint who passed at its neighbours, and who was not offered there is checked now."""
         timings = file.read_timings(timings_path(self._path("first")), defaults_of).table
-        measured = () if timings is None else timings.rows.get(bucket, ())
-        if between is not None:
-            refused = {
-                one.candidate.partition("/")[0] for found in (timings.rows.values() if timings else ()) for one in found if one.status == "refused"
-            }
-            return [candidate for candidate in racing if candidate.backend not in refused]
-        lost = {(one.candidate, tuple(sorted(one.params)), one.direction, one.saves_states) for one in measured if one.status != "ok"}
-        return [c for c in racing if (c.name, tuple(sorted(c.params)), c.direction, c.saves_states) not in lost]
+        rows = {} if timings is None else timings.rows
+        places = [bench.bucket] if between is None else [bench.bucket._replace(seq_len=length) for length in between]
+        known = [one for place in places for one in rows.get(place, ())]
+        lost = {one.identity for one in known if one.status != "ok"}
+        passed = {one.identity: one for one in known if one.status == "ok"}
+        refused = {one.candidate.partition("/")[0] for found in rows.values() for one in found if one.status == "refused"}
+        racing = [c for c in standing.racing(self.request.asks) if measurement_of(c).identity not in lost and c.backend not in refused]
+        measured = {c: replace(passed[measurement_of(c).identity], env="") for c in racing if measurement_of(c).identity in passed}
+        bench.saver = next((c for c in measured if c.direction == "forward" and c.saves_states), None)
+        measured |= bench.check([c for c in racing if c not in measured], standing.hashes)
+        for direction in ("forward", "backward"):
+            measured |= bench.again([c for c in racing if c.direction == direction and measured[c].status == "ok"], measured, bench.rules)
+        return measured
 
     def _first_uses(self, reached: Sequence[Bucket]) -> Iterator[FirstUse]:
-        """A bucket in a fresh process that finds the first tune's file, and one in another that has the shipped tables alone, where they know it."""
+        """A bucket in a fresh process that has the shipped tables alone; where they know none of them, that finds the first tune's file."""
         shipped = next((bucket for bucket in reversed(reached) if self._ships(bucket)), None)
-        for bucket, table in [*((bucket, self._path("first")) for bucket in reached[-1:]), *([] if shipped is None else [(shipped, None)])]:
+        made = [(shipped, None)] if shipped is not None else [(bucket, self._path("first")) for bucket in reached[-1:]]
+        for bucket, table in made:
             if self._left_s() <= 0:
                 return
             self.progress(f"the first call of {bucket.op} in a fresh process")

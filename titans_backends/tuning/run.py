@@ -19,7 +19,7 @@ from titans_backends.plans import invalidate
 from titans_backends.signature import Signature
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 from titans_backends.tuning.bench import Bench
-from titans_backends.tuning.doubt import contested, deciding, doubt_of
+from titans_backends.tuning.doubt import affordable, contested, deciding, doubt_of
 from titans_backends.tuning.events import (
     BackendProbed,
     BucketDone,
@@ -337,10 +337,9 @@ class _Run:
             found |= bench.measure(unseen, standing.hashes, lambda candidate, one: self._tell(bench.bucket, candidate, one))
             standing = standing.with_measured(found)
             for direction in ("forward", "backward"):
-                group = [c for c in open_still if c.direction == direction and standing.current[c].status == "ok"]
-                rules = deciding(bench.rules, standing, group) if len(group) > 1 else None
-                if rules is not None:
-                    found |= bench.again(group, standing.current, rules)
+                meeting = [c for c in open_still if c.direction == direction and standing.current[c].status == "ok"]
+                group = affordable(standing, meeting, bench.rules.budget_s)
+                found |= bench.again(group, standing.current, deciding(bench.rules)) if group else {}
             standing = standing.with_measured(found)
         return found
 

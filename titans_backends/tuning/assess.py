@@ -24,13 +24,14 @@ from titans_backends.offers import Pair, offers
 from titans_backends.tables import Source, sources
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 from titans_backends.tuning.bench import Bench
+from titans_backends.tuning.doubt import deciding, room
 from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import FirstUse, first_use
 from titans_backends.tuning.host import Host, OpenFailed
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.regret import Assessed, Summary, flip_of, judged, summary
 from titans_backends.tuning.run import AHEAD_S, TuneInterrupted, TuneReport, TuneRequest, tune
-from titans_backends.tuning.standing import Standing, measurement_of
+from titans_backends.tuning.standing import Standing, measurement_of, members
 from titans_backends.tuning.timing import RaceRules
 
 __all__ = ["Assessment", "FirstUse", "Progress", "assess", "in_order", "midpoints", "spread_out"]
@@ -38,7 +39,9 @@ __all__ = ["Assessment", "FirstUse", "Progress", "assess", "in_order", "midpoint
 Progress = Callable[[str], None]
 _AHEAD_SHARE, _TUNE_SHARE, _AGAIN_SHARE = 0.35, 0.4, 0.5
 """Of what is left of the budget compiling ahead may take so much, then the first tune, then the second at most."""
-_LEAST_S, _MOST_S = 0.4, 8.0
+_LEAST_S, _MOST_S = 0.3, 8.0
+_ROOM, _FINALISTS = 0.005, 6
+"""Who may save more than this share of a choice's time is timed again with it, so many at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +221,7 @@ class _Run:
         heads = self._heads(bucket)
         signature = signature_of_bucket(bucket, self.request.device, heads)
         standing = Standing.of(bucket, signature, offers(signature, self.machine), ())
-        race_s = min(_MOST_S, max(_LEAST_S, self._left_s() / left / 4))
+        race_s = min(_MOST_S, max(_LEAST_S, self._left_s() / left / 5))
         full = RaceRules(
             race_s,
             least_rounds=7,
@@ -233,18 +236,19 @@ class _Run:
         try:
             bench.open(heads, references=False)
             standing = standing.with_measured(self._timed(bench, standing, between))
+            chosen = [self._chosen(name, bucket, standing) for name in (("first", "second") if twice else ("first",))]
+            pairs = [pair for pair in chosen if pair is not None]
+            standing = standing.with_measured(_finals(bench, standing, pairs))
         except OpenFailed as error:
             self.left.append((bucket, f"its inputs could not be made: {error}"))
             return None
         contenders = {one.pair: one for one in standing.contenders()}
-        names = ("first", "second") if twice else ("first",)
-        pairs = [self._chosen(name, bucket, standing) for name in names]
-        choices = [judged(pair, contenders) for pair in pairs if pair is not None]
+        choices = [judged(pair, contenders) for pair in pairs]
         if not contenders or None in choices or not choices:
             self.left.append((bucket, "what was chosen did not pass when it was measured again"))
             return None
         best = min(contenders.values(), key=lambda one: (one.us, one.order))
-        flip = flip_of(pairs[0], pairs[1], contenders) if len(pairs) == 2 and pairs[0] is not None and pairs[1] is not None else None
+        flip = flip_of(pairs[0], pairs[1], contenders) if len(pairs) == 2 else None
         kept = tuple(choice for choice in choices if choice is not None)
         return Assessed(bucket, best.pair.label, best.us, best.spread, len(contenders), kept, flip, between)
 
@@ -281,3 +285,19 @@ class _Run:
 
     def _ships(self, bucket: Bucket) -> bool:
         return any(source.kind == "shipped" and source.table is not None and bucket in source.table.rows for source in sources(self.machine))
+
+
+def _finals(bench: Bench, standing: Standing, chosen: Sequence[Pair]) -> dict[Candidate, Measurement]:
+    """New times of what was chosen and of the fastest of those that may be faster, in many more rounds: the best of many noisy medians is too good to be true."""
+    contenders = {one.pair: one for one in standing.contenders()}
+    known = [contenders[pair] for pair in chosen if pair in contenders]
+    faster = [one for one in contenders.values() if any(room(mine, one) > _ROOM for mine in known)]
+    pairs = [*(one.pair for one in known), *(one.pair for one in sorted(faster, key=lambda one: one.us)[:_FINALISTS])]
+    meeting = {candidate for pair in pairs for candidate in members(pair)}
+    found: dict[Candidate, Measurement] = {}
+    for direction in ("forward", "backward"):
+        group = [candidate for candidate in standing.candidates if candidate in meeting and candidate.direction == direction]
+        if len(group) > 1:
+            rules = replace(deciding(bench.rules), target_spread=bench.rules.target_spread)
+            found |= bench.again(group, standing.current, rules)
+    return found

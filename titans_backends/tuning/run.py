@@ -45,7 +45,7 @@ QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 """How long the rounds of one race may take, beyond the least number of rounds."""
 QUICK_S, QUICK_GPU_S = 110.0, 300.0
 """What a quick tune's measurements aim to take as a whole, after what is compiled ahead: on a slow or busy machine races are shorter, none is left out."""
-_RACE_SHARE = 0.4
+_RACE_SHARE = 0.3
 _DECIDING = 2
 """How often a bucket's contested candidates race again at most."""
 AHEAD_S = 180.0

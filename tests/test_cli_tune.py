@@ -18,6 +18,7 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
+import titans_backends as tb
 from titans_backends.buckets import Bucket
 from titans_backends.cache.schema import Entry
 from titans_backends.cache.writing import CacheError
@@ -47,6 +48,18 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A file made by a real tune, and what the command said."""
     path = tmp_path_factory.mktemp("tuned") / "out.yaml"
     return path, run(app, [*TINY, "--output", str(path)])
+
+
+def test_a_broken_backend_is_told_and_the_others_race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "explosive.py").write_text("raise RuntimeError('boom')\n")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        patch.setenv("TITANS_BACKENDS_PLUGINS", "explosive")
+        tb.reset()
+        result = run(app, [*TINY, "--dry-run"])
+    tb.reset()
+    assert result.exit_code == 0, result.output
+    assert re.search(r"backend explosive is broken and does not race: .*boom", result.stderr.replace("\n", " "))
 
 
 def test_a_tune_writes_the_file_and_shows_what_won(tuned: tuple[Path, Result]) -> None:

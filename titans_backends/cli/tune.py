@@ -30,7 +30,7 @@ from titans_backends.machine import Machine, detect
 from titans_backends.signature import Launch, Regime
 from titans_backends.tuning import ranks
 from titans_backends.tuning.plan import plan
-from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
+from titans_backends.tuning.run import TIMEOUT_S, Row, TuneInterrupted, TuneReport, TuneRequest
 from titans_backends.tuning.run import tune as run_tune
 
 __all__ = ["tune"]
@@ -56,6 +56,10 @@ def tune(
     budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Stop after this many seconds; type the command again to go on.", show_default="none")
     ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="What one candidate's compilation and check may take; other people's kernels compile for minutes."),
+    ] = TIMEOUT_S,
     quick: Annotated[bool | None, typer.Option("--quick/--full", help="The small or the whole grid.", show_default="quick")] = None,
     backend: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Backends that race.", show_default="all; with --quick the quick ones")
@@ -86,6 +90,8 @@ def tune(
     machine = detect(target)
     small = True if quick is None else quick
     racing = _backends(backend)
+    for one in registry.broken().values():
+        say(status_console(), f"backend {one.name} is broken and does not race: {one.reason}; see: titans-backends doctor", "yellow")
     pairs = words.heads_list(heads)
     lengths = words.integers("--seq-lens", seq_lens)
     grid = {
@@ -114,7 +120,7 @@ def tune(
         _say_other_lengths(lengths, buckets)
     if objective not in ("time", "memory"):
         raise MisuseError(f"--objective must be time or memory, got {objective!r}")
-    for name, value in (("--budget", budget), ("--max-memory", max_memory)):
+    for name, value in (("--budget", budget), ("--max-memory", max_memory), ("--timeout", timeout)):
         if value is not None and not value > 0:
             raise MisuseError(f"{name} must be above 0, got {value:g}")
     request = TuneRequest(
@@ -125,6 +131,7 @@ def tune(
         objective=cast(Literal["time", "memory"], objective),
         max_memory_mib=max_memory,
         budget_s=budget,
+        timeout_s=timeout,
         output=output,
         force=force,
         doubtful=doubtful,
@@ -149,6 +156,7 @@ def tune(
     typed += [word for name, given in {**grid, "--backend": backend}.items() if isinstance(given, list) for value in given for word in (name, value)]
     typed += ["--doubtful"] if doubtful else []
     typed += ["--batch", str(batch)] if batch is not None else []
+    typed += ["--timeout", f"{timeout:g}"] if timeout != TIMEOUT_S else []
     typed += [] if quick is None else ["--quick" if quick else "--full"]
     typed += ["--objective", objective] if objective != "time" else []
     typed += ["--max-memory", f"{max_memory:g}"] if max_memory is not None else []

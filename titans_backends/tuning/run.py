@@ -46,6 +46,8 @@ QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 QUICK_S, QUICK_GPU_S = 110.0, 300.0
 """What a quick tune's measurements aim to take as a whole, after what is compiled ahead: on a slow or busy machine races are shorter, none is left out."""
 _RACE_SHARE = 0.3
+TIMEOUT_S = 60.0
+"""What one candidate's compilation and check may take."""
 _DECIDING = 2
 """How often a bucket's contested candidates race again at most."""
 AHEAD_S = 180.0
@@ -70,7 +72,7 @@ class TuneRequest:
     max_memory_mib: float | None = None
     budget_s: float | None = None
     bucket_s: float | None = None
-    timeout_s: float = 60.0
+    timeout_s: float = TIMEOUT_S
     output: Path | None = None
     force: bool = False
     doubtful: bool = False

@@ -233,7 +233,8 @@ def test_only_the_contested_are_measured_again(lab: Callable[..., Lab], tmp_path
     noisy_rules = {"bucket_s": 1e-9}  # three rounds, no second race
     tuned(path, **noisy_rules)
     noisy.sampled.clear()
+    noisy.times = (*noisy.times, 300.0)  # a new one is for an ordinary tune to measure
     report = tuned(path, doubtful=True)
     assert report.rows[0].measured
-    assert "v3" not in noisy.sampled
+    assert not {"v3", "v4"} & set(noisy.sampled)
     assert min(noisy.sampled[name] for name in ("v0", "v1", "v2")) > 30

@@ -60,7 +60,7 @@ class TuneRequest:
 
     `backends` limits what is measured (None: all; with `quick` those whose manifest says quick); the default always is. `budget_s` limits
     the whole, `bucket_s` one race, `timeout_s` one candidate's compilation and check. `output` names another file than the user's cache.
-    `force` measures what is current too, `doubtful` of that those alone whom their measurements leave open. `heads`: v heads of a sequence,
+    `force` measures what is current too, `doubtful` those alone whom current measurements leave open. `heads`: v heads of a sequence,
     where that divides a bucket's streams; `heads_by_bucket` has them for some buckets. `ahead`: compiles side by side first.
     """
 
@@ -241,10 +241,11 @@ class _Run:
         """Who must be measured: the asked backends' candidates and the default's that have no current measurement; with them the yardsticks."""
         pairs = standing.pairs
         default = members(pairs[0]) if pairs else ()
-        racing = standing.racing(self.request.asks)
-        stale = [c for c in racing if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
-        if self.request.doubtful and not stale:
+        if self.request.doubtful:
             stale = contested(standing, self.request.objective, self.request.max_memory_mib)
+        else:
+            racing = standing.racing(self.request.asks)
+            stale = [c for c in racing if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
         if not stale:
             return []
         entry = self.store.entry(standing.bucket)

@@ -7,6 +7,7 @@ both are reported as a value. Writing raises CacheError with what to type next.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,12 @@ class Loaded(Generic[Content]):
     problem: Problem | None
     writable: bool
     world_writable: bool
+
+    @property
+    def reason(self) -> str:
+        """Why the file is not used, without the path that the problem's message begins with: for where that stands beside it. Empty where there is no problem."""
+        told = self.problem.message.removeprefix(str(self.path)) if self.problem is not None else ""
+        return re.sub(r"^:(\d+):", r"line \1:", told).lstrip(": ")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""short_conv: a depthwise convolution of four taps along the tokens, bias, SiLU (SPEC 13, the layer's q, k and v).
+"""short_conv: a depthwise convolution of four taps along the tokens, bias, SiLU (the layer's q, k and v).
 
     z_t = bias + sum over j < 4 of  weight_j * x_(t - 3 + lookahead + j)        y = silu(z)
 

@@ -20,28 +20,32 @@ from titans_backends.cache.paths import timings_path
 from titans_backends.dispatch import consult
 from titans_backends.machine import Machine, detect
 from titans_backends.offers import Pair, offers
-from titans_backends.tables import Source
+from titans_backends.tables import Source, sources
+from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 from titans_backends.tuning.bench import Bench
+from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import FirstUse, first_use
 from titans_backends.tuning.host import Host, OpenFailed
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.regret import Assessed, Summary, flip_of, judged, summary
-from titans_backends.tuning.run import TuneInterrupted, TuneReport, TuneRequest, tune
+from titans_backends.tuning.run import AHEAD_S, TuneInterrupted, TuneReport, TuneRequest, tune
 from titans_backends.tuning.standing import Standing
 from titans_backends.tuning.timing import RaceRules
 
 __all__ = ["Assessment", "FirstUse", "Progress", "assess", "in_order", "midpoints", "spread_out"]
 
 Progress = Callable[[str], None]
-_TUNE_SHARE, _AGAIN_SHARE = 0.25, 0.3
-"""Of the budget the first tune may take so much, the second so much of what it left at most."""
-_LEAST_S, _MOST_S = 0.5, 8.0
-_FIRST_USES = 2
+_AHEAD_SHARE, _TUNE_SHARE, _AGAIN_SHARE = 0.35, 0.3, 0.3
+"""Of what is left of the budget compiling ahead may take so much, then the first tune, then the second at most."""
+_LEAST_S, _MOST_S = 0.4, 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """What came of it. `tune_s`: seconds of each of the two tunes, of `tuned_buckets` each; `left`: buckets and midpoints that were not assessed, with reasons."""
+    """What came of it. `tune_s`: seconds of each of the two tunes, of `tuned_buckets` each; `left`: buckets and midpoints that were not assessed, with reasons.
+
+    `compiled`: what was compiled side by side before them, midpoints too; None where nothing was, and the first tune compiled what it measured.
+    """
 
     tuned: tuple[Assessed, ...]
     midpoints: tuple[Assessed, ...]
@@ -50,6 +54,7 @@ class Assessment:
     first_uses: tuple[FirstUse, ...]
     left: tuple[tuple[Bucket, str], ...]
     seconds: float
+    compiled: CompiledAhead | None = None
 
     @property
     def summary(self) -> Summary:
@@ -125,6 +130,7 @@ class _Run:
     interrupted: bool = False
 
     def all(self) -> Assessment:
+        compiled = self._compile_ahead()
         first = self._tune("first", self.request.buckets, _TUNE_SHARE)
         reached = tuple(row.bucket for row in first.rows if row.entry is not None)
         self.left += [(row.bucket, f"the first tune found no winner: {row.reason}") for row in first.rows if row.entry is None]
@@ -149,12 +155,36 @@ class _Run:
                 if done is not None:
                     (tuned if neighbours is None else between).append(done)
         seconds, counts = (first.seconds, second.seconds), (len(reached), len(again))
-        return Assessment(tuple(tuned), tuple(between), seconds, counts, uses, tuple(self.left), time.monotonic() - self.begun)
+        return Assessment(tuple(tuned), tuple(between), seconds, counts, uses, tuple(self.left), time.monotonic() - self.begun, compiled)
 
     def _left_s(self) -> float:
         if self.interrupted:
             return 0.0
         return math.inf if self.budget_s is None else self.budget_s - (time.monotonic() - self.begun)
+
+    def _compile_ahead(self) -> CompiledAhead | None:
+        """What the tunes and the full measurements are going to run, in one go; what is refused later was compiled for nothing."""
+        most = processes()
+        work: list[tuple[Bucket, list[Candidate]]] = []
+        for bucket, _ in in_order(self.request.buckets) if most else ():
+            signature = signature_of_bucket(bucket, self.request.device, self._heads(bucket))
+            standing = Standing.of(bucket, signature, offers(signature, self.machine), ())
+            work.append((bucket, hooked(standing.offers, standing.racing(self.request.asks))))
+        todo = jobs(work)
+        if not todo:
+            return None
+        self.progress(f"compiling ahead, {len(todo)} candidates")
+        limits = Limits(min(AHEAD_S, self._left_s() * _AHEAD_SHARE), self.request.timeout_s)
+        try:
+            return compile_ahead(todo, Target(self.machine, self.request.device, self._heads), limits, most)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            return None
+
+    def _heads(self, bucket: Bucket) -> int | None:
+        """The v heads of a bucket, and of a midpoint as of its neighbours."""
+        known = self.request.heads_by_bucket
+        return self.request.heads_of(bucket) if bucket in known else next((h for b, h in known.items() if b[:2] == bucket[:2]), self.request.heads)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.yaml"
@@ -165,7 +195,7 @@ class _Run:
         left = self._left_s()
         budget = None if left == math.inf else max(1.0, left * share)
         try:
-            return tune(replace(self.request, buckets=buckets, output=self._path(name), force=False, budget_s=budget))
+            return tune(replace(self.request, buckets=buckets, output=self._path(name), force=False, budget_s=budget, ahead=False))
         except TuneInterrupted as stop:
             self.interrupted = True
             return stop.report
@@ -179,24 +209,27 @@ class _Run:
         return pair if pair is not None else next(iter(standing.pairs), None)
 
     def _exhaustive(self, host: Host, bucket: Bucket, between: tuple[int, int] | None, twice: bool, left: int) -> Assessed | None:
-        """Every candidate of a bucket timed to the end, and what the tunes' choices cost there. `twice`: the second tune has a row for it too."""
+        """Every candidate of a bucket timed fully, but for those that take twice the best in each of seven rounds, and what the tunes' choices cost there.
+
+        `twice`: the second tune has a row for it too.
+        """
         self.progress(f"every candidate of {bucket.op} at seq_len {bucket.seq_len}, {left} to go")
-        heads = self.request.heads_of(bucket)
+        heads = self._heads(bucket)
         signature = signature_of_bucket(bucket, self.request.device, heads)
         standing = Standing.of(bucket, signature, offers(signature, self.machine), ())
         candidates = self._hopeful(bucket, standing, between)
         race_s = min(_MOST_S, max(_LEAST_S, self._left_s() / left / 4))
-        endless = RaceRules(
+        full = RaceRules(
             race_s,
             least_rounds=7,
             min_rounds=30,
             max_rounds=200,
-            drop_factor=math.inf,
+            rounds_before_drop=7,
             hopeless_factor=math.inf,
             target_spread=0.004,
             final_rounds=20,
         )
-        bench = Bench(host, bucket, endless, self.request.timeout_s)
+        bench = Bench(host, bucket, full, self.request.timeout_s)
         try:
             bench.open(heads)
             standing = standing.with_measured(bench.measure(candidates, standing.hashes, lambda candidate, one: None))
@@ -229,13 +262,17 @@ class _Run:
         return [c for c in racing if (c.name, tuple(sorted(c.params)), c.direction, c.saves_states) not in lost]
 
     def _first_uses(self, reached: Sequence[Bucket]) -> Iterator[FirstUse]:
-        """One bucket of each of the first ops, in a fresh process that finds the first tune's file."""
-        for bucket in list({bucket.op: bucket for bucket in reversed(reached)}.values())[::-1][:_FIRST_USES]:
+        """A bucket in a fresh process that finds the first tune's file, and one in another that has the shipped tables alone, where they know it."""
+        shipped = next((bucket for bucket in reversed(reached) if self._ships(bucket)), None)
+        for bucket, table in [*((bucket, self._path("first")) for bucket in reached[-1:]), *([] if shipped is None else [(shipped, None)])]:
             if self._left_s() <= 0:
                 return
             self.progress(f"the first call of {bucket.op} in a fresh process")
-            found = first_use(bucket, self.request.device, self.request.heads_of(bucket), self._path("first"))
+            found = first_use(bucket, self.request.device, self.request.heads_of(bucket), table)
             if isinstance(found, FirstUse):
                 yield found
             else:
                 self.left.append((bucket, f"its first use in a fresh process failed: {found}"))
+
+    def _ships(self, bucket: Bucket) -> bool:
+        return any(source.kind == "shipped" and source.table is not None and bucket in source.table.rows for source in sources(self.machine))

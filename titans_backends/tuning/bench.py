@@ -49,11 +49,15 @@ class Bench:
             for candidate, one in checked.items():
                 if one.status != "ok":
                     told(candidate, one)
-            timed = self._race([candidate for candidate, one in checked.items() if one.status == "ok"], checked)
+            timed = self._race([candidate for candidate, one in checked.items() if one.status == "ok"], checked, self.rules)
             for candidate, one in timed.items():
                 told(candidate, one)
             found |= checked | timed
         return found
+
+    def again(self, runners: Sequence[Candidate], measured: Mapping[Candidate, Measurement], rules: RaceRules) -> dict[Candidate, Measurement]:
+        """New times for candidates of one direction that were checked here and passed; by rules of their own."""
+        return self._race(runners, measured, rules)
 
     def reference(self) -> Measurement | None:
         """One run of the contract's reference, where it is not too slow for a comparison."""
@@ -82,14 +86,14 @@ class Bench:
             self.saver = candidate
         return replace(base, errors=errors, peak_mib=peak, compile_s=compile_s)
 
-    def _race(self, runners: Sequence[Candidate], checked: Mapping[Candidate, Measurement]) -> dict[Candidate, Measurement]:
+    def _race(self, runners: Sequence[Candidate], checked: Mapping[Candidate, Measurement], rules: RaceRules) -> dict[Candidate, Measurement]:
         def sample(candidate: Candidate) -> float:
             try:
                 return float(cast(float, self.host.ask(self._request("sample", candidate), self.timeout_s)["us"]))
             except (ChildDied, ChildAnswerError) as error:
                 raise Withdrawn(f"{error} (while it was timed)") from error
 
-        outcome = race(runners, sample, time.monotonic, self.rules)
+        outcome = race(runners, sample, time.monotonic, rules)
         timed = {
             candidate: replace(checked[candidate], us=timing.us, spread=timing.spread, samples=timing.samples)
             for candidate, timing in outcome.timings.items()

@@ -12,7 +12,7 @@ from typing import Literal
 
 from titans_backends.buckets import Bucket
 from titans_backends.offers import Pair
-from titans_backends.tuning.select import GAIN, TIE, WIDEST_TIE, Contender
+from titans_backends.tuning.select import GAIN, NOISE, TIE, Contender
 
 __all__ = ["Assessed", "Choice", "Flip", "Summary", "flip_of", "judged", "summary"]
 
@@ -92,9 +92,9 @@ def flip_of(first: Pair, second: Pair, contenders: Mapping[Pair, Contender]) -> 
     fast, slow = sorted((one, other), key=lambda contender: contender.us)
     difference, noise = slow.us - fast.us, math.hypot(fast.margin_us, slow.margin_us)
     within: Within = "outside"
-    if difference <= min(max(TIE * fast.us, noise), WIDEST_TIE * fast.us):
+    if difference <= min(max(TIE * fast.us, noise), NOISE * fast.us):
         within = "tie"
-    elif 0 in (one.order, other.order) and difference <= GAIN * slow.us + noise:
+    elif 0 in (one.order, other.order) and difference <= GAIN * slow.us + min(noise, NOISE * fast.us):
         within = "margin"
     return Flip(within, slow.us / fast.us - 1)
 

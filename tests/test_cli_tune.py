@@ -246,3 +246,33 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
 def test_a_length_that_an_op_cannot_have_is_said() -> None:
     done = run(app, ["tune", "--op", "gated_delta_step", "--seq-lens", "2,9", "--dry-run", "--device", "cpu"])
     assert "gated_delta_step takes 1 to 8 tokens: it is measured at 2, not at 9" in " ".join(done.stderr.split())
+
+
+def test_the_doubtful_rows_alone_are_measured_again(tuned: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.yaml"
+    for suffix in (".yaml", ".timings.yaml"):
+        path.with_suffix(suffix).write_text(tuned[0].with_suffix(suffix).read_text())
+    words = ["tune", "--doubtful", "--device", "cpu", "--output", str(path)]
+    quiet = re.sub(r"spread: [0-9.e-]+", "spread: 0.0", path.with_suffix(".timings.yaml").read_text())
+    path.with_suffix(".timings.yaml").write_text(quiet)
+    nothing = run(app, words)
+    assert nothing.exit_code == 0, nothing.output
+    assert "is in doubt: nobody may save more than 5 %" in " ".join(nothing.stdout.split())
+    path.with_suffix(".timings.yaml").write_text(quiet.replace("spread: 0.0", "spread: 0.9"))
+    found = run(app, words)
+    assert found.exit_code == 0, found.output
+    assert "1 bucket planned (in doubt, the most doubtful first)" in " ".join(found.stderr.split())
+    assert "[1/1]" in found.stderr
+    assert "spread: 0.9," not in path.with_suffix(".timings.yaml").read_text()
+    for wrong, why in (
+        ([*words, "--op", "fused_uw"], "leave out --op"),
+        ([*words, "--force"], "leave out --force"),
+        ([*words[:-1], str(tmp_path / "none.yaml")], "there is no table of"),
+    ):
+        refused = run(app, wrong)
+        assert refused.exit_code == 2
+        assert why in " ".join(refused.stderr.split())
+    path.with_suffix(".timings.yaml").unlink()
+    alone = run(app, words)
+    assert alone.exit_code == 2
+    assert "has no measurements beside it" in " ".join(alone.stderr.split())

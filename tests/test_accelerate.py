@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import io
 import pickle
 import re
@@ -609,6 +610,7 @@ def test_ddp_and_fsdp2_on_two_processes_train_as_one() -> None:
     script = Path(__file__).with_name("accelerated_on_two_processes.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["lam", *(["qwen3_5"] if importlib.util.find_spec("transformers") else [])]
 
 
 def test_no_package_is_imported_for_a_model_that_has_nothing_of_it() -> None:

@@ -164,6 +164,7 @@ def _queries(
                     line *= row_norm(wide)
                 tl.store(past + (tile * places + place) * BLOCK + row, line)
             if WHOLE:
+                k_tile = _load_rows(at_k, k_t, row, key, here, K, WHOLE_K)  # again: registers are scarce
                 read += k_tile.to(tl.float32) * (own * norm)[:, None]
             if told is not None:
                 line = tl.sum(wide * read, 1)
@@ -338,6 +339,7 @@ def _written(
         if taken is not None:
             tl.store(taken + (tile * places + place) * BLOCK + row, norm * tl.sum(k_tile.to(tl.float32) * right, 1))
         if dk is not None:
+            q_tile = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K)  # again: registers are scarce
             right += q_tile.to(tl.float32) * (through * tl.load(diagonal + place * BLOCK + row))[:, None]
             if sums is not None:
                 if links is not None:  # noqa: SIM114  (decided when it compiles)

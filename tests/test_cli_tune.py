@@ -196,11 +196,25 @@ def test_the_request_holds_what_was_asked(monkeypatch: pytest.MonkeyPatch, tmp_p
         seen.append(request)
         return report(request)
 
-    words = ["--full", "--backend", "eager", "--objective", "memory", "--max-memory", "8", "--budget", "9", "--regime", "training", "--force"]
-    ending(monkeypatch, tuner, *words, "--output", str(tmp_path / "x.yaml"))
+    words = [
+        "--full",
+        "--backend",
+        "eager",
+        "--objective",
+        "memory",
+        "--max-memory",
+        "8",
+        "--budget",
+        "9",
+        "--timeout",
+        "300",
+        "--regime",
+        "training",
+    ]
+    ending(monkeypatch, tuner, *words, "--force", "--output", str(tmp_path / "x.yaml"))
     ending(monkeypatch, tuner)
     assert (seen[0].quick, seen[0].backends, seen[0].objective, seen[0].max_memory_mib, seen[0].budget_s) == (False, ("eager",), "memory", 8.0, 9.0)
-    assert (seen[0].force, seen[0].output) == (True, tmp_path / "x.yaml")
+    assert (seen[0].force, seen[0].output, seen[0].timeout_s, seen[1].timeout_s) == (True, tmp_path / "x.yaml", 300.0, 60.0)
     assert {dict(bucket.when)["regime"] for bucket in seen[0].buckets} == {"training"}
     assert (seen[1].quick, seen[1].backends, seen[1].output, seen[1].force) == (True, None, None, False)
     assert [bucket.seq_len for bucket in seen[1].buckets] == [64, 128]

@@ -178,7 +178,7 @@ def test_in_tree_it_is_a_folder_of_backends_that_is_found_by_looking(tmp_path: P
         (["größe"], "it holds 'ß', 'ö', and a name has only letters of ASCII"),
         ([""], "it is empty. What could be: titans-backends new-backend my_backend"),
         (["_hidden"], "it begins with _, as what is private does. What could be: titans-backends new-backend hidden"),
-        (["eager"], "there is such a backend already (built in); known: cupy, eager, inductor"),
+        (["eager"], "there is such a backend already (built in); known: cupy, eager, fla"),
         (["eager"], "What could be: titans-backends new-backend my_eager"),
         (["json"], "there is such a module already"),
         (["torch"], "there is such a module already"),
@@ -224,7 +224,7 @@ def test_it_prints_what_to_type_next(tmp_path: Path, monkeypatch: pytest.MonkeyP
     said = new("my_kernels", "--kind", "triton").stdout
     for line in (
         "cd titans-backends-my-kernels",
-        "pip install -e .",
+        "pip install -e '.[test]'",
         "titans-backends verify --backend my_kernels",
         "tune --op fused_uw",
         "TRITON_INTERPRET=1",

@@ -51,10 +51,14 @@ def _json(found: Assessment, device: str) -> dict[str, Json]:
     return {
         **fingerprint(device),
         "summary": asdict(found.summary),
+        "compiled_ahead": None if found.compiled is None else asdict(found.compiled),
         "tune_s": list(found.tune_s),
         "tuned_buckets": list(found.tuned_buckets),
         "seconds": found.seconds,
-        "first_uses": [{**key_json(one.bucket), "first_s": one.first_s, "second_s": one.second_s, "origin": one.origin} for one in found.first_uses],
+        "first_uses": [
+            {**key_json(one.bucket), "first_s": one.first_s, "second_s": one.second_s, "origin": one.origin, "shipped": one.shipped}
+            for one in found.first_uses
+        ],
         "tuned": [_row(one) for one in found.tuned],
         "midpoints": [_row(one) for one in found.midpoints],
         "left": [{**key_json(bucket), "reason": reason} for bucket, reason in found.left],
@@ -81,20 +85,19 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
             _table(out, rows)
     figures = found.summary
     out.print()
-    pairs = [
-        (
-            "regret",
-            f"mean {_percent(figures.mean_regret)}, worst {_percent(figures.worst_regret)}, over {units.amount(figures.buckets, 'bucket')}, two tunes",
-        )
-    ]
+    worst = f"worst {_percent(figures.worst_regret)} ({_percent(figures.worst_beyond_noise)} beyond noise)"
+    pairs = [("regret", f"mean {_percent(figures.mean_regret)}, {worst}, over {units.amount(figures.buckets, 'bucket')}, two tunes")]
     cost = f"; worst cost {_percent(figures.worst_flip_cost)}" if figures.flips else ""
     pairs.append(("flips", f"{figures.flips}, {figures.flips_outside} outside ties and the default's margin{cost}"))
     if figures.midpoints:
         within = f"{_percent(figures.midpoints_within)} of {figures.midpoints} within 5 %, worst {_percent(figures.worst_midpoint_regret)}"
         pairs.append(("midpoints", within))
+    if found.compiled is not None:
+        pairs.append(("compiled ahead", f"{units.amount(found.compiled.candidates, 'candidate')}, {units.seconds(found.compiled.seconds)}"))
     pairs.append(("time to tune", " | ".join(_tuned(s, n) for s, n in zip(found.tune_s, found.tuned_buckets, strict=True))))
     for use in found.first_uses:
-        said = f"{units.seconds(use.first_s)} with a table there, in a fresh process (choice: {use.origin}); the second call {units.time_us(1e6 * use.second_s)}"
+        there = f"with {'the shipped table' if use.shipped else 'a table there'}, in a fresh process (choice: {use.origin})"
+        said = f"{units.seconds(use.first_s)} {there}; the second call {units.time_us(1e6 * use.second_s)}"
         pairs.append((f"first {use.bucket.op}", said))
     facts(out, pairs)
     if found.left:

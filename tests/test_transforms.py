@@ -123,6 +123,20 @@ def test_second_order_and_changes_in_place_are_refused(given: tuple[Tensor, ...]
         vmap(rule)(*(x[:0] for x in given))
 
 
+@pytest.mark.parametrize("transform", [vmap, grad], ids=["vmap", "grad"])
+def test_compiled_a_transform_runs_eagerly_and_a_full_graph_is_refused(
+    transform: Callable[..., Callable[..., Tensor]], given: tuple[Tensor, ...]
+) -> None:
+    asked, tensors = (rule, given) if transform is vmap else (loss, tuple(x[0] for x in given))
+    torch._dynamo.reset()
+    got = torch.compile(transform(asked), backend="aot_eager")(*tensors)
+    torch.testing.assert_close(got, transform(asked)(*tensors))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"its torch\.func transforms run eagerly; leave fullgraph=True out"):
+        torch.compile(transform(asked), backend="aot_eager", fullgraph=True)(*tensors)
+    torch._dynamo.reset()
+
+
 def test_gradients_for_each_sample_of_a_layer() -> None:
     torch.manual_seed(0)
     layer = TitansDualCore(64, num_heads=2).eval()

@@ -103,6 +103,8 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
         return o, *(values[op.parameters.index(name)] for name in op.rewritten)
     flat = (*_flatten(op, values), backend, batch_invariant, training, may_save)
     if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=f"{op.name}: its torch.func transforms run eagerly; leave fullgraph=True out, or put the transform outside")
         transformed: Outputs = _functorch(op.name).apply(*flat)
         return transformed[: len(op.outputs)]
     outputs: Outputs = getattr(namespace, op.name)(*flat)

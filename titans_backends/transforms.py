@@ -42,7 +42,8 @@ def transformable(name: str, setup: Callable[..., None], backward: Callable[...,
     def jvp(ctx: object, *tangents: object) -> NoReturn:
         raise NotImplementedError(NO_FORWARD_MODE.format(told))
 
-    rules: dict[str, Callable[..., object]] = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": vmap, "jvp": jvp}
+    loop = torch.compiler.disable(vmap)  # a frame of its own, which Dynamo would take up behind a broken graph, and cannot
+    rules: dict[str, Callable[..., object]] = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": loop, "jvp": jvp}
     made: type[torch.autograd.Function] = type(f"{name}_functorch", (torch.autograd.Function,), {key: staticmethod(rules[key]) for key in rules})
     return made
 

@@ -46,7 +46,7 @@ __all__ = [
     "version_of",
 ]
 
-NO_NVCC = "no nvcc was found in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or the nvidia-cuda-nvcc wheel"
+NO_NVCC = "no nvcc was found in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or the wheel nvidia-cuda-nvcc 13"
 """What `has_nvcc` looked at, as a clause."""
 
 _ALIGNMENT = 16
@@ -145,10 +145,10 @@ def refuse_scale_zero(signature: Signature) -> Verdict:
 
 
 def has_nvcc() -> bool:
-    """Whether TileLang would find nvcc, in the places where it looks."""
+    """Whether TileLang would find nvcc, in the places where it looks. The wheel has one from 13.0 on."""
     homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     found = shutil.which("nvcc") or any((Path(home) / "bin" / "nvcc").exists() for home in (*homes, "/usr/local/cuda"))
-    return bool(found) or version_of("nvidia-cuda-nvcc") is not None
+    return bool(found) or numbers(version_of("nvidia-cuda-nvcc") or "0") >= (13,)
 
 
 def own_offsets(cu_seqlens: Tensor) -> Tensor:

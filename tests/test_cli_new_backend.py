@@ -140,6 +140,13 @@ def test_the_project_declares_its_entry_point_and_packages_its_tables(tmp_path: 
     compile((tmp_path / "p" / "tests" / "test_conformance.py").read_text(), "test", "exec")
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_kind_asks_for_the_versions_that_the_library_itself_asks_for(kind: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ours = {wanted for extra in extras.values() for wanted in extra}
+    assert [wanted for wanted in KINDS[kind].dependencies if wanted not in ours] == []
+
+
 def test_in_tree_it_is_a_folder_of_backends_that_is_found_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "backends").mkdir()
     (tmp_path / "pyproject.toml").write_text("")

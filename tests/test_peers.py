@@ -148,7 +148,7 @@ TRAINED = ("gated, grouped heads", "gated, correlated keys, beta 0 1 2", "plain"
 def test_what_it_serves_is_right_through_get_op_and_through_every_candidate(name: str, on_cpu: Path) -> None:
     passed: set[str] = set()
     for one in worth("gated_delta_rule", torch.bfloat16):
-        sized = one if name == "fla" else replace(one, K=128, V=128, T=min(one.T, 66), H=min(one.H, 2), G=1)
+        sized = one if name == "fla" else replace(one, K=128, V=128, B=1, T=min(one.T, 66), H=min(one.H, 2), G=1)
         for regime in ("inference", "training") if name != "flashinfer" and one.name in TRAINED else ("inference",):
             result = examine(Item(name, "gated_delta_rule", sized, regime))  # type: ignore[arg-type]
             assert result.status == "passed", (one.name, regime, result.detail)
@@ -411,7 +411,7 @@ def test_fla_refuses_to_train_on_hopper_with_a_triton_that_compiles_it_wrong(sit
 
 def test_without_nvcc_tilelang_cannot_compile(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared().shutil, "which", lambda name: None)
-    monkeypatch.setattr(shared(), "version_of", lambda name: None if name == "nvidia-cuda-nvcc" else "0.1.3")
+    monkeypatch.setattr(shared(), "version_of", lambda name: "12.9.86" if name == "nvidia-cuda-nvcc" else "0.1.3")
     nowhere = Path("/nonexistent")
     monkeypatch.setattr(shared(), "Path", lambda given: nowhere)
     monkeypatch.setenv("CUDA_HOME", str(site))

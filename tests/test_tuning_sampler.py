@@ -70,9 +70,24 @@ def test_a_replay_that_the_device_waited_for_is_run_again_behind_a_longer_flush(
     device, found = made()
     assert found.sample("k", lambda: None) == pytest.approx(REPLAY_US)
     assert found._flushes == 2  # one flush of 40 µs is over before the host's 60 µs are
+    assert device.flushes == 1 + 1 + 2
     device.flushes = 0
     assert found.sample("k", lambda: None) == pytest.approx(REPLAY_US)
     assert device.flushes == 2  # and stays as long
+
+
+def test_a_host_that_is_late_once_lengthens_nothing(made: Callable[[], tuple[Device, CudaSampler]], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found = made()
+    found._flushes = 2
+    delays = iter([1e4, 10.0, 10.0])
+
+    def replay(self: Device) -> None:
+        self.host += next(delays)
+        self.run(REPLAY_US)
+
+    monkeypatch.setattr(Device, "replay", replay)
+    assert [found.sample("k", lambda: None) for _ in range(2)] == [pytest.approx(REPLAY_US)] * 2
+    assert found._flushes == 2
 
 
 def test_a_host_that_is_never_soon_enough_gets_an_answer_all_the_same(

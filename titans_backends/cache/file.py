@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from titans_backends.cache.document import ForeignDevice, FutureSchema
+from titans_backends.cache.document import ForeignDevice, FutureSchema, OtherFile
 from titans_backends.cache.nodes import SchemaError
 from titans_backends.cache.schema import Bucket, DefaultsOf, Device, Entry, Environment, Table, canonical_when, merge
 from titans_backends.cache.table_text import dump_table, parse_table
@@ -183,7 +183,7 @@ def _examine(form: _Format[Content], path: Path, defaults_of: DefaultsOf, device
         problem = Problem("unreadable", f"{path} cannot be read: {error.strerror or error}")
     except FutureSchema as error:
         problem = Problem("future", f"{error}: ignored and left as it is")
-    except ForeignDevice as error:
+    except (ForeignDevice, OtherFile) as error:
         problem = Problem("foreign", f"{error}: ignored and left as it is")
     except UnicodeDecodeError as error:
         problem = Problem("damaged", f"{path}: not UTF-8 at byte {error.start}")

@@ -85,12 +85,8 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
             _table(out, rows)
     figures = found.summary
     out.print()
-    pairs = [
-        (
-            "regret",
-            f"mean {_percent(figures.mean_regret)}, worst {_percent(figures.worst_regret)}, over {units.amount(figures.buckets, 'bucket')}, two tunes",
-        )
-    ]
+    worst = f"worst {_percent(figures.worst_regret)} ({_percent(figures.worst_beyond_noise)} beyond noise)"
+    pairs = [("regret", f"mean {_percent(figures.mean_regret)}, {worst}, over {units.amount(figures.buckets, 'bucket')}, two tunes")]
     cost = f"; worst cost {_percent(figures.worst_flip_cost)}" if figures.flips else ""
     pairs.append(("flips", f"{figures.flips}, {figures.flips_outside} outside ties and the default's margin{cost}"))
     if figures.midpoints:

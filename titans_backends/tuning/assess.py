@@ -17,27 +17,31 @@ from titans_backends.backend import Candidate
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file
 from titans_backends.cache.paths import timings_path
+from titans_backends.cache.timings import Measurement
 from titans_backends.dispatch import consult
 from titans_backends.machine import Machine, detect
 from titans_backends.offers import Pair, offers
 from titans_backends.tables import Source, sources
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 from titans_backends.tuning.bench import Bench
+from titans_backends.tuning.doubt import deciding, room
 from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import FirstUse, first_use
 from titans_backends.tuning.host import Host, OpenFailed
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.regret import Assessed, Summary, flip_of, judged, summary
 from titans_backends.tuning.run import AHEAD_S, TuneInterrupted, TuneReport, TuneRequest, tune
-from titans_backends.tuning.standing import Standing
+from titans_backends.tuning.standing import Standing, measurement_of, members
 from titans_backends.tuning.timing import RaceRules
 
 __all__ = ["Assessment", "FirstUse", "Progress", "assess", "in_order", "midpoints", "spread_out"]
 
 Progress = Callable[[str], None]
-_AHEAD_SHARE, _TUNE_SHARE, _AGAIN_SHARE = 0.35, 0.3, 0.3
+_AHEAD_SHARE, _TUNE_SHARE, _AGAIN_SHARE = 0.35, 0.4, 0.5
 """Of what is left of the budget compiling ahead may take so much, then the first tune, then the second at most."""
-_LEAST_S, _MOST_S = 0.4, 8.0
+_LEAST_S, _MOST_S = 0.3, 8.0
+_ROOM, _FINALISTS = 0.005, 6
+"""Who may save more than this share of a choice's time is timed again with it, so many at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +221,7 @@ class _Run:
         heads = self._heads(bucket)
         signature = signature_of_bucket(bucket, self.request.device, heads)
         standing = Standing.of(bucket, signature, offers(signature, self.machine), ())
-        candidates = self._hopeful(bucket, standing, between)
-        race_s = min(_MOST_S, max(_LEAST_S, self._left_s() / left / 4))
+        race_s = min(_MOST_S, max(_LEAST_S, self._left_s() / left / 5))
         full = RaceRules(
             race_s,
             least_rounds=7,
@@ -231,40 +234,46 @@ class _Run:
         )
         bench = Bench(host, bucket, full, self.request.timeout_s)
         try:
-            bench.open(heads)
-            standing = standing.with_measured(bench.measure(candidates, standing.hashes, lambda candidate, one: None))
+            bench.open(heads, references=False)
+            standing = standing.with_measured(self._timed(bench, standing, between))
+            chosen = [self._chosen(name, bucket, standing) for name in (("first", "second") if twice else ("first",))]
+            pairs = [pair for pair in chosen if pair is not None]
+            standing = standing.with_measured(_finals(bench, standing, pairs))
         except OpenFailed as error:
             self.left.append((bucket, f"its inputs could not be made: {error}"))
             return None
         contenders = {one.pair: one for one in standing.contenders()}
-        names = ("first", "second") if twice else ("first",)
-        pairs = [self._chosen(name, bucket, standing) for name in names]
-        choices = [judged(pair, contenders) for pair in pairs if pair is not None]
+        choices = [judged(pair, contenders) for pair in pairs]
         if not contenders or None in choices or not choices:
             self.left.append((bucket, "what was chosen did not pass when it was measured again"))
             return None
         best = min(contenders.values(), key=lambda one: (one.us, one.order))
-        flip = flip_of(pairs[0], pairs[1], contenders) if len(pairs) == 2 and pairs[0] is not None and pairs[1] is not None else None
+        flip = flip_of(pairs[0], pairs[1], contenders) if len(pairs) == 2 else None
         kept = tuple(choice for choice in choices if choice is not None)
         return Assessed(bucket, best.pair.label, best.us, best.spread, len(contenders), kept, flip, between)
 
-    def _hopeful(self, bucket: Bucket, standing: Standing, between: tuple[int, int] | None) -> list[Candidate]:
-        """Who raced, without those that failed or were refused in the first tune: they would fail again, and take their time over it."""
-        racing = standing.racing(self.request.asks)
+    def _timed(self, bench: Bench, standing: Standing, between: tuple[int, int] | None) -> dict[Candidate, Measurement]:
+        """Everyone who raced in the first tune and passed, timed; at a midpoint who passed at its neighbours, and who was not offered there is checked now."""
         timings = file.read_timings(timings_path(self._path("first")), defaults_of).table
-        measured = () if timings is None else timings.rows.get(bucket, ())
-        if between is not None:
-            refused = {
-                one.candidate.partition("/")[0] for found in (timings.rows.values() if timings else ()) for one in found if one.status == "refused"
-            }
-            return [candidate for candidate in racing if candidate.backend not in refused]
-        lost = {(one.candidate, tuple(sorted(one.params)), one.direction, one.saves_states) for one in measured if one.status != "ok"}
-        return [c for c in racing if (c.name, tuple(sorted(c.params)), c.direction, c.saves_states) not in lost]
+        rows = {} if timings is None else timings.rows
+        places = [bench.bucket] if between is None else [bench.bucket._replace(seq_len=length) for length in between]
+        known = [one for place in places for one in rows.get(place, ())]
+        lost = {one.identity for one in known if one.status != "ok"}
+        passed = {one.identity: one for one in known if one.status == "ok"}
+        refused = {one.candidate.partition("/")[0] for found in rows.values() for one in found if one.status == "refused"}
+        racing = [c for c in standing.racing(self.request.asks) if measurement_of(c).identity not in lost and c.backend not in refused]
+        measured = {c: replace(passed[measurement_of(c).identity], env="") for c in racing if measurement_of(c).identity in passed}
+        bench.saver = next((c for c in measured if c.direction == "forward" and c.saves_states), None)
+        measured |= bench.check([c for c in racing if c not in measured], standing.hashes)
+        for direction in ("forward", "backward"):
+            measured |= bench.again([c for c in racing if c.direction == direction and measured[c].status == "ok"], measured, bench.rules)
+        return measured
 
     def _first_uses(self, reached: Sequence[Bucket]) -> Iterator[FirstUse]:
-        """A bucket in a fresh process that finds the first tune's file, and one in another that has the shipped tables alone, where they know it."""
+        """A bucket in a fresh process that has the shipped tables alone; where they know none of them, that finds the first tune's file."""
         shipped = next((bucket for bucket in reversed(reached) if self._ships(bucket)), None)
-        for bucket, table in [*((bucket, self._path("first")) for bucket in reached[-1:]), *([] if shipped is None else [(shipped, None)])]:
+        made = [(shipped, None)] if shipped is not None else [(bucket, self._path("first")) for bucket in reached[-1:]]
+        for bucket, table in made:
             if self._left_s() <= 0:
                 return
             self.progress(f"the first call of {bucket.op} in a fresh process")
@@ -276,3 +285,19 @@ class _Run:
 
     def _ships(self, bucket: Bucket) -> bool:
         return any(source.kind == "shipped" and source.table is not None and bucket in source.table.rows for source in sources(self.machine))
+
+
+def _finals(bench: Bench, standing: Standing, chosen: Sequence[Pair]) -> dict[Candidate, Measurement]:
+    """New times of what was chosen and of the fastest of those that may be faster, in many more rounds: the best of many noisy medians is too good to be true."""
+    contenders = {one.pair: one for one in standing.contenders()}
+    known = [contenders[pair] for pair in chosen if pair in contenders]
+    faster = [one for one in contenders.values() if any(room(mine, one) > _ROOM for mine in known)]
+    pairs = [*(one.pair for one in known), *(one.pair for one in sorted(faster, key=lambda one: one.us)[:_FINALISTS])]
+    meeting = {candidate for pair in pairs for candidate in members(pair)}
+    found: dict[Candidate, Measurement] = {}
+    for direction in ("forward", "backward"):
+        group = [candidate for candidate in standing.candidates if candidate in meeting and candidate.direction == direction]
+        if len(group) > 1:
+            rules = replace(deciding(bench.rules), target_spread=bench.rules.target_spread)
+            found |= bench.again(group, standing.current, rules)
+    return found

@@ -35,9 +35,9 @@ class Bench:
     timeout_s: float
     saver: Candidate | None = None
 
-    def open(self, heads: int | None) -> None:
-        """Makes the inputs and the references; OpenFailed where that cannot be."""
-        self.host.open({"do": "open", "bucket": wire.bucket_to(self.bucket), "heads": heads})
+    def open(self, heads: int | None, *, references: bool = True) -> None:
+        """Makes the inputs and, where there is something to check, the references; OpenFailed where that cannot be."""
+        self.host.open({"do": "open", "bucket": wire.bucket_to(self.bucket), "heads": heads, "references": references})
 
     def measure(self, candidates: Sequence[Candidate], hashes: Mapping[Candidate, str], told: Told) -> dict[Candidate, Measurement]:
         """What came of each candidate; `told` hears each result once."""
@@ -45,7 +45,7 @@ class Bench:
         backward = [candidate for candidate in candidates if candidate.direction == "backward"]
         found: dict[Candidate, Measurement] = {}
         for group in (forward, backward):
-            checked = {candidate: replace(self._check(candidate), source=hashes[candidate]) for candidate in group}
+            checked = self.check(group, hashes)
             for candidate, one in checked.items():
                 if one.status != "ok":
                     told(candidate, one)
@@ -55,8 +55,12 @@ class Bench:
             found |= checked | timed
         return found
 
+    def check(self, candidates: Sequence[Candidate], hashes: Mapping[Candidate, str]) -> dict[Candidate, Measurement]:
+        """What came of each candidate's check, without times."""
+        return {candidate: replace(self._check(candidate), source=hashes[candidate]) for candidate in candidates}
+
     def again(self, runners: Sequence[Candidate], measured: Mapping[Candidate, Measurement], rules: RaceRules) -> dict[Candidate, Measurement]:
-        """New times for candidates of one direction that were checked here and passed; by rules of their own."""
+        """New times for candidates of one direction that have passed their check; by rules of their own."""
         return self._race(runners, measured, rules)
 
     def reference(self) -> Measurement | None:

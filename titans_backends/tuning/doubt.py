@@ -20,7 +20,7 @@ from titans_backends.tuning.standing import Standing, is_training, members
 from titans_backends.tuning.store import Store
 from titans_backends.tuning.timing import RaceRules
 
-__all__ = ["Doubt", "contested", "deciding", "doubt_of", "doubtful", "room"]
+__all__ = ["Doubt", "affordable", "contested", "deciding", "doubt_of", "doubtful", "room"]
 
 LEAST_ROUNDS = 15
 """Fewer rounds than this decide nothing that the first race did not."""
@@ -68,11 +68,19 @@ def contested(standing: Standing, objective: Objective = "time", max_memory_mib:
     return [candidate for candidate in standing.candidates if candidate in meeting]
 
 
-def deciding(rules: RaceRules, standing: Standing, group: Sequence[Candidate]) -> RaceRules | None:
-    """The rules of the race that settles it, within the budget of the first one; None where that has no time for rounds enough."""
-    round_s = sum(standing.current[candidate].us or 0.0 for candidate in group) / 1e6
-    if round_s * LEAST_ROUNDS > rules.budget_s:
-        return None
+def affordable(standing: Standing, group: Sequence[Candidate], budget_s: float) -> list[Candidate]:
+    """Of the contested of one direction the fastest, as many as have time for rounds enough; nobody where they are fewer than two."""
+    kept, round_us = list[Candidate](), 0.0
+    for candidate in sorted(group, key=lambda one: standing.current[one].us or 0.0):
+        round_us += standing.current[candidate].us or 0.0
+        if round_us * LEAST_ROUNDS > 1e6 * budget_s:
+            break
+        kept.append(candidate)
+    return [candidate for candidate in group if candidate in kept] if len(kept) > 1 else []
+
+
+def deciding(rules: RaceRules) -> RaceRules:
+    """The rules of the race that settles it, within the time of the first one."""
     return replace(
         rules,
         least_rounds=LEAST_ROUNDS,

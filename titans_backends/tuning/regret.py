@@ -54,11 +54,12 @@ class Assessed:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run's figures; None where nothing was assessed."""
+    """A run's figures; None where nothing was assessed. `worst_beyond_noise`: the worst regret of those that are more than noise, 0 where none is."""
 
     buckets: int
     mean_regret: float | None
     worst_regret: float | None
+    worst_beyond_noise: float | None
     flips: int
     flips_outside: int
     worst_flip_cost: float | None
@@ -108,6 +109,7 @@ def summary(tuned: Sequence[Assessed], midpoints: Sequence[Assessed]) -> Summary
         buckets=len(tuned),
         mean_regret=sum(regrets) / len(regrets) if regrets else None,
         worst_regret=max(regrets, default=None),
+        worst_beyond_noise=max((choice.regret if choice.beyond_noise else 0.0 for one in tuned for choice in one.choices), default=None),
         flips=len(flips),
         flips_outside=sum(flip.within == "outside" for flip in flips),
         worst_flip_cost=max((flip.cost for flip in flips), default=None),

@@ -19,7 +19,7 @@ from titans_backends.plans import invalidate
 from titans_backends.signature import Signature
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 from titans_backends.tuning.bench import Bench
-from titans_backends.tuning.doubt import contested, deciding, doubt_of
+from titans_backends.tuning.doubt import affordable, contested, deciding, doubt_of
 from titans_backends.tuning.events import (
     BackendProbed,
     BucketDone,
@@ -45,7 +45,7 @@ QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 """How long the rounds of one race may take, beyond the least number of rounds."""
 QUICK_S, QUICK_GPU_S = 110.0, 300.0
 """What a quick tune's measurements aim to take as a whole, after what is compiled ahead: on a slow or busy machine races are shorter, none is left out."""
-_RACE_SHARE = 0.4
+_RACE_SHARE = 0.3
 TIMEOUT_S = 60.0
 """What one candidate's compilation and check may take."""
 _DECIDING = 2
@@ -60,7 +60,7 @@ class TuneRequest:
 
     `backends` limits what is measured (None: all; with `quick` those whose manifest says quick); the default always is. `budget_s` limits
     the whole, `bucket_s` one race, `timeout_s` one candidate's compilation and check. `output` names another file than the user's cache.
-    `force` measures what is current too, `doubtful` of that those alone whom their measurements leave open. `heads`: v heads of a sequence,
+    `force` measures what is current too, `doubtful` those alone whom current measurements leave open. `heads`: v heads of a sequence,
     where that divides a bucket's streams; `heads_by_bucket` has them for some buckets. `ahead`: compiles side by side first.
     """
 
@@ -241,10 +241,11 @@ class _Run:
         """Who must be measured: the asked backends' candidates and the default's that have no current measurement; with them the yardsticks."""
         pairs = standing.pairs
         default = members(pairs[0]) if pairs else ()
-        racing = standing.racing(self.request.asks)
-        stale = [c for c in racing if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
-        if self.request.doubtful and not stale:
+        if self.request.doubtful:
             stale = contested(standing, self.request.objective, self.request.max_memory_mib)
+        else:
+            racing = standing.racing(self.request.asks)
+            stale = [c for c in racing if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
         if not stale:
             return []
         entry = self.store.entry(standing.bucket)
@@ -339,10 +340,9 @@ class _Run:
             found |= bench.measure(unseen, standing.hashes, lambda candidate, one: self._tell(bench.bucket, candidate, one))
             standing = standing.with_measured(found)
             for direction in ("forward", "backward"):
-                group = [c for c in open_still if c.direction == direction and standing.current[c].status == "ok"]
-                rules = deciding(bench.rules, standing, group) if len(group) > 1 else None
-                if rules is not None:
-                    found |= bench.again(group, standing.current, rules)
+                meeting = [c for c in open_still if c.direction == direction and standing.current[c].status == "ok"]
+                group = affordable(standing, meeting, bench.rules.budget_s)
+                found |= bench.again(group, standing.current, deciding(bench.rules)) if group else {}
             standing = standing.with_measured(found)
         return found
 

@@ -19,7 +19,7 @@ __all__ = ["CpuSampler", "CudaSampler", "Sampler", "sampler_for"]
 
 _L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _L3_BYTES, _MOST_BYTES = 32 << 20, 128 << 20
-_MOST_FLUSHES = 32
+_FLUSHES, _MOST_FLUSHES, _TRIES = 2, 16, 6
 
 Kernel = Callable[[], object]
 
@@ -67,7 +67,7 @@ class CudaSampler:
         self._flush = torch.empty(2 * size, dtype=torch.int8, device=device)
         self._device, self._launch = device, launch
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
-        self._flushes = 1
+        self._flushes = _FLUSHES
 
     def sample(self, key: Hashable, kernel: Kernel) -> float:
         """The time between the events. Without a graph the device is idle when the launch begins, so that launch costs show; a replay is queued
@@ -85,7 +85,8 @@ class CudaSampler:
         return float(start.elapsed_time(stop)) * 1e3
 
     def _replayed(self, replay: Kernel) -> float:
-        """A replay that was queued whole before the device came to it; where the flush was over too soon, it is longer from then on, and this run is another."""
+        """A replay that was queued whole before the device came to it. Where it was not, the run is another; from the second on behind a longer flush, for good."""
+        tries = 0
         while True:
             start, stop = _events()
             for _ in range(self._flushes):
@@ -93,11 +94,12 @@ class CudaSampler:
             start.record()
             replay()
             stop.record()
-            waited = start.query()  # the device was there before the replay was: the time between holds some of the host's
+            waited, tries = start.query(), tries + 1  # the device was there before the replay was: the time between holds some of the host's
             self.synchronize()
-            if not waited or self._flushes >= _MOST_FLUSHES:
+            if not waited or tries == _TRIES:
                 return float(start.elapsed_time(stop)) * 1e3
-            self._flushes *= 2
+            if tries > 1:
+                self._flushes = min(2 * self._flushes, _MOST_FLUSHES)
 
     def synchronize(self) -> None:
         """Waits for the device; a faulting kernel shows here."""

@@ -55,8 +55,16 @@ def machine(told: Told) -> str:
 def assessed(told: Told) -> str:
     """The figures against what is wanted of them, then every pair."""
     summary, counts = told["summary"], told["tuned_buckets"]
-    lines = [machine(told), f"Measured in {told['seconds']:.0f} s by `{COMMANDS['assess']}`.", "", "| figure | wanted | measured |", "|---|---|---|"]
-    regret = f"{percent(summary['worst_regret'])}; of those beyond the noise {percent(summary['worst_beyond_noise'])}"
+    raced = f", racing: {', '.join(told['racing'])} and the default" if "racing" in told else ""
+    lines = [
+        machine(told),
+        f"Measured in {told['seconds']:.0f} s by `{COMMANDS['assess']}`{raced}.",
+        "",
+        "| figure | wanted | measured |",
+        "|---|---|---|",
+    ]
+    beyond = max((choice["regret"] for one in told["tuned"] for choice in one["choices"] if choice["beyond_noise"]), default=0.0)
+    regret = f"{percent(summary['worst_regret'])}; of those beyond the noise {percent(beyond)}"
     cost = f"{percent(summary['worst_flip_cost'])}" if summary["flips"] else "no flip"
     within = f"{percent(summary['midpoints_within'])} of {summary['midpoints']}, worst {percent(summary['worst_midpoint_regret'])}"
     lines += [

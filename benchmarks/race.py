@@ -10,13 +10,15 @@ A case is a call's sizes, forward or forward and backward. Processes one after t
     fla         Triton's and CuPy's candidates, FLA and FlashQLA, as backends where they are and by their own functions
     flashinfer  FlashInfer, and of ours what the first run chose or found best
     plain       eager's default on up to 8192 tokens, and the same of ours
-    compiled    Inductor's and Numba's on up to 2048; both compile for long, so this comes last
+    compiled    Inductor's and Numba's on up to 2048; both compile for long, so this comes late
+    ungated     FLA's rule without a decay, which computes something else
 
 `--with GROUP=FOLDERS` puts folders in front of a group's module path. What a later process measures is put on the first one's scale by what both have
 measured. Inputs are unit q and k (independent, not correlated), beta in (0, 1), and a decay as Mamba's layers begin with; outputs, final state and, in
 training, all five gradients are compared with float64 on the first and the last head of q and k before anything is timed, on memory that holds NaN;
-what is wrong has no time. Times: CUDA graphs replayed in turns, the cache written over before each; and eager calls back to back until the device has
-done them. `dispatch` is what `get_op` runs with what is shipped; `tuned here` what the tuner's rule picks from this race's own times.
+what is wrong has no time. Of our backends those candidates race that the shipped timings of the nearest calls have near the best (`--every`: all), of
+FlashQLA the default. Times: CUDA graphs replayed in turns, the cache written over before each; and eager calls back to back until the device has done
+them. `dispatch` is what `get_op` runs with what is shipped; `tuned here` what the tuner's rule picks from this race's own times.
 
 Cases are measured the most important first until the seconds end, and the file is written after each; run again, it goes on where it stopped.
 """
@@ -33,16 +35,16 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from against_fla import Cell
 from race_cells import CASES, GROUPS, Case, Group
 from race_page import compact
+from race_reach import Rows
 from race_results import Part, Results
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"fla": 0.78, "flashinfer": 0.75, "plain": 0.7, "compiled": 1.0}
+SHARES = {"fla": 0.8, "flashinfer": 0.75, "plain": 0.6, "compiled": 0.6, "ungated": 1.0}
 """Of the seconds that are left when a group begins."""
 GRACE_S, STARTS = 25.0, 4
 
@@ -60,6 +62,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=420.0, help="begin no case after so many (default 420)")
     parser.add_argument("--warm", action="store_true", help="compile side by side first")
     parser.add_argument("--warm-seconds", type=float, default=170.0, help="the longest that may take (default 170)")
+    parser.add_argument("--every", action="store_true", help="race every candidate, not only those within reach by the shipped timings")
     parser.add_argument("--quick", type=float, default=1.0, metavar="FACTOR", help="of the measuring time of each case (default 1)")
     parser.add_argument("--again", action="store_true", help="measure what the file has too")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -143,7 +146,7 @@ def parent(names: list[str], paths: dict[str, str], cases: list[Case], asked: ar
 def process(name: str, paths: dict[str, str], asked: argparse.Namespace, what: str, seconds: float) -> int:
     """One process of a group; its status, -9 where it hung."""
     environment = {**os.environ}
-    before = [paths[name]] if name in paths else []
+    before = [paths[place] for place in (name, GROUPS[name].paths) if place in paths]
     environment["PYTHONPATH"] = os.pathsep.join([*before, str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     command = [
         sys.executable,
@@ -158,6 +161,7 @@ def process(name: str, paths: dict[str, str], asked: argparse.Namespace, what: s
         asked.device,
     ]
     command += ["--seconds", f"{seconds:.1f}", "--quick", str(asked.quick), "--cases", asked.cases, *(["--again"] if asked.again else [])]
+    command += ["--every"] if asked.every else []
     command += [f"--cell={cell}" for cell in asked.cell] + ([f"--backends={asked.backends}"] if asked.backends else [])
     started = subprocess.Popen(command, env=environment)
     try:
@@ -175,7 +179,7 @@ def warm(group: Group, cases: list[Case], asked: argparse.Namespace) -> int:
     from race_warm import warmed
 
     begin = time.perf_counter()
-    said = warmed(group, cases, asked.seconds)
+    said = warmed(group, cases, asked.seconds, None if asked.every else known_rows())
     print(f"[{time.perf_counter() - begin:5.0f} s] {group.name}: compiled ahead: {said}", flush=True)
     return 0
 
@@ -186,6 +190,8 @@ def child(group: Group, cases: list[Case], asked: argparse.Namespace) -> int:
     from device_timing import ceilings
     from race_measure import Rules, measured, settled
     from race_peers import hurried, loaded, releases, takes
+
+    import titans_backends as tb
 
     begin = time.perf_counter()
     functions, absent = loaded(group.own) if asked.device == "cuda" else ({}, dict.fromkeys(group.own, "no GPU"))
@@ -202,12 +208,14 @@ def child(group: Group, cases: list[Case], asked: argparse.Namespace) -> int:
         "device": torch.cuda.get_device_name() if asked.device == "cuda" else "cpu",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
-        "titans_backends": version_of("titans-backends"),
+        "titans_backends": tb.__version__,
         "versions": releases(),
         "absent": absent,
+        "candidates": "all" if asked.every else "those within reach",
         "ceilings": None if top is None else asdict(top),
     }
     results.write(asked.json)
+    rows = None if asked.every else known_rows()
     rules, took, kinds = Rules().times(asked.quick), list[float](), set[tuple[object, ...]]()
     for case in cases:
         parts, tokens = results.cases.get(str(case), {}), case.cell.B * case.cell.T
@@ -225,7 +233,7 @@ def child(group: Group, cases: list[Case], asked: argparse.Namespace) -> int:
         settled(functions, case, kinds)
         start = time.perf_counter()
         try:
-            part = measured(case, group, functions, first, rules, asked.device, top)
+            part = measured(case, group, functions, first, rules, asked.device, top, rows)
         except Exception as error:
             if isinstance(error, torch.AcceleratorError):
                 raise
@@ -242,6 +250,19 @@ def child(group: Group, cases: list[Case], asked: argparse.Namespace) -> int:
     return 0
 
 
+def known_rows() -> Rows:
+    """The shipped timings of the one file that is of this card; without one nothing is known."""
+    from titans_backends.buckets import defaults_of
+    from titans_backends.cache import file
+    from titans_backends.machine import detect
+
+    path = ROOT / "benchmarks/results" / f"{detect('cuda' if _cuda() else 'cpu').slug}.timings.yaml"
+    found = file.read_timings(path, defaults_of)
+    if found.problem is not None:
+        print(f"the shipped timings are not used: {found.problem.message}", file=sys.stderr, flush=True)
+    return {} if found.table is None else found.table.rows
+
+
 def usable(backend: str, device: str) -> bool:
     """Whether there is a backend of that name, with its packages."""
     from titans_backends import registry
@@ -256,14 +277,6 @@ def said_of(part: Part) -> str:
     told = ", ".join(f"{one.who if one.kind == 'backend' else one.label} {one.graph_us:.1f}/{one.wall_us or math.nan:.1f}" for one in timed)
     failed = "; ".join([f"{one.label[:60]}: {one.failed}" for one in part.entrants if one.failed] + ([part.failed] if part.failed else []))
     return f"{told}{f'; FAILED {failed[:600]}' if failed else ''}"
-
-
-def version_of(name: str) -> str:
-    """An installed version."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "a checkout"
 
 
 def _cuda() -> bool:

@@ -31,7 +31,7 @@ class Case:
 class Group:
     """What one process of a race imports and measures: peers' own functions, and whose candidates. `whole`: all of ours, else those that the first run chose.
 
-    `slow`: backends of which the default alone races, and no call of over `most_tokens` tokens (times sequences).
+    `slow`: the default alone of each backend races; of `first_only` too. No call of over `most_tokens` tokens (times sequences). `paths`: whose module folders.
     """
 
     name: str
@@ -39,16 +39,19 @@ class Group:
     backends: tuple[str, ...]
     whole: bool = False
     slow: bool = False
+    first_only: tuple[str, ...] = ()
     most_tokens: int | None = None
+    paths: str = ""
 
 
 GROUPS: Mapping[str, Group] = {
     group.name: group
     for group in (
-        Group("fla", ("fla", "flash_qla", "fla_ungated"), ("triton", "cupy", "fla", "flash_qla"), whole=True),
+        Group("fla", ("fla", "flash_qla"), ("triton", "cupy", "fla", "flash_qla"), whole=True, first_only=("flash_qla",)),
         Group("flashinfer", ("flashinfer",), ("flashinfer",)),
         Group("plain", (), ("eager",), slow=True, most_tokens=8192),
         Group("compiled", (), ("inductor", "numba"), slow=True, most_tokens=2048),
+        Group("ungated", ("fla_ungated",), (), paths="fla"),
     )
 }
 """The first is the yardstick: what another measures is put on its scale by what both have measured."""

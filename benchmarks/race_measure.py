@@ -18,6 +18,7 @@ from device_timing import Ceilings, Race, arriving, work
 from race_cells import Case, Group
 from race_choices import Asked, asked_of, leaves, module_of, running, user_of, who_of
 from race_peers import Function, takes
+from race_reach import Rows, members, racing
 from race_results import Chosen, Entrant, Part, Picked, rule_of
 from torch import Tensor
 from training_steps import RULE, Found, Problem, Run, Truth, posed, rule, step
@@ -28,6 +29,7 @@ from titans_backends.backend import Candidate
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Work
 from titans_backends.contracts.tolerance import tolerance
+from titans_backends.dispatch import Choice
 from titans_backends.offers import Pair, pairs
 from titans_backends.tuning.select import NOISE, combined
 from titans_backends.tuning.timing import timing_of
@@ -45,10 +47,10 @@ CONTRACT = CONTRACTS[RULE]
 class Rules:
     """How long is measured: seconds of the candidates' race and of the finalists', of each eager series, and how many series each finalist has."""
 
-    alone_s: float = 0.5
-    final_s: float = 0.6
-    series_s: float = 0.01
-    series: int = 8
+    alone_s: float = 0.4
+    final_s: float = 0.5
+    series_s: float = 0.008
+    series: int = 6
 
     def times(self, factor: float) -> Rules:
         """Shorter or longer."""
@@ -151,10 +153,20 @@ class _Run:
     truth: Truth | ForwardTruth
     available: Sequence[Pair]
     entrants: dict[str, Entrant] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
     def race(self) -> Race | WallRace:
         return Race(shared=True) if self.device == "cuda" else WallRace()
+
+    @contextlib.contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        """Notes the seconds that a part of the work takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
 
     @contextlib.contextmanager
     def kept(self, note: Callable[[str], None]) -> Iterator[None]:
@@ -174,24 +186,13 @@ class _Run:
         held = [torch.full((count,), math.nan, device=self.device) for count in sizes]
         del held
 
-    def candidates(self) -> tuple[list[Candidate], list[Candidate]]:
-        """Both directions' candidates that race here: whole backends, the defaults of slow ones, and what the first run chose."""
-        named: list[tuple[Candidate, ...]] = [self._members(pair) for pair in self.available if _label(pair) in self.anchors]
+    def candidates(self, rows: Rows | None) -> tuple[list[Candidate], list[Candidate]]:
+        """Both directions' candidates that race here."""
+        named = [pair for pair in self.available if _label(pair) in self.anchors]
         if self.group.whole:
-            named += [self._members(choice.pair) for choice in self.asked.choices.values()] + [self._members(self.available[0])]
-        kept = {candidate for members in named for candidate in members}
-        offered = [(one.backend.name, side) for one in self.asked.offers for side in (one.forward, one.backward)]
-        for backend, side in offered:
-            if backend in self.group.backends:
-                kept |= set(side[:1] if self.group.slow else side)
-        usable = {candidate for pair in self.available for candidate in self._members(pair)}
-        kept &= usable
-        forward = [c for _, side in offered for c in side if c in kept and c.direction == "forward"]
-        return forward, [c for _, side in offered for c in side if c in kept and c.direction == "backward"]
-
-    @staticmethod
-    def _members(pair: Pair) -> tuple[Candidate, ...]:
-        return (pair.forward,) if pair.backward is None else (pair.forward, pair.backward)
+            named += [*(choice.pair for choice in self.asked.choices.values()), self.available[0]]
+        always = {candidate for pair in named for candidate in members(pair)}
+        return racing(self.asked.offers, self.available, self.group, always, self.asked.buckets[0], rows)
 
     def alone(self, forward: Sequence[Candidate], backward: Sequence[Candidate]) -> dict[Candidate, tuple[float, float]]:
         """Every candidate by itself, checked and raced as the tuner does: median and spread."""
@@ -210,7 +211,8 @@ class _Run:
                     torch.no_grad(),
                 ):  # type: ignore[misc]
                     self.poison()
-                    _, why = wrong(self.truth, result(self.truth.subject))
+                    with self.spending(f"first {candidate.backend}"):
+                        _, why = wrong(self.truth, result(self.truth.subject))
                     if why:
                         raise ValueError(why)
                     race.add(name, lambda result=result: result(self.subject))  # type: ignore[misc]
@@ -252,10 +254,10 @@ class _Run:
         """Every pair that passed, as the tuner's rule takes it."""
         found = {}
         for order, pair in enumerate(self.available):
-            members = self._members(pair)
-            if all(candidate in times for candidate in members):
-                us, spread = combined([times[candidate] for candidate in members])
-                simplicity = max(registry.get(candidate.backend).simplicity for candidate in members)
+            ends = members(pair)
+            if all(candidate in times for candidate in ends):
+                us, spread = combined([times[candidate] for candidate in ends])
+                simplicity = max(registry.get(candidate.backend).simplicity for candidate in ends)
                 found[pair] = Picked(_label(pair), who_of(pair), us, spread, simplicity, order)
         return found
 
@@ -291,7 +293,11 @@ class _Run:
                 makers[label] = lambda of, function=function: self.own(of, function)  # type: ignore[misc]
         race, ready = self.race(), list[str]()
         for label, make in makers.items():
-            with self.kept(lambda why, label=label: self.note(label, failed=why)), torch.set_grad_enabled(self.training):  # type: ignore[misc]
+            with (
+                self.spending("first as called"),
+                self.kept(lambda why, label=label: self.note(label, failed=why)),
+                torch.set_grad_enabled(self.training),
+            ):  # type: ignore[misc]
                 self.poison()
                 with within[label](), tb.policy(launch="graph"):
                     self.check(label, make)
@@ -302,7 +308,8 @@ class _Run:
         for label, samples in race.samples(ready, self.rules.final_s, least=9, most=60).items():
             timing = timing_of(samples)
             self.note(label, graph_us=timing.us, graph_spread=timing.spread)
-        self.eager({label: (makers[label], within[label]) for label in ready})
+        with self.spending("eager"):
+            self.eager({label: (makers[label], within[label]) for label in ready})
 
     def check(self, label: str, make: Callable[[Problem], Run]) -> None:
         """Notes an entrant's errors. Where the truth knows the first tokens alone, ours were checked on these candidate by candidate."""
@@ -389,7 +396,7 @@ def settled(functions: Mapping[str, Function], case: Case, done: set[tuple[objec
             with contextlib.suppress(Exception):  # told where it is measured
                 given = leaves(_posed(some, "cuda"), case.mode == "training")
                 with torch.set_grad_enabled(case.mode == "training"):
-                    o = functions[name](given, False)[0]
+                    o = functions[name](given, case.mode == "forward")[0]  # with the state it is another kernel
                     if case.mode == "training" and o is not None:
                         torch.autograd.grad(o, list(given.values()), torch.randn_like(o), allow_unused=True)
                 torch.cuda.synchronize()
@@ -403,9 +410,16 @@ def _posed(case: Case, device: str) -> Problem:
 
 
 def measured(
-    case: Case, group: Group, functions: Mapping[str, Function], first: Part | None, rules: Rules, device: str, top: Ceilings | None
+    case: Case,
+    group: Group,
+    functions: Mapping[str, Function],
+    first: Part | None,
+    rules: Rules,
+    device: str,
+    top: Ceilings | None,
+    rows: Rows | None = None,
 ) -> Part:
-    """A group's part of a case. `first`: the first group's, whose finalists a later group measures again as its yardstick."""
+    """A group's part of a case. `first`: the first group's, whose finalists a later group measures again as its yardstick; `rows`: see `race_reach`."""
     begin, training = time.perf_counter(), case.mode == "training"
     subject = _posed(case, device)
     asked = asked_of(subject, training)
@@ -414,12 +428,16 @@ def measured(
     if not group.whole and not any(takes(name, case) for name in functions) and not any(who_of(pair) in group.backends for pair in available):
         return Part(refused=refused, seconds=time.perf_counter() - begin)
     truth: Truth | ForwardTruth = Truth(subject) if training else ForwardTruth(subject)
+    solved_s = time.perf_counter() - begin
     anchors = frozenset() if first is None else frozenset(one.label for one in first.entrants if one.kind == "backend" and one.graph_us is not None)
     run = _Run(case, group, anchors, rules, device, training, subject, asked, truth, available)
-    forward, backward = run.candidates()
-    contenders = run.contenders(run.alone(forward, backward))
-    run.timed(run.finalists(contenders), functions)
-    chosen = {way: Chosen(_label(c.pair), c.origin, c.reason) for way, c in (("graph", asked.choices["graph"]), ("wall", asked.choices["eager"]))}
+    run.spent["inputs and float64"] = solved_s
+    forward, backward = run.candidates(rows)
+    with run.spending("alone"):
+        contenders = run.contenders(run.alone(forward, backward))
+    with run.spending("finalists"):
+        run.timed(run.finalists(contenders), functions)
+    chosen = {way: Chosen(_label(c.pair), c.origin, _reason(c)) for way, c in (("graph", asked.choices["graph"]), ("wall", asked.choices["eager"]))}
     return Part(
         tuple(run.entrants.values()),
         tuple(_near(list(contenders.values()))),
@@ -430,7 +448,13 @@ def measured(
         floor_us(subject, training, top),
         time.perf_counter() - begin,
         "; ".join(run.failed),
+        run.spent,
     )
+
+
+def _reason(choice: Choice) -> str:
+    """Why dispatch chose it, without the table's place on the machine."""
+    return choice.reason if choice.answered is None else f"{choice.answered.source.kind} table: {choice.answered.answer}"
 
 
 def _near(contenders: Sequence[Picked]) -> list[Picked]:

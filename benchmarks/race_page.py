@@ -28,6 +28,9 @@ TITLES = {
     "triton": "Triton", "cupy": "CuPy", "two": "two of them", "fla": "FLA", "flash_qla": "FlashQLA", "flashinfer": "FlashInfer",
     "eager": "eager", "inductor": "Inductor", "numba": "Numba", "numba_cpu": "Numba",
 }  # fmt: skip
+ENOUGH = 12
+"""Cases from which on there is a picture."""
+_PICTURE = "![the time of each backend over the fastest, a row for each case](pictures/race.svg)"
 BAND = 0.05
 """What a choice may cost over the best."""
 MODES = {"forward": "Forward", "training": "Forward and backward"}
@@ -124,7 +127,9 @@ def compact(results: Results, names: Sequence[str] | None = None) -> str:
         )  # fmt: skip
         name = str(line.case).replace(" forward", " f").replace(" training", " fb")
         said.append(f"{name} [{number(line.found.floor_us)}] {times} {own} | {whose(line.found, line.winner.label)[:13]} | {told} | {more}")
-    return "\n".join([*said, *summary(graph, listed=False), *summary(list(wall.values()), listed=False), *list(missing(results))[:12]])
+    return "\n".join(
+        [*partial(results), *said, *summary(graph, listed=False), *summary(list(wall.values()), listed=False), *list(missing(results))[:12]]
+    )
 
 
 def summary(lines: Sequence[Line], *, listed: bool = True) -> Iterator[str]:
@@ -169,7 +174,8 @@ def markdown(results: Results) -> str:
     """The page's tables."""
     if not results.cases:
         return f"Not measured yet: `{COMMAND}`, then `python benchmarks/race_page.py --draw`."
-    parts = ["![the time of each backend over the fastest, a row for each case](pictures/race.svg)", _facts(results)]
+    measured = lines_of(results, "graph")
+    parts = [*partial(results), *([_PICTURE] if len(measured) >= ENOUGH else []), _facts(results)]
     for way, title in WAYS.items():
         lines = lines_of(results, way)
         if not lines:
@@ -190,6 +196,20 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def partial(results: Results) -> Iterator[str]:
+    """A sentence where the race is not over: how many cases were reached, and which peers have no time at all."""
+    measured = {str(line.case) for line in lines_of(results, "graph")}
+    there = {one.who for parts in results.cases.values() for part in parts.values() for one in part.entrants if one.graph_us is not None}
+    absent = [TITLES[who] for who in PEERS if who not in there]
+    reached = sum(str(case) in measured for case in CASES)
+    if reached < len(CASES) or absent:
+        without = f", and {' and '.join(absent)} in none" if absent else ""
+        yield (
+            f"**Partial: {reached} of {len(CASES)} cases have been measured{without}.** What stands here says nothing about the others, "
+            f"and `fastest` is the fastest of who was there; the same command with the same file goes on."
+        )
+
+
 def _facts(results: Results) -> str:
     """Who ran on what."""
     said = []
@@ -201,7 +221,7 @@ def _facts(results: Results) -> str:
             if isinstance(versions, dict)
             else ""
         )
-        said.append(f"run `{name}` on {run['date']}: {run['device']}, torch {run['torch']}, {told}")
+        said.append(f"run `{name}` on {run['date']}: {run['device']}, torch {run['torch']}, {told}, candidates: {run.get('candidates', 'all')}")
     scales = [
         scale["graph"]
         for parts in results.cases.values()
@@ -297,7 +317,8 @@ def main(given: list[str] | None = None) -> int:
         from race_picture import written
 
         asked.page.write_text(after, encoding="utf-8")
-        print(asked.page, *written(lines_of(results, "graph"), asked.picture, asked.png), sep="\n")
+        lines = lines_of(results, "graph")
+        print(asked.page, *(written(lines, asked.picture, asked.png) if len(lines) >= ENOUGH else []), sep="\n")
         return 0
     print(compact(results))
     return 0

@@ -77,7 +77,10 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One run's share of a case. `dispatch` has a choice for each way; `refused`: backends that take no part, with their reason."""
+    """One run's share of a case. `dispatch` has a choice for each way; `refused`: backends that take no part, with their reason.
+
+    `spent`: the seconds of its parts; first runs hold what was compiled there.
+    """
 
     entrants: tuple[Entrant, ...] = ()
     contenders: tuple[Picked, ...] = ()
@@ -88,6 +91,7 @@ class Part:
     floor_us: float | None = None
     seconds: float = 0.0
     failed: str = ""
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

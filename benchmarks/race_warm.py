@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, zip_longest
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from typing import cast
@@ -23,6 +23,7 @@ from device_timing import arriving, leaves_of
 from race_cells import Case, Group
 from race_choices import module_of
 from race_peers import Function, loaded, takes
+from race_reach import Rows, members, racing
 from torch import Tensor
 from training_peers import compile_share
 from training_steps import RULE, Problem, posed, step
@@ -34,9 +35,10 @@ from titans_backends.cache.problems import Count, dump_problems
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.contracts.validate import validate
+from titans_backends.dispatch import choose
 from titans_backends.facts import signature_of
 from titans_backends.machine import detect
-from titans_backends.offers import offers
+from titans_backends.offers import offers, pairs
 from titans_backends.recording import problem_of
 from titans_backends.signature import Signature
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
@@ -59,14 +61,14 @@ class _Job:
         return f"{self.name} {self.cases[0].cell.G}/{self.cases[0].cell.H} D{self.cases[0].cell.D} {self.index + 1} of {self.count}"
 
 
-def warmed(group: Group, cases: Sequence[Case], limit_s: float) -> str:
+def warmed(group: Group, cases: Sequence[Case], limit_s: float, rows: Rows | None) -> str:
     """Compiles for a group's cases, both sides at once; says what came of it."""
     cores = processes() or 1
     todo = _jobs(group, cases)
-    theirs = max(1, cores * 2 // 3) if todo else 0
+    theirs = max(1, cores * 3 // 4) if todo else 0
     with ThreadPoolExecutor(1) as pool:
         peers = pool.submit(_peers, todo, theirs, limit_s)
-        ours = _ours(cases, limit_s, max(1, cores - theirs)) if group.whole else "ours: nothing"
+        ours = _ours(group, cases, limit_s, max(1, cores - theirs), rows) if group.whole else "ours: nothing"
         return f"{ours}; {peers.result()}"
 
 
@@ -80,8 +82,8 @@ def shapes(cases: Sequence[Case]) -> str:
     return dump_problems(told, defaults_of)
 
 
-def _ours(cases: Sequence[Case], limit_s: float, most: int) -> str:
-    """Every candidate whose backend compiles ahead."""
+def _ours(group: Group, cases: Sequence[Case], limit_s: float, most: int, rows: Rows | None) -> str:
+    """What will race, as far as its backend compiles ahead."""
     machine = detect("cuda")
     wanted: list[tuple[Bucket, list[Candidate]]] = []
     heads: dict[Bucket, int] = {}
@@ -89,7 +91,10 @@ def _ours(cases: Sequence[Case], limit_s: float, most: int) -> str:
         signature = replace(_signature(_sizes(case), case), device=machine.kind)
         bucket, given = bucket_of(signature), offers(signature, machine)
         heads[bucket] = case.cell.H
-        wanted.append((bucket, hooked(given, [candidate for one in given for candidate in (*one.forward, *one.backward)])))
+        available = pairs(given, signature)
+        named = [available[0], *(choose(replace(signature, launch=launch), machine).pair for launch in ("graph", "eager"))]  # type: ignore[arg-type]
+        forward, backward = racing(given, available, group, {one for pair in named for one in members(pair)}, bucket, rows)
+        wanted.append((bucket, hooked(given, [*forward, *backward])))
     done = compile_ahead(jobs(wanted), Target(machine, "cuda", heads.get), Limits(limit_s, 60.0), most)
     return f"ours: {done.candidates} compiled in {done.seconds:.0f} s, {done.failed} not{f' ({done.reason[:160]})' if done.failed else ''}"
 
@@ -111,8 +116,8 @@ def _signature(call: GatedDeltaRule, case: Case) -> Signature:
 
 
 def _jobs(group: Group, cases: Sequence[Case]) -> list[_Job]:
-    """The slowest compiler's first, each combination of heads apart."""
-    found: list[_Job] = []
+    """Each combination of heads apart, the peers in turns: what the time cuts off is a part of each."""
+    found: dict[str, list[_Job]] = {}
     for name in (name for name in ("flash_qla", "fla", "fla_ungated") if name in group.own and find_spec(name.removesuffix("_ungated"))):
         kinds: dict[tuple[int, int, int], list[Case]] = {}
         for case in (case for case in cases if takes(name, case)):
@@ -121,8 +126,8 @@ def _jobs(group: Group, cases: Sequence[Case]) -> list[_Job]:
             if name != "flash_qla":  # Triton's kernels know neither length nor batch; 2048 tokens are quick
                 modes = dict.fromkeys(case.mode for case in some)
                 some = [Case(replace(some[0].cell, B=1, T=2048), mode) for mode in modes]
-            found += [_Job(name, tuple(some), index, _SHARES[name]) for index in range(_SHARES[name])]
-    return found
+            found.setdefault(name, []).extend(_Job(name, tuple(some), index, _SHARES[name]) for index in range(_SHARES[name]))
+    return [job for turn in zip_longest(*found.values()) for job in turn if job is not None]
 
 
 def _peers(todo: list[_Job], workers: int, limit_s: float) -> str:
@@ -185,8 +190,8 @@ def _backend(name: str, subject: Problem, case: Case) -> Iterator[Callable[[], o
     if name not in registry.known():
         return
     for one in offers(_signature(cast(GatedDeltaRule, subject.call), case), detect("cuda"), [name]):
-        for candidate in one.forward:
+        for candidate in one.forward[:1]:
             yield torch.no_grad()(partial(module_of(candidate).run, subject.call, candidate))
-        for candidate in (candidate for candidate in one.backward if not candidate.saves_states):
+        for candidate in [candidate for candidate in one.backward if not candidate.saves_states][:1]:
             backward = cast(TrainableOpModule, module_of(candidate)).run_backward
             yield torch.no_grad()(partial(backward, subject.call, subject.grads, None, arriving(RULE, subject.call)[2], candidate))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import io
 import pickle
 import re
@@ -355,6 +356,21 @@ def test_a_layer_that_another_forward_was_put_on_since_is_lost_and_told(marks: l
     assert "Again, whose forward is called in place of ours" in report.lost[0].reasons[0]
 
 
+def test_what_is_hung_on_a_part_that_is_not_called_is_told_by_the_table() -> None:
+    model = model_of()
+    report = tb.accelerate(model)
+    clean, called = str(report), []
+    model.layers[1].q_conv1d.register_forward_hook(lambda *args: called.append(1))
+    model(X)
+    assert not called
+    told = " ".join(str(report).split())
+    assert "q_conv1d has 1 of _forward_hooks" in told
+    assert "it was put there since, and is not called" in told
+    assert not report.lost
+    report.undo()
+    assert clean.splitlines()[1:] == str(report).splitlines()[1:]
+
+
 def test_what_wraps_our_forward_and_says_so_has_not_lost_it(marks: list[str]) -> None:
     model = nn.Sequential(*(Doubled() for _ in range(4)))
     report = tb.accelerate(model)
@@ -609,6 +625,7 @@ def test_ddp_and_fsdp2_on_two_processes_train_as_one() -> None:
     script = Path(__file__).with_name("accelerated_on_two_processes.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["lam", *(["qwen3_5"] if importlib.util.find_spec("transformers") else [])]
 
 
 def test_no_package_is_imported_for_a_model_that_has_nothing_of_it() -> None:

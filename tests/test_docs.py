@@ -93,3 +93,4 @@ def test_no_docstring_of_the_library_points_to_a_text_that_is_not_here() -> None
         for path in [*(ROOT / "titans_backends").rglob("*.py"), *PAGES]
     }
     assert {str(path.relative_to(ROOT)): named for path, named in pages.items() if named} == {}
+    assert [backend.name for backend in registry.known().values() if "SPEC" in backend.summary] == []

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
+import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,6 +186,42 @@ def test_wrong_arguments_say_what_to_type(fla: dict[str, object]) -> None:
     with pytest.raises(TypeError, match="register_with_fla: unknown keyword 'bakend'; known: 'backend'"):
         ours.register_with_fla(bakend="triton")
     assert not registrations()
+
+
+def test_what_the_page_shows_runs(fla: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "drop-in-fla.md").read_text(encoding="utf-8")
+    functions, models, swap = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(compile(functions, "drop-in-fla.md", "exec"), scope)
+    assert scope["o"].shape == (2, 100, 4, 32)
+    assert scope["state"].shape == (2, 4, 32, 32)
+
+    class Model(torch.nn.Module):
+        """FLA's function, and one of its layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fla_likeness.GatedDeltaNet()
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return types.SimpleNamespace(logits=flas()[0])
+
+    scope |= {"model": Model(), "input_ids": torch.zeros(1, 12, dtype=torch.long)}
+    exec(compile(models, "drop-in-fla.md", "exec"), scope)
+    assert "ran here: chunk_gated_delta_rule, 1 call\n" in capsys.readouterr().out
+    assert [entry.path for entry in scope["report"].swapped] == ["layer"]
+
+    fla["fla.utils"] = sys.modules["fla.utils"] = types.ModuleType("fla.utils")
+    try:
+        for name, module in list(fla.items()):
+            parent, _, leaf = name.rpartition(".")
+            if parent:
+                setattr(fla[parent], leaf, module)
+        exec(compile(swap, "drop-in-fla.md", "exec"), {})
+    finally:
+        del sys.modules["fla.utils"]
+    assert fla["fla.ops.delta_rule"].chunk_delta_rule is ours.chunk_delta_rule
+    assert fla["fla.ops.gated_delta_rule"].fused_recurrent_gated_delta_rule is ours.fused_recurrent_gated_delta_rule
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones(fla: dict[str, object]) -> None:

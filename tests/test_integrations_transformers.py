@@ -6,11 +6,13 @@ import copy
 import functools
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import types
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -412,9 +414,21 @@ def test_a_copy_is_swapped_too_and_a_forced_backend_reaches_what_it_has() -> Non
     layer = delta_layers(copy.deepcopy(model))[0]
     assert [op.backend for op in (layer.titans_rule, layer.titans_step, layer.titans_prepare, layer.titans_norm)] == ["eager"] * 4
     model = small_model("qwen3_5")
-    tb.accelerate(model, backend="numba_cpu")
+    (entry,) = tb.accelerate(model, backend="numba_cpu").swapped
+    assert entry.notes == ("backend 'numba_cpu' has no qkv_prepare, gated_rms_norm: those are chosen as ever",)
     layer = delta_layers(model)[0]
     assert [op.backend for op in (layer.titans_rule, layer.titans_step, layer.titans_prepare, layer.titans_norm)] == ["numba_cpu"] * 2 + [None] * 2
+
+
+def test_what_the_page_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "drop-in-transformers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```\n```\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(compile(block[0], "drop-in-transformers.md", "exec"), scope)
+    assert torch.equal(scope["before"], scope["after"])
+    assert scope["before"].shape == (1, 120)
+    assert scope["report"].undone
+    assert capsys.readouterr().out == block[1]
 
 
 # --- refusals
@@ -509,7 +523,7 @@ def test_a_wrapped_convolution_is_read_as_transformers_reads_it(when: str) -> No
             layer.conv1d.saved.weight.mul_(2.0)
     if when == "before":
         (entry,) = tb.accelerate(after).swapped
-        assert entry.notes == ("conv1d is a Saved: its weight and bias are read at each call, and it is not called, as in transformers",)
+        assert entry.notes == (f"conv1d is a {__name__}.Saved: its weight and bias are read at each call, and it is not called, as in transformers",)
     saved = logits(before, ids)
     assert close(logits(after, ids), saved)
     for model in (before, after):

@@ -14,13 +14,19 @@ from torch import Tensor
 
 import titans_backends as tb
 from tests.scripts import script
+from titans_backends.backend import Backend, Candidate
 from titans_backends.buckets import defaults_of
 from titans_backends.cache.problems import parse_problems
+from titans_backends.cache.schema import Bucket, canonical_when
+from titans_backends.cache.timings import Measurement
+from titans_backends.offers import Offer, Pair
+from titans_backends.verdict import ACCEPTED
 
 race = script("benchmarks/race.py")
 cells = script("benchmarks/race_cells.py")
 results = script("benchmarks/race_results.py")
 page = script("benchmarks/race_page.py")
+reach = script("benchmarks/race_reach.py")
 measure = script("benchmarks/race_measure.py")
 ROOT = Path(__file__).parent.parent
 CASE = "1x8192 16/32 D128 forward"
@@ -187,6 +193,43 @@ def test_a_process_that_dies_costs_its_case_alone(monkeypatch: pytest.MonkeyPatc
     assert race.parent(["fla"], {}, list(cells.CASES), asked) == 0
     assert calls == ["fla", "fla"]
     assert results.Results.read(path).cases[CASE]["fla"].failed == "its process ended with status -11"
+
+
+def test_what_cannot_win_by_the_shipped_timings_does_not_race() -> None:
+    some = [Candidate("triton", name) for name in ("first", "near", "far", "unknown")]
+    peer = [Candidate("flash_qla", "auto"), Candidate("flash_qla", "not")]
+    offers = [
+        Offer(Backend(name, "", 1, {}, 1, {}), ACCEPTED, None, tuple(side))
+        for name, side in (("triton", some), ("flash_qla", peer), ("numba", peer[:0]))
+    ]
+    available = [Pair(candidate) for one in offers for candidate in one.forward]
+    when = {"dtype": "bfloat16", "head_dim": (128, 128), "streams": 32, "g": True}
+
+    def bucket(seq_len: int, **changed: object) -> Bucket:
+        return Bucket("gated_delta_rule", canonical_when({**when, **changed}, defaults_of("gated_delta_rule")), seq_len)
+
+    def measured(**us: float) -> list[Measurement]:
+        return [Measurement(f"triton/{name}", us=found) for name, found in us.items()]
+
+    rows = {
+        bucket(8192): measured(first=130.0, near=100.0, far=120.0),
+        bucket(2048): measured(first=30.0, near=28.0, far=40.0),
+        bucket(512): measured(first=20.0, far=10.0),  # the third nearest is not asked
+        bucket(8192, head_dim=(64, 64)): measured(far=1.0),
+    }
+    forward, backward = reach.racing(offers, available, cells.GROUPS["fla"], [], bucket(8192, launch="graph"), rows)
+    assert [one.variant for one in forward] == ["first", "near", "auto"]
+    assert backward == []
+    everyone, _ = reach.racing(offers, available, cells.GROUPS["fla"], [], bucket(8192), None)
+    assert [one.variant for one in everyone] == ["first", "near", "far", "unknown", "auto"]
+    unknown, _ = reach.racing(offers, available, cells.GROUPS["fla"], [peer[1]], bucket(8192, head_dim=(32, 32)), rows)
+    assert [one.variant for one in unknown] == ["first", "near", "far", "unknown", "auto", "not"]
+
+
+def test_a_race_that_is_not_over_says_so() -> None:
+    told = two_runs()
+    assert "**Partial: 1 of 37 cases have been measured, and FLA and FlashQLA in none.**" in page.markdown(told)
+    assert "pictures/race.svg" not in page.markdown(told)
 
 
 def right(x: Mapping[str, Tensor], state: bool) -> tuple[Tensor | None, ...]:

@@ -17,6 +17,7 @@ from titans_backends.tuning.first_use import FirstUse
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.recorded import demands
 from titans_backends.tuning.regret import Assessed, Choice, Flip
+from titans_backends.tuning.run import TuneRequest
 
 page = script("benchmarks/tuner_page.py")
 ROOT = Path(__file__).parent.parent
@@ -39,10 +40,11 @@ def test_every_figure_and_every_pair_is_shown(tmp_path: Path) -> None:
         (Assessed(one._replace(seq_len=128), "eager/best", 100.0, 0.01, 7, (near,), None, (64, 256)),),
         (12.0, 9.0), (1, 1), (FirstUse(one, 1.25, 0.002, "tuned", True),), ((other, "the budget ended"),), 60.0, CompiledAhead(30, 14, 20.0),
     )  # fmt: skip
-    (tmp_path / "assess.json").write_text(json.dumps(_json(found, "cpu")))
+    (tmp_path / "assess.json").write_text(json.dumps(_json(found, TuneRequest((one, other), backends=("eager", "numba_cpu")))))
     text = page.written("assess", f"# A\n{page.BEGIN}\n{page.END}\nrest\n", tmp_path)
     for said in (
-        "| mean regret | at most 1 % | 4.0 % over 1 buckets and two tunes |",
+        ", racing: eager, numba_cpu and the default.",
+        "| mean regret | at most 1 % | 4.0 % over 1 buckets, 2 choices of two tunes |",
         "| worst regret | at most 5 % | 8.0 %; of those beyond the noise 8.0 % |",
         "| flips outside ties and the default's margin | 0 | 1 of 1 |",
         "| midpoints with at most 5 % regret | at least 95 % | 100.0 % of 1, worst 4.0 % |",

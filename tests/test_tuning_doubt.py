@@ -181,10 +181,10 @@ def regrets(lab: Callable[..., Lab], folder: Path, seeds: int) -> list[float]:
 def test_whole_tunes_under_noise_lose_less_than_five_percent_and_without_the_second_race_more(
     lab: Callable[..., Lab], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mended = regrets(lab, tmp_path / "mended", 4)
+    mended = regrets(lab, tmp_path / "mended", 3)
     monkeypatch.setattr(run, "_DECIDING", 0)
     monkeypatch.setattr(select, "NOISE", math.inf)
-    without = regrets(lab, tmp_path / "without", 4)
+    without = regrets(lab, tmp_path / "without", 3)
     assert max(mended) <= 0.05
     assert sum(mended) / len(mended) <= 0.01
     assert max(without) > 0.2

@@ -198,7 +198,7 @@ def _run_gradients(
     d_w = into.get("w")
     writes, grouped = d_k is not None or d_g is not None, x.group > 1
     pairs, links = (made.scores, made.inverses) if writes else (None, None)
-    told, seen, taken, gone, asked, shed = _lines(places, block, tiles, x, into)
+    diagonal, told, past, seen, taken, gone, asked, shed = _lines(places, block, tiles, x, into)
     erase = made.lines[1] if x.chunk_decay is not None else None
     sums = None
     if (d_q is not None and grouped) or (d_k is not None and (rule or grouped)):
@@ -207,28 +207,31 @@ def _run_gradients(
     warps, sizes, programs = int(p["gradient_warps"]), (x.v.shape[1], x.sequences, x.heads, x.group, places), places // x.group * tiles
     q, k, beta, g, gate = (strides(tensor) for tensor in (x.q, x.k, x.beta, x.g, x.gate))
     if writes or d_q is not None or d_gate is not None or d_decay is not None:
-        args = (x.q, x.k, x.g, x.gate, d_o, states, updates, erase, pairs, told, asked, sums if grouped else None, d_q, x.cu_seqlens, *sizes, x.scale)
-        QUERIES(programs, (*args, *q, *k, *g, *gate, *strides(d_o)), constants, warps, stages)
+        args = (x.q, x.k, x.g, x.gate, d_o, states, updates, erase, pairs, diagonal, told, past, asked, sums if grouped else None, d_q, x.cu_seqlens)
+        QUERIES(programs, (*args, *sizes, x.scale, *q, *k, *g, *gate, *strides(d_o)), constants, warps, stages)
     if d_w is not None or d_beta is not None or d_decay is not None or (rule and writes):
         left = sums if rule and d_k is not None else None
         args = (x.k, x.w, x.beta, x.g, states, updates, errors, erase, links, seen, shed, left, d_w, x.cu_seqlens, *sizes)
         ERASED(programs, (*args, *k, *strides(x.w), *beta, *g), constants, warps, stages)
     if writes:
-        args = (x.q, x.k, x.g, x.gate, leaving, updates, pairs, links, taken, gone, sums if d_k is not None and (rule or grouped) else None, d_k)
-        WRITTEN(programs, (*args, x.cu_seqlens, *sizes, *q, *k, *g, *gate), constants, warps, stages)
+        more = sums if d_k is not None and (rule or grouped) else None
+        args = (x.q, x.k, x.beta, x.g, x.gate, leaving, updates, pairs, diagonal, links, taken, gone, more, d_k, x.cu_seqlens)
+        WRITTEN(programs, (*args, *sizes, *q, *k, *beta, *g, *gate), constants, warps, stages)
     if d_g is not None or d_gate is not None or d_beta is not None or d_decay is not None:
         parts = -(-x.values // int(p["value_tile"]))
         chunks = 0 if d_decay is None else d_decay.shape[1]
-        args = (x.beta, x.g, x.gate, told, direct, seen, taken, gone, asked, shed, carried, d_beta, d_g, d_gate, d_decay, x.cu_seqlens)
+        args = (x.beta, x.g, x.gate, told, past, direct, seen, taken, gone, asked, shed, carried, d_beta, d_g, d_gate, d_decay, x.cu_seqlens)
         args += (x.v.shape[1], x.sequences, x.heads, places, parts, tiles, chunks, *beta, *g, *gate)
         VECTORS(places, args, (block, x.k.dtype == torch.float32), 1 if block <= 32 else 2, 1)
 
 
 def _lines(places: int, block: int, tiles: int, x: Operands, into: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-    """Room for what `vectors` reads: told, seen, taken, gone, asked and shed, each where something asks for it."""
+    """Room for the diagonal of the scores, and for what `vectors` reads: told, past, seen, taken, gone, asked and shed, each where something asks for it."""
     line, rule, decay, factor = places * block, x.w is None, "g" in into, "chunk_decay" in into
     sizes = (
-        tiles * line * (decay or "gate" in into),
+        line * ("k" in into),
+        tiles * line * ("gate" in into),
+        tiles * line * decay,
         tiles * line * (rule and (decay or "beta" in into)),
         tiles * line * decay,
         tiles * places * decay,

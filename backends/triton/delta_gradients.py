@@ -3,14 +3,16 @@
 With S the state at a block's start, E the gradient of the state that leaves it, U the updates, X the gradient of beta W,
 P = tril(dO U^T) * Gamma * scale and L = -stril(X U^T) * Gamma, three kernels in this order, each with one such product and one [BLOCK, BLOCK_K] sum on chip:
 
-    queries   dQ = gate (scale e^G dO S^T + P K)                                       on S, dO, U; writes P
+    queries   dQ = gate (scale e^G dO S^T + P K)                                       on S, dO, U; writes P and its diagonal
     erased    left = L K - e^G X S^T                                                   on S, X, U; writes L
-    written   right = e^(G_C - G) U E^T + (gate P)^T Q + (beta L)^T K      dK = beta left + right         on E, U, P, L
+    written   right = e^(G_C - G) U E^T + P^T (gate Q) + L^T (beta K)      dK = beta left + right         on E, U, P, L
 
 Wherever a vector scales a row, its gradient is a sum over that row, written by tiles of columns and put together by `vectors`: of the gate `told` =
-rowsum(Q * dQ / gate), of beta `direct` + `seen` = rowsum(V * X) + rowsum(K * left), of G gate told + beta seen - `taken`, `taken` = rowsum(K * right), summed
+rowsum(Q * dQ / gate), of beta `direct` + `seen` = rowsum(V * X) + rowsum(K * left), of G gate `past` + beta seen - `taken`, `taken` = rowsum(K * right), summed
 from the block's end on, with <S', E> of the state that leaves the block as e^(G_C) <S, E> + `gone`, `gone` = <K, e^(G_C - G) U E^T>: rounded as in `taken`, from
-which it takes itself away. `delta_reverse` wrote dV = beta X, `direct` and <S, E>.
+which it takes itself away. `past` and `taken` are without P's diagonal: it would cancel in G's gradient, but not its rounding, which is larger than all the rest
+where the gates forget within a few tokens; so products take P without it, and it is added in float32. For the rest P and L round once, for both sums: gate and
+beta go to the rows of Q and K. `delta_reverse` wrote dV = beta X, `direct` and <S, E>.
 
 A program owns a block, a q/k head and a tile of key columns, and goes through its v heads one after the other; what they share is summed in float32 through
 scratch, in order. Each computes 2 BLOCK (BLOCK_K V + BLOCK V + BLOCK BLOCK_K) FLOP a v head on 2 (BLOCK_K V + 2 BLOCK V + BLOCK^2) bytes at 16 bits: bytes limit
@@ -77,13 +79,17 @@ def _add(found, sums, at_sums, member):
 
 @triton.jit
 def _queries(
-    q, k, g, gate, do, states, updates, erase, pairs, told, asked, sums, dq, cu_seqlens, tokens, sequences, heads, group, places, scale,
+    q, k, g, gate, do, states, updates, erase, pairs, diagonal, told, past, asked, sums, dq, cu_seqlens, tokens, sequences, heads, group, places, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, gate_b, gate_t, gate_h, do_b, do_t, do_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq; `pairs` is for `written`, `told [TILES, places, BLOCK]` and `asked [TILES, places]` for `vectors`. `erase`: with a chunk_decay, that."""
-    READ: tl.constexpr = dq is not None or told is not None or asked is not None
+    """dq; `pairs` and `diagonal [places, BLOCK]` are for `written`, `told` and `past [TILES, places, BLOCK]` and `asked [TILES, places]` for `vectors`.
+
+    `erase`: with a chunk_decay, that.
+    """
+    WHOLE: tl.constexpr = dq is not None or told is not None
+    READ: tl.constexpr = WHOLE or past is not None or asked is not None
     WHOLE_K: tl.constexpr = K % BLOCK_K == 0
     WHOLE_V: tl.constexpr = V % BLOCK_V == 0
     DTYPE: tl.constexpr = k.dtype.element_ty
@@ -132,9 +138,13 @@ def _queries(
             coarse, fine, _last, _rest = running_log(step, SPLIT)
             scored *= between(coarse, fine, causal, SPLIT)
             read *= tl.exp(coarse + fine)[:, None]
-        p_tile = scored.to(DTYPE)
-        if pairs is not None and tile == 0:
-            tl.store(pairs + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :], p_tile)
+        own = tl.sum(tl.where(row[:, None] == row[None, :], scored, 0.0), 1)
+        p_tile = tl.where(row[:, None] > row[None, :], scored, 0.0).to(DTYPE)
+        if tile == 0:
+            if pairs is not None:
+                tl.store(pairs + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :], p_tile)
+            if diagonal is not None:
+                tl.store(diagonal + place * BLOCK + row, own)
         if READ:
             if asked is not None:
                 line = tl.sum(q_tile.to(tl.float32) * read, 1) * scale
@@ -143,10 +153,19 @@ def _queries(
                 tl.store(asked + tile * places + place, tl.sum(line, 0))
             if erase is not None:
                 read *= tl.load(erase + place * BLOCK + row)[:, None]
+            norm = tl.full([BLOCK], 1.0, tl.float32)
             if L2NORM:
-                k_tile = _normed(k_tile, row_norm(k_tile), True)
-            read = tl.dot(p_tile, k_tile, acc=read * scale, input_precision=DOT)
+                norm = row_norm(k_tile)
+            read = tl.dot(p_tile, _normed(k_tile, norm, L2NORM), acc=read * scale, input_precision=DOT)
             wide = q_tile.to(tl.float32)
+            if past is not None:
+                line = tl.sum(wide * read, 1)
+                if L2NORM:
+                    line *= row_norm(wide)
+                tl.store(past + (tile * places + place) * BLOCK + row, line)
+            if WHOLE:
+                k_tile = _load_rows(at_k, k_t, row, key, here, K, WHOLE_K)  # again: registers are scarce
+                read += k_tile.to(tl.float32) * (own * norm)[:, None]
             if told is not None:
                 line = tl.sum(wide * read, 1)
                 if L2NORM:
@@ -238,7 +257,7 @@ def _erased(
                 bound *= between(coarse, fine, row[:, None] >= row[None, :], SPLIT)
                 back = tl.exp(coarse + fine)
             if links is not None and tile == 0:
-                tl.store(links + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :], (bound * b[:, None]).to(DTYPE))
+                tl.store(links + place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :], bound.to(DTYPE))
         if LEFT:
             norm = tl.full([BLOCK], 1.0, tl.float32)
             if L2NORM:
@@ -255,8 +274,8 @@ ERASED = Kernel(_erased)
 
 @triton.jit
 def _written(
-    q, k, g, gate, leaving, updates, pairs, links, taken, gone, sums, dk, cu_seqlens, tokens, sequences, heads, group, places,
-    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, gate_b, gate_t, gate_h,
+    q, k, beta, g, gate, leaving, updates, pairs, diagonal, links, taken, gone, sums, dk, cu_seqlens, tokens, sequences, heads, group, places,
+    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -302,23 +321,26 @@ def _written(
             e_tile = _load_state(leaving + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
             right = tl.dot(u_tile, tl.trans(e_tile), acc=right, input_precision=DOT)
         norm = tl.full([BLOCK], 1.0, tl.float32)
+        through = norm
         if L2NORM:
             norm = row_norm(k_tile)
-            q_tile = _normed(q_tile, row_norm(q_tile), True)
+            through = row_norm(q_tile)
         if g is not None:
             coarse, fine, coarse_last, fine_last = running_log(step, SPLIT)
             right *= tl.exp((coarse_last - coarse) + (fine_last - fine))[:, None]
         if gone is not None:
             tl.store(gone + tile * places + place, tl.sum(norm * tl.sum(k_tile.to(tl.float32) * right, 1), 0))
         if gate is not None:
-            through = _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
-            p_tile = (p_tile.to(tl.float32) * through[:, None]).to(DTYPE)
-        right = tl.dot(tl.trans(p_tile), q_tile, acc=right, input_precision=DOT)
+            through *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
+        right = tl.dot(tl.trans(p_tile), _normed(q_tile, through, L2NORM or gate is not None), acc=right, input_precision=DOT)
         if links is not None:
-            right = tl.dot(tl.trans(l_tile), _normed(k_tile, norm, L2NORM), acc=right, input_precision=DOT)
+            bent = norm * _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
+            right = tl.dot(tl.trans(l_tile), _normed(k_tile, bent, True), acc=right, input_precision=DOT)
         if taken is not None:
             tl.store(taken + (tile * places + place) * BLOCK + row, norm * tl.sum(k_tile.to(tl.float32) * right, 1))
         if dk is not None:
+            q_tile = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K)  # again: registers are scarce
+            right += q_tile.to(tl.float32) * (through * tl.load(diagonal + place * BLOCK + row))[:, None]
             if sums is not None:
                 if links is not None:  # noqa: SIM114  (decided when it compiles)
                     right += tl.load(sums + at_sums)
@@ -340,7 +362,7 @@ WRITTEN = Kernel(_written)
 
 @triton.jit
 def _vectors(
-    beta, g, gate, told, direct, seen, taken, gone, asked_of, shed, carried, dbeta, dg, dgate, d_decay, cu_seqlens,
+    beta, g, gate, told, past, direct, seen, taken, gone, asked_of, shed, carried, dbeta, dg, dgate, d_decay, cu_seqlens,
     tokens, sequences, heads, places, parts, tiles, chunks,
     beta_b, beta_t, beta_h, g_b, g_t, g_h, gate_b, gate_t, gate_h, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -357,13 +379,16 @@ def _vectors(
     place = slot.to(tl.int64) * heads + head
     out = (at * tokens + first + row) * heads + head
     steep = tl.zeros([BLOCK], tl.float32)
+    answered = steep
     asked = steep
     erased = steep
     held = 0.0
     for tile in range(tiles):
         line = (tile * places + place) * BLOCK + row
         if told is not None:
-            asked += tl.load(told + line)
+            answered += tl.load(told + line)
+        if past is not None:
+            asked += tl.load(past + line)
         if seen is not None:
             erased += tl.load(seen + line)
         if taken is not None:
@@ -382,7 +407,7 @@ def _vectors(
             index += chunks_before(cu_seqlens, sequence, BLOCK)
         tl.store(d_decay + (at * chunks + index) * heads + head, total.to(d_decay.dtype.element_ty))
     if dgate is not None:
-        tl.store(dgate + out, asked.to(dgate.dtype.element_ty), mask=here)
+        tl.store(dgate + out, answered.to(dgate.dtype.element_ty), mask=here)
     if dbeta is not None:
         wanted = erased
         for part in range(parts):

@@ -40,7 +40,10 @@ def main() -> int:
     console.print("[bold]$ titans-backends tune[/bold]")
     show_rows(console, rows)
     PICTURE.write_text(
-        console.export_svg(title=machine.name + (f", {machine.threads} threads" if machine.threads else ""), theme=MONOKAI), encoding="utf-8"
+        console.export_svg(
+            title=machine.name + (f", {machine.threads} thread{'s' * (machine.threads > 1)}" if machine.threads else ""), theme=MONOKAI
+        ),
+        encoding="utf-8",
     )
     print(PICTURE)
     return 0

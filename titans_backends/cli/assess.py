@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from titans_backends import registry
 from titans_backends.cli import exit_codes, units
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import by_key, key_json, key_title
@@ -37,7 +38,7 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
     err = status_console()
     say(err, f"{machine.name}: {units.amount(len(chosen.buckets), 'bucket')} of {len(request.buckets)} to assess, into {path}", "dim")
     found = assess(chosen, budget_s, lambda said: say(err, said, "dim"))
-    told = _json(found, request.device)
+    told = _json(found, request)
     path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if as_json:
         print_json(told)
@@ -47,9 +48,11 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
         raise typer.Exit(exit_codes.FALLS_SHORT)
 
 
-def _json(found: Assessment, device: str) -> dict[str, Json]:
+def _json(found: Assessment, request: TuneRequest) -> dict[str, Json]:
+    racing = [backend.name for backend in registry.known().values() if request.asks(backend.name)]
     return {
-        **fingerprint(device),
+        **fingerprint(request.device),
+        "racing": [*racing],
         "summary": asdict(found.summary),
         "compiled_ahead": None if found.compiled is None else asdict(found.compiled),
         "tune_s": list(found.tune_s),

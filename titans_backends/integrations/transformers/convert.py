@@ -41,9 +41,11 @@ def convert(module: nn.Module, backend: str | None) -> Conversion | Verdict:
     if module.conv_kernel_size != TAPS:
         notes.append(f"its convolution has {module.conv_kernel_size} taps and the op {TAPS}, so torch's conv1d runs it")
     if not isinstance(module.conv1d, nn.Conv1d):
-        notes.append(
-            f"conv1d is a {type(module.conv1d).__name__}: its weight and bias are read at each call, and it is not called, as in transformers"
+        kind = type(module.conv1d)
+        told = (
+            f"conv1d is a {kind.__module__}.{kind.__qualname__}: its weight and bias are read at each call, and it is not called, as in transformers"
         )
+        notes.append(told)
     ops = [*_MEMORY, *(["qkv_prepare"] if module.conv_kernel_size == TAPS else []), *(["gated_rms_norm"] if gate is not None else [])]
     attributes = {
         "titans_rule": get_op("gated_delta_rule", backend=backend),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Case", "Variant", "build", "case_dims", "cases", "cotangents", "poisoned"]
 
 Keys = Literal["silu", "correlated"]
-Decay = Literal["mild", "zero", "hard"]
+Decay = Literal["mild", "zero", "hard", "fast"]
 Beta = Literal["sigmoid", "extreme"]
 View = Literal["contiguous", "transposed", "misaligned", "expanded"]
 
@@ -40,7 +40,7 @@ class Case:
     """One set of inputs: sizes, options, which optional tensors are there, and what is unpleasant about it.
 
     `lengths` packs sequences of these lengths (B is then 1, T their sum). `keys="correlated"`: nearly parallel keys.
-    `decay`: mild (-0.1 to 0), zero, or hard (a mix of 0, -20 and mild). `beta="extreme"`: a mix of 0, 1 and 2.
+    `decay`: mild (-0.1 to 0), zero, hard (a mix of 0, -20 and mild), or fast (-7 to -3). `beta="extreme"`: a mix of 0, 1 and 2.
     """
 
     name: str
@@ -133,6 +133,8 @@ def _fill(argument: Argument, shape: tuple[int, ...], case: Case, dims: Mapping[
         mild = -0.1 * uniform()
         if case.decay == "mild":
             return mild
+        if case.decay == "fast":
+            return 40 * mild - 3
         pick = torch.randint(0, 3, shape, generator=source)
         return torch.zeros(shape, dtype=torch.float64) if case.decay == "zero" else torch.where(pick == 0, 0.0, torch.where(pick == 1, -20.0, mild))
     if kind == "decay_factor":

@@ -101,20 +101,20 @@ class Row:
         return min((one for one in self.ours.values() if not math.isnan(one.graph_us)), key=lambda one: one.graph_us, default=None)
 
 
-def problem(cell: Cell, seed: int = 0) -> GatedDeltaRule:
+def problem(cell: Cell, seed: int = 0, device: str = "cuda") -> GatedDeltaRule:
     """Unit q and k; A ~ U(0, 16), dt ~ logU(1e-3, 1e-1), g = -A softplus(0.5 x + inverse softplus(dt)) with A and dt a head's own."""
-    source = torch.Generator(device="cuda").manual_seed(seed)
+    source = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=source, device="cuda")
+        return torch.randn(*shape, generator=source, device=device)
 
     def unit(*shape: int) -> Tensor:
         return torch.nn.functional.normalize(normal(*shape), dim=-1).to(torch.bfloat16)
 
     q, k = unit(cell.B, cell.T, cell.G, cell.D), unit(cell.B, cell.T, cell.G, cell.D)
     v, beta = normal(cell.B, cell.T, cell.H, cell.D).to(torch.bfloat16), normal(cell.B, cell.T, cell.H).sigmoid()
-    rate = 16 * torch.rand(cell.H, generator=source, device="cuda")
-    step = torch.exp(math.log(1e-3) + (math.log(1e-1) - math.log(1e-3)) * torch.rand(cell.H, generator=source, device="cuda"))
+    rate = 16 * torch.rand(cell.H, generator=source, device=device)
+    step = torch.exp(math.log(1e-3) + (math.log(1e-1) - math.log(1e-3)) * torch.rand(cell.H, generator=source, device=device))
     shift = torch.log(torch.expm1(step))
     g = -rate * torch.nn.functional.softplus(0.5 * normal(cell.B, cell.T, cell.H) + shift)
     return GatedDeltaRule(q, k, v, beta, g, output_final_state=True)

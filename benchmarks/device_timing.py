@@ -175,8 +175,12 @@ class Race:
 
     def times(self, budget_s: float, least: int = 9, most: int = 60) -> dict[str, float]:
         """The median of each in microseconds; who goes first changes from round to round. A budget that ends early leaves `least` rounds."""
-        series: dict[str, list[float]] = {name: [] for name in self._graphs}
-        start, names = time.perf_counter(), list(self._graphs)
+        return {name: statistics.median(found) for name, found in self.samples(list(self._graphs), budget_s, least, most).items()}
+
+    def samples(self, names: Sequence[str], budget_s: float, least: int = 9, most: int = 60) -> dict[str, list[float]]:
+        """Some of the runners' times in microseconds, a round after the other without the first, which warms up."""
+        series: dict[str, list[float]] = {name: [] for name in names}
+        start = time.perf_counter()
         for turn in range(most if names else 0):
             if turn >= least and time.perf_counter() - start > budget_s:
                 break
@@ -191,7 +195,7 @@ class Race:
             torch.cuda.synchronize()
             for name, first, last in events:
                 series[name].append(1e3 * first.elapsed_time(last))
-        return {name: statistics.median(found[1:]) for name, found in series.items()}
+        return {name: found[1:] for name, found in series.items()}
 
 
 def memory(run: Run, call: Call, op: str) -> float:

@@ -1,24 +1,27 @@
-"""A model before and after it was recorded and tuned: time of a forward pass, of a training step, and how much of our ops' time the tuned rows cover.
+"""Models before and after they were recorded and tuned: time of a forward pass, of a training step, and how much of our ops' time the tuned rows cover.
 
-    python benchmarks/recorded.py [--device cuda] [--models encoder,transformers] [--budget 60] [--json FILE]
+    python benchmarks/recorded.py [--device cuda] [--models encoder,transformers] [--budget 120] [--json FILE]
 
 `encoder` is `TitansEncoder`, `transformers` a Qwen3.5-like model from a config (random weights, nothing downloaded) after `titans_backends.accelerate`.
-Before: what this machine's tables and defaults choose. After: the rows that `tune` measured for the recorded problems, in a file of its own that is gone
-afterwards. The two take turns; outputs are compared first. Figures are medians of wall time, ended by a synchronisation. Exit status 1 where the outputs
-differ; a time is no failure.
+Every model and regime is recorded, then one tune measures all their problems, then each is timed three ways that take turns: untuned (the defaults, no table
+is asked), before (this machine's tables: the shipped one, and the user's), after (the rows that the tune wrote, in a file of its own that is gone
+afterwards). Outputs are compared first. Figures are medians of wall time, ended by a synchronisation. Exit status 1 where the outputs differ; a time is no
+failure, and what `--within` left out is said.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,34 +29,46 @@ import torch
 from torch import Tensor
 
 import titans_backends as tb
-from titans_backends import recording
+from titans_backends import recording, tables
+from titans_backends.cli.progress import showing
+from titans_backends.cli.show import status_console
+from titans_backends.machine import Machine
 from titans_backends.tuning import ceilings
 from titans_backends.tuning.fingerprint import fingerprint
-from titans_backends.tuning.recorded import covered, demands, ordered
-from titans_backends.tuning.run import TuneRequest, tune
+from titans_backends.tuning.recorded import Cost, covered, demands, ordered
+from titans_backends.tuning.run import TuneReport, TuneRequest, tune
 
 SWITCH = "TITANS_BACKENDS_CACHE"
-CALLS, WARM = 8, 3
-SIZES = {"cuda": (6, 384, 12, 4096), "cpu": (2, 64, 2, 128)}
+CALLS, WARM, TURNS = 6, 2, 3
+SIZES = {"cuda": (6, 384, 12, 16384), "cpu": (2, 64, 2, 128)}
 """Layers, width, heads and tokens of the encoder."""
+UNTUNED, BEFORE, AFTER = WAYS = ("untuned", "before", "after")
 
 
 @dataclass(slots=True)
 class Line:
-    """One model and regime; milliseconds, shares of our ops' recorded time, problems met and rows measured for them."""
+    """One model and regime; milliseconds of each way, shares of our ops' recorded time, problems met and rows measured for them."""
 
     model: str
     regime: str
     tokens: int
-    before_ms: float = 0.0
-    after_ms: float = 0.0
+    ms: dict[str, float] = field(default_factory=dict)
     covered: float = 0.0
     problems: int = 0
     rows: int = 0
-    tune_s: float = 0.0
     difference: float = 0.0
     wrong: str = ""
     winners: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Met:
+    """A model in one regime with what it met: how to run it, its outputs before anything was tuned, and its problems with their costs."""
+
+    line: Line
+    run: Callable[[], Tensor]
+    outputs: Tensor
+    costs: tuple[Cost, ...]
 
 
 def encoder(device: str) -> tuple[torch.nn.Module, Callable[[torch.nn.Module], Tensor], int]:
@@ -79,7 +94,7 @@ def transformers(device: str) -> tuple[torch.nn.Module, Callable[[torch.nn.Modul
     with torch.device(device):
         model = Qwen3_5ForCausalLM(config).to(_dtype(device))
     print(tb.accelerate(model), file=sys.stderr)
-    tokens = 4096 if wide else 96
+    tokens = 8192 if wide else 96
     ids = torch.randint(0, 4096, (1, tokens)).to(device)
     return model, lambda model: model(ids, use_cache=False).logits, tokens
 
@@ -101,12 +116,20 @@ def once(model: torch.nn.Module, call: Callable[[torch.nn.Module], Tensor], trai
     return found.detach()
 
 
-def by_table(path: Path | None) -> None:
-    """Makes every call ask this file first, or none of ours."""
+def chosen_by(way: str, table: Path) -> None:
+    """Makes every call ask no table, this machine's, or the tuned one before them."""
     os.environ.pop(SWITCH, None)
-    if path is not None:
-        os.environ[SWITCH] = str(path)
+    if way == AFTER:
+        os.environ[SWITCH] = str(table)
+    tables._sources = _nothing if way == UNTUNED else _all  # there is no switch for this: nobody wants it but who measures what tables buy
     tb.reset()
+
+
+_all = tables._sources
+
+
+def _nothing(machine: Machine) -> Iterator[tables.Source]:
+    return iter(())
 
 
 def timed(run: Callable[[], Tensor], device: str) -> list[float]:
@@ -126,37 +149,63 @@ def timed(run: Callable[[], Tensor], device: str) -> list[float]:
     return samples
 
 
-def measure(name: str, regime: str, device: str, budget_s: float, folder: Path) -> Line:
-    """One model in one regime: recorded, tuned, and timed with and without."""
+def meet(name: str, regimes: Sequence[str], device: str, folder: Path) -> Iterator[Met]:
+    """A model in each regime, recorded."""
     model, call, tokens = MODELS[name](device)
-    training = regime == "training"
-    run = functools.partial(once, model.train(training), call, training)
-    line, shapes, table = Line(name, regime, tokens), folder / f"{name}_{regime}.shapes.yaml", folder / f"{name}_{regime}.yaml"
-    before = run()
-    with tb.record(shapes) as met:
-        run()
-    machine, lines = tb.detect(device), recording.read(shapes)
-    costs = ordered(demands(lines, machine.kind), machine, functools.cache(lambda dtype: ceilings.measure(device, dtype)))
-    heads = {cost.demand.bucket: cost.demand.heads for cost in costs if cost.demand.heads is not None}
-    buckets = tuple(cost.demand.bucket for cost in costs)
-    report = tune(TuneRequest(buckets, device=device, budget_s=budget_s, output=table, heads_by_bucket=heads))
-    found = covered(costs, {row.bucket: row for row in report.rows})
+    machine = tb.detect(device)
+    for regime in regimes:
+
+        def run(training: bool = regime == "training") -> Tensor:
+            return once(model.train(training), call, training)
+
+        outputs = run()
+        with tb.record(folder / f"{name}_{regime}.shapes.yaml") as met:
+            run()
+        wanted = demands(recording.read(folder / f"{name}_{regime}.shapes.yaml"), machine.kind)
+        costs = ordered(wanted, machine, functools.cache(lambda dtype: ceilings.measure(device, dtype)))
+        yield Met(Line(name, regime, tokens, problems=len(met.problems)), run, outputs, costs)
+
+
+def tuned(found: Sequence[Met], device: str, budget_s: float, table: Path) -> TuneReport:
+    """One tune of all that was met, of every model and regime the most expensive first."""
+    turns = [cost for rank in itertools.zip_longest(*(one.costs for one in found)) for cost in rank if cost is not None]
+    buckets = tuple(dict.fromkeys(cost.demand.bucket for cost in turns))
+    heads = {cost.demand.bucket: cost.demand.heads for cost in turns if cost.demand.heads is not None}
+    with showing(status_console()) as on_event:
+        return tune(TuneRequest(buckets, device=device, budget_s=budget_s, output=table, heads_by_bucket=heads), on_event)
+
+
+def compare(met: Met, report: TuneReport, device: str, table: Path) -> Line:
+    """The line of a model and regime: outputs compared, then the three ways in turns."""
+    line, rows = met.line, {row.bucket: row for row in report.rows}
+    found = covered(met.costs, rows)
     whole = sum(one.total_us for one in found)
     line.covered = sum(one.covered * one.total_us for one in found) / whole if whole else 0.0
-    line.problems, line.rows, line.tune_s = len(met.problems), sum(row.entry is not None for row in report.rows), report.seconds
-    line.winners = {f"{row.bucket.op} {row.bucket.seq_len}": row.entry.label for row in report.rows if row.entry is not None}
-    by_table(table)
-    after = run()
-    line.difference = float((after.float() - before.float()).norm() / before.float().norm())
-    if not line.difference <= (1e-4 if before.dtype == torch.float32 else 5e-2):
+    own = [row for cost in met.costs if (row := rows.get(cost.demand.bucket)) is not None and row.entry is not None]
+    line.rows, line.winners = len(own), {f"{row.bucket.op} {row.bucket.seq_len}": row.entry.label for row in own if row.entry is not None}
+    chosen_by(AFTER, table)
+    after = met.run()
+    line.difference = float((after.float() - met.outputs.float()).norm() / met.outputs.float().norm())
+    if not line.difference <= (1e-4 if after.dtype == torch.float32 else 5e-2):
         line.wrong = f"the outputs differ by {line.difference:.1e}"
-    samples: dict[Path | None, list[float]] = {None: [], table: []}
-    for way in (None, table, table, None, None, table):
-        by_table(way)
-        samples[way] += timed(run, device)
-    by_table(None)
-    line.before_ms, line.after_ms = (statistics.median(samples[way]) for way in (None, table))
+    samples: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(TURNS):
+        for way in (*WAYS[turn:], *WAYS[:turn]):
+            chosen_by(way, table)
+            samples[way] += timed(met.run, device)
+    chosen_by(BEFORE, table)
+    line.ms = {way: statistics.median(found) for way, found in samples.items()}
     return line
+
+
+def said(line: Line) -> str:
+    """A line for people."""
+    untuned, before, after = (line.ms[way] for way in WAYS)
+    return (
+        f"{line.model} {line.regime}, {line.tokens} tokens: {untuned:.2f} ms untuned, {before:.2f} ms before, {after:.2f} ms after "
+        f"({untuned / after:.2f} and {before / after:.2f} times as fast); {line.rows} rows for {line.problems} problems cover "
+        f"{100 * line.covered:.0f} % of our ops' time; outputs differ by {line.difference:.0e} {line.wrong}"
+    )
 
 
 def main() -> int:
@@ -165,30 +214,38 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--models", default="encoder,transformers", help="of encoder, transformers")
     parser.add_argument("--regimes", default="inference,training", help="of inference, training")
-    parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help="for each tune (default 60)")
+    parser.add_argument("--budget", type=float, default=120.0, metavar="SECONDS", help="for the tune (default 120)")
+    parser.add_argument("--within", type=float, default=math.inf, metavar="SECONDS", help="no model is begun after this (default: all are)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     asked = parser.parse_args()
     if SWITCH in os.environ:
         parser.error(f"{SWITCH} is set; unset it, since this sets it in turns")
-    lines: list[Line] = []
-    for name in asked.models.split(","):
-        for regime in asked.regimes.split(","):
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    line = measure(name, regime, asked.device, asked.budget, Path(folder))
-                except ImportError as error:
-                    print(f"{name}: not measured: {error}", file=sys.stderr)
-                    continue
-            lines.append(line)
-            print(
-                f"{line.model} {line.regime}, {line.tokens} tokens: {line.before_ms:.2f} ms before, {line.after_ms:.2f} ms after "
-                f"({line.before_ms / line.after_ms:.2f} times as fast); {line.rows} rows for {line.problems} problems cover {100 * line.covered:.0f} % of our "
-                f"ops' time, tuned in {line.tune_s:.0f} s; outputs differ by {line.difference:.0e} {line.wrong}",
-                flush=True,
-            )
+    begun, found, left, lines = time.monotonic(), list[Met](), list[str](), list[Line]()
+    with tempfile.TemporaryDirectory() as name:
+        folder, table = Path(name), Path(name) / "tuned.yaml"
+        for model in asked.models.split(","):
+            try:
+                found += meet(model, asked.regimes.split(","), asked.device, folder)
+            except ImportError as error:
+                left.append(f"{model}: not measured: {error}")
+        if not found:
+            print(*left, sep="\n", file=sys.stderr)
+            return 1
+        print(f"recorded after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+        report = tuned(found, asked.device, asked.budget, table)
+        print(
+            f"tuned {sum(row.entry is not None for row in report.rows)} rows in {report.seconds:.0f} s, {len(report.remaining)} left", file=sys.stderr
+        )
+        for met in found:
+            if time.monotonic() - begun > asked.within:
+                left.append(f"{met.line.model} {met.line.regime}: not timed: the time was up")
+            else:
+                lines.append(compare(met, report, asked.device, table))
+                print(said(lines[-1]), flush=True)
             if asked.json is not None:
-                figures = {**fingerprint(asked.device), "lines": [asdict(one) for one in lines]}
-                asked.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+                told = {"lines": [asdict(one) for one in lines], "tune_s": report.seconds, "buckets_left": len(report.remaining), "left": left}
+                asked.json.write_text(json.dumps({**fingerprint(asked.device), **told}, indent=1) + "\n", encoding="utf-8")
+    print(*left, sep="\n", end="\n" if left else "", file=sys.stderr)
     return 1 if any(line.wrong for line in lines) else 0
 
 

@@ -6,6 +6,7 @@ The layers' own forwards raise: whoever still runs them is found out. FLA's real
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 
@@ -181,8 +182,8 @@ class BackendRegistry:
         return torch.compiler.disable(wrapper)
 
 
-def modules(dispatched: bool = True) -> dict[str, types.ModuleType]:
-    """FLA's modules by name: one function asks its backends, the others do not; all return their own name."""
+def modules(dispatched: bool = True, signature: inspect.Signature | None = None) -> dict[str, types.ModuleType]:
+    """FLA's modules by name: one function asks its backends, the others do not; all return their own name. `signature`: what the first says that it takes."""
     gated = BackendRegistry("gated_delta_rule")
 
     def register(operation: str) -> Callable[[type], type]:
@@ -204,6 +205,8 @@ def modules(dispatched: bool = True) -> dict[str, types.ModuleType]:
     made["fla"].__version__ = "0.6.0"
     made["fla.backends"].__dict__.update(BaseBackend=BaseBackend, BackendRegistry=BackendRegistry, register=register, gated=gated)
     chunk = function("chunk_gated_delta_rule")
+    if signature is not None:
+        chunk.__signature__ = signature  # type: ignore[attr-defined]  # what inspect asks for first
     made["fla.ops.gated_delta_rule"].__dict__.update(
         chunk_gated_delta_rule=torch.compiler.disable(gated.dispatch(chunk) if dispatched else chunk),
         fused_recurrent_gated_delta_rule=function("fused_recurrent_gated_delta_rule"),

@@ -1,4 +1,4 @@
-"""LAM's two flux networks from their formulas (SPEC 6), as the golden files' parameters drive them: token flux and chunk resonance."""
+"""LAM's two flux networks from their formulas, as the golden files' parameters drive them: token flux and chunk resonance."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from titans_backends.errors import RanksError
 from titans_backends.machine import detect
 from titans_backends.offers import offers, pairs
 from titans_backends.tuning import meeting, ranks, run
-from titans_backends.tuning.events import Planned
+from titans_backends.tuning.events import BucketDone, Planned
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
 
@@ -58,6 +58,7 @@ def made_up(request: run.TuneRequest, on_event: Callable[[object], None] = lambd
         on_event(Planned(1, 1))
     for bucket in request.buckets:
         put(bucket, 1)
+        on_event(BucketDone(bucket, Entry("eager/joined", 2.0, 0.01, 1.0), 1.0, 1.0, 0.4))
     return run.TuneReport(user_cache_path(detect("cpu").slug), (), (), 0.4)
 
 
@@ -103,7 +104,7 @@ def autotunes(rank: int) -> object:
     """Only rank 1 has a row, which does not count in a job: rank 0 tunes, once."""
     tuned_here = []
 
-    def made_up_call(contract: object, call: object, signature: object, budget_s: float) -> None:
+    def made_up_call(contract: object, call: object, signature: object, budget_s: float, on_event: object) -> None:
         tuned_here.append(put(BUCKETS[0], 1))
 
     run.tune_call = made_up_call  # type: ignore[assignment]
@@ -158,6 +159,19 @@ def differs(rank: int) -> object:
     return tuned()
 
 
+def dies_after_the_tune(rank: int) -> object:
+    """Rank 1 is gone when choices are compared."""
+    run.tune = made_up
+
+    def last(*_: object) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return ""
+
+    if rank == 1:
+        meeting.Meeting.heard = last  # type: ignore[method-assign]
+    return tuned()
+
+
 def fails(rank: int) -> object:
     def broken(request: object, on_event: object) -> object:
         raise OSError("no space left on device")
@@ -190,6 +204,53 @@ def never_meets(rank: int) -> object:
     return "called"
 
 
+def dies_in_a_call(seconds: float) -> Scene:
+    """Rank 1 comes to the call that rank 0 tunes for so many seconds, and is killed there."""
+
+    def made_up_call(contract: object, call: object, signature: object, budget_s: float, on_event: Callable[[object], None]) -> None:
+        while not (Path(os.environ["XDG_CACHE_HOME"]).parent / "1 came").exists():
+            time.sleep(0.02)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(0.05)
+            on_event(Planned(1, 1))
+        put(BUCKETS[0], 1)
+
+    def scene(rank: int) -> object:
+        ranks.Patience = lambda join_s=20.0: replace(PATIENCE, join_s=20.0)  # type: ignore[assignment, misc]
+        ranks.first_share("cpu")
+        run.tune_call = made_up_call  # type: ignore[assignment]
+        if rank == 1:
+
+            def last(*_: object) -> str:
+                (Path(os.environ["XDG_CACHE_HOME"]).parent / "1 came").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+                return ""
+
+            meeting.Meeting.heard = last  # type: ignore[method-assign]
+        called()
+        return "called"
+
+    return scene
+
+
+def never_comes(rank: int) -> object:
+    """Rank 0 tunes a call that the other never makes."""
+    run.tune_call = lambda *_: None  # type: ignore[assignment, return-value]
+    ranks.first_share("cpu")
+    if rank == 0:
+        called()
+    return "called"
+
+
+def ended_before(rank: int) -> object:
+    """Rank 1 is gone before the first call of either."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.share(patience=PATIENCE)
+    return "shared"
+
+
 real_consult = ranks.consult
 SCENES: dict[str, tuple[int, str, Scene]] = {
     "shares": (4, "file", shares),
@@ -206,6 +267,11 @@ SCENES: dict[str, tuple[int, str, Scene]] = {
     "asks otherwise": (2, "file", asks_otherwise),
     "changed code": (2, "file", changed_code),
     "never meets": (2, "file", never_meets),
+    "rank 1 dies in a call": (2, "tcp", dies_in_a_call(20.0)),
+    "rank 1 dies in a short call": (2, "file", dies_in_a_call(0.1)),
+    "never comes": (2, "file", never_comes),
+    "ended before": (2, "tcp", ended_before),
+    "dies after the tune": (2, "file", dies_after_the_tune),
 }
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.util
 import io
 import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -240,6 +243,129 @@ def test_wrong_arguments_are_told_at_once(given: dict[str, object], error: type[
     model = nn.Sequential(Doubled())
     with pytest.raises(error, match=told):
         tb.accelerate(**{"model": model, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("triton",), "got 'triton' besides; type accelerate(model, backend='triton')"),
+        ((False,), "got False besides; type accelerate(model, strict=False)"),
+        ((False, "eager"), "got False, 'eager' besides; type accelerate(model, strict=False, backend='eager')"),
+        ((nn.Linear(2, 2),), "got a Linear besides; type accelerate(model, strict=..., backend=...)"),
+        (("eager", "triton"), "got 'eager', 'triton' besides; type accelerate(model, strict=..., backend=...)"),
+    ],
+)
+def test_what_is_given_by_place_is_told_its_keyword(marks: list[str], given: tuple[object, ...], told: str) -> None:
+    model = nn.Sequential(Doubled())
+    with pytest.raises(TypeError, match=re.escape(f"accelerate: it takes model by place and nothing else, {told}")):
+        tb.accelerate(model, *given)
+    assert type(model[0]) is Doubled
+
+
+# --- a backend that has not everything
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets TITANS_BACKENDS_FORCE; an empty name takes it away."""
+
+    def forced(name: str) -> None:
+        monkeypatch.setenv("TITANS_BACKENDS_FORCE", name)
+        tb.reset()
+
+    yield forced
+    monkeypatch.undo()
+    tb.reset()
+
+
+def test_a_switch_that_would_make_every_call_raise_is_told_at_the_swap_and_by_the_call(force: Callable[[str], None]) -> None:
+    pytest.importorskip("numba", reason="numba is not installed")
+    model, x = model_of().eval(), X[:, :64]
+    with torch.no_grad():
+        want = model(x)
+    force("numba_cpu")
+    told = "TITANS_BACKENDS_FORCE=numba_cpu forces every op, and 'numba_cpu' has no qkv_prepare, gated_rms_norm, chunk_flux, which this layer calls; "
+    with pytest.raises(tb.AccelerateError, match=re.escape(f"{told}unset it, and type accelerate(model, backend='numba_cpu')")):
+        tb.accelerate(model)
+    assert "qkv_prepare" in str(tb.accelerate(model, strict=False))
+    assert [type(layer) for layer in model.layers] == [LamAfter] * 2
+    force("")
+    with torch.no_grad(), tb.accelerate(model, backend="numba_cpu"):  # what the error says to type
+        same(model(x), want)
+    tb.accelerate(model)
+    ran = old_calls(model)
+    force("numba_cpu")
+    told = "TITANS_BACKENDS_FORCE forces every op; accelerate(model, backend='numba_cpu') and get_op(name, backend='numba_cpu') force those that it has. "
+    with torch.no_grad(), pytest.raises(tb.BackendRefusedError, match=re.escape(told)):
+        model(x)
+    force("eager")
+    with torch.no_grad():
+        same(model(x), want)
+    assert old_calls(model) == ran
+    assert len(tb.accelerate(model_of()).swapped) == 2, "eager has every op"
+
+
+def test_a_layer_forced_past_the_switch_is_swapped(force: Callable[[str], None], marks: list[str]) -> None:
+    tb.register_layer(doubled(marks, ops=("gated_rms_norm",)))
+    force("numba_cpu")
+    with pytest.raises(tb.AccelerateError, match="'numba_cpu' has no gated_rms_norm"):
+        tb.accelerate(nn.Sequential(Doubled()))
+    assert tb.accelerate(nn.Sequential(Doubled()), backend="eager").swapped  # a call's own backend goes before the switch
+
+
+def test_training_on_a_backend_without_a_backward_says_what_to_type() -> None:
+    pytest.importorskip("numba", reason="numba is not installed")
+    model = model_of()
+    tb.accelerate(model, backend="numba_cpu")
+    with pytest.raises(
+        tb.BackendRefusedError, match=r"it has only forward\. Without gradients it runs: with torch\.no_grad\(\): .* to train, force another"
+    ):
+        model(X)
+    with torch.no_grad():  # what it says
+        assert model.eval()(X[:, :64]).isfinite().all()
+    with pytest.raises(tb.BackendRefusedError) as raised:  # not of a call that runs nowhere on it
+        tb.get_op("gated_rms_norm", backend="numba_cpu")(*torch.ones(2, 1, 2, 2, 4), torch.ones(4, requires_grad=True))
+    assert "no_grad" not in str(raised.value)
+
+
+# --- a swap that something takes off
+
+
+def test_a_layer_that_another_forward_was_put_on_since_is_lost_and_told(marks: list[str]) -> None:
+    model = nn.Sequential(Doubled(), Doubled())
+    report = tb.accelerate(model)
+    assert (report.lost, "lost" in str(report)) == ((), False)
+
+    def tripled(self: nn.Module, x: Tensor) -> Tensor:
+        return 3 * x
+
+    model[1].forward = types.MethodType(tripled, model[1])  # as kernels.kernelize does
+    assert model(torch.ones(1)).item() == 6
+    (lost,) = report.lost
+    assert (lost.path, lost.status) == ("1", "lost")
+    assert "tripled (as transformers' kernelize() gives), which is called in place of ours; `del module.forward` takes it off" in lost.reasons[0]
+    assert repr(report) == "<Sequential: 2 swapped, 1 lost since>"
+    assert "TitansDoubled (lost)" in str(report)
+    with pytest.raises(tb.AccelerateError, match="it was swapped already, and since then its instance got a `forward` of its own"):
+        tb.accelerate(model)
+    del model[1].forward
+    assert not report.lost
+    assert model(torch.ones(1)).item() == 4
+    assert [entry.status for entry in tb.accelerate(model).entries] == ["already", "already"]
+    model[1].__class__ = type("Again", (type(model[1]),), {"forward": tripled})
+    assert "Again, whose forward is called in place of ours" in report.lost[0].reasons[0]
+
+
+def test_what_wraps_our_forward_and_says_so_has_not_lost_it(marks: list[str]) -> None:
+    model = nn.Sequential(*(Doubled() for _ in range(4)))
+    report = tb.accelerate(model)
+    ours = [layer.forward for layer in model]
+    model[0].forward = functools.wraps(ours[0])(lambda *args: ours[0](*args))
+    model[1].forward = functools.partial(ours[1])
+    model[2].forward = torch.compile(ours[2], backend="eager")
+    model[3].__class__ = type("Sharded", (type(model[3]),), {})
+    assert not report.lost
+    assert len(tb.accelerate(model).already) == 4
 
 
 # --- layers of one's own
@@ -484,6 +610,7 @@ def test_ddp_and_fsdp2_on_two_processes_train_as_one() -> None:
     script = Path(__file__).with_name("accelerated_on_two_processes.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["lam", *(["qwen3_5"] if importlib.util.find_spec("transformers") else [])]
 
 
 def test_no_package_is_imported_for_a_model_that_has_nothing_of_it() -> None:

@@ -140,6 +140,13 @@ def test_the_project_declares_its_entry_point_and_packages_its_tables(tmp_path: 
     compile((tmp_path / "p" / "tests" / "test_conformance.py").read_text(), "test", "exec")
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_kind_asks_for_the_versions_that_the_library_itself_asks_for(kind: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ours = {wanted for extra in extras.values() for wanted in extra}
+    assert [wanted for wanted in KINDS[kind].dependencies if wanted not in ours] == []
+
+
 def test_in_tree_it_is_a_folder_of_backends_that_is_found_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "backends").mkdir()
     (tmp_path / "pyproject.toml").write_text("")
@@ -163,12 +170,18 @@ def test_in_tree_it_is_a_folder_of_backends_that_is_found_by_looking(tmp_path: P
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["My-Kernel"], "a backend's name is a Python identifier in lower case, as my_backend; got 'My-Kernel'"),
-        (["class"], "a backend's name is a Python identifier"),
-        (["_hidden"], "a backend's name is a Python identifier"),
-        (["eager"], "there is a backend 'eager' already (built in); known: cupy, eager, inductor"),
-        (["json"], "there is a module 'json' already"),
-        (["torch"], "there is a module 'torch' already"),
+        (["My-Kernel"], "'My-Kernel' cannot be a backend's name: it holds '-', and a name has only letters of ASCII, digits and _"),
+        (["My-Kernel"], "What could be: titans-backends new-backend my_kernel"),
+        (["Mine"], "it is not in lower case, as every backend's name is. What could be: titans-backends new-backend mine"),
+        (["class"], "it is a keyword of Python, and cannot be imported. What could be: titans-backends new-backend my_class"),
+        (["1x"], "it begins with a digit, and no name in Python does. What could be: titans-backends new-backend my_1x"),
+        (["größe"], "it holds 'ß', 'ö', and a name has only letters of ASCII"),
+        ([""], "it is empty. What could be: titans-backends new-backend my_backend"),
+        (["_hidden"], "it begins with _, as what is private does. What could be: titans-backends new-backend hidden"),
+        (["eager"], "there is such a backend already (built in); known: cupy, eager, fla"),
+        (["eager"], "What could be: titans-backends new-backend my_eager"),
+        (["json"], "there is such a module already"),
+        (["torch"], "there is such a module already"),
         (["reference"], "what the contracts' references are called"),
         (["mine", "--op", "softmax"], "unknown op 'softmax'; known: chunk_flux"),
         (["mine", "--kind", "rust"], "unknown kind 'rust'; known: cupy, numba, torch, triton"),
@@ -211,7 +224,7 @@ def test_it_prints_what_to_type_next(tmp_path: Path, monkeypatch: pytest.MonkeyP
     said = new("my_kernels", "--kind", "triton").stdout
     for line in (
         "cd titans-backends-my-kernels",
-        "pip install -e .",
+        "pip install -e '.[test]'",
         "titans-backends verify --backend my_kernels",
         "tune --op fused_uw",
         "TRITON_INTERPRET=1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -27,7 +28,7 @@ GIVEN = {"dtype": "float32", "head_dim": (16, 16), "streams": 2}
 BUCKET = Bucket("gated_delta_rule", canonical_when(GIVEN, defaults_of("gated_delta_rule")), 512)
 ENTRY = Entry("eager/chunked", 100.0, 0.01, 1.0)
 EVENTS: list[Event] = [
-    Planned(3, 2),
+    Planned(4, 3),
     Skipped(BUCKET, ENTRY),
     BackendProbed("other", "refused", "the [package] is missing"),
     CompiledAhead(212, 14, 48.0, 3, "fused_uw 64: other/[fast]: it is killed"),
@@ -35,6 +36,7 @@ EVENTS: list[Event] = [
     CandidateDone(BUCKET, "eager/chunked", "forward", "ok", us=100.0, spread=0.01),
     CandidateDone(BUCKET, "eager/wrong", "forward", "failed", "o is off by 0.3 [on T=65]"),
     BucketDone(BUCKET, ENTRY, 250.0, 900.0, 2.0),
+    BucketDone(BUCKET, replace(ENTRY, doubt=0.12), 250.0, 900.0, 2.0),
     BucketFailed(BUCKET, "no candidate passed", 1.0),
     Remaining((BUCKET,)),
 ]
@@ -64,8 +66,9 @@ def test_without_a_terminal_there_is_a_plain_line_for_each_finished_bucket() -> 
     assert "\x1b" not in text
     assert "\r" not in text
     lines = text.splitlines()
-    assert any(line.startswith("[1/2] ") and "eager/chunked 100 µs, 2.50× the default" in line and " left)" in line for line in lines)
-    assert any(line.startswith("[2/2] ") and "no candidate passed" in line for line in lines)
+    assert any(line.startswith("[1/3] ") and "eager/chunked 100 µs, 2.50× the default" in line and " left)" in line for line in lines)
+    assert any(line.startswith("[3/3] ") and "no candidate passed" in line for line in lines)
+    assert any(line.startswith("[2/3] ") and "; noise: another may save up to 12 %" in line for line in lines)
     assert any("the [package] is missing" in line for line in lines)
     assert any("off by 0.3 [on T=65]" in line for line in lines)
     assert "compiled 212 candidates ahead in 14 processes, 48 s; 3 not: fused_uw 64: other/[fast]: it is killed" in lines
@@ -78,4 +81,4 @@ def test_on_a_terminal_finished_buckets_stand_above_a_bar_with_the_time_left() -
     text = stream.getvalue()
     assert "100 µs" in text
     assert "left" in text or "estimating" in text
-    assert "2/2" in text
+    assert "3/3" in text

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.report_facts import facts
+from tests.report_facts import bucket, cell, facts, machine
 from titans_backends.cli import app
+from titans_backends.reporting.facts import Facts, State
 from titans_backends.reporting.gather import Edge
 
 run = CliRunner().invoke
@@ -49,15 +50,25 @@ def test_the_table_says_who_wins_and_what_to_renew(monkeypatch: pytest.MonkeyPat
     assert "titans-backends report --output report.html" in told
 
 
+def test_a_hundred_rows_to_renew_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = State("ignored", "triton/scan has changed since", "titans-backends tune --seq-lens 512")
+    many = machine(*(cell(512, bucket=bucket(512, streams=streams), state=gone) for streams in range(1, 12)))
+    monkeypatch.setattr(verb, "gather", lambda edge: Facts((many,), "", ""))
+    told = run(app, ["report"]).stdout
+    assert told.count("ignored: ") == 8
+    assert "3 more such groups of rows to renew" in told
+    assert len(json.loads(run(app, ["report", "--json"]).stdout)["machines"][0]["renewals"]) == 11
+
+
 def test_json_holds_every_row_and_every_candidate() -> None:
     result = run(app, ["report", "--json"])
-    (machine,) = json.loads(result.stdout)["machines"]
-    assert [row["seq_len"] for row in machine["rows"]] == [512, 2048, 8192, 512, 1]
-    first = machine["rows"][0]
+    (one_machine,) = json.loads(result.stdout)["machines"]
+    assert [row["seq_len"] for row in one_machine["rows"]] == [512, 2048, 8192, 512, 1]
+    first = one_machine["rows"][0]
     assert (first["winner"]["median_us"], first["gain_over_default"], first["share_of_floor"], first["floor_set_by"]) == (10.0, 2.0, 0.5, "bytes")
     assert {one["label"] for one in first["candidates"]} >= {"triton/scan block=32", "cupy/bad"}
-    assert machine["summary"]["wins"] == {"triton": 4, "cupy + triton": 1}
-    assert {one["kind"] for one in machine["renewals"]} == {"stale", "ignored", "noisy"}
+    assert one_machine["summary"]["wins"] == {"triton": 4, "cupy + triton": 1}
+    assert {one["kind"] for one in one_machine["renewals"]} == {"stale", "ignored", "noisy"}
 
 
 def test_the_page_and_the_pictures_are_written_where_they_were_asked_for(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
+import titans_backends as tb
 from titans_backends.buckets import Bucket
 from titans_backends.cache.schema import Entry
 from titans_backends.cache.writing import CacheError
@@ -47,6 +48,18 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A file made by a real tune, and what the command said."""
     path = tmp_path_factory.mktemp("tuned") / "out.yaml"
     return path, run(app, [*TINY, "--output", str(path)])
+
+
+def test_a_broken_backend_is_told_and_the_others_race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "explosive.py").write_text("raise RuntimeError('boom')\n")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        patch.setenv("TITANS_BACKENDS_PLUGINS", "explosive")
+        tb.reset()
+        result = run(app, [*TINY, "--dry-run"])
+    tb.reset()
+    assert result.exit_code == 0, result.output
+    assert re.search(r"backend explosive is broken and does not race: .*boom", result.stderr.replace("\n", " "))
 
 
 def test_a_tune_writes_the_file_and_shows_what_won(tuned: tuple[Path, Result]) -> None:
@@ -183,11 +196,25 @@ def test_the_request_holds_what_was_asked(monkeypatch: pytest.MonkeyPatch, tmp_p
         seen.append(request)
         return report(request)
 
-    words = ["--full", "--backend", "eager", "--objective", "memory", "--max-memory", "8", "--budget", "9", "--regime", "training", "--force"]
-    ending(monkeypatch, tuner, *words, "--output", str(tmp_path / "x.yaml"))
+    words = [
+        "--full",
+        "--backend",
+        "eager",
+        "--objective",
+        "memory",
+        "--max-memory",
+        "8",
+        "--budget",
+        "9",
+        "--timeout",
+        "300",
+        "--regime",
+        "training",
+    ]
+    ending(monkeypatch, tuner, *words, "--force", "--output", str(tmp_path / "x.yaml"))
     ending(monkeypatch, tuner)
     assert (seen[0].quick, seen[0].backends, seen[0].objective, seen[0].max_memory_mib, seen[0].budget_s) == (False, ("eager",), "memory", 8.0, 9.0)
-    assert (seen[0].force, seen[0].output) == (True, tmp_path / "x.yaml")
+    assert (seen[0].force, seen[0].output, seen[0].timeout_s, seen[1].timeout_s) == (True, tmp_path / "x.yaml", 300.0, 60.0)
     assert {dict(bucket.when)["regime"] for bucket in seen[0].buckets} == {"training"}
     assert (seen[1].quick, seen[1].backends, seen[1].output, seen[1].force) == (True, None, None, False)
     assert [bucket.seq_len for bucket in seen[1].buckets] == [64, 128]
@@ -219,3 +246,33 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
 def test_a_length_that_an_op_cannot_have_is_said() -> None:
     done = run(app, ["tune", "--op", "gated_delta_step", "--seq-lens", "2,9", "--dry-run", "--device", "cpu"])
     assert "gated_delta_step takes 1 to 8 tokens: it is measured at 2, not at 9" in " ".join(done.stderr.split())
+
+
+def test_the_doubtful_rows_alone_are_measured_again(tuned: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.yaml"
+    for suffix in (".yaml", ".timings.yaml"):
+        path.with_suffix(suffix).write_text(tuned[0].with_suffix(suffix).read_text())
+    words = ["tune", "--doubtful", "--device", "cpu", "--output", str(path)]
+    quiet = re.sub(r"spread: [0-9.e-]+", "spread: 0.0", path.with_suffix(".timings.yaml").read_text())
+    path.with_suffix(".timings.yaml").write_text(quiet)
+    nothing = run(app, words)
+    assert nothing.exit_code == 0, nothing.output
+    assert "is in doubt: nobody may save more than 5 %" in " ".join(nothing.stdout.split())
+    path.with_suffix(".timings.yaml").write_text(quiet.replace("spread: 0.0", "spread: 0.9"))
+    found = run(app, words)
+    assert found.exit_code == 0, found.output
+    assert "1 bucket planned (in doubt, the most doubtful first)" in " ".join(found.stderr.split())
+    assert "[1/1]" in found.stderr
+    assert "spread: 0.9," not in path.with_suffix(".timings.yaml").read_text()
+    for wrong, why in (
+        ([*words, "--op", "fused_uw"], "leave out --op"),
+        ([*words, "--force"], "leave out --force"),
+        ([*words[:-1], str(tmp_path / "none.yaml")], "there is no table of"),
+    ):
+        refused = run(app, wrong)
+        assert refused.exit_code == 2
+        assert why in " ".join(refused.stderr.split())
+    path.with_suffix(".timings.yaml").unlink()
+    alone = run(app, words)
+    assert alone.exit_code == 2
+    assert "has no measurements beside it" in " ".join(alone.stderr.split())

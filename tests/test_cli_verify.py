@@ -79,6 +79,13 @@ def test_refusals_are_neither_right_nor_wrong(monkeypatch: pytest.MonkeyPatch) -
     assert {(row["passed"], row["refused"], row["failed"]) for row in json.loads(result.stdout)} == {(10, 0, 0), (0, 10, 0)}
 
 
+def test_what_is_refused_altogether_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(monkeypatch, "refused", "passed")
+    told = run(app, ["verify", "--op", "fused_uw", "--backend", "eager", "--device", "cpu"], env={"COLUMNS": "160"}).stdout
+    assert "refused: fused_uw eager inference float32: refused [here]" in told
+    assert "training float32: refused" not in told
+
+
 def test_nothing_that_ran_is_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     made_up(monkeypatch, "refused")
     assert run(app, ["verify", "--op", "fused_uw", "--device", "cpu"]).exit_code == 1

@@ -1,4 +1,4 @@
-"""The references against each other: the identities of SPEC 2 to 5, in float64, and the tables that describe them."""
+"""The references against each other: the identities between the ops, in float64, and the tables that describe them."""
 
 from __future__ import annotations
 

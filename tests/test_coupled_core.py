@@ -49,7 +49,7 @@ def test_a_sequence_cut_at_a_chunks_end_goes_on_from_both_states() -> None:
 
 
 def test_one_chunk_reads_no_memory() -> None:
-    """Then both cores are the flat slow core: o = (alpha f + (1 - alpha) s) M u (SPEC 5)."""
+    """Then both cores are the flat slow core: o = (alpha f + (1 - alpha) s) M u."""
     given = arguments(T=CHUNK, initial_state=None, initial_fast_state=None, transform="lam")
     alpha, fast, slow = (given[name] for name in ("alpha", "fast_gate", "slow_gate"))
     gate = alpha * fast + (1 - alpha) * slow  # type: ignore[operator]

@@ -150,6 +150,15 @@ def test_batch_invariance_asks_no_table(user: Path) -> None:
     assert told.consulted == ()
 
 
+def test_a_table_that_is_not_used_is_named_once_beside_its_reason(user: Path) -> None:
+    write(user)
+    user.write_text("schema: 99\n")
+    tb.reset()
+    told = OP.explain(*ARGUMENTS)
+    assert told.consulted[0].answer == "line 1: schema 99, this version reads schema 1: ignored and left as it is"
+    assert str(told).count(str(user)) == 1
+
+
 def test_a_damaged_cache_warns_once_and_loses_nothing(user: Path) -> None:
     write(user)
     user.write_text("ops: {[")

@@ -84,3 +84,13 @@ def test_every_page_has_its_place_in_the_sites_navigation() -> None:
 def test_no_page_has_a_placeholder() -> None:
     for page in PAGES:
         assert "@@" not in page.read_text(encoding="utf-8"), page.name
+
+
+def test_no_docstring_of_the_library_points_to_a_text_that_is_not_here() -> None:
+    """`help`, the site and `titans-backends ops` show them. What backends say in theirs is for their own readers."""
+    pages = {
+        path: re.findall(r"\bSPEC\b(?: \d|\.md| of)", path.read_text(encoding="utf-8"))
+        for path in [*(ROOT / "titans_backends").rglob("*.py"), *PAGES]
+    }
+    assert {str(path.relative_to(ROOT)): named for path, named in pages.items() if named} == {}
+    assert [backend.name for backend in registry.known().values() if "SPEC" in backend.summary] == []

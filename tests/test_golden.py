@@ -423,7 +423,7 @@ def test_lam_after_is_the_lower_ops_with_a_decay_of_zero(golden_file: Path, dtyp
 
 
 def lam_loop(x: Mapping[str, Tensor], chunk: int, *, delta: bool = True) -> tuple[Tensor | None, ...]:
-    """LAM's earlier op from normalised q and k: `uw_transform` for psi, then `coupled_core` with LAM's decays, coupling and blend (SPEC 5, 6)."""
+    """LAM's earlier op from normalised q and k: `uw_transform` for psi, then `coupled_core` with LAM's decays, coupling and blend."""
     u, _ = run("uw_transform", x["k"], x["v"], x["beta"], chunk_size=chunk, transform="lam")
     assert u is not None
     psi = resonance(x, x["k"], u, chunk)
@@ -472,7 +472,7 @@ def test_gradients_of_lam_before_reach_its_inputs_and_its_flux_networks(golden_f
 @LAM_AFTER_LAYER
 @pytest.mark.parametrize("prepared", [False, True], ids=["three convolutions", "prepared"])
 def test_lams_flat_layer_is_its_projections_and_our_ops(golden_file: Path, prepared: bool) -> None:
-    """Its convolution looks one token ahead and has a bias; the output is normalised over each head and gated (SPEC 13)."""
+    """Its convolution looks one token ahead and has a bias; the output is normalised over each head and gated."""
     file, ledger = read(golden_file), Ledger.of("float64 inside", torch.float64)
     kept = {name.removeprefix("sd."): t for name, t in file.cast(torch.float64).items()}
     heads, tokens = int(file.metadata["num_heads"]), file["x"].shape[1]

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
+import types
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +165,65 @@ def test_without_fla_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
         ours.register_with_fla()
 
 
+def test_one_call_is_one_call(fla: dict[str, object]) -> None:
+    registration = ours.register_with_fla()
+    flas()
+    flas(head_first=True)
+    told = str(registration)
+    assert told.splitlines()[-2] == "  ran here: chunk_gated_delta_rule, 1 call"
+    assert "  left to FLA once: " in told
+    flas()
+    flas(head_first=True)
+    assert "chunk_gated_delta_rule, 2 calls" in str(registration)
+    assert "  left to FLA 2 times: " in str(registration)
+
+
+def test_wrong_arguments_say_what_to_type(fla: dict[str, object]) -> None:
+    with pytest.raises(TypeError, match=r"it takes nothing by place, got 'triton'; type register_with_fla\(backend='triton'\)"):
+        ours.register_with_fla("triton")
+    with pytest.raises(TypeError, match=r"got True; type register_with_fla\(backend=\.\.\.\)"):
+        ours.register_with_fla(True)
+    with pytest.raises(TypeError, match="register_with_fla: unknown keyword 'bakend'; known: 'backend'"):
+        ours.register_with_fla(bakend="triton")
+    assert not registrations()
+
+
+def test_what_the_page_shows_runs(fla: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "drop-in-fla.md").read_text(encoding="utf-8")
+    functions, models, swap = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(compile(functions, "drop-in-fla.md", "exec"), scope)
+    assert scope["o"].shape == (2, 100, 4, 32)
+    assert scope["state"].shape == (2, 4, 32, 32)
+
+    class Model(torch.nn.Module):
+        """FLA's function, and one of its layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fla_likeness.GatedDeltaNet()
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return types.SimpleNamespace(logits=flas()[0])
+
+    scope |= {"model": Model(), "input_ids": torch.zeros(1, 12, dtype=torch.long)}
+    exec(compile(models, "drop-in-fla.md", "exec"), scope)
+    assert "ran here: chunk_gated_delta_rule, 1 call\n" in capsys.readouterr().out
+    assert [entry.path for entry in scope["report"].swapped] == ["layer"]
+
+    fla["fla.utils"] = sys.modules["fla.utils"] = types.ModuleType("fla.utils")
+    try:
+        for name, module in list(fla.items()):
+            parent, _, leaf = name.rpartition(".")
+            if parent:
+                setattr(fla[parent], leaf, module)
+        exec(compile(swap, "drop-in-fla.md", "exec"), {})
+    finally:
+        del sys.modules["fla.utils"]
+    assert fla["fla.ops.delta_rule"].chunk_delta_rule is ours.chunk_delta_rule
+    assert fla["fla.ops.gated_delta_rule"].fused_recurrent_gated_delta_rule is ours.fused_recurrent_gated_delta_rule
+
+
 def test_an_unknown_backend_is_named_with_the_known_ones(fla: dict[str, object]) -> None:
     with pytest.raises(tb.UnknownNameError, match="eager"):
         ours.register_with_fla(backend="warp")
@@ -175,18 +238,66 @@ def test_the_real_fla_asks_us() -> None:
     assert registration.calls[OWN] == 1
 
 
+def test_a_transformers_model_that_calls_flas_function_runs_on_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own way to FLA, with what stands in for FLA at its end: registered, the model is what it is in plain torch; without us FLA's own runs."""
+    pytest.importorskip("transformers", minversion="5.23", reason="before 5.23 transformers asks for FLA otherwise")
+    hub = importlib.import_module("transformers.integrations.hub_kernels")
+    modeling, model, ids = qwen3_next()
+    plain = inspect.unwrap(modeling.torch_chunk_gated_delta_rule)
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", plain)
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+    for name, module in fla_likeness.modules(signature=inspect.signature(ours.chunk_gated_delta_rule)).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    through_fla = hub.use_kernel_func_from_hub_with_fallback(OWN, "fla")(plain)
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", through_fla)
+    with torch.no_grad(), ours.register_with_fla() as registration:
+        logits = model(ids, use_cache=False).logits
+        assert registration.calls == {OWN: 3}  # of four layers one is attention
+        model(ids, use_cache=False)
+        assert registration.calls == {OWN: 6}
+    assert not registration.refusals
+    torch.testing.assert_close(logits, before, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), pytest.raises(ValueError, match="too many values to unpack"):  # FLA's own: a name in place of two tensors
+        model(ids, use_cache=False)
+    assert registration.calls == {OWN: 6}
+
+
+def test_a_model_of_flas_runs_on_us_where_fla_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLA's own GatedDeltaNet model, which calls its function in every layer: as with FLA's written-out recurrence in that place."""
+    pytest.importorskip("fla.models", reason="FLA is not installed: pip install flash-linear-attention")
+    models, layers, norms = (importlib.import_module(name) for name in ("fla.models", "fla.layers.gated_deltanet", "fla.modules.fused_norm_gate"))
+    naive = importlib.import_module("fla.ops.gated_delta_rule.naive").naive_recurrent_gated_delta_rule
+
+    def written_out(q, k, v, g, beta, A_log, dt_bias, **options):
+        asked = {name: value for name, value in options.items() if value not in (None, False)}
+        assert asked.keys() == {"use_qk_l2norm_in_kernel", "use_beta_sigmoid_in_kernel", "state_v_first", "use_gate_in_kernel"}
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+        return naive(q, k, v, beta=beta.sigmoid(), g=-A_log.exp() * torch.nn.functional.softplus(g + dt_bias), output_final_state=False)
+
+    def gated(self, x, g):  # FLA's kernels for it have no CPU
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps) * torch.nn.functional.silu(g)
+
+    monkeypatch.setattr(norms.FusedRMSNormGated, "forward", gated)
+    monkeypatch.setattr(importlib.import_module("fla.modules.mlp"), "swiglu", lambda gate, y: torch.nn.functional.silu(gate) * y)
+    plain = dict.fromkeys(("use_short_conv", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy"), False)
+    config = models.GatedDeltaNetConfig(hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=8, vocab_size=50, **plain)
+    torch.manual_seed(0)
+    model, ids = models.GatedDeltaNetForCausalLM(config).eval(), torch.randint(0, 50, (2, 70))  # up to 64 tokens it takes the recurrent function
+    with torch.no_grad(), ours.register_with_fla() as registration:
+        logits = model(ids, use_cache=False).logits
+    assert registration.calls == {OWN: 2}
+    assert not registration.refusals
+    monkeypatch.setattr(layers, "chunk_gated_delta_rule", written_out)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_transformers_model_runs_on_us_where_fla_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where FLA can be imported, transformers calls it on a CPU too, where it raises; ours runs, and equals transformers' own function."""
     pytest.importorskip("fla.ops", reason="FLA is not installed: pip install flash-linear-attention")
-    transformers = pytest.importorskip("transformers", minversion="5.23", reason="before 5.23 transformers asks for FLA otherwise")
-    modeling = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
-    sizes = {f"linear_{name}_head_dim": 16 for name in ("key", "value")} | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    config = transformers.Qwen3NextConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, **sizes,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, ids = transformers.Qwen3NextForCausalLM(config).eval(), torch.randint(0, 50, (2, 20))
+    pytest.importorskip("transformers", minversion="5.23", reason="before 5.23 transformers asks for FLA otherwise")
+    modeling, model, ids = qwen3_next()
     with torch.no_grad(), ours.register_with_fla() as registration:
         logits = model(ids, use_cache=False).logits
     assert registration.calls[OWN] == 3  # of four layers one is attention
@@ -194,3 +305,16 @@ def test_a_transformers_model_runs_on_us_where_fla_is_installed(monkeypatch: pyt
     monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", inspect.unwrap(modeling.torch_chunk_gated_delta_rule))
     with torch.no_grad():
         torch.testing.assert_close(model(ids, use_cache=False).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def qwen3_next() -> tuple[Any, Any, torch.Tensor]:
+    """transformers' modeling module, a small model of four layers, one of them attention, and tokens for it."""
+    transformers = importlib.import_module("transformers")
+    modeling = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    sizes = {f"linear_{name}_head_dim": 16 for name in ("key", "value")} | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    config = transformers.Qwen3NextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return modeling, transformers.Qwen3NextForCausalLM(config).eval(), torch.randint(0, 50, (2, 20))

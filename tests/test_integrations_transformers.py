@@ -6,11 +6,13 @@ import copy
 import functools
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import types
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -417,6 +419,17 @@ def test_a_copy_is_swapped_too_and_a_forced_backend_reaches_what_it_has() -> Non
     assert [op.backend for op in (layer.titans_rule, layer.titans_step, layer.titans_prepare, layer.titans_norm)] == ["numba_cpu"] * 2 + [None] * 2
 
 
+def test_what_the_page_shows_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "drop-in-transformers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```\n```\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(compile(block[0], "drop-in-transformers.md", "exec"), scope)
+    assert torch.equal(scope["before"], scope["after"])
+    assert scope["before"].shape == (1, 120)
+    assert scope["report"].undone
+    assert capsys.readouterr().out == block[1]
+
+
 # --- refusals
 
 
@@ -457,6 +470,65 @@ def test_a_version_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     del layer.dt_bias
     layer.num_v_heads = 3
     assert "it has no tensor dt_bias" in refusal(model)
+
+
+def test_a_method_that_the_forward_calls_and_another_class_overrides_is_refused() -> None:
+    """qwen3_next's forward asks a method of its own how the projection's channels lie; the swapped one knows it."""
+    model = small_model("qwen3_next")
+    layer, ids = delta_layers(model)[0], tokens()
+    kind = type(layer)
+    before = logits(model, ids)
+
+    def turned(self: Any, mixed_qkvz: Tensor, mixed_ba: Tensor) -> tuple[Tensor, ...]:
+        q, k, *rest = kind.fix_query_key_value_ordering(self, mixed_qkvz, mixed_ba)
+        return k, q, *rest
+
+    layer.__class__ = type("Turned", (kind,), {"fix_query_key_value_ordering": turned})
+    assert not close(logits(model, ids), before)  # it is another function
+    assert f"Turned.fix_query_key_value_ordering is from {__name__}, whose code a swap would pass by" in refusal(model)
+    layer.__class__ = kind
+    layer.fix_query_key_value_ordering = types.MethodType(turned, layer)
+    assert "its instance holds a fix_query_key_value_ordering of its own, which a swap would pass by" in refusal(model)
+    del layer.fix_query_key_value_ordering
+    layer.__class__ = type("Told", (kind,), {"extra_repr": lambda self: "mine", "to": lambda self, *args: self})  # what the forward does not call
+    tb.accelerate(model)
+    assert close(logits(model, ids), before)
+
+
+class Saved(nn.Module):
+    """As PEFT's wrapper of a module in modules_to_save: two copies, and attributes of the one that is active."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module, self.saved, self.active = module, copy.deepcopy(module), True
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.saved if self.active else self.original_module, name)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_wrapped_convolution_is_read_as_transformers_reads_it(when: str) -> None:
+    before, ids = small_model("qwen3_5"), tokens()
+    after = copy.deepcopy(before)
+    for model in (before, after):
+        if model is after and when == "after":
+            tb.accelerate(after)
+        layer = delta_layers(model)[0]
+        layer.conv1d = Saved(layer.conv1d)
+        with torch.no_grad():
+            layer.conv1d.saved.weight.mul_(2.0)
+    if when == "before":
+        (entry,) = tb.accelerate(after).swapped
+        assert entry.notes == (f"conv1d is a {__name__}.Saved: its weight and bias are read at each call, and it is not called, as in transformers",)
+    saved = logits(before, ids)
+    assert close(logits(after, ids), saved)
+    for model in (before, after):
+        delta_layers(model)[0].conv1d.active = False
+    assert close(logits(after, ids), logits(before, ids))
+    assert not close(logits(after, ids), saved)
 
 
 def test_sizes_and_activations_that_the_ops_lack_are_refused() -> None:

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"titans_backends": "titans_backends", "backends": "titans_backends/backends", "autotune_cache": "titans_backends/autotune_cache"}
 """The folders of a checkout that are installed, and where to."""
+ALONGSIDE = ("tests", "benchmarks", "docs", "examples", ".ci")
+"""The other folders, which an sdist has beside them."""
 DATA = (".yaml", ".cu", ".cuh", ".tmpl", ".j2", ".css", ".typed")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.egg-info", "results", "golden")
 README_COMMANDS = (
@@ -82,13 +85,13 @@ class Way:
     installed: bool = True
 
 
-def run(*command: str | Path, cwd: Path, extra: Mapping[str, str] | None = None) -> str:
-    """The command's output; a failure shows both streams."""
+def run(*command: str | Path, cwd: Path, extra: Mapping[str, str] | None = None, streams: bool = False) -> str:
+    """The command's output, with `streams` what it said on the other stream too; a failure shows both."""
     kept = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}}
     env = {**kept, "PYTHONDONTWRITEBYTECODE": "1", **(extra or {})}
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return done.stdout + done.stderr if streams else done.stdout
 
 
 def module_names(tree: Path) -> set[str]:
@@ -118,7 +121,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in ROOT.iterdir():
         if file.is_file():
             shutil.copy2(file, copy)
-    for folder in (*FOLDERS, "tests", "benchmarks", "docs"):
+    for folder in (*FOLDERS, *ALONGSIDE):
         if (ROOT / folder).is_dir():
             shutil.copytree(ROOT / folder, copy / folder, ignore=LEFT_OUT)
     newcomer = copy / "backends" / "newcomer"
@@ -135,11 +138,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheels(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A wheel built from the checkout, and one built from the checkout's sdist."""
     out = tmp_path_factory.mktemp("dist")
-    build = (sys.executable, "-m", "build", "--no-isolation", tree, "--outdir")
-    run(*build, out / "sdist", cwd=out)
-    shutil.rmtree(tree / "build", ignore_errors=True)
-    run(*build, out / "direct", "--wheel", cwd=out)
-    shutil.rmtree(tree / "build", ignore_errors=True)
+    for way, what in (("sdist", ()), ("direct", ("--wheel",))):
+        said = run(sys.executable, "-m", "build", "--no-isolation", tree, "--outdir", out / way, *what, cwd=out, streams=True)
+        assert "Package would be ignored" not in said, "setuptools warns that a folder of data is no package"
+        shutil.rmtree(tree / "build", ignore_errors=True)
     return {way: next((out / way).glob("*.whl")) for way in ("direct", "sdist")}
 
 
@@ -251,6 +253,15 @@ def test_a_wheel_holds_every_module_and_data_file_and_nothing_else(way: str, whe
         "titans_backends/backends/newcomer/cuda/tile.cu",
         "titans_backends/backends/newcomer/cuda/tile.cuh",
     } <= names
+
+
+def test_an_sdist_holds_every_file_of_the_checkout(wheels: dict[str, Path], tree: Path) -> None:
+    """So that its tests, its pages and what CI runs work from it."""
+    with tarfile.open(next(wheels["sdist"].parent.glob("*.tar.gz"))) as archive:
+        names = {entry.name.partition("/")[2] for entry in archive if entry.isfile()}
+    made = re.compile(r"(build|dist|site|\.[a-z]+_cache)/|.*\.egg-info/|\.git$")
+    files = {file.relative_to(tree).as_posix() for file in tree.rglob("*") if file.is_file()}
+    assert {name for name in files if not made.match(name)} - names == set()
 
 
 def test_site_packages_gets_one_name(from_wheel: Way) -> None:

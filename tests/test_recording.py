@@ -125,6 +125,28 @@ def test_nested_recordings_each_count(shapes: Path, tmp_path: Path) -> None:
     assert (only(shapes)[1], only(inner)[1]) == (Count(3, 0), Count(1, 0))
 
 
+def test_a_recording_says_what_it_has_met_and_its_context_what_to_type(shapes: Path) -> None:
+    context = tb.record(shapes)
+    assert (
+        repr(context) == f"<titans_backends.record('{shapes}'): a context, not entered; type: with titans_backends.record('{shapes}'): model(batch)>"
+    )
+    with torch.no_grad(), context as recording:
+        assert "a context, entered" in repr(context)
+        assert repr(recording) == f"<recording into {shapes}: 0 problems, 0 runs>"
+        tb.get_op("gated_delta_rule")(*inputs())
+    assert repr(recording) == f"<recording into {shapes}: 1 problem, 1 run>"
+
+
+def test_one_context_serves_twice_and_decorates(shapes: Path) -> None:
+    context, rule, given = tb.record(shapes), tb.get_op("gated_delta_rule"), inputs()
+    with torch.no_grad():
+        for _ in range(2):
+            with context:
+                rule(*given)
+        tb.record(shapes)(lambda: rule(*given))()
+    assert only(shapes)[1] == Count(3)
+
+
 def test_a_packed_call_has_its_sequences_and_its_total(shapes: Path) -> None:
     given = inputs(30)
     with torch.no_grad(), tb.record(shapes):

@@ -63,6 +63,15 @@ def test_a_manifest_that_raises_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
         broken = registry.broken()["explosive"]
         assert "RuntimeError: boom" in broken.reason
         assert "explosive.py" in broken.trace
+        with pytest.raises(tb.UnknownNameError, match=r"unknown backend 'explosive_kernels'; known: .*eager.*; broken, .*doctor says: explosive"):
+            registry.get("explosive_kernels")
+
+
+def test_a_plugin_that_is_not_importable_says_how_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TITANS_BACKENDS_PLUGINS", "no_such_plugin")
+        tb.reset()
+        assert registry.broken()["no_such_plugin"].reason.endswith("(PYTHONPATH=. finds what lies in the current folder)")
 
 
 def test_a_module_without_a_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

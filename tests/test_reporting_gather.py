@@ -187,6 +187,7 @@ def test_a_damaged_file_is_named_and_left_as_it_is() -> None:
     facts = found()
     assert {Path(one.path).name for one in facts.problems} == {"other.yaml", "empty.yaml"}
     assert all(one.problem for one in facts.problems)
+    assert not any(Path(one.path).name in one.problem for one in facts.problems)  # the path stands beside it
     assert any("not UTF-8" in one.problem for one in only(facts).files)
     assert user("other").read_text() == "schema: 1\ndevice: [\n"
     assert len(only(facts).cells) == 1

@@ -87,6 +87,23 @@ def test_what_was_found_stands_on_the_page(html: str) -> None:
         assert words in html, words
 
 
+def test_the_headline_says_what_decides_nothing_and_over_which_buckets_a_mean_is(html: str) -> None:
+    head = html.split("Summary by op")[0]
+    assert "Of these rows 1 no longer decide a call" in head
+    assert "Of these rows 1 were measured with other versions" in head
+    assert "as fast as the next backend; " in head  # known in all five
+    assert "as fast as plain torch (eager) in the 3 where that time is known" in head
+
+
+def test_a_column_that_nothing_fills_is_left_out(html: str) -> None:
+    columns = ("over the default</th>", "over the next backend</th>", "over eager</th>", "of the floor, at most</th>")
+    assert [words for words in columns if words not in html] == []
+    bare = cell(measurements=(), default=None, default_reason="its timings are not kept here")
+    text = page(page_view(Facts((machine(bare, ceilings=None),), "", "")))
+    assert [words for words in columns if words in text] == ["over the next backend</th>"]
+    Outline(text)
+
+
 def test_words_from_files_are_text_and_never_markup(html: str) -> None:
     assert "&lt;b&gt;not&lt;/b&gt; a table" in html
     bad = cell(measurements=(*cell().measurements, replace(timed("cupy/<i>x</i>", None), reason="<script>alert(1)</script>")))

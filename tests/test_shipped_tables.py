@@ -20,6 +20,7 @@ from titans_backends.cache import file, paths
 from titans_backends.cache.schema import SCHEMA, Entry, Table
 from titans_backends.cache.source_hash import join_hashes, source_hash
 from titans_backends.cache.table_text import dump_table
+from titans_backends.cache.timings import dump_timings
 from titans_backends.device_names import slug_of
 from titans_backends.machine import Machine
 from titans_backends.offers import source_modules
@@ -131,3 +132,14 @@ def test_every_row_is_of_todays_code(path: Path) -> None:
     assert len(changed(replace(table, rows={bucket: replace(entry, source="000000000000")}))) == 1
     lines = changed(table)
     assert lines == [], f"{len(lines)} rows are left out at dispatch; on {table.device.name} type: titans-backends tune --output {path.name}"
+
+
+MEASURED = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*.timings.yaml"))
+
+
+@pytest.mark.parametrize("measured", MEASURED, ids=lambda path: path.stem)
+def test_the_measurements_of_a_shipped_table_are_sound(measured: Path) -> None:
+    """They say what is in doubt; a hash of digits alone, for one, has to be quoted."""
+    loaded = file.read_timings(measured, defaults_of)
+    assert loaded.table is not None, loaded.problem
+    assert dump_timings(loaded.table, defaults_of) == measured.read_text(encoding="utf-8")

@@ -77,6 +77,30 @@ def test_a_rank_that_is_killed_is_named_on_all_others_within_seconds(seen: Seen,
         assert seconds < 15
 
 
+def test_what_rank_0_measured_before_another_died_is_said_to_be_kept(seen: Seen) -> None:
+    assert str(said(seen, "dies after the tune")[0]).endswith(
+        "rank 1 died or hangs: no sign of life for 1.5 s. What rank 0 measured until then (1 of 1) is kept in its file; the same command goes on with it"
+    )
+
+
+@pytest.mark.parametrize("scene", ["rank 1 dies in a call", "rank 1 dies in a short call"])
+def test_inside_autotune_rank_0_names_one_that_came_and_died(seen: Seen, scene: str) -> None:
+    """While it measures, or afterwards, before it goes on; and it does not measure on to the end."""
+    what, seconds = seen[scene]["0"]
+    assert what == "RanksError: rank 1 died or hangs: no sign of life for 1.5 s"
+    assert seconds < 12
+
+
+def test_inside_autotune_rank_0_waits_for_nobody_who_has_not_come(seen: Seen) -> None:
+    assert seen["never comes"]["0"][0] == "called"
+
+
+def test_a_rank_that_has_ended_before_the_first_call_is_named_as_one_that_may_have(seen: Seen) -> None:
+    what, seconds = seen["ended before"]["0"]
+    assert "rank 1 of 2 did not come to the start of share within 3 s: ended before, hanging, late, or on another way" in str(what)
+    assert seconds < 12
+
+
 def test_a_rank_that_stays_away_is_named(seen: Seen) -> None:
     what, seconds = seen["stays away"]["0"]
     assert "rank 1 of 2 did not come to the start of tune within 3 s" in str(what)
@@ -162,7 +186,10 @@ def test_those_that_come_to_half_of_it_are_named() -> None:
             return meeting.gather("two", "", "talk on")
 
     found = several(4, act)
-    assert found[0] == found[3] == "ranks 1, 2 of 4 did not come to talk on within 0.5 s; every rank must, on the same call"
+    told = (
+        "ranks 1, 2 of 4 did not come to talk on within 0.5 s: ended before, hanging, late, or on another way. Every rank must come to the same call"
+    )
+    assert found[0] == found[3] == told
 
 
 def test_a_long_answer_is_waited_for_as_long_as_rank_0_lives() -> None:

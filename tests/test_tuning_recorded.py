@@ -201,6 +201,50 @@ def test_a_missing_empty_foreign_or_damaged_file_is_status_2(tmp_path: Path, mon
     assert "damaged.yaml:3: device, seq_len, when, sizes, forward missing" in " ".join(result.stderr.split())
 
 
+TABLE = "schema: 1\ndevice: {}\nenvironments: {}\nops: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("t.yaml", TABLE, "PATH: a tuned table, not the problems of a model. To see it: titans-backends cache show PATH. To choose by it: export TITANS_"),
+        ("t.timings.yaml", TABLE, "PATH: the timings of a tuned table, not the problems of a model. What is wanted here is written by: with titans_"),
+        ("mkdocs.yml", "site_name: x\nnav: [a]\n", "PATH: not the problems of a model: its fields are site_name, nav. What is wanted here is written by"),
+        ("read.md", "# a\nb: c: d\n", 'PATH:2: not YAML, or cut off: mapping values are not allowed in this context. What is wanted here is written by: with'),
+        ("list.yaml", "[1, 2]\n", 'PATH:1: expected a mapping, found a list. What is wanted here is written by: with titans_backends.record("shapes.yaml")'),
+    ],
+)  # fmt: skip
+def test_another_file_is_named_for_what_it_is(name: str, text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    result, seen = ended(monkeypatch, path)
+    assert (result.exit_code, seen) == (2, [])
+    assert said.replace("PATH", str(path)) in result.stderr
+    with pytest.raises(SchemaError, match=r"written by: with"), tb.record(path):
+        pytest.fail("it ran")
+    assert path.read_text() == text
+
+
+def test_a_folder_is_told_with_the_recordings_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "table.yaml").write_text(TABLE)
+    said = f"error: --from {tmp_path}: a folder, not a file that titans_backends.record wrote"
+    assert f"{said}, and none is in it\n" in ended(monkeypatch, tmp_path)[0].stderr
+    write(tmp_path / "shapes.yaml", {problem(bucket()): Count(1)})
+    assert f"{said}; in it: titans-backends tune --from {tmp_path / 'shapes.yaml'}\n" in ended(monkeypatch, tmp_path)[0].stderr
+
+
+def test_a_recording_in_a_tables_place_is_named_and_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "shapes.yaml", {problem(bucket()): Count(1)})
+    monkeypatch.setenv("TITANS_BACKENDS_CACHE", str(path))
+    tb.reset()
+    with torch.no_grad():
+        told = tb.get_op("fused_uw").explain(torch.eye(4), torch.ones(4, 16), torch.ones(4, 16))
+    assert "a tuned table, which `titans-backends tune --from" in told.consulted[0].answer
+    assert "left as it is" in told.consulted[0].answer
+    assert sorted(one.name for one in tmp_path.iterdir() if one.is_file()) == ["shapes.yaml"]
+    tb.reset()
+
+
 def test_every_recorded_bucket_is_tuned_for_real_and_chosen_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Callable[[dict[Bucket, float]], None]
 ) -> None:

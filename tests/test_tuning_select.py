@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
@@ -27,9 +28,23 @@ def test_the_default_stays_unless_it_is_beaten_by_three_percent() -> None:
     assert winner(default, contender("other", 96.5, 1)) == "other"
 
 
-def test_the_default_stays_where_the_gain_is_within_the_noise() -> None:
-    assert winner(contender("default", 100, 0, spread=0.08), contender("other", 90, 1, spread=0.08)) == "default"
-    assert winner(contender("default", 100, 0, spread=0.01), contender("other", 90, 1, spread=0.01)) == "other"
+def test_the_default_stays_where_the_gain_is_within_the_noise_and_at_most_five_percent() -> None:
+    assert winner(contender("default", 100, 0, spread=0.04), contender("other", 95.5, 1, spread=0.04)) == "default"
+    assert winner(contender("default", 100, 0, spread=0.01), contender("other", 95.5, 1, spread=0.01)) == "other"
+    assert winner(contender("default", 100, 0, spread=1.0), contender("other", 95.5, 1, spread=1.0)) == "default"
+    assert winner(contender("default", 100, 0, spread=1.0), contender("other", 95, 1, spread=1.0)) == "other"
+
+
+def test_nobody_wins_whose_median_is_five_percent_above_the_fastest() -> None:
+    source = random.Random(0)
+    for _ in range(2000):
+        given = [
+            contender(str(order), source.uniform(90, 110), order, spread=source.choice((0.0, 0.02, 0.1, 1.0)), simplicity=source.randrange(3))
+            for order in range(4)
+        ]
+        chosen = select(given).winner
+        assert chosen is not None
+        assert chosen.us <= 1.05 * min(one.us for one in given) + 1e-9
 
 
 def test_ties_go_to_the_simplest_then_to_the_first() -> None:
@@ -43,7 +58,7 @@ def test_ties_go_to_the_simplest_then_to_the_first() -> None:
 def test_the_joint_margin_widens_a_tie_but_not_without_limit() -> None:
     default = contender("default", 200, 0)
     fast = contender("fast", 80, 1, spread=0.05, simplicity=7)
-    assert winner(default, fast, contender("simple", 84, 2, spread=0.05, simplicity=1)) == "simple"
+    assert winner(default, fast, contender("simple", 83.5, 2, spread=0.05, simplicity=1)) == "simple"
     assert winner(default, contender("fast", 80, 1, spread=0.5, simplicity=7), contender("simple", 90, 2, spread=0.5, simplicity=1)) == "fast"
 
 

@@ -12,7 +12,8 @@ from titans_backends import registry
 
 PACKAGES = {"triton": ("triton",), "cupy": ("cupy", "cupyx", "cupy_backends"), "numba": ("numba", "numba_cuda")}
 """What may be missing, by its distribution's name, and the modules that it brings."""
-EACH_AND_ALL = [*((name,) for name in PACKAGES), tuple(PACKAGES)]
+EACH_AND_ALL = [*((name,) for name in PACKAGES), tuple(PACKAGES)]  # of other people's kernels below nothing else depends
+PACKAGES |= {"fla-core": ("fla", "einops"), "flash-qla": ("flash_qla", "tilelang"), "flashinfer-python": ("flashinfer", "cutlass")}
 
 PROGRAM = """
 import json, sys

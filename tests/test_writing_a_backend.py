@@ -72,7 +72,7 @@ def test_every_command_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
     (_, new), (_, enter), (_, install), *rest = steps()
     assert CliRunner().invoke(app, new.split()[1:]).exit_code == 0
     folder = tmp_path / enter.removeprefix("cd ")
-    assert install == "pip install -e ."
+    assert install == "pip install -e '.[test]'"
     python = environment(tmp_path / "venv")
     pip_install(python, "-e", ".", cwd=folder)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TITANS_BACKENDS_", "PYTEST_"))}

@@ -71,7 +71,8 @@ class Candidate:
 
     `saves_states`: a forward that also returns the state at each chunk's start, `[B, M, H, K, V]` on the grid of
     `contract.grid(call)`; a backward that needs them. `deterministic`: the same bits twice. `batch_invariant`: neither
-    its parameters nor its order of summation depend on the batch size or the length. `sources`: modules beside its own whose code it runs.
+    its parameters nor its order of summation depend on the batch size or the length. `sources`: modules beside its own whose code it runs,
+    and for other people's code a distribution at its version, as `tilelang==0.1.15`.
     """
 
     backend: str

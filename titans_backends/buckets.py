@@ -1,4 +1,4 @@
-"""The key of a measurement: what must match exactly, and what is bucketed (SPEC of the file: `when` and `seq_len`).
+"""The key of a measurement: what must match exactly, and what is bucketed: a tuned file's `when` and `seq_len`.
 
 Pure functions of a signature. A field that equals its op's default is left out of the file; left out never means "any".
 """

@@ -127,8 +127,18 @@ def _refuse(signature: Signature, machine: Machine, forced: Forced | None, given
     usable = [o.backend.name for o in everyone if o.verdict and pairs([o], signature, mixed=False)]
     return BackendRefusedError(
         f"{signature.op}: backend {forced.backend!r} was forced ({forced.by}) but refuses this call: {_reasons(given, signature)}. "
-        f"Usable here: {', '.join(usable) or 'none'}. {see}"
+        f"{_cure(signature, forced, given)}Usable here: {', '.join(usable) or 'none'}. {see}"
     )
+
+
+def _cure(signature: Signature, forced: Forced, given: Sequence[Offer]) -> str:
+    """What to type where the call, or the reach of what forced it, is more than was meant; empty otherwise."""
+    if any(offer.forward and not offer.backward for offer in given) and signature.regime == "training":
+        return "Without gradients it runs: with torch.no_grad(): ... (or torch.inference_mode()); to train, force another backend, or none. "
+    if forced.by != "backend=" and signature.op not in registry.get(forced.backend).ops:
+        to = f"backend={forced.backend!r}"
+        return f"{forced.by} forces every op; accelerate(model, {to}) and get_op(name, {to}) force those that it has. "
+    return ""
 
 
 def choose(

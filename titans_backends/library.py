@@ -19,6 +19,7 @@ from titans_backends.contracts.chunks import chunk_rows
 from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
 from titans_backends.contracts.validate import check_devices
 from titans_backends.plans import Outputs, Plan, Planner, Request, request
+from titans_backends.transforms import NO_FORWARD_MODE, transformable
 from titans_backends.watching import watched
 
 __all__ = ["NAMESPACE", "call", "gradients", "planner", "register"]
@@ -102,6 +103,8 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
         return o, *(values[op.parameters.index(name)] for name in op.rewritten)
     flat = (*_flatten(op, values), backend, batch_invariant, training, may_save)
     if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=f"{op.name}: its torch.func transforms run eagerly; leave fullgraph=True out, or put the transform outside")
         transformed: Outputs = _functorch(op.name).apply(*flat)
         return transformed[: len(op.outputs)]
     outputs: Outputs = getattr(namespace, op.name)(*flat)
@@ -110,12 +113,10 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
 
 def _refuse_duals(op: Contract, values: Sequence[object]) -> None:
     """Forward-mode differentiation would lose its tangents without a word."""
-    if forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():  # torch.func.jvp has its own sentence
+    if forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():  # torch.func.jvp is refused by `transformable`
         return
     if any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in values):
-        raise NotImplementedError(
-            f"{op.name}: it has no forward-mode derivative (dual tensors, jvp); use reverse mode: torch.autograd.grad, torch.func.grad"
-        )
+        raise NotImplementedError(NO_FORWARD_MODE.format(op.name))
 
 
 # --- what runs below the dispatcher
@@ -304,22 +305,12 @@ def _second_order(op: Contract) -> Callable[..., None]:
     return refuse
 
 
-def _differentiated(name: str, setup: Callable[..., None], backward: Callable[..., object]) -> type[torch.autograd.Function]:
-    """A registered op as an autograd function that functorch can transform; `torch.library`'s own formula it cannot."""
-
-    def forward(*flat: object) -> object:
-        return getattr(torch.ops.titans_backends, name)(*flat)
-
-    members = {"forward": staticmethod(forward), "setup_context": staticmethod(setup), "backward": staticmethod(backward)}
-    return type(f"{name}_functorch", (torch.autograd.Function,), members)
-
-
 @functools.lru_cache(maxsize=64)
 def _functorch(name: str) -> type[torch.autograd.Function]:
     """An op, and its backward, under `torch.func`."""
     op = CONTRACTS[name]
-    back = _differentiated(f"{name}_backward", lambda ctx, inputs, output: None, _second_order(op))
-    return _differentiated(name, _setup_context(op), _autograd(op, back.apply))
+    back = transformable(f"{name}_backward", lambda ctx, inputs, output: None, _second_order(op))
+    return transformable(name, _setup_context(op), _autograd(op, back.apply))
 
 
 def register() -> None:

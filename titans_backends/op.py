@@ -92,7 +92,7 @@ class Op:
         call = self._call(args, kwargs)
         tensors = self._planner.tensors(call)
         if watched(tensors):
-            _refuse_in_place(self.contract, call, torch._C._are_functorch_transforms_active())
+            _refuse_in_place(self.contract, call, torch._C._are_functorch_transforms_active(), _NO_TRANSFORM)
             return library.call(self.contract, self._planner.values(call), backend, False, False, False)
         asked = request(backend, training=_training(tensors))
         plan = self._planner.plan(call, asked)
@@ -211,7 +211,7 @@ class BoundOp:
         training = _training(tensors)
         if training:
             self._expect_training()
-        _refuse_in_place(self.op.contract, call, torch._C._are_functorch_transforms_active())
+        _refuse_in_place(self.op.contract, call, torch._C._are_functorch_transforms_active(), _NO_TRANSFORM)
         return library.call(self.op.contract, values, self._forced, self._invariant, training, training)
 
     def _expect_training(self) -> None:
@@ -279,9 +279,12 @@ def _cast(op: Contract, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 _NO_GRADIENT = "{}: inplace=True takes no gradient, but an input requires one; pass inplace=False, or call it under torch.no_grad()"
 
 
-def _refuse_in_place(op: Contract, call: Call, differentiated: bool) -> None:
-    if differentiated and getattr(call, "inplace", False):
-        raise ValueError(_NO_GRADIENT.format(op.name))
+_NO_TRANSFORM = "{}: inplace=True takes no gradient, and no other transform of torch.func; pass inplace=False"
+
+
+def _refuse_in_place(op: Contract, call: Call, wrong: bool, why: str = _NO_GRADIENT) -> None:
+    if wrong and getattr(call, "inplace", False):
+        raise ValueError(why.format(op.name))
 
 
 def _restore(name: str, backend: str | None) -> Op:

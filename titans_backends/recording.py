@@ -12,7 +12,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from titans_backends.buckets import bucket_of, defaults_of
 from titans_backends.cache.schema import canonical_when
@@ -32,7 +33,7 @@ listening: list[Recording] = []
 _opening = threading.Lock()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Recording:
     """What one `record` has met so far. `path`: the file that it is added to when the context ends."""
 
@@ -50,6 +51,11 @@ class Recording:
                     self._fold()
                 known = self._counts[id(signature)] = (signature, [0, 0])
             known[1][backward] += 1
+
+    def __repr__(self) -> str:
+        found = self.problems
+        runs = sum(one.forward + one.backward for one in found.values())
+        return f"<recording into {self.path}: {len(found)} problem{'s' * (len(found) != 1)}, {runs} run{'s' * (runs != 1)}>"
 
     @property
     def problems(self) -> dict[Problem, Count]:
@@ -88,16 +94,45 @@ def problem_of(signature: Signature) -> Problem | None:
     return Problem(bucket, sizes, signature.device.partition(":")[0], signature.batch_invariant)
 
 
-@contextlib.contextmanager
-def record(path: str | os.PathLike[str]) -> Iterator[Recording]:
+class _Context(contextlib.AbstractContextManager[Recording], contextlib.ContextDecorator):
+    """What `record` gives: nothing is recorded until it is entered, each time anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entered: list[contextlib.AbstractContextManager[Recording]] = []
+
+    def __repr__(self) -> str:
+        word = f"titans_backends.record({str(self._path)!r})"
+        return f"<{word}: a context, {'entered' if self._entered else f'not entered; type: with {word}: model(batch)'}>"
+
+    def _recreate_cm(self) -> Self:
+        """Of a decorated function each call records for itself, whatever thread it is in."""
+        return type(self)(self._path)
+
+    def __enter__(self) -> Recording:
+        context = _recorded(self._path)
+        recording = context.__enter__()
+        self._entered.append(context)
+        return recording
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._entered.pop().__exit__(kind, error, trace)
+
+
+def record(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Recording]:
     """A context that writes the distinct problems that calls in it meet, with counts, to a file, also where it ends by an exception.
 
     A file that is there is added to, under a lock: processes may record to one file. CacheError where it cannot be written, SchemaError with file and line
     where it is no such file: both before anything is recorded. A replayed CUDA graph runs no Python: its calls count once, at the capture.
     """
+    return _Context(Path(path))
+
+
+@contextlib.contextmanager
+def _recorded(path: Path) -> Iterator[Recording]:
     from titans_backends.cache.writing import CacheError, try_writing
 
-    target = Path(path).absolute()
+    target = path.absolute()
     allowed = try_writing(target)
     if not allowed:
         raise CacheError(f'record: {allowed}. To write another file: titans_backends.record("OTHER.yaml")')

@@ -28,7 +28,7 @@ from titans_backends.backend import (
     RememberingOpModule,
     TrainableOpModule,
 )
-from titans_backends.errors import BackendError, SwitchError, unknown
+from titans_backends.errors import BackendError, SwitchError, UnknownNameError, unknown
 from titans_backends.machine import Machine
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
@@ -95,7 +95,10 @@ def _manifest(name: str, module_name: str, origin: str) -> Backend | Broken:
     try:
         found = importlib.import_module(module_name)
     except Exception as error:  # whatever a stranger's module raises is a reason, not our failure
-        return Broken(name, origin, f"importing {module_name} raised {type(error).__name__}: {error}", traceback.format_exc())
+        why = f"importing {module_name} raised {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0] and origin.startswith(switches.PREFIX):
+            why += "; what is not installed is found by PYTHONPATH (PYTHONPATH=. finds what lies in the current folder)"
+        return Broken(name, origin, why, traceback.format_exc())
     backend = getattr(found, "BACKEND", None)
     if not isinstance(backend, Backend):
         return Broken(name, origin, f"{module_name} has no BACKEND of type titans_backends.Backend, but {type(backend).__name__}")
@@ -149,7 +152,8 @@ def get(name: str) -> Backend:
     if found is None:
         if name in broken():
             raise BackendError(f"backend {name!r} is broken: {broken()[name].reason}. See: titans-backends doctor")
-        raise unknown("backend", name, known())
+        others = f"; broken, as titans-backends doctor says: {', '.join(sorted(broken()))}" if broken() else ""
+        raise UnknownNameError(f"{unknown('backend', name, known())}{others}")
     return found
 
 

@@ -59,7 +59,7 @@ class Source:
 
 
 def _source(kind: SourceKind, path: Path, loaded: file.Loaded[Table], owner: str = "") -> Source:
-    problem = loaded.problem.message if loaded.problem is not None else "" if loaded.table is not None else "there is no such file"
+    problem = loaded.reason or ("" if loaded.table is not None else "there is no such file")
     return Source(kind, path, loaded.table, problem, loaded.world_writable, owner)
 
 

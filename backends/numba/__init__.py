@@ -1,4 +1,4 @@
-"""The Numba CUDA backend's manifest: every op but coupled_core forward in plain Python kernels that stand beside SPEC.md; the teaching copy."""
+"""The Numba CUDA backend's manifest: seven ops in plain Python kernels, to be read beside the formulas in their contracts; the teaching copy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BACKWARD = ("chunk_gradients", "slow_gradients", "state_reverse", "uw_gradients
 
 BACKEND = Backend(
     name="numba",
-    summary="Numba CUDA kernels in Python, float32 arithmetic, to be read beside SPEC.md; four ops train too",
+    summary="Numba CUDA kernels in Python, float32 arithmetic, to be read beside the ops' formulas; four ops train too",
     contract_version=1,
     ops={op: f"{_PACKAGE}.{op}" for op in _OPS},
     simplicity=3,

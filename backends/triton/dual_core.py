@@ -16,7 +16,7 @@ from .dual_backward import backward_candidates, run_backward
 from .dual_flat import flat, flat_candidates
 from .dual_recurrent import recurrent, recurrent_candidates
 from .program import remembering, remembering_backward
-from .serving import serves, serves_rows
+from .serving import serves
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
@@ -24,7 +24,7 @@ __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "re
 def supports(signature: Signature, machine: Machine) -> Verdict:
     """Every option, wherever the backend can work and its tiles fit the card; normalize_read as slow_core has it."""
     if signature.option("memory") == "flat":
-        return serves(signature, machine) & serves_rows(signature, machine)
+        return serves(signature, machine)
     verdict = slow_core.supports(signature, machine)
     if verdict and not recurrent_candidates(signature, machine):
         sizes = f"K={signature.dim('K')}, V={signature.dim('V')} in {str(signature.dtype).removeprefix('torch.')}"

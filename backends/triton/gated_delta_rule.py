@@ -24,7 +24,7 @@ from .delta_plans import delta_plans, saving
 from .delta_schedules import SCHEDULES, Operands
 from .grid import on_device, unit_stride
 from .program import remembering, remembering_backward
-from .serving import serves, serves_rows
+from .serving import serves
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
 
@@ -32,8 +32,8 @@ _INPUTS = ("q", "k", "v", "beta", "g", "gate", "initial_state")
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
-    """Every option, at any chunk size: the rule is the same on every grid. On Hopper no 16-bit rows that asynchronous copies do not take."""
-    return serves(signature, machine) & serves_rows(signature, machine)
+    """Every option, at any chunk size: the rule is the same on every grid."""
+    return serves(signature, machine)
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:

@@ -12,15 +12,13 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["CONSUMER_SHARED_BYTES", "HOPPER", "Params", "copies_rows", "dots", "least_columns", "narrow_warps", "serves", "serves_rows", "tile_width"]
+__all__ = ["CONSUMER_SHARED_BYTES", "Params", "copies_rows", "dots", "least_columns", "narrow_warps", "serves", "tile_width"]
 
 Params = tuple[tuple[str, Param], ...]
 
 CONSUMER_SHARED_BYTES = 99 * 1024
 """Shared memory of a block on consumer cards (sm_86, sm_89, sm_120): the least that the kernels count on."""
 
-HOPPER = range(90, 100)
-"""Cards whose tensor cores multiply with wgmma."""
 _ROW = 16
 """Numbers: what rows must be multiples of, and begin at multiples of, for asynchronous copies to take them."""
 _OLDEST_SM = 80
@@ -78,33 +76,6 @@ def copies_rows(signature: Signature) -> bool:
 def least_columns(signature: Signature) -> int:
     """The columns that a loop's products of 64 rows have at least: where no asynchronous copy takes 16-bit rows, fewer than 64 are compiled wrongly."""
     return 64 if signature.dtype.itemsize == 2 and not copies_rows(signature) else 1
-
-
-def serves_rows(signature: Signature, machine: Machine) -> Verdict:
-    """Refuses on Hopper what `gated_delta_rule` was seen to compute wrongly there: 16-bit operands whose rows no asynchronous copy takes.
-
-    The tiles that were wrong are offered no more (`least_columns`). The others are right where their machine code is executed without a card; until a card has
-    examined them too, nothing on such rows is served.
-    """
-    if signature.dtype.itemsize != 2 or machine.sm not in HOPPER:
-        return ACCEPTED
-    name = str(signature.dtype).removeprefix("torch.")
-    seen = "products from such rows gave wrong values and an illegal address on an H100, and no card has examined their mend"
-    verdict = ACCEPTED
-    odd = [f"{letter}={signature.dim(letter)}" for letter in "KV" if signature.dim(letter) % _ROW]
-    if odd:
-        padded = " and ".join(f"{letter}={-(-signature.dim(letter) // _ROW) * _ROW}" for letter in "KV")
-        verdict &= refused(
-            f"{' and '.join(odd)} in {name}: {_ROW} does not divide {'them' if len(odd) > 1 else 'it'}, and {seen}; use backend='cupy' or backend='eager', "
-            f"or pad the heads with zeros to {padded} and pass scale"
-        )
-    loose = _loose_operands(signature)
-    if loose:
-        verdict &= refused(
-            f"{', '.join(loose)} in {name}: {_ROW} does not divide every stride, or the data does not begin on {_ROW} bytes, and {seen}; "
-            "pass clones, or use backend='cupy' or backend='eager'"
-        )
-    return verdict
 
 
 def _loose_operands(signature: Signature) -> list[str]:

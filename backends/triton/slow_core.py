@@ -28,7 +28,7 @@ from .delta_plans import shared_bytes as delta_bytes
 from .delta_schedules import Operands, Params
 from .grid import on_device, unit_stride
 from .program import remembering, remembering_backward
-from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, least_columns, narrow_warps, serves, serves_rows, tile_width
+from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, least_columns, narrow_warps, serves, tile_width
 from .slow_scan import Tiling, normalized, shared_bytes, slow_scan
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
@@ -46,7 +46,7 @@ _SHORT = 256
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
     """Whatever the backend serves; normalize_read where one program can hold the whole state."""
-    verdict = serves(signature, machine) & serves_rows(signature, machine)
+    verdict = serves(signature, machine)
     if signature.option("normalize_read"):
         keys, values = signature.dim("K"), signature.dim("V")
         if tile_width(keys) * tile_width(values) > _LARGEST_STATE:

@@ -84,7 +84,8 @@ def _ops_page() -> str:
     rows = [[f"[`{op.name}`]({op.name}.md)", op.summary, ", ".join(b.name for b in _ordered() if op.name in b.ops)] for op in CONTRACTS.values()]
     told = (
         "Tensors are `[B, T, H, D]` with any strides, states `[B, H, K, V]` in float32 (float64 with float64 operands), decays natural logarithms of at most 0. "
-        "These pages are made from the contracts in `titans_backends/contracts/`; `titans-backends ops NAME` prints the same."
+        "These pages are made from the contracts in `titans_backends/contracts/`; `titans-backends ops NAME` prints the same. "
+        "What the letters mean: [concepts](../concepts.md#what-a-formulas-letters-are)."
     )
     return f"# The ops\n\n{told}\n\n{table(['op', 'what it computes', 'backends'], rows)}"
 

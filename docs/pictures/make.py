@@ -39,7 +39,12 @@ def main() -> int:
     console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True)
     console.print("[bold]$ titans-backends tune[/bold]")
     show_rows(console, rows)
-    PICTURE.write_text(console.export_svg(title=f"{machine.name}, {machine.threads} threads", theme=MONOKAI), encoding="utf-8")
+    PICTURE.write_text(
+        console.export_svg(
+            title=machine.name + (f", {machine.threads} thread{'s' * (machine.threads > 1)}" if machine.threads else ""), theme=MONOKAI
+        ),
+        encoding="utf-8",
+    )
     print(PICTURE)
     return 0
 

@@ -6,6 +6,7 @@ its op's default is never written, and dropped where a person wrote it.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
@@ -18,6 +19,7 @@ __all__ = [
     "Document",
     "ForeignDevice",
     "FutureSchema",
+    "OtherFile",
     "dump_document",
     "dump_params",
     "dump_when",
@@ -38,6 +40,10 @@ class ForeignDevice(SchemaError):
     """A file that was measured on another device."""
 
 
+class OtherFile(SchemaError):
+    """A file of this library's that is no table."""
+
+
 @dataclass(frozen=True, slots=True)
 class Document(Generic[Cell]):
     """A file's content, with one cell per bucket."""
@@ -50,9 +56,13 @@ class Document(Generic[Cell]):
 def parse_document(
     text: str, origin: str, defaults_of: DefaultsOf, cell: Callable[[Cursor, Mapping[str, Environment]], Cell], expected: Device | None
 ) -> Document[Cell]:
-    """The content of a file; SchemaError names `origin` and line, FutureSchema and ForeignDevice come before the rows are looked at."""
+    """The content of a file; SchemaError names `origin` and line; FutureSchema, OtherFile and ForeignDevice come before the rows are looked at."""
     root = compose(text, origin)
     _check_schema(root)
+    if any(key.node.value == "problems" for key, _ in root.mapping()):
+        raise OtherFile(
+            f"{origin}: the problems of a model, not a tuned table, which `titans-backends tune --from {shlex.quote(origin)}` makes of them"
+        )
     top = root.fields(("schema", "device", "environments", "ops"), required=("schema", "device", "environments", "ops"))
     device = _device(top["device"])
     if expected is not None and not device.same(expected):

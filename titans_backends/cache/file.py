@@ -7,13 +7,14 @@ both are reported as a value. Writing raises CacheError with what to type next.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from titans_backends.cache.document import ForeignDevice, FutureSchema
+from titans_backends.cache.document import ForeignDevice, FutureSchema, OtherFile
 from titans_backends.cache.nodes import SchemaError
 from titans_backends.cache.schema import Bucket, DefaultsOf, Device, Entry, Environment, Table, canonical_when, merge
 from titans_backends.cache.table_text import dump_table, parse_table
@@ -66,6 +67,12 @@ class Loaded(Generic[Content]):
     problem: Problem | None
     writable: bool
     world_writable: bool
+
+    @property
+    def reason(self) -> str:
+        """Why the file is not used, without the path that the problem's message begins with: for where that stands beside it. Empty where there is no problem."""
+        told = self.problem.message.removeprefix(str(self.path)) if self.problem is not None else ""
+        return re.sub(r"^:(\d+):", r"line \1:", told).lstrip(": ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +183,7 @@ def _examine(form: _Format[Content], path: Path, defaults_of: DefaultsOf, device
         problem = Problem("unreadable", f"{path} cannot be read: {error.strerror or error}")
     except FutureSchema as error:
         problem = Problem("future", f"{error}: ignored and left as it is")
-    except ForeignDevice as error:
+    except (ForeignDevice, OtherFile) as error:
         problem = Problem("foreign", f"{error}: ignored and left as it is")
     except UnicodeDecodeError as error:
         problem = Problem("damaged", f"{path}: not UTF-8 at byte {error.start}")

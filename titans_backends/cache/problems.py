@@ -6,6 +6,7 @@ one measurement. Nothing here decides what a problem is worth.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ _HEADER = (
     "titans_backends: the problems that a model met. Written by `titans_backends.record`, read by `titans-backends tune --from`.",
     "forward, backward: how often each ran. when, seq_len: the row of a tuned table that speaks for it. T: tokens of a row; N: sequences.",
 )
+_WANTED = 'What is wanted here is written by: with titans_backends.record("shapes.yaml"): model(batch)'
 _FIELDS = ("op", "device", "seq_len", "when", "sizes", "batch_invariant", "forward", "backward")
 _REQUIRED = ("op", "device", "seq_len", "when", "sizes", "forward")
 _SIZES = ("B", "T", "N", "G", "H")
@@ -84,7 +86,7 @@ def merge_problems(older: Problems, newer: Problems) -> dict[Problem, Count]:
 
 def parse_problems(text: str, origin: str, defaults_of: DefaultsOf) -> tuple[Met, ...]:
     """The lines of a file; SchemaError names `origin` and line, what was found and what is accepted."""
-    root = compose(text, origin)
+    root = _recording(text, origin)
     top = root.fields(("schema", "problems"), required=("schema", "problems"))
     schema = top["schema"].integer(1)
     if schema > SCHEMA:
@@ -96,6 +98,26 @@ def parse_problems(text: str, origin: str, defaults_of: DefaultsOf) -> tuple[Met
             raise item.error(f"this problem stands here twice, first in line {found[met.problem].cursor.line}; add the counts and leave one")
         found[met.problem] = met
     return tuple(found.values())
+
+
+def _recording(text: str, origin: str) -> Cursor:
+    """The root of the file; SchemaError says what it is where it is no recording, and how one is made."""
+    try:
+        root = compose(text, origin)
+        names = [str(key.node.value) for key, _ in root.mapping()]
+    except SchemaError as error:
+        raise error if "problems:" in text else SchemaError(f"{error}. {_WANTED}") from error
+    if "problems" in names:
+        return root
+    if not {"device", "ops"} <= set(names):
+        raise SchemaError(f"{origin}: not the problems of a model: its fields are {', '.join(names[:4])}. {_WANTED}")
+    if origin.endswith(".timings.yaml"):
+        raise SchemaError(f"{origin}: the timings of a tuned table, not the problems of a model. {_WANTED}")
+    shown = shlex.quote(origin)
+    raise SchemaError(
+        f"{origin}: a tuned table, not the problems of a model. To see it: titans-backends cache show {shown}. "
+        f"To choose by it: export TITANS_BACKENDS_CACHE={shown}. {_WANTED}"
+    )
 
 
 def dump_problems(problems: Problems, defaults_of: DefaultsOf) -> str:

@@ -115,7 +115,8 @@ class Entry:
     """The winner of one bucket. Its numbers have four significant digits, in memory as in the file.
 
     `us` is the median in microseconds (of forward and backward together for a training pair), `spread` the half-width of its
-    95 % interval over the median, `next` the runner-up. `env` is a letter of the table's environments, `source` the winner's
+    95 % interval over the median, `next` the runner-up. `doubt`: noise decided, and another may save this share of the time;
+    None where nobody may save more than 5 %. `env` is a letter of the table's environments, `source` the winner's
     source hash, for a pair both, joined by "+". `saves_states`: the pair's forward hands chunk-start states to its backward.
     """
 
@@ -129,11 +130,12 @@ class Entry:
     saves_states: bool = False
     next: str | None = None
     next_us: float | None = None
+    doubt: float | None = None
     env: str = ""
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("us", "spread", "peak_mib", "next_us"):
+        for name in ("us", "spread", "peak_mib", "next_us", "doubt"):
             object.__setattr__(self, name, rounded(getattr(self, name)))
 
     @property

@@ -17,6 +17,7 @@ from pathlib import Path
 __all__ = ["join_hashes", "source_hash"]
 
 _CUDA = (".cu", ".cuh")
+_PINNED = "=="
 _DIGITS = 12
 _BLANK = r"(?:\s|//(?:\\\n|[^\n])*|/\*.*?\*/)+"
 _CUDA_TOKENS = re.compile(
@@ -25,17 +26,19 @@ _CUDA_TOKENS = re.compile(
 
 
 def source_hash(names: Sequence[str]) -> str:
-    """Twelve hex digits over the modules named, in any order; a name ending in .cu or .cuh is a path, relative to the first module's folder.
+    """Twelve hex digits over the modules named, in any order; a name ending in .cu or .cuh is a path, relative to the first module's folder, and one
+    with == in it a distribution at its version, as fla-core==0.6.0, which counts by that text.
 
     Raises ModuleNotFoundError for a name without a file, SyntaxError for a file that does not parse.
     """
-    modules = [name for name in names if not name.endswith(_CUDA)]
+    pinned = [name for name in names if _PINNED in name]
+    modules = [name for name in names if not name.endswith(_CUDA) and name not in pinned]
     parts = {name: _file_digest(_module_file(name)) for name in modules}
     for name in names:
         if name.endswith(_CUDA):
             path = _module_file(modules[0]).parent / name if modules else Path(name)
             parts[Path(name).name] = _file_digest(path)
-    text = "\n".join(f"{name} {digest}" for name, digest in sorted(parts.items()))
+    text = "\n".join([*(f"{name} {digest}" for name, digest in sorted(parts.items())), *sorted(pinned)])
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 

@@ -20,7 +20,7 @@ _HEADER = (
     "use: the winner; next: the runner-up. us, next_us: medians in microseconds; spread: half-width of the 95 % interval / median.",
     "peak_mib: peak memory beyond the inputs in MiB; source: hash of the winner's code. A field left out of `when` has its op's default.",
 )
-_FIELDS = ("use", "params", "backward", "backward_params", "saves_states", "us", "spread", "peak_mib", "next", "next_us", "env", "source")
+_FIELDS = ("use", "params", "backward", "backward_params", "saves_states", "us", "spread", "peak_mib", "next", "next_us", "doubt", "env", "source")
 _REQUIRED = ("use", "us", "spread", "peak_mib", "env")
 
 
@@ -49,6 +49,7 @@ def _parse_entry(cursor: Cursor, environments: Mapping[str, Environment]) -> Ent
         saves_states=found["saves_states"].flag() if "saves_states" in found else False,
         next=found["next"].text() if "next" in found else None,
         next_us=found["next_us"].quantity() if "next_us" in found else None,
+        doubt=found["doubt"].quantity() if "doubt" in found else None,
         env=found["env"].choice(environments),
         source=found["source"].text() if "source" in found else "",
     )
@@ -68,6 +69,7 @@ def _dump_entry(entry: Entry, _params: str) -> str:
         ("peak_mib", emit.scalar(entry.peak_mib)),
         ("next", emit.scalar(entry.next) if entry.next is not None else ""),
         ("next_us", emit.scalar(entry.next_us) if entry.next_us is not None else ""),
+        ("doubt", emit.scalar(entry.doubt) if entry.doubt is not None else ""),
         ("env", emit.scalar(entry.env)),
         ("source", emit.scalar(entry.source) if entry.source else ""),
     ]

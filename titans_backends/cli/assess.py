@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from titans_backends import registry
 from titans_backends.cli import exit_codes, units
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import by_key, key_json, key_title
@@ -37,7 +38,7 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
     err = status_console()
     say(err, f"{machine.name}: {units.amount(len(chosen.buckets), 'bucket')} of {len(request.buckets)} to assess, into {path}", "dim")
     found = assess(chosen, budget_s, lambda said: say(err, said, "dim"))
-    told = _json(found, request.device)
+    told = _json(found, request)
     path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if as_json:
         print_json(told)
@@ -47,14 +48,20 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
         raise typer.Exit(exit_codes.FALLS_SHORT)
 
 
-def _json(found: Assessment, device: str) -> dict[str, Json]:
+def _json(found: Assessment, request: TuneRequest) -> dict[str, Json]:
+    racing = [backend.name for backend in registry.known().values() if request.asks(backend.name)]
     return {
-        **fingerprint(device),
+        **fingerprint(request.device),
+        "racing": [*racing],
         "summary": asdict(found.summary),
+        "compiled_ahead": None if found.compiled is None else asdict(found.compiled),
         "tune_s": list(found.tune_s),
         "tuned_buckets": list(found.tuned_buckets),
         "seconds": found.seconds,
-        "first_uses": [{**key_json(one.bucket), "first_s": one.first_s, "second_s": one.second_s, "origin": one.origin} for one in found.first_uses],
+        "first_uses": [
+            {**key_json(one.bucket), "first_s": one.first_s, "second_s": one.second_s, "origin": one.origin, "shipped": one.shipped}
+            for one in found.first_uses
+        ],
         "tuned": [_row(one) for one in found.tuned],
         "midpoints": [_row(one) for one in found.midpoints],
         "left": [{**key_json(bucket), "reason": reason} for bucket, reason in found.left],
@@ -81,20 +88,19 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
             _table(out, rows)
     figures = found.summary
     out.print()
-    pairs = [
-        (
-            "regret",
-            f"mean {_percent(figures.mean_regret)}, worst {_percent(figures.worst_regret)}, over {units.amount(figures.buckets, 'bucket')}, two tunes",
-        )
-    ]
+    worst = f"worst {_percent(figures.worst_regret)} ({_percent(figures.worst_beyond_noise)} beyond noise)"
+    pairs = [("regret", f"mean {_percent(figures.mean_regret)}, {worst}, over {units.amount(figures.buckets, 'bucket')}, two tunes")]
     cost = f"; worst cost {_percent(figures.worst_flip_cost)}" if figures.flips else ""
     pairs.append(("flips", f"{figures.flips}, {figures.flips_outside} outside ties and the default's margin{cost}"))
     if figures.midpoints:
         within = f"{_percent(figures.midpoints_within)} of {figures.midpoints} within 5 %, worst {_percent(figures.worst_midpoint_regret)}"
         pairs.append(("midpoints", within))
+    if found.compiled is not None:
+        pairs.append(("compiled ahead", f"{units.amount(found.compiled.candidates, 'candidate')}, {units.seconds(found.compiled.seconds)}"))
     pairs.append(("time to tune", " | ".join(_tuned(s, n) for s, n in zip(found.tune_s, found.tuned_buckets, strict=True))))
     for use in found.first_uses:
-        said = f"{units.seconds(use.first_s)} with a table there, in a fresh process (choice: {use.origin}); the second call {units.time_us(1e6 * use.second_s)}"
+        there = f"with {'the shipped table' if use.shipped else 'a table there'}, in a fresh process (choice: {use.origin})"
+        said = f"{units.seconds(use.first_s)} {there}; the second call {units.time_us(1e6 * use.second_s)}"
         pairs.append((f"first {use.bucket.op}", said))
     facts(out, pairs)
     if found.left:

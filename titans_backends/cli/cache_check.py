@@ -21,7 +21,7 @@ __all__ = ["CacheReport", "check_caches"]
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """One file: its rows, or the problem; what its modes allow; rows to renew; damaged copies that were set aside beside it."""
+    """One file: its rows, or the problem, without the path; what its modes allow; rows to renew; damaged copies that were set aside beside it."""
 
     kind: str
     path: Path
@@ -60,7 +60,7 @@ def _report(kind: str, path: Path, machine: Machine) -> CacheReport:
     loaded = file.read(path, defaults_of, device_of(machine))
     beside = paths.timings_path(path)
     timings = file.read_timings(beside, defaults_of, device_of(machine))
-    problems = [found.problem.message for found in (loaded, timings) if found.problem is not None]
+    problems = [told for told in (loaded.reason, timings.reason and f"its timings {beside.name}, {timings.reason}") if told]
     rows = {} if loaded.table is None else loaded.table.rows
     states = {bucket: row_state(machine, loaded.table, bucket, entry) for bucket, entry in rows.items()} if loaded.table is not None else {}
     damaged = sorted(Path(found) for one in (path, beside) for found in glob.glob(f"{glob.escape(str(one))}.damaged-*"))

@@ -76,6 +76,7 @@ def _entry_json(entry: Entry, table: Table) -> dict[str, Json]:
         "winner": entry.label,
         "median_us": entry.us,
         "spread": entry.spread,
+        "doubt": entry.doubt,
         "peak_mib": entry.peak_mib,
         "runner_up": entry.next,
         "runner_up_us": entry.next_us,

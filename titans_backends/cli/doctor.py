@@ -91,7 +91,7 @@ def find(backends: Sequence[BackendReport], caches: Sequence[CacheReport]) -> li
 def _cache_findings(cache: CacheReport) -> list[Finding]:
     found = []
     if cache.problem:
-        found.append(Finding("falls short", cache.problem, "titans-backends tune"))
+        found.append(Finding("falls short", f"{cache.path}: {cache.problem}", "titans-backends tune"))
     if cache.world_writable:
         text = f"anybody on this machine can change {cache.path}, and with it which kernels run"
         folder = f" {cache.path.parent}" if cache.kind == "user cache" else ""  # a folder of ours; another's may be shared on purpose

@@ -150,7 +150,7 @@ def finished_line(event: Event) -> Text | None:
     if isinstance(event, BucketDone):
         return Text.assemble(
             ("✓ ", "green"), place(event.bucket), ": ", (event.entry.label, "green"), f" {units.time_us(event.entry.us)}",
-            _gain(event), (f"  in {units.seconds(event.seconds)}", "dim"),
+            _gain(event), (_doubt(event), "yellow"), (f"  in {units.seconds(event.seconds)}", "dim"),
         )  # fmt: skip
     if isinstance(event, BucketFailed):
         return Text.assemble(("✗ ", "red"), place(event.bucket), f": {event.reason}")
@@ -168,6 +168,11 @@ def finished_line(event: Event) -> Text | None:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def _doubt(event: BucketDone) -> str:
+    doubt = event.entry.doubt
+    return f"; noise: another may save up to {units.percent(doubt)}" if doubt is not None else ""
 
 
 def _gain(event: BucketDone) -> str:

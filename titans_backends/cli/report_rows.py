@@ -16,6 +16,9 @@ from titans_backends.reporting.summary import Renewal, Summary, by_op, failures,
 
 __all__ = ["report_json", "show_report"]
 
+_RENEWALS = 8
+"""So many groups of rows to renew are printed; a table of an older version may have a hundred."""
+
 
 def report_json(facts: Facts) -> Json:
     """Everything that the page shows, with every digit; times in microseconds, gains as factors, shares as fractions, null where nothing is known."""
@@ -38,10 +41,14 @@ def show_report(out: Console, facts: Facts) -> None:
         about = f"{machine.device.name}{' (this machine)' if machine.here else ''}"
         lines = [[op, *_cells(summarize(found), found)] for op, found in {**by_op(rows), "all": rows}.items()]
         table(out, columns, [Group(Text(about, "bold"), lines)])
-        for one in renewals(rows):
+        to_renew = renewals(rows)
+        for one in to_renew[:_RENEWALS]:
             say(out, Text(f"{one.kind}: {one.where}: {', '.join(map(str, one.seq_lens))}: {one.reason}", "yellow"))
             if one.command:
                 command(out, one.command)
+        if len(to_renew) > _RENEWALS:
+            more = f"{len(to_renew) - _RENEWALS} more such groups of rows to renew; --output and --json list them all"
+            say(out, Text(more, "yellow"))
         failed = failures(rows)
         if failed:
             say(
@@ -52,7 +59,8 @@ def show_report(out: Console, facts: Facts) -> None:
     say(
         out,
         Text(
-            "gains are geometric means over the untuned default, the next backend and plain torch; floor: the largest share of what the machine's ceilings allow",
+            "gains over the untuned default, the next backend and plain torch are geometric means, over the rows that know such a time; "
+            "floor: the largest share of what the machine's ceilings allow",
             "dim",
         ),
     )
@@ -98,6 +106,10 @@ def _summary_json(found: Summary) -> Json:
         "gain_over_default": found.over_default,
         "gain_over_eager": found.over_eager,
         "gain_over_next_backend": found.over_rival,
+        "compared_with_next_backend": found.rivals,
+        "compared_with_eager": found.eagers,
+        "stale": found.stale,
+        "ignored": found.ignored,
         "behind_fastest": found.behind,
         "share_of_floor": {"graph": found.share_graph, "eager": found.share_eager, "training": found.share_training},
     }

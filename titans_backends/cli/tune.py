@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -21,6 +21,7 @@ from titans_backends.cli.failures import MisuseError, user_input
 from titans_backends.cli.plan_rows import plan_json, show_plan
 from titans_backends.cli.progress import showing
 from titans_backends.cli.show import command, console, facts, print_json, say, status_console
+from titans_backends.cli.tune_doubtful import doubtful_rows
 from titans_backends.cli.tune_from import Recorded, coverage_json, show_coverage
 from titans_backends.cli.tune_from import from_file as read_problems
 from titans_backends.cli.tune_rows import rows_json, show_rows
@@ -29,7 +30,7 @@ from titans_backends.machine import Machine, detect
 from titans_backends.signature import Launch, Regime
 from titans_backends.tuning import ranks
 from titans_backends.tuning.plan import plan
-from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
+from titans_backends.tuning.run import TIMEOUT_S, Row, TuneInterrupted, TuneReport, TuneRequest
 from titans_backends.tuning.run import tune as run_tune
 
 __all__ = ["tune"]
@@ -55,6 +56,10 @@ def tune(
     budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Stop after this many seconds; type the command again to go on.", show_default="none")
     ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="What one candidate's compilation and check may take; other people's kernels compile for minutes."),
+    ] = TIMEOUT_S,
     quick: Annotated[bool | None, typer.Option("--quick/--full", help="The small or the whole grid.", show_default="quick")] = None,
     backend: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Backends that race.", show_default="all; with --quick the quick ones")
@@ -66,6 +71,9 @@ def tune(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write this file.", show_default="the user's cache")] = None,
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is current.")] = False,
+    doubtful: Annotated[
+        bool, typer.Option("--doubtful", help="Measure again the rows that noise decided, the most doubtful first, and those alone.")
+    ] = False,
     assess: Annotated[
         bool, typer.Option("--assess", help="Say how good the tuner is: two fresh tunes against every candidate timed fully. Changes no table.")
     ] = False,
@@ -82,6 +90,8 @@ def tune(
     machine = detect(target)
     small = True if quick is None else quick
     racing = _backends(backend)
+    for one in registry.broken().values():
+        say(status_console(), f"backend {one.name} is broken and does not race: {one.reason}; see: titans-backends doctor", "yellow")
     pairs = words.heads_list(heads)
     lengths = words.integers("--seq-lens", seq_lens)
     grid = {
@@ -91,7 +101,9 @@ def tune(
     recorded = None if from_file is None else read_problems(from_file, grid, machine, target)
     if recorded is not None:
         buckets = recorded.buckets
-    else:
+    if doubtful:
+        buckets = doubtful_rows(output, {**grid, "--from": from_file, "--force": force, "--assess": assess}, machine, target)
+    elif recorded is None:
         with user_input():
             buckets = plan(
                 machine.kind,
@@ -108,7 +120,7 @@ def tune(
         _say_other_lengths(lengths, buckets)
     if objective not in ("time", "memory"):
         raise MisuseError(f"--objective must be time or memory, got {objective!r}")
-    for name, value in (("--budget", budget), ("--max-memory", max_memory)):
+    for name, value in (("--budget", budget), ("--max-memory", max_memory), ("--timeout", timeout)):
         if value is not None and not value > 0:
             raise MisuseError(f"{name} must be above 0, got {value:g}")
     request = TuneRequest(
@@ -119,8 +131,10 @@ def tune(
         objective=cast(Literal["time", "memory"], objective),
         max_memory_mib=max_memory,
         budget_s=budget,
+        timeout_s=timeout,
         output=output,
         force=force,
+        doubtful=doubtful,
         heads=pairs[0][1] if pairs is not None and len(pairs) == 1 else None,
         heads_by_bucket={} if recorded is None else recorded.heads,
     )
@@ -130,7 +144,8 @@ def tune(
         beside = [name for name, value in (("--force", force), ("--dry-run", dry_run)) if value]
         if beside:
             raise MisuseError(f"--assess tunes into files of its own; leave out {', '.join(beside)}")
-        run_assessment(request, machine, budget, limit, as_json)
+        cheapest_first = request if recorded is None else replace(request, buckets=buckets[::-1])
+        run_assessment(cheapest_first, machine, budget, limit, as_json)
         return
     if dry_run and ranks.launched_rank():
         return  # rank 0 shows it
@@ -139,7 +154,9 @@ def tune(
         return
     typed = [] if from_file is None else ["--from", str(from_file)]
     typed += [word for name, given in {**grid, "--backend": backend}.items() if isinstance(given, list) for value in given for word in (name, value)]
+    typed += ["--doubtful"] if doubtful else []
     typed += ["--batch", str(batch)] if batch is not None else []
+    typed += ["--timeout", f"{timeout:g}"] if timeout != TIMEOUT_S else []
     typed += [] if quick is None else ["--quick" if quick else "--full"]
     typed += ["--objective", objective] if objective != "time" else []
     typed += ["--max-memory", f"{max_memory:g}"] if max_memory is not None else []
@@ -225,6 +242,7 @@ class _Session:
 
     def _announce(self, err: Console) -> None:
         grid = "recorded, the most expensive first" if self.recorded is not None else "quick grid" if self.request.quick else "full grid"
+        grid = "in doubt, the most doubtful first" if self.request.doubtful else grid
         say(
             err,
             f"{self.machine.name}: {units.amount(len(self.request.buckets), 'bucket')} planned ({grid}), into {_path(self.request, self.machine)}",
@@ -241,6 +259,9 @@ class _Session:
         out = console()
         self._show_coverage(report)
         say(out, NOTHING)
+        if self.request.doubtful and not report.rows:
+            say(out, f"no row of {report.path} is in doubt: nobody may save more than 5 % of a winner's time")
+            return
         current = units.amount(len(report.rows), "bucket is", "buckets are")
         say(out, f"all {current} current in {report.path}" if len(report.rows) != 1 else f"the bucket is current in {report.path}")
         facts(out, [("see them", f"titans-backends cache show{_file(self.request)}"), ("measure again", f"{self.again} --force")])

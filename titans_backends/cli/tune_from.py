@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from rich.text import Text
 
 from titans_backends import recording
 from titans_backends.buckets import Bucket
+from titans_backends.cache.nodes import SchemaError
 from titans_backends.cache.problems import Met
+from titans_backends.cache.writing import CacheError
 from titans_backends.cli import units
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.show import Column, Group, Json, say, table
@@ -53,6 +56,12 @@ def from_file(path: Path, contradicting: Mapping[str, object], machine: Machine,
         raise MisuseError(f"--from tunes the problems of {path} as they were met; leave out {', '.join(given)}, or leave out --from for a grid")
     if not path.exists():
         raise MisuseError(f'--from {path}: there is no such file. Make it with: with titans_backends.record("{path}"): model(batch)')
+    if path.is_dir():
+        inside = [one for one in sorted(path.glob("*.yaml")) if _is_recording(one)]
+        found = (
+            f"; in it: {', '.join(f'titans-backends tune --from {shlex.quote(str(one))}' for one in inside[:3])}" if inside else ", and none is in it"
+        )
+        raise MisuseError(f"--from {path}: a folder, not a file that titans_backends.record wrote{found}")
     lines = recording.read(path)
     wanted = demands(lines, machine.kind)
     left_out = _left_out(lines, machine.kind)
@@ -60,6 +69,13 @@ def from_file(path: Path, contradicting: Mapping[str, object], machine: Machine,
         why = "; ".join(left_out) or "it holds no problem"
         raise MisuseError(f"--from {path}: nothing to tune on {machine.kind}: {why}. Record on this device, or name another with --device")
     return Recorded(ordered(wanted, machine, functools.cache(functools.partial(ceilings.measure, device))), left_out)
+
+
+def _is_recording(path: Path) -> bool:
+    try:
+        return bool(recording.read(path))
+    except (SchemaError, CacheError):
+        return False
 
 
 def _left_out(lines: Sequence[Met], kind: str) -> tuple[str, ...]:

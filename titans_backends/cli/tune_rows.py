@@ -32,6 +32,10 @@ def show_rows(to: Console, rows: Sequence[Row]) -> None:
     if any(row.entry is not None and row.entry.next_us is not None and row.entry.next_us < row.entry.us for row in rows):
         to.print()
         say(to, "a runner-up that is faster within the noise does not replace the default, nor a simpler winner", "dim")
+    doubtful = sum(row.entry is not None and row.entry.doubt is not None for row in rows)
+    if doubtful:
+        to.print()
+        say(to, f"noise decided {units.amount(doubtful, 'bucket')}: measure them again with titans-backends tune --doubtful", "dim")
 
 
 def _cells(to: Console, row: Row) -> list[str | Text]:
@@ -51,6 +55,7 @@ def _row_json(row: Row) -> dict[str, Json]:
         "winner": entry.label if entry else None,
         "median_us": entry.us if entry else None,
         "spread": entry.spread if entry else None,
+        "doubt": entry.doubt if entry else None,
         "peak_mib": entry.peak_mib if entry else None,
         "default_us": row.default_us,
         "gain_over_default": _factor(row.default_us, entry.us if entry else None),

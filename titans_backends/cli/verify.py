@@ -22,6 +22,9 @@ from titans_backends.signature import Regime
 
 __all__ = ["verify"]
 
+_REFUSALS = 6
+"""So many reasons of what is refused altogether are printed; `--json` has all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tally:
@@ -152,6 +155,16 @@ def _show(out: Console, machine: Machine, tallies: Sequence[Tally], unavailable:
     for detail in failures:
         say(out, f"  {detail}")
     out.print()
+    refused = dict.fromkeys(
+        f"refused: {tally.op} {tally.backend} {tally.regime} {tally.dtype}: {result.detail}"
+        for tally in tallies
+        if tally.count("refused") == len(tally.results)
+        for result in tally.results[:1]
+    )
+    for told in list(refused)[:_REFUSALS]:
+        say(out, Text(told, "dim"))
+    if len(refused) > _REFUSALS:
+        say(out, Text(f"{len(refused) - _REFUSALS} more were refused altogether; their reasons: --json", "dim"))
     for name, reason in unavailable.items():
         say(out, Text(f"not run: {name}: {reason}", "dim"))
     total = sum(tally.count("passed") + tally.count("failed") for tally in tallies)

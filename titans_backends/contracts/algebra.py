@@ -36,7 +36,7 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 
 def normalize_state(state: Tensor) -> Tensor:
-    """S / (||S||_F + 1e-8) per head; the gradient at S = 0 is taken as 0 (SPEC 10)."""
+    """S / (||S||_F + 1e-8) per head; the gradient at S = 0 is taken as 0."""
     square = (state * state).sum((-2, -1), keepdim=True)
     norm = torch.where(square > 0, square, 1.0).sqrt()  # a norm's derivative at 0 would be NaN
     return torch.where(square > 0, state / (norm + 1e-8), torch.zeros_like(state))

@@ -1,4 +1,4 @@
-"""chunk_flux: how strongly a chunk's keys and values resonate, by a bilinear form of each head and a small network that all share (SPEC 6).
+"""chunk_flux: how strongly a chunk's keys and values resonate, by a bilinear form of each head and a small network that all share.
 
     e_i = k_i^T bilinear_h u_i / temp_h        x = [mean k ; mean u ; mean e], over the chunk's tokens
     psi = clamp(sigmoid(w2 . silu(w1 x + b1) + b2), 0.01, 0.99)

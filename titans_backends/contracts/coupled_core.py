@@ -1,4 +1,4 @@
-"""coupled_core: two normalised states that read apart, write apart and mix after every chunk (SPEC 5, LAM's earlier version, "LAM Before").
+"""coupled_core: two normalised states that read apart, write apart and mix after every chunk (LAM's earlier version, "LAM Before").
 
 For both cores x in (fast, slow), chunk n, with u and w of uw_transform, N(S) = S / (||S||_F + 1e-8), M = tril(scale Q K^T):
 
@@ -167,7 +167,7 @@ CONTRACT = Contract(
     work=work,
     variants=(
         # A decay cancels in the next read, and the mixing where both states are parallel (as without states and decays): then the gradients of the
-        # numbers per chunk would be nothing but rounding. So the variants have states at one end at least, and several chunks (SPEC 5).
+        # numbers per chunk would be nothing but rounding. So the variants have states at one end at least, and several chunks.
         Variant(
             "coupled",
             {"output_final_state": True, "chunk_size": 32},

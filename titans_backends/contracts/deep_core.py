@@ -1,4 +1,4 @@
-"""deep_core: a third core that learns slowly, one update a block of chunks (SPEC 7). Experimental: the definition may still change.
+"""deep_core: a third core that learns slowly, one update a block of chunks. Experimental: the definition may still change.
 
 One level of a continuum memory (Nested Learning, arXiv 2512.24695, eq. 70 and 74), linear. A block is L = chunk_size * period tokens, m its number:
 

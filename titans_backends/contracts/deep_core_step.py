@@ -1,4 +1,4 @@
-"""deep_core_step: decode, one to eight tokens of `deep_core` on its carry, each row at its own place in its block (SPEC 7, 9). Experimental.
+"""deep_core_step: decode, one to eight tokens of `deep_core` on its carry, each row at its own place in its block. Experimental.
 
 `position[b]` counts the tokens that row b's open block holds, and lives on the device, so that a captured graph can go on: afterwards
 it is (position + T) % (chunk_size * period), for the caller to write. The rest of the carry comes back new, whole block or open:

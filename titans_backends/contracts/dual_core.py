@@ -1,4 +1,4 @@
-"""dual_core: S_fast and S_slow with their merge (SPEC 5).
+"""dual_core: S_fast and S_slow with their merge.
 
     o = alpha * fast_core(q, k, beta * v, gate=fast_gate)  +  (1 - alpha) * slow
 
@@ -235,7 +235,7 @@ CONTRACT = Contract(
             given=("chunk_decay", "slow_gate"),
             gentle=True,
         ),
-        Variant(  # without an initial state the decay would cancel in the read, and its gradient be nothing but rounding (SPEC 5)
+        Variant(  # without an initial state the decay would cancel in the read, and its gradient be nothing but rounding
             "normalized read", {"chunk_size": 64, "normalize_read": True, "output_final_state": True}, given=("chunk_decay", "initial_state")
         ),
     ),

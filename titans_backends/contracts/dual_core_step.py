@@ -1,4 +1,4 @@
-"""dual_core_step: decode, one to eight tokens of `dual_core` (memory "recurrent", transform "exact"), each row at its own place in its chunk (SPEC 9).
+"""dual_core_step: decode, one to eight tokens of `dual_core` (memory "recurrent", transform "exact"), each row at its own place in its chunk.
 
 `position[b]` counts the tokens that row b has seen, whole or modulo chunk_size, and lives on the device, so that a captured graph can go on; afterwards
 the caller adds T. S is `state`, W is `fast_state`:
@@ -6,7 +6,7 @@ the caller adds T. S is `state`, W is `fast_state`:
     W <- 0 if position % chunk_size == 0;   W += k (beta v)^T;   S <- e^g S;   S += k (beta (v - S^T k))^T;   position += 1
     o = alpha * fast_gate * scale * W^T q + (1 - alpha) * slow_gate * scale * S^T q
 
-A decay per chunk is a g that is not 0 at a chunk's first token only (SPEC 4). With `state_indices` `[B]` both states are pools of P slots: row b reads and
+A decay per chunk is a g that is not 0 at a chunk's first token only. With `state_indices` `[B]` both states are pools of P slots: row b reads and
 writes slot `state_indices[b]` of both, -1 skips the row (its o is 0); `position` stays one a row. What comes back has the pools' shape, other slots unchanged.
 """
 

@@ -1,4 +1,4 @@
-"""fast_core: S_fast, causal linear attention inside each chunk (SPEC 2; LAM's fast core, whose v is beta * v).
+"""fast_core: S_fast, causal linear attention inside each chunk (LAM's fast core, whose v is beta * v).
 
     o_t = gate_t * scale * sum over j <= t in t's chunk of  Gamma_tj (q_t . k_j) v_j
 

@@ -1,4 +1,4 @@
-"""fused_uw: u = attn_const v_beta and w = attn_const k_beta as one product (the seed documents' literal op; SPEC 3's last line)."""
+"""fused_uw: u = attn_const v_beta and w = attn_const k_beta as one product, from an attn_const that is given; `uw_transform` makes it too."""
 
 from __future__ import annotations
 

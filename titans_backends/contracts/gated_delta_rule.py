@@ -1,4 +1,4 @@
-"""gated_delta_rule: the exact gated delta rule from q, k, v, beta and g (SPEC 4; Yang et al. 2024, "Gated Delta Networks").
+"""gated_delta_rule: the exact gated delta rule from q, k, v, beta and g (Yang et al. 2024, "Gated Delta Networks").
 
     S <- e^g S;  u = beta (v - S^T k);  S <- S + k u^T;  o = gate * scale * S^T q
 

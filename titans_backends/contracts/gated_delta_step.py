@@ -1,4 +1,4 @@
-"""gated_delta_step: decode, one to eight tokens of the exact gated delta rule on a state or on a pool of states (SPEC 9).
+"""gated_delta_step: decode, one to eight tokens of the exact gated delta rule on a state or on a pool of states.
 
 The recurrence is that of `gated_delta_rule`. With `state_indices` `[B]` the state is a pool `[P, H, K, V]`: row b reads and
 writes slot `state_indices[b]`, -1 skips the row (its o is 0). What comes back has the given state's shape, other slots unchanged.

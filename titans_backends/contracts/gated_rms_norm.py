@@ -1,4 +1,4 @@
-"""gated_rms_norm: each head's output over its root mean square, weighted and gated (SPEC 13, the layer's o before its projection).
+"""gated_rms_norm: each head's output over its root mean square, weighted and gated (the layer's o before its projection).
 
     y = x / sqrt(mean over V of x^2 + eps) * weight * activation(gate)
 

@@ -1,4 +1,4 @@
-"""qkv_prepare: what lies between a layer's projections and its memory: three short convolutions, SiLU, and unit q and k (SPEC 1, 13).
+"""qkv_prepare: what lies between a layer's projections and its memory: three short convolutions, SiLU, and unit q and k.
 
     q = norm(silu(conv(q)))        k = norm(silu(conv(k)))        v = silu(conv(v))        conv as in `short_conv`
 

@@ -1,4 +1,4 @@
-"""short_conv: a depthwise convolution of four taps along the tokens, bias, SiLU (SPEC 13, the layer's q, k and v).
+"""short_conv: a depthwise convolution of four taps along the tokens, bias, SiLU (the layer's q, k and v).
 
     z_t = bias + sum over j < 4 of  weight_j * x_(t - 3 + lookahead + j)        y = silu(z)
 
@@ -99,7 +99,7 @@ def work(dims: Mapping[str, int], call: ShortConv) -> tuple[float, float]:
 
 CONTRACT = Contract(
     name="short_conv",
-    summary="a depthwise convolution of four taps along the tokens, with bias and SiLU, causal or the original's",
+    summary="a depthwise convolution of four taps along the tokens, with bias and SiLU, causal or with the original's look-ahead",
     make_call=ShortConv,
     arguments=(
         Argument("x", ("B T H V",), "operand", "value"),

@@ -1,4 +1,4 @@
-"""slow_core: S_slow, the chunk recurrence over a state S from given u and w (SPEC 4).
+"""slow_core: S_slow, the chunk recurrence over a state S from given u and w.
 
     S~ = d_n S                           one factor per chunk, where chunk_decay is given
     U' = u - w S~                        delta=False: U' = u

@@ -1,4 +1,4 @@
-"""token_flux: how much a token weighs S_fast against S_slow, by a small network that all heads share (SPEC 6).
+"""token_flux: how much a token weighs S_fast against S_slow, by a small network that all heads share.
 
     hidden = silu(w1 [beta k ; beta v] + b1)        flux = clamp(sigmoid(w2 . hidden + b2), 0.01, 0.99)
 

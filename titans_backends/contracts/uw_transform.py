@@ -1,4 +1,4 @@
-"""uw_transform: the u and w that feed slow_core, from k, v, beta and g, chunk by chunk (SPEC 3, there named fused_uw).
+"""uw_transform: the u and w that feed slow_core, from k, v, beta and g, chunk by chunk.
 
 A = -stril(diag(beta) K K^T * Gamma)
 exact: T = (I - A)^-1        lam: T = I + A + stril(A A^T)  (LAM's; A A^T, not A A)        none: T = I

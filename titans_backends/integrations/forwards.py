@@ -6,11 +6,12 @@ stays behind as `module.forward`. A bound one of the class follows the class; a 
 
 from __future__ import annotations
 
+import functools
 import types
 
 from torch import nn
 
-__all__ = ["rebind", "why_not"]
+__all__ = ["displaced", "rebind", "why_not"]
 
 _HELD = ("forward", "_old_forward")
 
@@ -28,6 +29,24 @@ def why_not(module: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def displaced(module: nn.Module, new: type) -> str:
+    """Why a call of a module that was given the class `new` runs another forward by now; empty where it runs that of `new`, itself or in a wrapper that tells.
+
+    A wrapper tells what it wraps by `functools.wraps`, as a partial, or by `torch.compile`.
+    """
+    kind, ours = type(module), new.forward  # type: ignore[attr-defined]  # a module's class
+    if not issubclass(kind, new) or kind.forward is not ours:
+        return f"its class is {kind.__module__}.{kind.__qualname__}, whose forward is called in place of ours; undo what gave it that"
+    name = "_old_forward" if "forward" in module.__dict__ and _is_accelerates(module) else "forward"
+    held = module.__dict__.get(name)
+    if held is None or _reaches(held, ours):
+        return ""
+    return (
+        f"its instance got a `{name}` of its own, {_told(held)} (as transformers' kernelize() gives), which is called in place of ours; "
+        f"`del module.{name}` takes it off"
+    )
+
+
 def rebind(module: nn.Module, before: type, after: type) -> None:
     """What the instance holds of the class before becomes what the class after has."""
     for name in _HELD:
@@ -37,6 +56,17 @@ def rebind(module: nn.Module, before: type, after: type) -> None:
 
 def _is_bound(module: nn.Module, forward: object, kind: type) -> bool:
     return isinstance(forward, types.MethodType) and forward.__self__ is module and forward.__func__ is getattr(kind, "forward", None)
+
+
+def _reaches(forward: object, ours: object) -> bool:
+    """Whether a forward is ours, or wraps it."""
+    while forward is not None:
+        forward = getattr(forward, "__func__", forward)
+        if forward is ours:
+            return True
+        inner = forward.func if isinstance(forward, functools.partial) else getattr(forward, "__wrapped__", None)
+        forward = getattr(forward, "_torchdynamo_orig_callable", None) if inner is None else inner
+    return False
 
 
 def _is_accelerates(module: nn.Module) -> bool:

@@ -24,13 +24,15 @@ class Conversion:
     `forward` holds no parameters and has no `__init__`; `super().forward` is the module's own. `attributes` go into the instance's `__dict__` (so that
     nothing is registered) and leave with `undo()`; they hold no parameters or modules of their own beyond those that the module has already.
     `notes`: what the report tells about the swapped layer, in sentences, where it is not the old one in every respect. `settle(module)` is called once the
-    module has its new class, for what must not be done to a model before every layer has agreed.
+    module has its new class, for what must not be done to a model before every layer has agreed. `ops`: those that the forward calls; a layer is refused where
+    TITANS_BACKENDS_FORCE names a backend that lacks one, since its calls would raise.
     """
 
     forward: type
     attributes: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     settle: Callable[[nn.Module], None] | None = None
+    ops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ def _conversion(
     }
     if not hasattr(module, "num_heads"):
         attributes["num_heads"] = cast(nn.Linear, module.b_proj).out_features
-    return Conversion(LamForward, attributes, notes, lambda swapped: stand_together(cast(Mixing, swapped)))
+    return Conversion(LamForward, attributes, notes, lambda swapped: stand_together(cast(Mixing, swapped)), OPS[mode])
 
 
 def _said(module: nn.Module, mode: Literal["flat", "loop"]) -> Told | Verdict:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
-from titans_backends.integrations.swapped import Swapped, undone
+from titans_backends.integrations.swapped import Swapped, lost, undone
 
 __all__ = ["Entry", "Report", "places"]
 
-Status = Literal["swapped", "already", "refused"]
+Status = Literal["swapped", "already", "refused", "lost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class Entry:
     """One module, however often the model holds it.
 
     `paths`: its names in the model; `layer`: the known layer's; `old`: its class before, of one that was swapped already the class before that; `new`: its
-    class now, None where it was refused; `reasons`: why it was, all of them; `notes`: in what the swapped layer is not the old one.
+    class now, None where it was refused; `reasons`: why it was, all of them; `notes`: in what the swapped layer is not the old one. `"lost"`, which
+    `Report.lost` alone gives: it was swapped, and its call runs another forward since, for the reason that is there.
     """
 
     paths: tuple[str, ...]
@@ -62,6 +63,12 @@ class Report:
         return self._of("refused")
 
     @property
+    def lost(self) -> tuple[Entry, ...]:
+        """What this call swapped and something has taken off our ops since (another forward on the instance, another class), as the model stands now."""
+        why = {done.path: reason for done in self._swaps if (reason := lost(done))}
+        return tuple(replace(entry, status="lost", reasons=(why[entry.path],)) for entry in self.swapped if entry.path in why)
+
+    @property
     def undone(self) -> bool:
         """Whether `undo()` has run."""
         return self._undone
@@ -85,15 +92,15 @@ class Report:
         return f"<{self._counted()}>"
 
     def __str__(self) -> str:
-        return "\n".join([f"{self._counted()}.", *(_table(self.entries) if self.entries else ())])
+        now = {entry.path: entry for entry in self.lost}
+        return "\n".join([f"{self._counted()}.", *(_table([now.get(entry.path, entry) for entry in self.entries]) if self.entries else ())])
 
     def _of(self, status: Status) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.status == status)
 
     def _counted(self) -> str:
-        counts = [
-            f"{len(found)} {what}" for what, found in (("swapped", self.swapped), ("already", self.already), ("refused", self.refused)) if found
-        ]
+        kinds = (("swapped", self.swapped), ("lost since", self.lost), ("already", self.already), ("refused", self.refused))
+        counts = [f"{len(found)} {what}" for what, found in kinds if found]
         return f"{self.model.__name__}: {', '.join(counts) or 'nothing swapped'}{', undone' if self._undone else ''}"
 
 
@@ -116,7 +123,7 @@ def _table(entries: Sequence[Entry]) -> list[str]:
     for title in ("where", "was", "is", "what to know"):
         table.add_column(title, overflow="fold")
     for alike, members in groups.items():
-        now = "refused" if alike.new is None else f"{alike.new.__name__}{' (already)' if alike.status == 'already' else ''}"
+        now = "refused" if alike.new is None else f"{alike.new.__name__}{f' ({alike.status})' if alike.status in ('already', 'lost') else ''}"
         table.add_row(places(members), alike.old.__name__, now, "\n".join((*alike.reasons, *alike.notes)))
     console = Console(file=io.StringIO(), width=150, no_color=True, highlight=False, markup=False, emoji=False)
     console.print(table)

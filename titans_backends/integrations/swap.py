@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from titans_backends import registry
+from titans_backends import registry, switches
 from titans_backends.errors import AccelerateError
 from titans_backends.integrations import forwards
+from titans_backends.integrations.calling import expect_known
 from titans_backends.integrations.classes import is_ours, pair_of, swapped_class
 from titans_backends.integrations.known import Conversion, KnownLayer, known_layers
 from titans_backends.integrations.report import Entry, Report, places
@@ -47,14 +48,13 @@ class _Planned:
     new: type
 
 
-def accelerate(model: nn.Module, *, strict: bool = True, backend: str | None = None, **unknown: object) -> Report:
+def accelerate(model: nn.Module, *misplaced: object, strict: bool = True, backend: str | None = None, **unknown: object) -> Report:
     """Swaps, in place, the layers of `model` that are known: their parameters stay, their forward runs on our ops. Returns what was done; `undo()` takes it back.
 
     `strict`: a layer that is recognised and cannot be swapped, and a model in which none is recognised, raise AccelerateError, and the model is as it was;
     otherwise the report tells. `backend`: every op of the swapped layers is forced to it; UnknownNameError lists what there is.
     """
-    if unknown:
-        raise TypeError(f"accelerate: unknown keyword {', '.join(map(repr, unknown))}; known: {', '.join(map(repr, _OPTIONS))}")
+    expect_known("accelerate", ("model",), misplaced, tuple(unknown), _OPTIONS)
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}; of a pipeline or a trainer pass its .model")
     if not isinstance(strict, bool):
@@ -109,7 +109,7 @@ def _asked(found: _Found, layers: Sequence[KnownLayer], backend: str | None) -> 
         return _already(found, backend)
     refusals: dict[str, tuple[str, ...]] = {}
     for layer in (one for one in layers if one.recognise(module)):
-        planned = _planned(found, layer, layer.convert(module, backend))
+        planned = _planned(found, layer, layer.convert(module, backend), backend)
         if isinstance(planned, _Planned):
             return planned
         refusals[layer.name] = planned
@@ -129,6 +129,9 @@ def _already(found: _Found, backend: str | None) -> Entry:
     """The entry of a layer that runs on our ops before this call, which another backend than its own would not reach."""
     module, kind = found.module, type(found.module)
     pair = pair_of(module)
+    lost = "" if pair is None else forwards.displaced(module, swapped_class(*pair))
+    if lost:
+        return Entry(found.paths, "refused", "", kind, reasons=(f"it was swapped already, and since then {lost}",))
     forced = getattr(module, BACKEND, None)
     if backend is None or backend == forced:
         return Entry(found.paths, "already", "", kind if pair is None else pair[1], kind)
@@ -136,7 +139,7 @@ def _already(found: _Found, backend: str | None) -> Entry:
     return Entry(found.paths, "refused", "", kind, reasons=(f"it runs on titans_backends already, with backend={forced!r}; {cure}",))
 
 
-def _planned(found: _Found, layer: KnownLayer, answer: Conversion | Verdict) -> _Planned | tuple[str, ...]:
+def _planned(found: _Found, layer: KnownLayer, answer: Conversion | Verdict, backend: str | None) -> _Planned | tuple[str, ...]:
     """The plan of a conversion, or every reason against it."""
     module, old = found.module, type(found.module)
     if isinstance(answer, Verdict) and answer.reasons:
@@ -145,7 +148,7 @@ def _planned(found: _Found, layer: KnownLayer, answer: Conversion | Verdict) -> 
         raise TypeError(
             f"accelerate: {layer.name}'s convert returned {answer!r} for {old.__name__}; it returns a Conversion, or refused(...) with its reasons"
         )
-    reasons = forwards.why_not(module)
+    reasons = (*forwards.why_not(module), *_switched_away(answer.ops, backend))
     if parametrize.is_parametrized(module):
         reasons += ("it has parametrizations, which gave it a class of its own; remove them, accelerate, and register them again",)
     taken = [name for name in answer.attributes if hasattr(module, name)]
@@ -156,6 +159,19 @@ def _planned(found: _Found, layer: KnownLayer, answer: Conversion | Verdict) -> 
     except TypeError as error:
         return (*reasons, f"no class can be both {answer.forward.__name__} and {old.__name__}: {error}")
     return reasons or _Planned(found, answer, Entry(found.paths, "swapped", layer.name, old, new, notes=answer.notes), new)
+
+
+def _switched_away(ops: Sequence[str], backend: str | None) -> tuple[str, ...]:
+    """Why the switch that forces every call of the process would make this layer's raise: the ops that its backend lacks, and `backend` does not serve."""
+    force = switches.current().force
+    held = registry.known().get(force or "")
+    if held is None:  # no switch, or an unknown name, which every call tells
+        return ()
+    own = () if backend is None else registry.get(backend).ops
+    lacking = [op for op in ops if op not in held.ops and op not in own]
+    name = f"{switches.PREFIX}FORCE"
+    cure = f"unset it, and type accelerate(model, backend={force!r}): that forces those that it has"
+    return (f"{name}={force} forces every op, and {force!r} has no {', '.join(lacking)}, which this layer calls; {cure}",) if lacking else ()
 
 
 # --- strict

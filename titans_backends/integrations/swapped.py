@@ -11,7 +11,7 @@ from torch import nn
 from titans_backends.integrations import forwards
 from titans_backends.integrations.known import Conversion
 
-__all__ = ["BACKEND", "Swapped", "swap", "undone"]
+__all__ = ["BACKEND", "Swapped", "lost", "swap", "undone"]
 
 BACKEND = "_titans_backends_forced"
 """Where a swapped module keeps the backend that it was forced to."""
@@ -42,6 +42,12 @@ def swap(module: nn.Module, path: str, conversion: Conversion, new: type, backen
         _restore(module, done)
         raise
     return done
+
+
+def lost(done: Swapped) -> str:
+    """Why a swapped module's call runs another forward than ours by now; empty where it does not, and of a module that is gone or was undone."""
+    module = done.module()
+    return "" if module is None or type(module) is done.old else forwards.displaced(module, done.new)
 
 
 def undone(swaps: Sequence[Swapped]) -> None:

@@ -1,4 +1,4 @@
-"""The flux networks: how much a token, or a chunk, matters, as a number between 0.01 and 0.99 (SPEC 6).
+"""The flux networks: how much a token, or a chunk, matters, as a number between 0.01 and 0.99.
 
 Their parameters are held here, the numbers are the ops'. Called only where the number is used: the token flux by the merge, the resonance by the decays.
 """

@@ -1,4 +1,4 @@
-"""More than two cores: levels that learn one block of chunks at a time, by the ops `deep_core` and `deep_core_step` (SPEC 7). Experimental.
+"""More than two cores: levels that learn one block of chunks at a time, by the ops `deep_core` and `deep_core_step`. Experimental.
 
 A level reads a memory that stands still during a block of `chunk_size * period` tokens, so it is strictly causal, and adds its share to the merge.
 """

@@ -1,4 +1,4 @@
-"""The memory of each mode, on the ops: what `q`, `k`, `v` and the gates become before they are normed and projected (SPEC 4 to 6).
+"""The memory of each mode, on the ops: what `q`, `k`, `v` and the gates become before they are normed and projected.
 
 Nothing here has a parameter; states are made only where they are asked for.
 """
@@ -79,7 +79,7 @@ def dual(form: Form, flux: nn.Module, x: Memory, alpha: Tensor | float, return_s
     if form.resonance:
         u, _ = _transformed(form, x)
         decay = _scaled(decay, 0.05, resonance(flux, x.k, u, x.chunk_size, x.cu_seqlens, grid.count, x.ops))
-    # With the exact transform a factor a chunk is a log decay on the chunk's first token (SPEC 4), which every kernel of the delta rule runs, in chunks of its own.
+    # With the exact transform a factor a chunk is a log decay on the chunk's first token, which every kernel of the delta rule runs, in chunks of its own.
     exact = form.transform == "exact"
     o, slow, fast = x.ops.op("dual_core")(
         x.q, x.k, x.v, x.beta, grid.on_first_tokens(decay.clamp_min(_LEAST).log()) if exact else None,

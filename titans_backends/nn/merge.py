@@ -1,4 +1,4 @@
-"""The weight of S_fast in o = alpha o_fast + (1 - alpha) o_slow: fixed, learned, or from the token flux (SPEC 5)."""
+"""The weight of S_fast in o = alpha o_fast + (1 - alpha) o_slow: fixed, learned, or from the token flux."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gated RMS norm after the memory (SPEC 13), by the op `gated_rms_norm`; the norm of q and k is part of `qkv_prepare`."""
+"""The gated RMS norm after the memory, by the op `gated_rms_norm`; the norm of q and k is part of `qkv_prepare`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens form a sequence: the padding mask as packed sequences, and the original's own padding and chunk rule (SPEC 11).
+"""Which tokens form a sequence: the padding mask as packed sequences, and the original's own padding and chunk rule.
 
 Nothing here computes with the tokens' values.
 """

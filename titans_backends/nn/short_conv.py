@@ -1,4 +1,4 @@
-"""The parameters of the short convolution before the memory: depthwise, 4 taps, bias, SiLU (SPEC 13). The op `qkv_prepare` runs three of them at once."""
+"""The parameters of the short convolution before the memory: depthwise, 4 taps, bias, SiLU. The op `qkv_prepare` runs three of them at once."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ __all__ = ["orthogonality_loss", "tracked_state"]
 
 
 def tracked_state(q: Tensor, k: Tensor, u: Tensor, w: Tensor, decay: Tensor, chunk_size: int, cu_seqlens: Tensor | None, ops: Forced) -> Tensor:
-    """The flat mode's S_slow `[N, H, K, V]`: S <- d S + K^T u chunk by chunk, without delta correction, divided by its norm at the end (SPEC 4).
+    """The flat mode's S_slow `[N, H, K, V]`: S <- d S + K^T u chunk by chunk, without delta correction, divided by its norm at the end.
 
     q, k `[B, T, H, K]`, u `[B, T, H, V]`, w `[B, T, H, K]`, decay `[B, M, H]`. S_slow does not influence that mode's output.
     """
@@ -24,7 +24,7 @@ def tracked_state(q: Tensor, k: Tensor, u: Tensor, w: Tensor, decay: Tensor, chu
 
 
 def orthogonality_loss(*states: Tensor) -> Tensor:
-    """The sum over the states `[N, H, K, V]` of mean((S S^T - I)^2), 0-d: the original's, which a state of norm 1 cannot bring to 0 (SPEC 13)."""
+    """The sum over the states `[N, H, K, V]` of mean((S S^T - I)^2), 0-d: the original's, which a state of norm 1 cannot bring to 0."""
     loss = states[0].new_zeros(())
     for state in states:
         loss = loss + (state @ state.transpose(-1, -2) - torch.eye(state.shape[-2], dtype=state.dtype, device=state.device)).square().mean()

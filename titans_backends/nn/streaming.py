@@ -1,4 +1,4 @@
-"""What a layer remembers between two calls: a sequence fed in pieces is the sequence fed at once (SPEC 9).
+"""What a layer remembers between two calls: a sequence fed in pieces is the sequence fed at once.
 
 Everything is fixed in size. Without gradients the tensors are written in place; with them the cache takes the new ones, which lead back to the earlier
 pieces until `detach_` cuts them off.

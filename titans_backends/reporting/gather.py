@@ -83,7 +83,7 @@ def _tables() -> Iterator[tuple[Origin, Path]]:
 def _take_table(edge: Edge, origin: Origin, path: Path, found: dict[_Key, _Gathered], problems: list[FileFacts]) -> None:
     loaded = file.read(path, defaults_of)
     if loaded.table is None:
-        reason = loaded.problem.message if loaded.problem is not None else "there is no such file"
+        reason = loaded.reason or "there is no such file"
         problems.append(FileFacts(origin, _shown(origin, path), "", reason))
         return
     device = loaded.table.device
@@ -103,7 +103,7 @@ def _take_table(edge: Edge, origin: Origin, path: Path, found: dict[_Key, _Gathe
 def _timings(origin: Origin, path: Path, device: Device, files: list[FileFacts]) -> Timings | None:
     loaded = file.read_timings(path, defaults_of, device)
     if loaded.problem is not None:
-        files.append(FileFacts(origin, _shown(origin, path), "", loaded.problem.message))
+        files.append(FileFacts(origin, _shown(origin, path), "", loaded.reason))
     elif loaded.table is not None:
         files.append(FileFacts(origin, _shown(origin, path), _count(sum(map(len, loaded.table.rows.values())), "timing")))
     return loaded.table
@@ -115,7 +115,8 @@ def _take_results(path: Path, found: dict[_Key, _Gathered], problems: list[FileF
         return
     loaded = file.read_timings(path, defaults_of)
     if loaded.table is None:
-        problems.append(FileFacts("results", _shown("results", path), "", loaded.problem.message if loaded.problem is not None else "it went away"))
+        reason = loaded.reason or "it went away"
+        problems.append(FileFacts("results", _shown("results", path), "", reason))
         return
     device = loaded.table.device
     mine = found.setdefault((device.kind, device.slug), _Gathered(device))

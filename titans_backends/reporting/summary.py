@@ -33,7 +33,8 @@ BEHIND = 1.05
 class Summary:
     """Some rows in a few numbers. `wins` by backend, a pair of two under both names, most first; a mean is None where nothing counts.
 
-    `over_default` and `kept` are over the `compared` rows whose default was in the race; gains are geometric means, shares medians.
+    `over_default` and `kept` are over the `compared` rows whose default was in the race, `over_rival` and `over_eager` over the rows that
+    know such a time (`rivals`, `eagers`); gains are geometric means, shares medians. `stale` and `ignored` count rows of that state.
     `behind`: rows whose winner is over `BEHIND` times the least median of its race, `most_behind` the largest such factor.
     """
 
@@ -45,6 +46,10 @@ class Summary:
     most_over_default: Row | None
     over_eager: float | None
     over_rival: float | None
+    rivals: int
+    eagers: int
+    stale: int
+    ignored: int
     behind: int
     most_behind: float | None
     share_graph: float | None
@@ -95,6 +100,10 @@ def summarize(rows: Sequence[Row]) -> Summary:
         most_over_default=max(compared, key=lambda row: row.over_default or 0.0, default=None),
         over_eager=_mean(rows, lambda row: row.over_eager),
         over_rival=_mean(rows, lambda row: row.over_rival),
+        rivals=sum(row.over_rival is not None for row in rows),
+        eagers=sum(row.over_eager is not None for row in rows),
+        stale=sum(row.state.kind == "stale" for row in rows),
+        ignored=sum(row.state.kind == "ignored" for row in rows),
         behind=len(behind),
         most_behind=max(behind, default=None),
         share_graph=_median(rows, "inference", "graph"),

@@ -70,13 +70,19 @@ def sentences(found: Summary, decided: bool) -> list[str]:
     listed = most[0] if len(most) == 1 else f"{', '.join(most[:-1])} and {most[-1]}" if most else "nothing"
     verb = "The tuned choice is" if decided else "No table is kept for it; the fastest that was timed is"
     told = [f"{numbers.amount(found.rows, 'bucket')} measured. {verb} {listed}."]
+    if found.ignored:
+        told.append(
+            f"Of these rows {found.ignored} no longer decide a call: the source of their candidates has changed or is gone. See “Rows to renew”."
+        )
+    if found.stale:
+        told.append(f"Of these rows {found.stale} were measured with other versions, and are still used. See “Rows to renew”.")
     gained = []
     if found.over_default is not None:
         gained.append(f"{numbers.factor(found.over_default)} as fast as the untuned default, which it keeps in {found.kept} of {found.compared}")
     if found.over_rival is not None:
-        gained.append(f"{numbers.factor(found.over_rival)} as fast as the next backend")
+        gained.append(f"{numbers.factor(found.over_rival)} as fast as the next backend{_where_known(found.rivals, found.rows)}")
     if found.over_eager is not None:
-        gained.append(f"{numbers.factor(found.over_eager)} as fast as plain torch (eager)")
+        gained.append(f"{numbers.factor(found.over_eager)} as fast as plain torch (eager){_where_known(found.eagers, found.rows)}")
     if gained:
         told.append(f"{'It' if decided else 'That'} is {'; '.join(gained)}. These are geometric means.")
     if found.behind and found.most_behind is not None:
@@ -87,6 +93,11 @@ def sentences(found: Summary, decided: bool) -> list[str]:
         place = top.place
         told.append(f"Tuning bought most in {place.op} ({place.setting}, {place.size}, {place.seq_len} tokens): {numbers.factor(top.over_default)}.")
     return told
+
+
+def _where_known(known: int, rows: int) -> str:
+    """Over which buckets a mean is, unless over all: a table alone names one other candidate, and mostly where it came close."""
+    return "" if known == rows else f" in the {known} where that time is known"
 
 
 def _machine(machine: MachineFacts, anchor: str, rows: Sequence[Row]) -> MachineView:

@@ -38,7 +38,7 @@ KINDS: Mapping[str, Kind] = {
             '{"cuda": 9} | ({"cpu": 9} if os.environ.get("TRITON_INTERPRET") == "1" else {})',
             requires=("triton",),
             install="pip install 'titans-backends[triton]'",
-            dependencies=("triton>=3.2",),
+            dependencies=("triton>=3.6",),
             imports="import os\n\n",
             advice="without a GPU it runs in Triton's interpreter: put TRITON_INTERPRET=1 before verify and pytest",
         ),

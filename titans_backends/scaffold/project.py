@@ -46,7 +46,7 @@ def plugin(name: str, op: str, kind: Kind, folder: Path | None = None) -> Projec
         f"{name}/{op}.py": _rendered(_module(op, kind), words),
         "tests/test_conformance.py": _rendered("test_conformance.py", words),
     }
-    return Project(folder, files, (f"cd {folder}", "pip install -e .", *commands))
+    return Project(folder, files, (f"cd {folder}", "pip install -e '.[test]'", *commands))
 
 
 def in_tree(name: str, op: str, kind: Kind, checkout: Path) -> Project:

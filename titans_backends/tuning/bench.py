@@ -35,9 +35,9 @@ class Bench:
     timeout_s: float
     saver: Candidate | None = None
 
-    def open(self, heads: int | None) -> None:
-        """Makes the inputs and the references; OpenFailed where that cannot be."""
-        self.host.open({"do": "open", "bucket": wire.bucket_to(self.bucket), "heads": heads})
+    def open(self, heads: int | None, *, references: bool = True) -> None:
+        """Makes the inputs and, where there is something to check, the references; OpenFailed where that cannot be."""
+        self.host.open({"do": "open", "bucket": wire.bucket_to(self.bucket), "heads": heads, "references": references})
 
     def measure(self, candidates: Sequence[Candidate], hashes: Mapping[Candidate, str], told: Told) -> dict[Candidate, Measurement]:
         """What came of each candidate; `told` hears each result once."""
@@ -45,15 +45,23 @@ class Bench:
         backward = [candidate for candidate in candidates if candidate.direction == "backward"]
         found: dict[Candidate, Measurement] = {}
         for group in (forward, backward):
-            checked = {candidate: replace(self._check(candidate), source=hashes[candidate]) for candidate in group}
+            checked = self.check(group, hashes)
             for candidate, one in checked.items():
                 if one.status != "ok":
                     told(candidate, one)
-            timed = self._race([candidate for candidate, one in checked.items() if one.status == "ok"], checked)
+            timed = self._race([candidate for candidate, one in checked.items() if one.status == "ok"], checked, self.rules)
             for candidate, one in timed.items():
                 told(candidate, one)
             found |= checked | timed
         return found
+
+    def check(self, candidates: Sequence[Candidate], hashes: Mapping[Candidate, str]) -> dict[Candidate, Measurement]:
+        """What came of each candidate's check, without times."""
+        return {candidate: replace(self._check(candidate), source=hashes[candidate]) for candidate in candidates}
+
+    def again(self, runners: Sequence[Candidate], measured: Mapping[Candidate, Measurement], rules: RaceRules) -> dict[Candidate, Measurement]:
+        """New times for candidates of one direction that have passed their check; by rules of their own."""
+        return self._race(runners, measured, rules)
 
     def reference(self) -> Measurement | None:
         """One run of the contract's reference, where it is not too slow for a comparison."""
@@ -82,14 +90,14 @@ class Bench:
             self.saver = candidate
         return replace(base, errors=errors, peak_mib=peak, compile_s=compile_s)
 
-    def _race(self, runners: Sequence[Candidate], checked: Mapping[Candidate, Measurement]) -> dict[Candidate, Measurement]:
+    def _race(self, runners: Sequence[Candidate], checked: Mapping[Candidate, Measurement], rules: RaceRules) -> dict[Candidate, Measurement]:
         def sample(candidate: Candidate) -> float:
             try:
                 return float(cast(float, self.host.ask(self._request("sample", candidate), self.timeout_s)["us"]))
             except (ChildDied, ChildAnswerError) as error:
                 raise Withdrawn(f"{error} (while it was timed)") from error
 
-        outcome = race(runners, sample, time.monotonic, self.rules)
+        outcome = race(runners, sample, time.monotonic, rules)
         timed = {
             candidate: replace(checked[candidate], us=timing.us, spread=timing.spread, samples=timing.samples)
             for candidate, timing in outcome.timings.items()

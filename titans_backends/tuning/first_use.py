@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,29 +22,36 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class FirstUse:
-    """Seconds of `import titans_backends` and the first call together, after torch and the device are up, and of the second call; `origin`: who chose."""
+    """Seconds of `import titans_backends` and the first call together, after torch and the device are up, and of the second call; `origin`: who chose.
+
+    `shipped`: the process had the tables that ship with the library and no others.
+    """
 
     bucket: Bucket
     first_s: float
     second_s: float
     origin: str
+    shipped: bool = False
 
 
-def first_use(bucket: Bucket, device: str, heads: int | None, table: Path) -> FirstUse | str:
-    """The first use of a bucket whose row is in a table; a sentence where it failed."""
+def first_use(bucket: Bucket, device: str, heads: int | None, table: Path | None) -> FirstUse | str:
+    """The first use of a bucket whose row is in a table, or in a shipped one (None); a sentence where it failed."""
     from titans_backends.tuning import wire
 
     asked = json.dumps({"bucket": wire.bucket_to(bucket), "device": device, "heads": heads})
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    environment = {**os.environ, "TITANS_BACKENDS_CACHE": str(table), "PYTHONPATH": path}
-    try:
-        done = subprocess.run([sys.executable, "-c", _START, asked], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment)
-    except subprocess.TimeoutExpired:
-        return f"it took over {_TIMEOUT_S:g} s"
+    environment = {name: value for name, value in os.environ.items() if name != "TITANS_BACKENDS_CACHE"}
+    with tempfile.TemporaryDirectory() as empty:
+        own = {"XDG_CACHE_HOME": empty} if table is None else {"TITANS_BACKENDS_CACHE": str(table)}
+        command, given = [sys.executable, "-c", _START, asked], {**environment, **own, "PYTHONPATH": path}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=given)
+        except subprocess.TimeoutExpired:
+            return f"it took over {_TIMEOUT_S:g} s"
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:300]
     told = json.loads(done.stdout.splitlines()[-1])
-    return FirstUse(bucket, told["first_s"], told["second_s"], told["origin"])
+    return FirstUse(bucket, told["first_s"], told["second_s"], told["origin"], table is None)
 
 
 _START = """

@@ -298,7 +298,7 @@ def check_backward_part(made: Contract, part: Part, whole: Outputs, wanted: Outp
 def gradient_floor(call: Call, name: str, wanted: Outputs) -> float:
     """The least scale that a gradient is compared on: 0, but for the numbers per chunk whose effect a normalisation cancels.
 
-    chunk_decay cancels in the read under normalize_read (SPEC 5), and so do both decays of coupled_core, whose mixing cancels too where its
+    chunk_decay cancels in the read under normalize_read, and so do both decays of coupled_core, whose mixing cancels too where its
     states are parallel. Such a gradient may be zero: nothing but rounding, of the others' size.
     """
     if name not in _CANCELLED and not (name == "chunk_decay" and getattr(call, "normalize_read", False)):

@@ -6,6 +6,7 @@ said, and nobody waits for a rank that has died.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ __all__ = ["Meeting", "Patience", "Ranks"]
 
 Answer = TypeVar("Answer")
 _POLL_S = 0.05
+_GONE = "ended before, hanging, late, or on another way. Every rank must come to the same call"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,8 @@ class Patience:
 class Meeting:
     """One step that ranks take together, under a name that no other step of the store has; a context manager.
 
-    `together`: rank 0 waits for the others too, and hears when one dies. Otherwise it only speaks, and the others hear it whenever they come.
-    Who leaves by an exception has failed for everybody: RanksError there says whose it was.
+    `together`: rank 0 waits for the others too. Otherwise it speaks and goes, and the others hear it whenever they come; those that have come by then it
+    sees off, so that one that died on the way is named. Who leaves by an exception has failed for everybody: RanksError there says whose it was.
     """
 
     ranks: Ranks
@@ -74,7 +76,7 @@ class Meeting:
         try:
             if error is not None and not self.failure:
                 self.fail(f"rank {self.ranks.rank} left: {type(error).__name__}: {error}" if not isinstance(error, RanksError) else str(error))
-            elif error is None and self.together:
+            elif error is None:
                 self._leave()
         finally:
             self._stop.set()
@@ -89,7 +91,7 @@ class Meeting:
     def heard(self, key: str, what: str) -> str:
         """What rank 0 says, waited for as long as it lives; RanksError where it does not come, dies or fails. `what`: that it was to come to."""
         if self._wait([key, "beat/0", "failed"], self.patience.join_s) == []:
-            raise RanksError(f"rank 0 did not come to {what} within {self.patience.join_s:g} s")
+            raise RanksError(f"rank 0 did not come to {what} within {self.patience.join_s:g} s: it has ended, hangs or goes another way")
         while key not in self._wait([key], 1.0):
             self.check()
         return self._get(key)
@@ -104,7 +106,7 @@ class Meeting:
             self.check()
             if time.monotonic() > deadline:
                 names = _named([int(one.rpartition("/")[2]) for one in missing])
-                self.fail(f"{names} of {self.ranks.size} did not come to {what} within {self.patience.join_s:g} s; every rank must, on the same call")
+                self.fail(f"{names} of {self.ranks.size} did not come to {what} within {self.patience.join_s:g} s: {_GONE}")
                 self.check()
             time.sleep(_POLL_S)
         return tuple(self._get(one) for one in keys)
@@ -123,11 +125,13 @@ class Meeting:
             self._tell("failed", self.failure)
 
     def _leave(self) -> None:
-        """Rank 0 goes last: its process may keep the store."""
-        self._tell(f"left/{self.ranks.rank}", "")
+        """Rank 0 goes last: its process may keep the store. What another rank came for it has, so that it may find the store gone where nobody waits."""
         if self.ranks.rank:
+            with contextlib.suppress(*(() if self.together else (RanksError,))):
+                self._tell(f"left/{self.ranks.rank}", "")
             return
-        keys = [f"left/{rank}" for rank in range(self.ranks.size)]
+        self._tell("left/0", "")
+        keys = [f"left/{rank}" for rank in range(1, self.ranks.size) if self.together or self._has(f"beat/{rank}")]
         while keys := [one for one in keys if not self._has(one)]:
             self.check()
             time.sleep(_POLL_S)
@@ -142,7 +146,7 @@ class Meeting:
     def _beat(self) -> None:
         """The thread: gives a sign of life, and looks at those of the ranks that this one watches."""
         rank, count = self.ranks.rank, 0
-        others = range(1, self.ranks.size) if self.together else range(0)
+        others = range(1, self.ranks.size)
         seen: dict[int, tuple[str, float]] = {}
         while not self._stop.wait(self.patience.beat_s):
             count += 1

@@ -34,7 +34,7 @@ from titans_backends.plans import invalidate
 from titans_backends.signature import Signature
 from titans_backends.tables import Source
 from titans_backends.tuning import run, wire
-from titans_backends.tuning.events import Event, OnEvent, ignore
+from titans_backends.tuning.events import BucketDone, Event, OnEvent, ignore
 from titans_backends.tuning.meeting import Meeting, Patience, Ranks
 from titans_backends.tuning.problem import signature_of_bucket
 
@@ -149,15 +149,30 @@ def tune(
     ranks = ranks or group()
     if ranks is None:
         return run.tune(request, on_event)
+    measured: list[Event] = []
+
+    def heard(event: Event) -> None:
+        if isinstance(event, BucketDone):
+            measured.append(event)
+        meeting.check()
+        on_event(event)
+
+    meeting = Meeting(ranks, ranks.step("tune"), patience or Patience())
+    try:
+        return _tuned(meeting, request, heard, keep)
+    except RanksError as error:
+        if not measured:
+            raise
+        told = f"{error}. What rank 0 measured until then ({len(measured)} of {len(request.buckets)}) is kept in its file; the same command goes on with it"
+        raise RanksError(told) from error
+
+
+def _tuned(meeting: Meeting, request: run.TuneRequest, heard: OnEvent, keep: bool) -> run.TuneReport | None:
+    """The step itself; rank 0 hears of what it measures."""
     machine, report = detect(request.device), None
-    with Meeting(ranks, ranks.step("tune"), patience or Patience()) as meeting:
+    with meeting:
         _agree(meeting, machine, request.buckets)
-        if ranks.rank == 0:
-
-            def heard(event: Event) -> None:
-                meeting.check()
-                on_event(event)
-
+        if meeting.ranks.rank == 0:
             report = run.tune(request, heard)
             table = _read(report.path, machine)
             meeting.tell("rows", "" if table is None else dump_table(table, defaults_of))
@@ -172,16 +187,21 @@ def tune(
 
 
 def tune_call(ranks: Ranks, call: Call, made: Contract, signature: Signature, budget_s: float) -> None:
-    """`run.tune_call` of many ranks: rank 0 measures, the others wait for what it says, whenever they come. RanksError where rank 0 never meets this problem."""
+    """`run.tune_call` of many ranks: rank 0 measures, the others wait for what it says, whenever they come.
+
+    RanksError where rank 0 never meets this problem, and on rank 0 where one that has come dies before it is told.
+    """
     bucket, machine = bucket_of(signature), detect(signature.device)
     key = hashlib.sha256(json.dumps(wire.bucket_to(bucket)).encode()).hexdigest()[:16]
     patience = Patience(join_s=max(Patience().join_s, 3 * budget_s))
     with Meeting(ranks, ranks.step(f"call/{key}"), patience, together=False) as meeting:
         if ranks.rank == 0:
-            run.tune_call(made, call, signature, budget_s)
+            run.tune_call(made, call, signature, budget_s, lambda event: meeting.check())
         try:
             _hand_out(meeting, machine, f"{bucket.op} at seq_len {bucket.seq_len}, streams {field(bucket, 'streams')}")
         except RanksError as error:
+            if meeting.failure:  # somebody died or failed; what follows is for a rank 0 that does not come
+                raise
             advice = "Ranks that meet different problems tune before the job: titans_backends.record, then titans-backends tune --from"
             raise RanksError(f"{error}. {advice}") from error
 

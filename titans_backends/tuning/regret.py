@@ -12,7 +12,7 @@ from typing import Literal
 
 from titans_backends.buckets import Bucket
 from titans_backends.offers import Pair
-from titans_backends.tuning.select import GAIN, TIE, WIDEST_TIE, Contender
+from titans_backends.tuning.select import GAIN, NOISE, TIE, Contender
 
 __all__ = ["Assessed", "Choice", "Flip", "Summary", "flip_of", "judged", "summary"]
 
@@ -54,11 +54,12 @@ class Assessed:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run's figures; None where nothing was assessed."""
+    """A run's figures; None where nothing was assessed. `worst_beyond_noise`: the worst regret of those that are more than noise, 0 where none is."""
 
     buckets: int
     mean_regret: float | None
     worst_regret: float | None
+    worst_beyond_noise: float | None
     flips: int
     flips_outside: int
     worst_flip_cost: float | None
@@ -92,9 +93,9 @@ def flip_of(first: Pair, second: Pair, contenders: Mapping[Pair, Contender]) -> 
     fast, slow = sorted((one, other), key=lambda contender: contender.us)
     difference, noise = slow.us - fast.us, math.hypot(fast.margin_us, slow.margin_us)
     within: Within = "outside"
-    if difference <= min(max(TIE * fast.us, noise), WIDEST_TIE * fast.us):
+    if difference <= min(max(TIE * fast.us, noise), NOISE * fast.us):
         within = "tie"
-    elif 0 in (one.order, other.order) and difference <= GAIN * slow.us + noise:
+    elif 0 in (one.order, other.order) and difference <= GAIN * slow.us + min(noise, NOISE * fast.us):
         within = "margin"
     return Flip(within, slow.us / fast.us - 1)
 
@@ -108,6 +109,7 @@ def summary(tuned: Sequence[Assessed], midpoints: Sequence[Assessed]) -> Summary
         buckets=len(tuned),
         mean_regret=sum(regrets) / len(regrets) if regrets else None,
         worst_regret=max(regrets, default=None),
+        worst_beyond_noise=max((choice.regret if choice.beyond_noise else 0.0 for one in tuned for choice in one.choices), default=None),
         flips=len(flips),
         flips_outside=sum(flip.within == "outside" for flip in flips),
         worst_flip_cost=max((flip.cost for flip in flips), default=None),

@@ -19,6 +19,7 @@ from titans_backends.plans import invalidate
 from titans_backends.signature import Signature
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 from titans_backends.tuning.bench import Bench
+from titans_backends.tuning.doubt import affordable, contested, deciding, doubt_of
 from titans_backends.tuning.events import (
     BackendProbed,
     BucketDone,
@@ -44,7 +45,11 @@ QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 """How long the rounds of one race may take, beyond the least number of rounds."""
 QUICK_S, QUICK_GPU_S = 110.0, 300.0
 """What a quick tune's measurements aim to take as a whole, after what is compiled ahead: on a slow or busy machine races are shorter, none is left out."""
-_RACE_SHARE = 0.4
+_RACE_SHARE = 0.3
+TIMEOUT_S = 60.0
+"""What one candidate's compilation and check may take."""
+_DECIDING = 2
+"""How often a bucket's contested candidates race again at most."""
 AHEAD_S = 180.0
 """How long compiling ahead may take; with a budget no more than half of what is left of it."""
 
@@ -55,7 +60,8 @@ class TuneRequest:
 
     `backends` limits what is measured (None: all; with `quick` those whose manifest says quick); the default always is. `budget_s` limits
     the whole, `bucket_s` one race, `timeout_s` one candidate's compilation and check. `output` names another file than the user's cache.
-    `force` measures what is current too. `heads`: v heads of a sequence, where that divides a bucket's streams; `heads_by_bucket` has them for some buckets.
+    `force` measures what is current too, `doubtful` those alone whom current measurements leave open. `heads`: v heads of a sequence,
+    where that divides a bucket's streams; `heads_by_bucket` has them for some buckets. `ahead`: compiles side by side first.
     """
 
     buckets: tuple[Bucket, ...]
@@ -66,11 +72,13 @@ class TuneRequest:
     max_memory_mib: float | None = None
     budget_s: float | None = None
     bucket_s: float | None = None
-    timeout_s: float = 60.0
+    timeout_s: float = TIMEOUT_S
     output: Path | None = None
     force: bool = False
+    doubtful: bool = False
     heads: int | None = None
     heads_by_bucket: Mapping[Bucket, int] = field(default_factory=dict)
+    ahead: bool = True
 
     def heads_of(self, bucket: Bucket) -> int | None:
         """The v heads of a bucket's sequences, where somebody said."""
@@ -198,7 +206,7 @@ class _Run:
     def _compile_ahead(self, work: Sequence[tuple[int, Standing, list[Candidate]]]) -> None:
         """Compiles side by side what is about to be measured, where there are cores for it and modules that can."""
         most, request = processes(), self.request
-        if not most:
+        if not most or not request.ahead:
             return
         able = [(standing.bucket, hooked(standing.offers, todo)) for _, standing, todo in work]
         todo = jobs((bucket, [c for c in candidates if not self._refusal(c.backend)]) for bucket, candidates in able)
@@ -233,7 +241,11 @@ class _Run:
         """Who must be measured: the asked backends' candidates and the default's that have no current measurement; with them the yardsticks."""
         pairs = standing.pairs
         default = members(pairs[0]) if pairs else ()
-        stale = [c for c in standing.racing(self.request.asks) if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
+        if self.request.doubtful:
+            stale = contested(standing, self.request.objective, self.request.max_memory_mib)
+        else:
+            racing = standing.racing(self.request.asks)
+            stale = [c for c in racing if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
         if not stale:
             return []
         entry = self.store.entry(standing.bucket)
@@ -297,6 +309,7 @@ class _Run:
                 bench.open(self.request.heads_of(bucket))
             while wanted:
                 measured |= bench.measure(wanted, standing.hashes, lambda candidate, one: self._tell(bucket, candidate, one))
+                measured |= self._decide(bench, standing.with_measured(rescaled(older, measured) | measured), measured)
                 standing = standing.with_measured(rescaled(older, measured) | measured)
                 chosen = standing.select(self.request.objective, self.request.max_memory_mib).winner
                 wanted = [] if chosen is None else [c for c in members(chosen.pair) if c not in measured]  # a winner was timed today
@@ -316,6 +329,23 @@ class _Run:
         self.rows[bucket] = Row(bucket, entries[bucket], default_us, reference_us, measured=True)
         self.say(BucketDone(bucket, entries[bucket], default_us, reference_us, time.monotonic() - begun))
 
+    def _decide(self, bench: Bench, standing: Standing, measured: Mapping[Candidate, Measurement]) -> dict[Candidate, Measurement]:
+        """New times of those whom the race left open; where that makes another the choice, with that one once more."""
+        found: dict[Candidate, Measurement] = {}
+        for _ in range(_DECIDING):
+            open_still = contested(standing, self.request.objective, self.request.max_memory_mib)
+            if not set(open_still) - set(found):
+                break
+            unseen = [c for c in open_still if c not in measured and c not in found]
+            found |= bench.measure(unseen, standing.hashes, lambda candidate, one: self._tell(bench.bucket, candidate, one))
+            standing = standing.with_measured(found)
+            for direction in ("forward", "backward"):
+                meeting = [c for c in open_still if c.direction == direction and standing.current[c].status == "ok"]
+                group = affordable(standing, meeting, bench.rules.budget_s)
+                found |= bench.again(group, standing.current, deciding(bench.rules)) if group else {}
+            standing = standing.with_measured(found)
+        return found
+
     def _known_saver(self, standing: Standing) -> Candidate | None:
         """A forward that passed earlier and saves states."""
         found = (c for c, one in standing.current.items() if c.direction == "forward" and c.saves_states and one.status == "ok")
@@ -329,7 +359,8 @@ class _Run:
                 continue
             chosen = standing.select(self.request.objective, self.request.max_memory_mib, without_states=plain)
             if chosen.winner is not None:
-                found[bucket] = entry_of(chosen, standing.source(chosen.winner.pair) or "")
+                doubt = doubt_of(standing, self.request.objective, self.request.max_memory_mib, without_states=plain)
+                found[bucket] = entry_of(chosen, standing.source(chosen.winner.pair) or "", None if doubt is None else doubt.share)
         return found
 
     def _write(self, bucket: Bucket, measurements: Sequence[Measurement], entries: dict[Bucket, Entry]) -> None:

@@ -1,7 +1,7 @@
 """Who wins: a pure rule over measurements, so that two runs, and two ranks, agree.
 
 argmin over noise is no rule. The default is replaced only by what is at least 3 % faster, outside the noise; among those within the tie
-band of the fastest, a fixed order of simplicity decides.
+band of the fastest, a fixed order of simplicity decides. But noise never speaks for more than 5 %: nothing wins whose median is further above the fastest's.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Literal
 
 from titans_backends.offers import Pair
 
-__all__ = ["GAIN", "TIE", "WIDEST_TIE", "Contender", "Selection", "combined", "select"]
+__all__ = ["GAIN", "NOISE", "TIE", "Contender", "Selection", "combined", "select"]
 
 GAIN = 0.03
 """What a challenger must save of the default's time."""
 TIE = 0.02
 """Medians this close are equal."""
-WIDEST_TIE = 0.10
-"""The joint margin makes a tie no wider than this."""
+NOISE = 0.05
+"""The joint margin makes a tie no wider than this, and protects the default from nothing that gains more."""
 _MEMORY_TIE_MIB = 1.0
 
 Objective = Literal["time", "memory"]
@@ -90,10 +90,10 @@ def _fastest(contenders: Sequence[Contender]) -> Contender:
 
 
 def _beats(challenger: Contender, default: Contender) -> bool:
-    saved = default.us - challenger.us
-    return saved >= GAIN * default.us and saved > math.hypot(challenger.margin_us, default.margin_us)
+    saved, noise = default.us - challenger.us, math.hypot(challenger.margin_us, default.margin_us)
+    return saved >= GAIN * default.us and saved > min(noise, NOISE * challenger.us)
 
 
 def _tie_us(one: Contender, best: Contender) -> float:
     """The tie band, or the joint margin where that is wider, but never so wide that noise hides a real difference."""
-    return min(max(TIE * best.us, math.hypot(one.margin_us, best.margin_us)), WIDEST_TIE * best.us)
+    return min(max(TIE * best.us, math.hypot(one.margin_us, best.margin_us)), NOISE * best.us)

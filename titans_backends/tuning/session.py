@@ -66,9 +66,9 @@ def _gated(key: Bucket, candidate: Candidate, bucket: Bucket, device: str) -> Ga
 
 
 class Session:
-    """A bucket's inputs on the device, and the kernels that run on them."""
+    """A bucket's inputs on the device, and the kernels that run on them. `references`: what candidates are checked against is made at once, else when asked."""
 
-    def __init__(self, bucket: Bucket, device: str, heads: int | None) -> None:
+    def __init__(self, bucket: Bucket, device: str, heads: int | None, *, references: bool = True) -> None:
         set_torch(bucket)
         self.bucket, self.device = bucket, device
         self.contract, self.machine = contract(bucket.op), detect(device)
@@ -83,7 +83,8 @@ class Session:
         self._grads: Outputs | None = None
         self._states: Tensor | None = None
         self._warm: set[Candidate] = set()
-        self._references()
+        if references:
+            self._references()
 
     def _references(self) -> None:
         """Computes what every candidate is compared with now, so that none is blamed for its time.

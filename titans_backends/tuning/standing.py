@@ -137,8 +137,8 @@ def _names(entry: Entry, pair: Pair) -> bool:
     return (entry.backward, tuple(sorted(entry.backward_params))) == (pair.backward.name, tuple(sorted(pair.backward.params)))
 
 
-def entry_of(selection: Selection, source: str) -> Entry:
-    """The row of a selection that has a winner."""
+def entry_of(selection: Selection, source: str, doubt: float | None = None) -> Entry:
+    """The row of a selection that has a winner; `doubt`: the share of its time that another may save, where that is more than noise may decide."""
     assert selection.winner is not None
     pair, second = selection.winner.pair, selection.runner_up
     return Entry(
@@ -152,6 +152,7 @@ def entry_of(selection: Selection, source: str) -> Entry:
         saves_states=pair.forward.saves_states,
         next=None if second is None else second.pair.label,
         next_us=None if second is None else second.us,
+        doubt=doubt,
         source=source,
     )
 

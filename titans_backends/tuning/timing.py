@@ -27,7 +27,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class RaceRules:
-    """`budget_s` bounds a race beyond `least_rounds`; `drop_factor` times the best's median loses after `rounds_before_drop`,
+    """`budget_s` bounds a race beyond `least_rounds`; whose every sample is `drop_factor` times the best's median loses after `rounds_before_drop`,
     `hopeless_factor` at once.
 
     A race ends early once every finalist's spread is at most `target_spread`, but not before `min_rounds`; finalists are within
@@ -101,7 +101,7 @@ def race(runners: Sequence[Runner], sample: Callable[[Runner], float], clock: Ca
 
     for number in range(rules.max_rounds):
         one_round(_rotated(running, number))
-        running[:] = _kept(running, series, rules.drop_factor if number + 1 >= rules.rounds_before_drop else rules.hopeless_factor)
+        running[:] = _hopeful(running, series, rules.drop_factor if number + 1 >= rules.rounds_before_drop else rules.hopeless_factor)
         spent = number + 1 >= rules.least_rounds and clock() - start >= rules.budget_s
         if not running or spent or (number + 1 >= rules.min_rounds and _settled(running, series, rules)):
             break
@@ -125,6 +125,12 @@ def _kept(runners: Sequence[Runner], series: Mapping[Runner, Sequence[float]], f
     medians = {runner: statistics.median(series[runner]) for runner in runners}
     best = min(medians.values(), default=math.inf)
     return [runner for runner in runners if medians[runner] <= factor * best]
+
+
+def _hopeful(runners: Sequence[Runner], series: Mapping[Runner, Sequence[float]], factor: float) -> list[Runner]:
+    """Those whose best sample is no more than the factor over the best median: a few interrupted samples lose nobody."""
+    best = min((statistics.median(series[runner]) for runner in runners), default=math.inf)
+    return [runner for runner in runners if min(series[runner]) <= factor * best]
 
 
 def _settled(runners: Sequence[Runner], series: Mapping[Runner, Sequence[float]], rules: RaceRules) -> bool:

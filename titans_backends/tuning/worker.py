@@ -52,7 +52,8 @@ def serve(read: Callable[[], bytes], write: Callable[[bytes], object], device: s
             elif kind == "open":
                 if session is not None:
                     session.close()
-                session = Session(wire.bucket_from(request["bucket"]), device, cast("int | None", request["heads"]))
+                heads, references = cast("int | None", request["heads"]), bool(request.get("references", True))
+                session = Session(wire.bucket_from(request["bucket"]), device, heads, references=references)
             elif session is None:
                 raise RuntimeError(f"{kind} before open")
             elif kind == "reference":

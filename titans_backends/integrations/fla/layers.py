@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from titans_backends.integrations.bypassed import bypassed
-from titans_backends.integrations.fla.convolutions import conv_verdict
+from titans_backends.integrations.fla.convolutions import activated, conv_verdict
 from titans_backends.integrations.fla.delta_net import QK_ACTIVATIONS, QK_NORMS, DeltaNetForward
 from titans_backends.integrations.fla.gated_delta_net import GatedDeltaNetForward
 from titans_backends.integrations.fla.output_norm import norm_verdict
@@ -61,9 +61,16 @@ def _converts(name: str) -> Callable[[nn.Module, str | None], Conversion | Verdi
             "titans_norm_backend": _where_declared(backend, "gated_rms_norm"),
             "titans_norm_class": forward_owner(type(module.o_norm)),
         }
-        return Conversion(forward, attributes, (_NOTE,) if module.use_short_conv else ())
+        return Conversion(forward, attributes, (_NOTE,) if module.use_short_conv else (), ops=_ops(module))
 
     return convert
+
+
+def _ops(module: nn.Module) -> tuple[str, ...]:
+    """The ops that its forward calls."""
+    prepared = module.use_short_conv and all(activated(getattr(module, name)) for name in _CONVS)
+    around = [("qkv_prepare" if prepared else "short_conv", module.use_short_conv), ("gated_rms_norm", module.use_gate)]
+    return (*_MEMORY_OPS, *(op for op, called in around if called))
 
 
 def _class_verdict(module: nn.Module, path: str) -> Verdict:
@@ -72,7 +79,7 @@ def _class_verdict(module: nn.Module, path: str) -> Verdict:
     owner = forward_owner(type(module))
     if _path(owner) != path:
         verdict &= refused(f"{_path(owner)} has a forward of its own, which a swap would pass by; register_layer describes such a layer")
-    elif foreign := strangers(type(module), "fla"):
+    elif foreign := strangers(module, "fla"):
         verdict &= refused(*foreign)
     version = str(getattr(sys.modules.get("fla"), "__version__", "of an unknown version"))
     found = re.match(r"(\d+)\.(\d+)", version)

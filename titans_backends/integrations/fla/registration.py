@@ -16,6 +16,7 @@ from types import FunctionType, TracebackType
 from torch import Tensor
 
 from titans_backends import registry
+from titans_backends.integrations.calling import expect_known
 from titans_backends.integrations.fla.functions import READERS
 from titans_backends.integrations.fla.rule import compute
 from titans_backends.integrations.fla.verdicts import verdict_of
@@ -68,8 +69,8 @@ class Registration:
         lines = [f"FLA asks titans_backends for {', '.join(self.functions)}" + ("" if self.active else " (undone)")]
         if self.left:
             lines.append(f"FLA asks no backend for {', '.join(self.left)}: titans_backends.accelerate(model) swaps the layers that call them")
-        lines += [f"  ran here: {name}, {count} calls" for name, count in self.calls.items()]
-        lines += [f"  left to FLA {count} times: {reason}" for reason, count in self.refusals.items()]
+        lines += [f"  ran here: {name}, {count} {'call' if count == 1 else 'calls'}" for name, count in self.calls.items()]
+        lines += [f"  left to FLA {'once' if count == 1 else f'{count} times'}: {reason}" for reason, count in self.refusals.items()]
         return "\n".join(lines)
 
     def verify(self, function: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[bool, str | None]:
@@ -91,12 +92,13 @@ class Registration:
 _ACTIVE: Registration | None = None
 
 
-def register_with_fla(*, backend: str | None = None) -> Registration:
+def register_with_fla(*misplaced: object, backend: str | None = None, **unknown: object) -> Registration:
     """Makes our ops the first backend that FLA asks, until `undo()`; `backend` forces one of ours. While one is active, the same is returned.
 
     ImportError without FLA 0.6 or later, RuntimeError where FLA's dispatch is switched off, ValueError for another `backend` than the active one's.
     """
     global _ACTIVE
+    expect_known("register_with_fla", (), misplaced, tuple(unknown), ("backend",))
     if _ACTIVE is not None:
         if _ACTIVE.backend != backend:
             raise ValueError(

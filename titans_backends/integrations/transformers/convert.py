@@ -15,6 +15,7 @@ from titans_backends.verdict import Verdict, refused
 __all__ = ["LAYER", "convert", "recognise"]
 
 _SIZES = ("layer_idx", "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "key_dim", "value_dim", "conv_kernel_size")
+_MEMORY = ("gated_delta_rule", "gated_delta_step")
 _GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 """transformers' names of the activations that `gated_rms_norm` has."""
 
@@ -29,7 +30,7 @@ def convert(module: nn.Module, backend: str | None) -> Conversion | Verdict:
     family = family_of(type(module))
     if family is None:
         return refused(f"{type(module).__name__} is no gated delta layer of transformers")
-    reasons = (*family.differences(type(module)), *_missing(module, family), *_without_op(backend))
+    reasons = (*family.differences(module), *_missing(module, family), *_without_op(backend))
     if reasons:
         return refused(*reasons)
     reasons = (*_wrong_sizes(module), *_wrong_activation(module))
@@ -39,6 +40,13 @@ def convert(module: nn.Module, backend: str | None) -> Conversion | Verdict:
     notes = [] if why is None else [why]
     if module.conv_kernel_size != TAPS:
         notes.append(f"its convolution has {module.conv_kernel_size} taps and the op {TAPS}, so torch's conv1d runs it")
+    if not isinstance(module.conv1d, nn.Conv1d):
+        kind = type(module.conv1d)
+        told = (
+            f"conv1d is a {kind.__module__}.{kind.__qualname__}: its weight and bias are read at each call, and it is not called, as in transformers"
+        )
+        notes.append(told)
+    ops = [*_MEMORY, *(["qkv_prepare"] if module.conv_kernel_size == TAPS else []), *(["gated_rms_norm"] if gate is not None else [])]
     attributes = {
         "titans_rule": get_op("gated_delta_rule", backend=backend),
         "titans_step": get_op("gated_delta_step", backend=backend),
@@ -47,7 +55,7 @@ def convert(module: nn.Module, backend: str | None) -> Conversion | Verdict:
         "titans_gate": gate,
         "titans_norm_class": forward_owner(type(getattr(module, family.modules[-2]))),
     }
-    return Conversion(family.form, attributes, tuple(notes))
+    return Conversion(family.form, attributes, tuple(notes), ops=tuple(ops))
 
 
 def _where_declared(backend: str | None, op: str) -> str | None:
@@ -58,7 +66,7 @@ def _without_op(backend: str | None) -> list[str]:
     """The memory's ops that a forced backend lacks."""
     if backend is None:
         return []
-    lacking = {op: get_op(op).backends for op in ("gated_delta_rule", "gated_delta_step") if backend not in get_op(op).backends}
+    lacking = {op: get_op(op).backends for op in _MEMORY if backend not in get_op(op).backends}
     return [f"backend {backend!r} has no {op}; these have it: {', '.join(having)}" for op, having in lacking.items()]
 
 
@@ -81,8 +89,9 @@ def _wrong_sizes(module: nn.Module) -> list[str]:
         told.append(f"num_v_heads is {size['num_v_heads']}, no multiple of num_k_heads = {size['num_k_heads']}")
     conv, channels = module.conv1d, 2 * size["key_dim"] + size["value_dim"]
     expected = (channels, 1, size["conv_kernel_size"])
-    shape = tuple(getattr(conv, "weight", torch.empty(0)).shape)
-    if not isinstance(conv, nn.Conv1d) or (shape != expected and 0 not in shape):  # empty: another process or the disk holds it for now
+    weight = getattr(conv, "weight", None)  # of an adapter's wrapper too: nothing but weight and bias is read, by transformers' own forward as well
+    shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+    if shape is None or not hasattr(conv, "bias") or (shape != expected and 0 not in shape):  # empty: another process or the disk holds it for now
         told.append(f"conv1d is a {type(conv).__name__} with a weight of {shape}; expected is a depthwise Conv1d with {expected}")
     return told
 

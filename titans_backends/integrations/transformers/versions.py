@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType
 
-from titans_backends.integrations.origin import strangers
+from torch import nn
+
+from titans_backends.integrations.origin import names_used, strangers
 from titans_backends.integrations.transformers.forms import FusedProjection, JointProjection, SeparateProjections
 from titans_backends.integrations.transformers.forward import GatedDelta
 
@@ -49,9 +50,10 @@ class Family:
     parts: frozenset[str]
     modules: tuple[str, ...]
 
-    def differences(self, layer: type) -> tuple[str, ...]:
-        """Why a class's forward is none that this integration was written for; nothing where it is."""
-        forward: Callable[..., object] = layer.forward  # type: ignore[attr-defined]  # a module's class has a forward
+    def differences(self, layer: nn.Module | type) -> tuple[str, ...]:
+        """Why a layer's forward, or a method that it calls, is none that this integration was written for; nothing where it is."""
+        kind = layer if isinstance(layer, type) else type(layer)
+        forward: Callable[..., object] = kind.forward  # type: ignore[attr-defined]  # a module's class has a forward
         told = list(strangers(layer, "transformers"))
         parameters = tuple(inspect.signature(forward).parameters)
         if parameters != _PARAMETERS:
@@ -93,18 +95,6 @@ def family_of(layer: type) -> Family | None:
         if found is not None:
             return found
     return None
-
-
-def names_used(function: Callable[..., object]) -> frozenset[str]:
-    """The globals, attributes and enclosing variables that a function's code names, below its decorators."""
-    found: set[str] = set()
-    codes = [getattr(inspect.unwrap(function), "__code__", None)]
-    while codes:
-        code = codes.pop()
-        if isinstance(code, CodeType):
-            found.update(code.co_names, code.co_freevars)
-            codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return frozenset(found)
 
 
 def unfamiliar(norm: type) -> bool:

@@ -1,0 +1,580 @@
+"""The adapters of FLA, FlashQLA and FlashInfer, on likenesses of those packages (`tests/peer_likenesses/`) that compute on the eager backend in float64.
+
+So what is tested is ours: arguments, layouts, refusals, switches, versions, and that an import happens when it is wanted and no earlier. What the real
+packages compute is seen on a GPU alone; where FLA is installed, its real signatures are asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+
+import titans_backends as tb
+from tests import fresh
+from titans_backends import dispatch, plans, registry
+from titans_backends.backend import Candidate
+from titans_backends.buckets import bucket_of, defaults_of
+from titans_backends.cache import file, paths
+from titans_backends.cache.schema import Entry, device_of
+from titans_backends.conformance import Item, examine
+from titans_backends.contracts import contract
+from titans_backends.contracts.case import Case, build, cases
+from titans_backends.contracts.validate import validate
+from titans_backends.facts import signature_of
+from titans_backends.integrations.fla import register_with_fla
+from titans_backends.machine import Machine
+from titans_backends.offers import offer, offers, source_modules
+from titans_backends.signature import Signature
+from titans_backends.tables import current_environment
+
+pytest.importorskip("triton", reason="FLA needs Triton, and its adapter looks for it")
+
+LIKENESSES = Path(__file__).with_name("peer_likenesses")
+PEERS = {"fla": ("fla", "einops"), "flash_qla": ("flash_qla", "tilelang"), "flashinfer": ("flashinfer", "cutlass")}
+ROOTS = {root for roots in PEERS.values() for root in roots} | {"peer_math"}
+H100 = Machine("cuda", "NVIDIA H100", "nvidia_h100", sm=90, sms=132)
+A100 = Machine("cuda", "NVIDIA A100", "nvidia_a100", sm=80, sms=108)
+
+
+def adapter(name: str) -> Any:
+    return importlib.import_module(f"titans_backends.backends.{name}")
+
+
+def shared() -> Any:
+    return importlib.import_module("titans_backends.backends.peers")
+
+
+def forget() -> None:
+    shared().version_of.cache_clear()
+    shared()._FAILED.clear()
+    tb.reset()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The likenesses in a folder of their own, first on the path; an nvcc; no shipped table, an empty user's cache."""
+    folder = tmp_path / "site"
+    shutil.copytree(LIKENESSES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    (tmp_path / "cuda" / "bin" / "nvcc").touch()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ROOTS]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("FLA_FLASH_QLA", "FLA_INTRACARD_CP", "FLA_TILELANG", "FLA_DISABLE_BACKEND_DISPATCH", "TITANS_BACKENDS_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(paths, "shipped_paths", tuple)
+    monkeypatch.syspath_prepend(str(folder))
+    forget()
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] in ROOTS]:
+        del sys.modules[name]
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
+def on_cpu(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The site, and adapters that serve the CPU too, last of all as on a GPU: so calls go the whole way."""
+    found = registry._found()
+    ranked = {name: replace(one, rank={"cuda": 9, "cpu": 9}) if name in PEERS else one for name, one in found.backends.items()}
+    answer = replace(found, backends=MappingProxyType(ranked))
+    monkeypatch.setattr(registry, "_found", functools.lru_cache(maxsize=1)(lambda: answer))
+    plans.invalidate()
+    return site
+
+
+def seen() -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = importlib.import_module("peer_math").SEEN
+    return calls
+
+
+def ran() -> list[str]:
+    return [call["function"] for call in seen()]
+
+
+def case(**changes: Any) -> Case:
+    base = Case("a", B=1, T=70, G=1, H=2, K=128, V=128, dtype=torch.bfloat16, options={"output_final_state": True}, given=("g",))
+    return replace(base, **changes)
+
+
+def signature(op: str = "gated_delta_rule", *, regime: str = "inference", launch: str = "eager", **changes: Any) -> Signature:
+    made = contract(op)
+    call = build(made, case(**changes), "cpu")
+    return signature_of(made, call, validate(made, call), regime=regime, launch=launch)  # type: ignore[arg-type]
+
+
+def refusal(name: str, machine: Machine = H100, op: str = "gated_delta_rule", **changes: Any) -> str:
+    return str(offer(registry.get(name), signature(op, **changes), machine).verdict)
+
+
+def labels(name: str, machine: Machine = H100, **changes: Any) -> tuple[list[str], list[str]]:
+    found = offer(registry.get(name), signature(**changes), machine)
+    assert found.verdict, found.verdict
+    return [one.label for one in found.forward], [one.label for one in found.backward]
+
+
+# what runs, and whether it is right
+
+WORTH = (
+    "gated, transposed", "gated, expanded", "gated, misaligned", "gated, grouped heads", "gated, correlated keys, beta 0 1 2", "gated, g 0 and -20", "gated, T=1",
+    "plain", "normalized keys", "given chunk", "gated, packed with empty sequences", "plain, packed with empty sequences",
+    "normalized keys, packed with empty sequences",
+)  # fmt: skip
+
+
+def worth(op: str, dtype: torch.dtype) -> list[Case]:
+    """Cases of the contract in which an adapter can go wrong."""
+    return [one for one in cases(contract(op), dtype) if one.name in WORTH or one.name.startswith(WORTH[0])]
+
+
+TRAINED = ("gated, grouped heads", "gated, correlated keys, beta 0 1 2", "plain", "normalized keys", "gated, packed with empty sequences")
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_what_it_serves_is_right_through_get_op_and_through_every_candidate(name: str, on_cpu: Path) -> None:
+    passed: set[str] = set()
+    for one in worth("gated_delta_rule", torch.bfloat16):
+        sized = one if name == "fla" else replace(one, K=128, V=128, B=1, T=min(one.T, 66), H=min(one.H, 2), G=1)
+        for regime in ("inference", "training") if name != "flashinfer" and one.name in TRAINED else ("inference",):
+            result = examine(Item(name, "gated_delta_rule", sized, regime))  # type: ignore[arg-type]
+            assert result.status == "passed", (one.name, regime, result.detail)
+            assert {part.partition("/")[0] for kernel in result.kernels for part in kernel.split() if "/" in part} == {name}
+            passed |= {f"{kernel.split()[0]} {regime}" for kernel in result.kernels} | {one.name}
+    assert passed >= {one.rstrip("*") for one in WORTH}
+    assert set(ran())
+
+
+def test_flas_decode_is_right(on_cpu: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for one in worth("gated_delta_step", dtype):
+            options = {**one.options, "inplace": one.name.endswith("grouped heads")}
+            result = examine(Item("fla", "gated_delta_step", replace(one, options=options, given=("g",)), "inference"))
+            assert result.status == "passed", (one.name, result.detail)
+    assert set(ran()) == {"fused_recurrent_gated_delta_rule_fwd"}
+
+
+def test_which_of_flas_functions_runs(on_cpu: Path) -> None:
+    op = tb.get_op("gated_delta_rule")
+    made = contract("gated_delta_rule")
+    expected = {
+        (1, ("g",)): "chunk_gated_delta_rule_fwd",
+        (1, ()): "chunk_gated_delta_rule_fwd",  # grouped heads: the plain rule has none, and the gated one stands in
+        (2, ()): "chunk_delta_rule_fwd",
+    }
+    for (groups, given), function in expected.items():
+        seen().clear()
+        call = build(made, case(G=groups, given=given), "cpu")
+        op(**{name: getattr(call, name) for name in made.parameters}, backend="fla")
+        assert ran() == [function], (groups, given)
+    given = {name: getattr(build(made, case(dtype=torch.bfloat16), "cpu"), name) for name in made.parameters}
+    for backend, function in (("flash_qla", "chunk_gated_delta_rule_fwd"), ("flashinfer", "chunk_gated_delta_rule")):
+        seen().clear()
+        op(**given, backend=backend)
+        assert ran() == [function]
+
+
+def test_the_backward_makes_again_what_the_peers_autograd_would_keep(on_cpu: Path) -> None:
+    op, made = tb.get_op("gated_delta_rule"), contract("gated_delta_rule")
+    for backend, kept in (("fla", "chunk_gated_delta_rule_fwd_intra"), ("flash_qla", "kkt_solve")):
+        for gates in ((), ("gate",)):
+            call = build(made, case(given=("g", *gates)), "cpu", requires_grad=True)
+            o, _ = op(**{name: getattr(call, name) for name in made.parameters}, backend=backend)
+            seen().clear()
+            o.sum().backward()
+            again = ["chunk_gated_delta_rule_fwd"] if gates and backend == "fla" else [kept, "chunk_gated_delta_rule_fwd"] if gates else [kept]
+            assert ran() == [*again, "chunk_gated_delta_rule_bwd"], (backend, gates)
+
+
+# FLA's own dispatch, and ours
+
+
+def test_flas_switches_are_off_inside_a_call_and_as_they_were_after_it(on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")
+    monkeypatch.setenv("FLA_INTRACARD_CP", "1")
+    made = contract("gated_delta_rule")
+    call = build(made, case(), "cpu")
+    given = {name: getattr(call, name) for name in made.parameters}
+    tb.get_op("gated_delta_rule")(**given, backend="fla")
+    assert [one["switches"] for one in seen()] == [{"FLA_FLASH_QLA": "0", "FLA_INTRACARD_CP": "0", "FLA_TILELANG": "0"}]
+    found = importlib.import_module("fla.ops.gated_delta_rule.chunk")
+    monkeypatch.setattr(found, "chunk_gated_delta_rule_fwd", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tb.get_op("gated_delta_rule")(**given, backend="fla")
+    assert {name: os.environ.get(name) for name in ("FLA_FLASH_QLA", "FLA_INTRACARD_CP", "FLA_TILELANG")} == {
+        "FLA_FLASH_QLA": "1", "FLA_INTRACARD_CP": "1", "FLA_TILELANG": None,
+    }  # fmt: skip
+
+
+def test_tilelang_gives_the_gradients_where_that_candidate_runs_and_nothing_else(site: Path) -> None:
+    rule = adapter("fla.gated_delta_rule")
+    call = build(contract("gated_delta_rule"), case(), "cpu")
+    backward = {str(dict(one.params)["gradients"]): one for one in rule.backward_candidates(signature(regime="training"), H100)}
+    assert set(backward) >= {"tilelang"}
+    backward["triton"] = replace(backward["tilelang"], params=(("gradients", "triton"),))
+    for kernel, switch in (("tilelang", "1"), ("triton", "0")):
+        importlib.import_module("fla")
+        importlib.import_module("peer_math").SEEN.clear()
+        rule.run_backward(call, (call.v, None), None, frozenset(["q"]), backward[kernel])
+        assert {one["switches"]["FLA_TILELANG"] for one in seen()} == {switch}
+
+
+def test_flas_function_on_us_on_fla_comes_to_an_end(on_cpu: Path) -> None:
+    call = build(contract("gated_delta_rule"), case(), "cpu")
+    function = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    with register_with_fla(backend="fla") as registration:
+        o, state = function(call.q, call.k, call.v, call.g, call.beta, output_final_state=True)
+        assert dict(registration.calls) == {"chunk_gated_delta_rule": 1}
+    assert ran() == ["chunk_gated_delta_rule_fwd"]  # not the function that asks backends
+    assert o.shape == call.v.shape
+    assert state.shape == (1, 2, 128, 128)
+
+
+# which one is chosen
+
+
+def test_no_peer_is_the_untuned_choice_where_another_serves(site: Path) -> None:
+    for regime, changes in (
+        ("inference", {}),
+        ("training", {}),
+        ("inference", {"given": ()}),
+        ("inference", {"dtype": torch.float16, "K": 64, "V": 64}),
+    ):
+        asked = signature(regime=regime, **changes)
+        choice = dispatch.choose(asked, H100)
+        accepting = {one.backend.name for one in choice.offers if one.verdict}
+        assert accepting >= {"fla", "eager"}
+        assert choice.pair.forward.backend not in PEERS
+        assert [one.backend.name for one in choice.offers if one.backend.rank.get("cuda")][-3:] == sorted(
+            PEERS, key=lambda n: registry.get(n).simplicity
+        )
+
+
+def write_row(path: Path, asked: Signature, machine: Machine, label: str) -> None:
+    candidate = next(one for o in offers(asked, machine) for one in o.forward if one.label == label)
+    source = dispatch.pair_source(dispatch.Pair(candidate), asked.op)
+    file.update(
+        path,
+        device=device_of(machine),
+        environment=current_environment(machine.kind),
+        changes={bucket_of(asked): Entry(candidate.name, 5.0, 0.01, 0.0, params=candidate.params, source=source)},
+        defaults_of=defaults_of,
+    )
+    plans.invalidate()
+
+
+@pytest.mark.parametrize(
+    ("label", "metadata"),
+    [
+        ("fla/gated_delta_rule", "fla_core-0.6.0"),
+        ("flash_qla/chunked auto_cp=True", "flash_qla-0.1.3"),
+        ("flash_qla/chunked auto_cp=True", "tilelang-0.1.15"),
+        ("flashinfer/prefill", "flashinfer_python-0.7.2"),
+        ("flashinfer/prefill", "nvidia_cutlass_dsl-4.8.1"),
+    ],
+)
+def test_a_tuned_row_chooses_a_peer_until_its_version_changes_or_it_is_gone(label: str, metadata: str, site: Path, tmp_path: Path) -> None:
+    asked, backend = signature(), label.partition("/")[0]
+    write_row(paths.user_cache_path(H100.slug), asked, H100, label)
+    choice = dispatch.choose(asked, H100)
+    assert (choice.origin, choice.pair.label) == ("tuned", label)
+    assert choice.answered is not None
+    assert str(choice.answered.staleness) == "fresh"
+    facts = site / f"{metadata}.dist-info" / "METADATA"
+    version = metadata.rpartition("-")[2]
+    facts.write_text(facts.read_text().replace(version, f"{version}.1"))
+    importlib.invalidate_caches()
+    forget()
+    changed = dispatch.choose(asked, H100)
+    assert changed.origin == "default"
+    assert f"{label} has changed since" in changed.consulted[0].answer
+    shutil.rmtree(site / PEERS[backend][0])
+    forget()
+    gone = dispatch.choose(asked, H100)
+    assert gone.origin == "default"
+    assert "is not among the candidates for this call" in gone.consulted[0].answer
+    assert f"the package {backend} is not installed" in str(next(one.verdict for one in gone.offers if one.backend.name == backend))
+
+
+def test_rows_of_other_backends_know_nothing_of_a_peer(site: Path) -> None:
+    asked = signature()
+    write_row(paths.user_cache_path(H100.slug), asked, H100, next(o.forward[0].label for o in offers(asked, H100) if o.backend.name == "eager"))
+    for name in PEERS:
+        shutil.rmtree(site / name)
+    forget()
+    choice = dispatch.choose(asked, H100)
+    assert choice.origin == "tuned"
+    assert choice.answered is not None
+    assert str(choice.answered.staleness) == "fresh"
+
+
+def test_a_version_is_part_of_a_candidates_hash_in_both_directions(site: Path) -> None:
+    for name, pinned in (("fla", {"fla-core==0.6.0"}), ("flash_qla", {"flash-qla==0.1.3", "tilelang==0.1.15"})):
+        found = offer(registry.get(name), signature(regime="training"), H100)
+        for candidate in (*found.forward, *found.backward):
+            assert pinned <= set(source_modules(candidate, "gated_delta_rule"))
+    tilelang = [one for one in offer(registry.get("fla"), signature(regime="training"), H100).backward if ("gradients", "tilelang") in one.params]
+    assert [set(one.sources) for one in tilelang] == [{"fla-core==0.6.0", "tilelang==0.1.15"}]
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "machine", "says"),
+    [
+        ("fla", {"dtype": torch.float64}, H100, "dtype float64 is not in {bfloat16, float16, float32}; use backend="),
+        ("fla", {"dtype": torch.float32}, H100, "torch.set_float32_matmul_precision('high') allows that"),
+        ("fla", {"K": 300}, H100, "head_dim K=300 is not in 1 to 256; use backend='eager'"),
+        ("fla", {}, replace(H100, name="T4", sm=75), "it needs compute capability 8.0, and T4 has 7.5"),
+        ("fla", {"lengths": (3, 4), "launch": "graph"}, H100, "it reads cu_seqlens on the host, which a captured graph cannot; use backend='triton'"),
+        ("flash_qla", {"lengths": (3, 4), "launch": "graph"}, H100, "it reads cu_seqlens on the host"),
+        ("flash_qla", {"K": 64, "V": 64}, H100, "head_dim K=64, V=64: it takes K = V = 128 alone; use backend='triton'"),
+        ("flash_qla", {"dtype": torch.float32}, H100, "dtype float32 is not in {bfloat16, float16}"),
+        ("flash_qla", {}, A100, "it runs on compute capability 9.0, 10.0 and 10.3, and NVIDIA A100 has 8.0; use backend='triton'"),
+        ("flash_qla", {"options": {"scale": 0.0}}, H100, "scale=0 would be taken for K ** -0.5"),
+        ("flash_qla", {"T": 0}, H100, "T=0: an empty call; use backend='eager'"),
+        ("flashinfer", {"K": 128, "V": 64}, H100, "head_dim K=128, V=64: it takes K = V = 128 alone"),
+        ("flashinfer", {}, A100, "it runs on compute capability 9.0, 10.0, 10.3, 12.0 and 12.1, and NVIDIA A100 has 8.0"),
+        ("flashinfer", {"options": {"scale": 0.0}}, H100, "scale=0 would be taken for K ** -0.5"),
+    ],
+)
+def test_a_refusal_says_what_was_found_and_what_to_do(name: str, changes: dict[str, Any], machine: Machine, says: str, site: Path) -> None:
+    assert says in refusal(name, machine, **changes)
+    assert refusal(name) == "accepted"
+
+
+def test_flashinfer_takes_a_packed_call_in_a_graph_and_trains_with_anothers_backward(site: Path) -> None:
+    assert refusal("flashinfer", lengths=(3, 4), launch="graph") == "accepted"
+    assert labels("flashinfer", regime="training") == (["flashinfer/prefill"], [])
+    with pytest.raises(tb.BackendRefusedError, match="it must have both directions, but it has only forward"):
+        dispatch.choose(signature(regime="training"), H100, dispatch.Forced("flashinfer", "backend="))
+
+
+def test_flas_decode_refuses_a_pool(site: Path) -> None:
+    step = {"T": 1, "G": 2, "options": {}}
+    assert "it takes no state_indices: a state for each sequence alone" in refusal("fla", op="gated_delta_step", given=("g", "state_indices"), **step)
+    assert refusal("fla", op="gated_delta_step", dtype=torch.float32, **step) == "accepted"
+
+
+def test_context_parallelism_is_offered_where_it_can_cut(site: Path) -> None:
+    both = ["flash_qla/chunked auto_cp=True", "flash_qla/chunked auto_cp=False"]
+    assert labels("flash_qla", regime="training") == (both, both)
+    assert labels("flash_qla", lengths=(3, 4)) == (both, [])
+    assert labels("flash_qla", B=2) == (both[1:], [])
+
+
+@pytest.mark.parametrize(
+    ("triton", "machine", "kernels"),
+    [("3.6.0", H100, ["tilelang"]), ("3.7.1", H100, ["triton", "tilelang"]), ("3.3.0", H100, ["triton", "tilelang"]), ("3.6.0", A100, ["triton"])],
+)
+def test_flas_backward_takes_the_kernels_that_are_right(
+    triton: str, machine: Machine, kernels: list[str], site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = adapter("fla.serving")
+    monkeypatch.setattr(serving, "version_of", lambda name: triton if name == "triton" else shared().version_of(name))
+    assert labels("fla", machine, regime="training")[1] == [f"fla/gated_delta_rule gradients={kernel}" for kernel in kernels]
+    assert labels("fla", machine, regime="training", G=2, given=()) == (["fla/delta_rule"], ["fla/delta_rule"])
+
+
+def test_fla_refuses_to_train_on_hopper_with_a_triton_that_compiles_it_wrong(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = adapter("fla.serving")
+    monkeypatch.setattr(serving, "version_of", lambda name: "3.6.0" if name == "triton" else shared().version_of(name))
+    shutil.rmtree(site / "tilelang")
+    monkeypatch.setattr(serving, "has_nvcc", lambda: False)
+    monkeypatch.setenv("FLA_DISABLE_BACKEND_DISPATCH", "1")
+    told = refusal("fla", regime="training")
+    assert "it refuses its own backward on NVIDIA H100 with Triton 3.6.0" in told
+    for part in (
+        "the package tilelang is not installed",
+        "no nvcc was found in CUDA_HOME",
+        "FLA_DISABLE_BACKEND_DISPATCH=1 keeps it",
+        "Triton 3.7.1 or later",
+    ):
+        assert part in told
+    assert refusal("fla") == "accepted"
+    assert refusal("fla", A100, regime="training") == "accepted"
+
+
+def test_without_nvcc_tilelang_cannot_compile(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared().shutil, "which", lambda name: None)
+    monkeypatch.setattr(shared(), "version_of", lambda name: "12.9.86" if name == "nvidia-cuda-nvcc" else "0.1.3")
+    nowhere = Path("/nonexistent")
+    monkeypatch.setattr(shared(), "Path", lambda given: nowhere)
+    monkeypatch.setenv("CUDA_HOME", str(site))
+    assert "TileLang compiles its kernels with nvcc, and no nvcc was found" in refusal("flash_qla")
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_another_version_is_refused_with_the_one_that_is_known(name: str, site: Path) -> None:
+    folder = next(one for one in site.glob("*.dist-info") if one.name.startswith({"fla": "fla_core", "flashinfer": "flashinfer"}.get(name, name)))
+    (folder / "METADATA").write_text((folder / "METADATA").read_text().replace("Version: 0.", "Version: 9."))
+    importlib.invalidate_caches()
+    forget()
+    told = refusal(name)
+    assert re.search(r"[a-z-]+ 9\.[\d.]+ is installed, and its functions are known from [\d.]+ or later, below [\d.]+: pip install '", told), told
+    shutil.rmtree(folder)
+    importlib.invalidate_caches()
+    forget()
+    assert "so that its version is not known" in refusal(name)
+
+
+def test_a_driver_that_is_too_old_for_cutes_libraries_is_refused(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = adapter("flashinfer.serving")
+    monkeypatch.setattr(serving, "current_environment", lambda kind: replace(current_environment("cuda"), driver="570.86.15"))
+    assert refusal("flashinfer") == "accepted"
+    monkeypatch.setattr(serving, "version_of", lambda name: "4.8.1")
+    assert "want driver 580 or later, and this one is 570.86.15" in refusal("flashinfer")
+
+
+def test_blackwell_wants_torch_for_cuda_13(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blackwell = replace(H100, name="NVIDIA B200", sm=100)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "its kernels for NVIDIA B200 want torch for CUDA 13, and this one is for CUDA 12.8" in refusal("flashinfer", blackwell)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert refusal("flashinfer", blackwell) == "accepted"
+
+
+# imports
+
+
+_ASKING = """
+import sys, torch
+import titans_backends as tb
+from titans_backends.contracts import contract
+from titans_backends.contracts.case import Case, build
+from titans_backends.contracts.validate import validate
+from titans_backends.facts import signature_of
+from titans_backends.offers import offers
+made = contract("gated_delta_rule")
+call = build(made, Case("a", T=8, K=128, V=128, dtype=torch.bfloat16, given=("g",)))
+peers = ("fla", "flash_qla", "flashinfer")
+found = offers(signature_of(made, call, validate(made, call)), tb.Machine("cuda", "NVIDIA H100", "nvidia_h100", sm=90), peers)
+verdicts = {one.backend.name: str(one.verdict) for one in found}
+assert [verdicts[name] for name in peers] == ["accepted"] * 3, verdicts
+assert not {*peers, "tilelang", "cutlass", "einops"} & set(sys.modules)
+"""
+
+
+def test_a_choice_imports_no_peer_and_the_library_none_either(site: Path) -> None:
+    done = fresh.run(_ASKING, env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{site}"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_broken_package_disables_its_backend_and_nothing_else(name: str, on_cpu: Path) -> None:
+    (on_cpu / PEERS[name][0] / "__init__.py").write_text("raise OSError('libcuda.so.1: no such file')")
+    made = contract("gated_delta_rule")
+    call = build(made, case(), "cpu")
+    given = {one: getattr(call, one) for one in made.parameters}
+    op = tb.get_op("gated_delta_rule")
+    with pytest.raises(
+        tb.BackendError, match=rf"backend '{name}' is installed and cannot be used: .*OSError: libcuda\.so\.1.*doctor --traceback {name}"
+    ):
+        op(**given, backend=name)
+    with pytest.raises(tb.BackendRefusedError, match=r"OSError: libcuda\.so\.1"):
+        op(**given, backend=name)
+    for other in {*PEERS, "eager"} - {name}:
+        o, _ = op(**given, backend=other)
+        assert o.isfinite().all()
+
+
+def test_the_probe_runs_the_smallest_case_and_says_broken_with_a_traceback(on_cpu: Path) -> None:
+    machine = tb.detect("cpu")
+    for name in PEERS:
+        assert registry.probe(registry.get(name), machine).state == "usable"
+    sys.modules["flashinfer.gdn_prefill"].chunk_gated_delta_rule = lambda q, **_: (torch.zeros_like(q), torch.zeros(1, 1, 128, 128))
+    wrong = registry.probe(registry.get("flashinfer"), machine)
+    assert wrong.state == "refused"
+    assert "the smallest case is wrong: o:" in str(wrong.verdict)
+    for module in [one for one in sys.modules if one.partition(".")[0] == "fla"]:
+        del sys.modules[module]
+    (on_cpu / "fla" / "__init__.py").write_text("import a_module_that_nobody_has")
+    broken = registry.probe(registry.get("fla"), machine)
+    assert broken.state == "broken"
+    assert "a_module_that_nobody_has" in broken.trace
+
+
+def test_offsets_that_change_in_place_are_read_again(on_cpu: Path) -> None:
+    made, op = contract("gated_delta_rule"), tb.get_op("gated_delta_rule")
+    call = build(made, case(lengths=(20, 50)), "cpu")
+    given = {name: getattr(call, name) for name in made.parameters}
+    for backend in ("fla", "flash_qla"):
+        given["cu_seqlens"].copy_(torch.tensor([0, 20, 70]))
+        for _ in range(2):
+            op(**given, backend=backend)
+        first, again = (one["offsets"] for one in seen()[-2:])
+        assert first is again  # so that the peer reads it once
+        given["cu_seqlens"].copy_(torch.tensor([0, 41, 70]))
+        o, _ = op(**given, backend=backend)
+        assert seen()[-1]["offsets"] is not first
+        assert torch.equal(o, op(**given, backend="eager")[0]) or (o - op(**given, backend="eager")[0]).abs().max() < 2e-2
+
+
+# the real FLA
+
+
+def test_the_real_flas_functions_take_our_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {}
+    try:
+        for name in ("gated_delta_rule.chunk", "delta_rule.chunk", "gated_delta_rule.fused_recurrent"):
+            modules[name] = importlib.import_module(f"fla.ops.{name}")
+    except ImportError:
+        pytest.skip("flash-linear-attention is not installed")
+    if not hasattr(modules["gated_delta_rule.chunk"], "FLACPContext"):
+        pytest.skip("this is not the real FLA")
+    asked: list[str] = []
+
+    def bound(module: Any, name: str, answer: Callable[..., Any]) -> None:
+        shape = inspect.signature(inspect.unwrap(getattr(module, name)))
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            shape.bind(*args, **kwargs)
+            asked.append(name)
+            return answer(**shape.bind(*args, **kwargs).arguments)
+
+        monkeypatch.setattr(module, name, function)
+
+    def outputs(q: Any = None, v: Any = None, **_: Any) -> Any:
+        return v, v, v
+
+    chunk, delta, step = modules.values()
+    bound(chunk, "l2norm_fwd", lambda x, **_: (x, x[..., 0]))
+    bound(chunk, "l2norm_bwd", lambda y, **_: y)
+    bound(chunk, "prepare_chunk_indices", lambda cu_seqlens, chunk_size, **_: cu_seqlens)
+    bound(chunk, "chunk_local_cumsum", lambda g, **_: g)
+    bound(chunk, "chunk_gated_delta_rule_fwd_intra", outputs)
+    bound(chunk, "chunk_gated_delta_rule_fwd", lambda v, **_: (v, v, v, v, None, None))
+    bound(chunk, "chunk_gated_delta_rule_bwd", lambda q, k, v, beta, g, **_: (q, k, v, beta, g, v, None, None))
+    bound(delta, "prepare_wy_repr_fwd", lambda k, **_: (k, k, k))
+    bound(delta, "chunk_delta_rule_fwd", outputs)
+    bound(delta, "chunk_delta_rule_bwd", lambda q, k, v, beta, **_: (q, k, v, beta, v))
+    bound(step, "fused_recurrent_gated_delta_rule_fwd", lambda v, initial_state, **_: (v, initial_state))
+    rule, made = adapter("fla.gated_delta_rule"), contract("gated_delta_rule")
+    options = {"output_final_state": True, "qk_l2norm": True}
+    for given, lengths in ((("g", "initial_state", "gate"), (3, 4)), (("g",), None), ((), None), (("gate",), None)):
+        call = build(made, case(given=given, lengths=lengths, G=2, options=options), "cpu")
+        variant = "delta_rule" if "g" not in given else "gated_delta_rule"
+        forward = Candidate("fla", variant)
+        rule.run(call, forward)
+        rule.run_backward(call, (call.v, None), None, frozenset(["q", "beta"]), replace(forward, direction="backward"))
+    op = contract("gated_delta_step")
+    adapter("fla.gated_delta_step").run(build(op, case(T=1, G=2, options={}), "cpu"), Candidate("fla", "fused_recurrent"))
+    assert set(asked) == {
+        "l2norm_fwd", "l2norm_bwd", "prepare_chunk_indices", "chunk_local_cumsum", "chunk_gated_delta_rule_fwd_intra", "chunk_gated_delta_rule_fwd",
+        "chunk_gated_delta_rule_bwd", "prepare_wy_repr_fwd", "chunk_delta_rule_fwd", "chunk_delta_rule_bwd", "fused_recurrent_gated_delta_rule_fwd",
+    }  # fmt: skip
+    assert isinstance(chunk.RCP_LN2, float)

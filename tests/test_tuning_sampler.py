@@ -1,0 +1,99 @@
+"""A graph's replay on a made-up device: the time between the events holds none of the host's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from titans_backends.tuning import sampler
+from titans_backends.tuning.sampler import CudaSampler
+
+FLUSH_US, REPLAY_US, HOST_US = 40.0, 9.0, 60.0
+
+
+class Device:
+    """Two clocks: the host's moves by what it enqueues, the device's by what it runs, and not before it was enqueued."""
+
+    def __init__(self) -> None:
+        self.host, self.free, self.flushes = 0.0, 0.0, 0
+
+    def run(self, us: float) -> None:
+        self.free = max(self.free, self.host) + us
+
+    def zero_(self) -> None:
+        self.flushes += 1
+        self.host += 2.0
+        self.run(FLUSH_US)
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.free)
+
+    def replay(self) -> None:
+        self.host += HOST_US
+        self.run(REPLAY_US)
+
+
+class Event:
+    """Records when the device comes to it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.at = device, 0.0
+
+    def record(self) -> None:
+        self.device.run(0.0)
+        self.at = self.device.free
+
+    def query(self) -> bool:
+        return self.at <= self.device.host
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at - self.at) / 1e3
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Device, CudaSampler]]:
+    def make() -> tuple[Device, CudaSampler]:
+        device = Device()
+        found = object.__new__(CudaSampler)
+        found._flush, found._device, found._launch = device, torch.device("cpu"), "graph"  # type: ignore[assignment]
+        found._graphs, found._flushes = {"k": (device, None)}, 1  # type: ignore[dict-item]
+        monkeypatch.setattr(sampler, "_events", lambda: (Event(device), Event(device)))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: device.synchronize())
+        return device, found
+
+    return make
+
+
+def test_a_replay_that_the_device_waited_for_is_run_again_behind_a_longer_flush(made: Callable[[], tuple[Device, CudaSampler]]) -> None:
+    device, found = made()
+    assert found.sample("k", lambda: None) == pytest.approx(REPLAY_US)
+    assert found._flushes == 2  # one flush of 40 µs is over before the host's 60 µs are
+    assert device.flushes == 1 + 1 + 2
+    device.flushes = 0
+    assert found.sample("k", lambda: None) == pytest.approx(REPLAY_US)
+    assert device.flushes == 2  # and stays as long
+
+
+def test_a_host_that_is_late_once_lengthens_nothing(made: Callable[[], tuple[Device, CudaSampler]], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found = made()
+    found._flushes = 2
+    delays = iter([1e4, 10.0, 10.0])
+
+    def replay(self: Device) -> None:
+        self.host += next(delays)
+        self.run(REPLAY_US)
+
+    monkeypatch.setattr(Device, "replay", replay)
+    assert [found.sample("k", lambda: None) for _ in range(2)] == [pytest.approx(REPLAY_US)] * 2
+    assert found._flushes == 2
+
+
+def test_a_host_that_is_never_soon_enough_gets_an_answer_all_the_same(
+    made: Callable[[], tuple[Device, CudaSampler]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found = made()
+    monkeypatch.setattr(f"{__name__}.HOST_US", 1e4)
+    assert found.sample("k", lambda: None) > REPLAY_US
+    assert found._flushes == sampler._MOST_FLUSHES

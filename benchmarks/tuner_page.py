@@ -58,17 +58,18 @@ def assessed(told: Told) -> str:
     raced = f", racing: {', '.join(told['racing'])} and the default" if "racing" in told else ""
     lines = [
         machine(told),
-        f"Measured in {told['seconds']:.0f} s by `{COMMANDS['assess']}`{raced}.",
+        f"Measured in {told['seconds']:.0f} s by `{told.get('command', COMMANDS['assess'])}`{raced}.",
         "",
         "| figure | wanted | measured |",
         "|---|---|---|",
     ]
+    choices = sum(len(one["choices"]) for one in told["tuned"])
     beyond = max((choice["regret"] for one in told["tuned"] for choice in one["choices"] if choice["beyond_noise"]), default=0.0)
     regret = f"{percent(summary['worst_regret'])}; of those beyond the noise {percent(beyond)}"
     cost = f"{percent(summary['worst_flip_cost'])}" if summary["flips"] else "no flip"
     within = f"{percent(summary['midpoints_within'])} of {summary['midpoints']}, worst {percent(summary['worst_midpoint_regret'])}"
     lines += [
-        f"| mean regret | at most 1 % | {percent(summary['mean_regret'])} over {summary['buckets']} buckets and two tunes |",
+        f"| mean regret | at most 1 % | {percent(summary['mean_regret'])} over {summary['buckets']} buckets, {choices} choices of two tunes |",
         f"| worst regret | at most 5 % | {regret} |",
         f"| flips outside ties and the default's margin | 0 | {summary['flips_outside']} of {summary['flips']} |",
         f"| worst cost of a flip | at most 3 % | {cost} |",

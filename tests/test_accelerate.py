@@ -356,6 +356,21 @@ def test_a_layer_that_another_forward_was_put_on_since_is_lost_and_told(marks: l
     assert "Again, whose forward is called in place of ours" in report.lost[0].reasons[0]
 
 
+def test_what_is_hung_on_a_part_that_is_not_called_is_told_by_the_table() -> None:
+    model = model_of()
+    report = tb.accelerate(model)
+    clean, called = str(report), []
+    model.layers[1].q_conv1d.register_forward_hook(lambda *args: called.append(1))
+    model(X)
+    assert not called
+    told = " ".join(str(report).split())
+    assert "q_conv1d has 1 of _forward_hooks" in told
+    assert "it was put there since, and is not called" in told
+    assert not report.lost
+    report.undo()
+    assert clean.splitlines()[1:] == str(report).splitlines()[1:]
+
+
 def test_what_wraps_our_forward_and_says_so_has_not_lost_it(marks: list[str]) -> None:
     model = nn.Sequential(*(Doubled() for _ in range(4)))
     report = tb.accelerate(model)

@@ -414,7 +414,8 @@ def test_a_copy_is_swapped_too_and_a_forced_backend_reaches_what_it_has() -> Non
     layer = delta_layers(copy.deepcopy(model))[0]
     assert [op.backend for op in (layer.titans_rule, layer.titans_step, layer.titans_prepare, layer.titans_norm)] == ["eager"] * 4
     model = small_model("qwen3_5")
-    tb.accelerate(model, backend="numba_cpu")
+    (entry,) = tb.accelerate(model, backend="numba_cpu").swapped
+    assert entry.notes == ("backend 'numba_cpu' has no qkv_prepare, gated_rms_norm: those are chosen as ever",)
     layer = delta_layers(model)[0]
     assert [op.backend for op in (layer.titans_rule, layer.titans_step, layer.titans_prepare, layer.titans_norm)] == ["numba_cpu"] * 2 + [None] * 2
 

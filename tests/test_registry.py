@@ -143,6 +143,16 @@ def test_an_installed_plugin_is_found_by_its_entry_point(tmp_path: Path) -> None
     assert done.stdout.startswith("dummy/matmul entry point of dummy-backend | importing no_such_module_at_all raised ModuleNotFoundError")
 
 
+def test_a_package_without_a_spec_is_there_and_none_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    needy = Backend(
+        "needy", "needs a package", CONTRACT_VERSION, {}, simplicity=5, rank={"*": 9}, requires=("put_here_by_hand",), install="type this"
+    )
+    machine = tb.detect("cpu")
+    assert str(registry.availability(needy, machine)) == "the package put_here_by_hand is not installed: type this"
+    monkeypatch.setitem(sys.modules, "put_here_by_hand", ModuleType("put_here_by_hand"))  # find_spec raises for such a one
+    assert registry.availability(needy, machine)
+
+
 @pytest.mark.usefixtures("eager_first")
 def test_a_backend_that_raises_when_asked_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     def supports(signature: object, machine: object) -> object:

@@ -44,7 +44,7 @@ def test_every_figure_and_every_pair_is_shown(tmp_path: Path) -> None:
     text = page.written("assess", f"# A\n{page.BEGIN}\n{page.END}\nrest\n", tmp_path)
     for said in (
         ", racing: eager, numba_cpu and the default.",
-        "| mean regret | at most 1 % | 4.0 % over 1 buckets and two tunes |",
+        "| mean regret | at most 1 % | 4.0 % over 1 buckets, 2 choices of two tunes |",
         "| worst regret | at most 5 % | 8.0 %; of those beyond the noise 8.0 % |",
         "| flips outside ties and the default's margin | 0 | 1 of 1 |",
         "| midpoints with at most 5 % regret | at least 95 % | 100.0 % of 1, worst 4.0 % |",

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import pkgutil
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -163,6 +164,14 @@ def order(kind: str) -> list[Backend]:
     return [entry[3] for entry in sorted((e for e in ranked if e[0] is not None), key=lambda e: (e[0], e[1], e[2]))]
 
 
+def _installed(package: str) -> bool:
+    """Whether a package could be imported, without importing it; a module that was put in place by hand, without a spec, is there."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:
+        return sys.modules.get(package) is not None
+
+
 def availability(backend: Backend, machine: Machine) -> Verdict:
     """Whether it is switched on, serves this kind of device and has its packages; imports nothing."""
     verdict = ACCEPTED
@@ -171,7 +180,7 @@ def availability(backend: Backend, machine: Machine) -> Verdict:
     if machine.kind not in backend.rank and "*" not in backend.rank:
         verdict &= refused(f"it does not run on {machine.kind} (it runs on {', '.join(backend.rank)})")
     for package in backend.requires:
-        if importlib.util.find_spec(package) is None:
+        if not _installed(package):
             verdict &= refused(f"the package {package} is not installed{f': {backend.install}' if backend.install else ''}")
     return verdict
 

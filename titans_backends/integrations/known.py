@@ -25,7 +25,8 @@ class Conversion:
     nothing is registered) and leave with `undo()`; they hold no parameters or modules of their own beyond those that the module has already.
     `notes`: what the report tells about the swapped layer, in sentences, where it is not the old one in every respect. `settle(module)` is called once the
     module has its new class, for what must not be done to a model before every layer has agreed. `ops`: those that the forward calls; a layer is refused where
-    TITANS_BACKENDS_FORCE names a backend that lacks one, since its calls would raise.
+    TITANS_BACKENDS_FORCE names a backend that lacks one, since its calls would raise, and the report names those that `backend` lacks. `bypasses`: the
+    submodules that the forward computes without calling them; `print(report)` tells what was hung on one after the swap, `convert` refuses what hangs there before.
     """
 
     forward: type
@@ -33,6 +34,7 @@ class Conversion:
     notes: tuple[str, ...] = ()
     settle: Callable[[nn.Module], None] | None = None
     ops: tuple[str, ...] = ()
+    bypasses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,8 +63,6 @@ def _convert(module: nn.Module, backend: str | None, *, mode: Literal["flat", "l
         return refused(f"backend {backend!r} has no {OPS[told.mode][0]}, which is its memory; {', '.join(get_op(OPS[told.mode][0]).backends)} have")
     before = not told.trains_alike and not (train_without_dropout and told.random_in_training)
     notes = [told.how]
-    if forced.lacks:
-        notes.append(f"backend {backend!r} has no {', '.join(forced.lacks)}: those are chosen as ever")
     if before:
         notes.append(
             _DROPS_OUT if told.random_in_training else "in training its own forward runs: it computes something else there than in inference"
@@ -87,7 +85,7 @@ def _conversion(
     }
     if not hasattr(module, "num_heads"):
         attributes["num_heads"] = cast(nn.Linear, module.b_proj).out_features
-    return Conversion(LamForward, attributes, notes, lambda swapped: stand_together(cast(Mixing, swapped)), OPS[mode])
+    return Conversion(LamForward, attributes, notes, lambda swapped: stand_together(cast(Mixing, swapped)), OPS[mode], BYPASSED)
 
 
 def _said(module: nn.Module, mode: Literal["flat", "loop"]) -> Told | Verdict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
-from titans_backends.integrations.swapped import Swapped, lost, undone
+from titans_backends.integrations.swapped import Swapped, lost, overlooked, undone
 
 __all__ = ["Entry", "Report", "places"]
 
@@ -92,8 +92,13 @@ class Report:
         return f"<{self._counted()}>"
 
     def __str__(self) -> str:
-        now = {entry.path: entry for entry in self.lost}
-        return "\n".join([f"{self._counted()}.", *(_table([now.get(entry.path, entry) for entry in self.entries]) if self.entries else ())])
+        return "\n".join([f"{self._counted()}.", *(_table(self._now()) if self.entries else ())])
+
+    def _now(self) -> list[Entry]:
+        """The entries with what has come over their layers since."""
+        gone = {entry.path: entry for entry in self.lost}
+        hung = {done.path: told for done in self._swaps if (told := overlooked(done))}
+        return [replace(found := gone.get(entry.path, entry), notes=(*found.notes, *hung.get(entry.path, ()))) for entry in self.entries]
 
     def _of(self, status: Status) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.status == status)

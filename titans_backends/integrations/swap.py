@@ -158,7 +158,14 @@ def _planned(found: _Found, layer: KnownLayer, answer: Conversion | Verdict, bac
         new = swapped_class(answer.forward, old)
     except TypeError as error:
         return (*reasons, f"no class can be both {answer.forward.__name__} and {old.__name__}: {error}")
-    return reasons or _Planned(found, answer, Entry(found.paths, "swapped", layer.name, old, new, notes=answer.notes), new)
+    lacking = () if backend is None else _lacking(backend, answer.ops)
+    notes = (*answer.notes, *([f"backend {backend!r} has no {', '.join(lacking)}: those are chosen as ever"] if lacking else ()))
+    return reasons or _Planned(found, answer, Entry(found.paths, "swapped", layer.name, old, new, notes=notes), new)
+
+
+def _lacking(backend: str, ops: Sequence[str]) -> tuple[str, ...]:
+    """Those of the ops that a backend does not declare."""
+    return tuple(op for op in ops if op not in registry.get(backend).ops)
 
 
 def _switched_away(ops: Sequence[str], backend: str | None) -> tuple[str, ...]:
@@ -167,8 +174,7 @@ def _switched_away(ops: Sequence[str], backend: str | None) -> tuple[str, ...]:
     held = registry.known().get(force or "")
     if held is None:  # no switch, or an unknown name, which every call tells
         return ()
-    own = () if backend is None else registry.get(backend).ops
-    lacking = [op for op in ops if op not in held.ops and op not in own]
+    lacking = _lacking(held.name, ops if backend is None else _lacking(backend, ops))
     name = f"{switches.PREFIX}FORCE"
     cure = f"unset it, and type accelerate(model, backend={force!r}): that forces those that it has"
     return (f"{name}={force} forces every op, and {force!r} has no {', '.join(lacking)}, which this layer calls; {cure}",) if lacking else ()

@@ -9,9 +9,10 @@ from weakref import ref
 from torch import nn
 
 from titans_backends.integrations import forwards
+from titans_backends.integrations.bypassed import bypassed
 from titans_backends.integrations.known import Conversion
 
-__all__ = ["BACKEND", "Swapped", "lost", "swap", "undone"]
+__all__ = ["BACKEND", "Swapped", "lost", "overlooked", "swap", "undone"]
 
 BACKEND = "_titans_backends_forced"
 """Where a swapped module keeps the backend that it was forced to."""
@@ -19,19 +20,21 @@ BACKEND = "_titans_backends_forced"
 
 @dataclass(frozen=True, slots=True)
 class Swapped:
-    """What undoes one swap. The module is held weakly; `attributes`: the names that were put into its `__dict__`."""
+    """What undoes one swap. The module is held weakly; `attributes`: the names that were put into its `__dict__`;
+    `bypasses`: its parts that are computed without being called."""
 
     module: ref[nn.Module]
     path: str
     old: type
     new: type
     attributes: tuple[str, ...]
+    bypasses: tuple[str, ...] = ()
 
 
 def swap(module: nn.Module, path: str, conversion: Conversion, new: type, backend: str | None) -> Swapped:
     """Gives the module its new class and what that reads; as it was, where one of the steps raises."""
     attributes = {**conversion.attributes, BACKEND: backend}
-    done = Swapped(ref(module), path, type(module), new, tuple(attributes))
+    done = Swapped(ref(module), path, type(module), new, tuple(attributes), conversion.bypasses)
     module.__dict__.update(attributes)
     try:
         module.__class__ = new
@@ -48,6 +51,14 @@ def lost(done: Swapped) -> str:
     """Why a swapped module's call runs another forward than ours by now; empty where it does not, and of a module that is gone or was undone."""
     module = done.module()
     return "" if module is None or type(module) is done.old else forwards.displaced(module, done.new)
+
+
+def overlooked(done: Swapped) -> tuple[str, ...]:
+    """What was hung since on a part of a swapped module that is never called; empty of a module that is gone or was undone."""
+    module = done.module()
+    if module is None or type(module) is done.old:
+        return ()
+    return tuple(f"{reason}: it was put there since, and is not called" for reason in bypassed(module, done.bypasses))
 
 
 def undone(swaps: Sequence[Swapped]) -> None:

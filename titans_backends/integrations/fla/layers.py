@@ -54,6 +54,7 @@ def _converts(name: str) -> Callable[[nn.Module, str | None], Conversion | Verdi
             verdict &= _among("qk_activation", module, QK_ACTIVATIONS) & _among("qk_norm", module, QK_NORMS)
         if not verdict:
             return verdict
+        convs = _CONVS if module.use_short_conv else ()
         attributes = {
             "titans_memory_backend": backend,
             "titans_prepare_backend": _where_declared(backend, "qkv_prepare"),
@@ -61,7 +62,7 @@ def _converts(name: str) -> Callable[[nn.Module, str | None], Conversion | Verdi
             "titans_norm_backend": _where_declared(backend, "gated_rms_norm"),
             "titans_norm_class": forward_owner(type(module.o_norm)),
         }
-        return Conversion(forward, attributes, (_NOTE,) if module.use_short_conv else (), ops=_ops(module))
+        return Conversion(forward, attributes, (_NOTE,) if convs else (), ops=_ops(module), bypasses=convs)
 
     return convert
 

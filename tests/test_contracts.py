@@ -203,8 +203,10 @@ def test_the_cases_hold_what_the_issue_lists(name: str) -> None:
         assert any(case.lengths and 0 in case.lengths for case in found)
     if name != "fused_uw":
         assert any(case.G != case.H for case in found)
-        assert {"mild", "zero", "hard"} == {case.decay for case in found}
+        assert {"mild", "zero", "hard"} <= {case.decay for case in found}
         assert any(case.keys == "correlated" and case.beta == "extreme" for case in found)
+    if "g" in CONTRACTS[name].argument_by_name and CONTRACTS[name].max_tokens is None:
+        assert any(case.decay == "fast" for case in found)
 
 
 def test_the_golden_tables_tolerances() -> None:

@@ -1,4 +1,5 @@
-"""The Triton backend's backward kernels in Triton's interpreter: every gradient against float64 autograd, on poisoned memory, in float32.
+"""The Triton backend's backward kernels in Triton's interpreter: every gradient against float64 autograd, on poisoned memory, in float32; where gates forget
+within a token in float16, too.
 
 Runs as `TRITON_INTERPRET=1 pytest tests/triton_interpreted_gradients.py`, for one op with `-k slow_core-`; `test_triton_interpreter.py` starts it. A
 program costs the interpreter what its statements cost, hardly what its tiles hold: so the calls are as short as two or three blocks allow, and no
@@ -22,6 +23,7 @@ from titans_backends.backend import Candidate, TrainableOpModule
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call, Contract
+from titans_backends.contracts.tolerance import Tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.tuning.gate import Ledger, check_backward, failure
@@ -33,6 +35,8 @@ LEFT: Mapping[str, tuple[str, ...]] = {"slow_core": ("normalized read",), "dual_
 """The variants whose backward another backend supplies."""
 RICH = {"fast_core": "continued"}
 """The variants with the most tensors, where that is not the first."""
+FAST = Tolerance(1e-2, 3e-3)
+"""In float16: a diagonal of the scores that cancelled in dg, but for its rounding, left 1.5e-2 to 1e-1 of dg; 1.5e-3 is what is left without it."""
 LAST = {"fused_uw": {"_chunk": 35}, "gated_delta_rule": {"chunk_size": 32}, "slow_core": {"chunk_size": 32}}
 """What the calls of the other candidates have besides: matrices of an odd size, three blocks, on which the forward may save states."""
 
@@ -74,6 +78,7 @@ def kinds(made: Contract) -> Iterator[Case]:
     if not composed:
         yield replace(base, name="correlated keys, beta 0 1 2", keys="correlated", beta="extreme")
         yield replace(base, name="g 0 and -20", decay="hard")
+        yield replace(base, name="g -7 to -3", decay="fast")
     for variant in made.variants:
         if variant.name in LEFT.get(made.name, ()):
             continue
@@ -196,6 +201,19 @@ def test_a_gradient_is_the_same_where_nothing_else_is_needed(op: str, case: Case
             got = found[made.differentiable.index(name)]
             assert got is not None
             ledger.compare(f"d{name}", got, want, LIMIT.gradients, "its own")
+
+
+@pytest.mark.parametrize(
+    ("op", "variant"),
+    [("gated_delta_rule", "gated"), ("gated_delta_rule", "normalized keys"), ("slow_core", "gated"), ("dual_core", "recurrent")],
+)
+def test_rounding_does_not_show_in_dg_where_gates_forget_within_a_token(op: str, variant: str) -> None:
+    made = CONTRACTS[op]
+    chosen = next(one for one in made.variants if one.name == variant)
+    case = replace(richest(made), name=variant, dtype=torch.float16, decay="fast", options=chosen.options, given=chosen.given)
+    call = build(made, case)
+    for candidate in covering(offered(made, call), values=False)[:2]:
+        check_backward(made, candidate, module_of(op), exams(made, case, call, partly=False), FAST, Ledger(), candidate.label, again=False)
 
 
 @pytest.mark.parametrize(("op", "variant"), [(op, name) for op, names in LEFT.items() for name in names])

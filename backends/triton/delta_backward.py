@@ -234,7 +234,7 @@ def _lines(places: int, block: int, tiles: int, x: Operands, into: Mapping[str, 
         tiles * line * decay,
         tiles * line * (rule and (decay or "beta" in into)),
         tiles * line * decay,
-        tiles * places * decay,
+        tiles * line * decay,
         tiles * places * factor,
         tiles * places * factor,
     )

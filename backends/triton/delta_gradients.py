@@ -8,11 +8,11 @@ P = tril(dO U^T) * Gamma * scale and L = -stril(X U^T) * Gamma, three kernels in
     written   right = e^(G_C - G) U E^T + P^T (gate Q) + L^T (beta K)      dK = beta left + right         on E, U, P, L
 
 Wherever a vector scales a row, its gradient is a sum over that row, written by tiles of columns and put together by `vectors`: of the gate `told` =
-rowsum(Q * dQ / gate), of beta `direct` + `seen` = rowsum(V * X) + rowsum(K * left), of G gate `past` + beta seen - `taken`, `taken` = rowsum(K * right), summed
-from the block's end on, with <S', E> of the state that leaves the block as e^(G_C) <S, E> + `gone`, `gone` = <K, e^(G_C - G) U E^T>: rounded as in `taken`, from
-which it takes itself away. `past` and `taken` are without P's diagonal: it would cancel in G's gradient, but not its rounding, which is larger than all the rest
-where the gates forget within a few tokens; so products take P without it, and it is added in float32. For the rest P and L round once, for both sums: gate and
-beta go to the rows of Q and K. `delta_reverse` wrote dV = beta X, `direct` and <S, E>.
+rowsum(Q * dQ / gate), of beta `direct` + `seen` = rowsum(V * X) + rowsum(K * left). With `gone` = rowsum(K * e^(G_C - G) U E^T) and `taken` = rowsum(K * right)
+- gone, the gradient of g is the sum from its token to the block's end of gate `past` + beta seen - taken, that of gone before its token, and e^(G_C) <S, E>.
+`past` and `taken` are without P's diagonal: it would cancel in that sum, but not its rounding, which is larger than all the rest where the gates forget within a
+few tokens. So products take P without it, and it is added in float32. The rest of P, and L, are rounded once for both sums: gate and beta scale rows of Q and K.
+`delta_reverse` wrote dV = beta X, `direct` and <S, E>.
 
 A program owns a block, a q/k head and a tile of key columns, and goes through its v heads one after the other; what they share is summed in float32 through
 scratch, in order. Each computes 2 BLOCK (BLOCK_K V + BLOCK V + BLOCK BLOCK_K) FLOP a v head on 2 (BLOCK_K V + 2 BLOCK V + BLOCK^2) bytes at 16 bits: bytes limit
@@ -279,7 +279,7 @@ def _written(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk; `taken [TILES, places, BLOCK]` and `gone [TILES, places]` are for `vectors`. `sums`: what `erased` left, if there are `links`, and what earlier v heads add."""
+    """dk; `taken` and `gone [TILES, places, BLOCK]` are for `vectors`. `sums`: what `erased` left, if there are `links`, and what earlier v heads add."""
     WHOLE_K: tl.constexpr = K % BLOCK_K == 0
     WHOLE_V: tl.constexpr = V % BLOCK_V == 0
     DTYPE: tl.constexpr = k.dtype.element_ty
@@ -328,16 +328,23 @@ def _written(
         if g is not None:
             coarse, fine, coarse_last, fine_last = running_log(step, SPLIT)
             right *= tl.exp((coarse_last - coarse) + (fine_last - fine))[:, None]
+        line = (tile * places + place) * BLOCK + row
         if gone is not None:
-            tl.store(gone + tile * places + place, tl.sum(norm * tl.sum(k_tile.to(tl.float32) * right, 1), 0))
+            left = norm * tl.sum(k_tile.to(tl.float32) * right, 1)
+            tl.store(gone + line, left)
+        inner = right
+        if SPLIT:
+            inner = tl.zeros([BLOCK, BLOCK_K], tl.float32)
         if gate is not None:
             through *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
-        right = tl.dot(tl.trans(p_tile), _normed(q_tile, through, L2NORM or gate is not None), acc=right, input_precision=DOT)
+        inner = tl.dot(tl.trans(p_tile), _normed(q_tile, through, L2NORM or gate is not None), acc=inner, input_precision=DOT)
         if links is not None:
             bent = norm * _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
-            right = tl.dot(tl.trans(l_tile), _normed(k_tile, bent, True), acc=right, input_precision=DOT)
+            inner = tl.dot(tl.trans(l_tile), _normed(k_tile, bent, True), acc=inner, input_precision=DOT)
         if taken is not None:
-            tl.store(taken + (tile * places + place) * BLOCK + row, norm * tl.sum(k_tile.to(tl.float32) * right, 1))
+            found = norm * tl.sum(k_tile.to(tl.float32) * inner, 1)
+            tl.store(taken + line, found if SPLIT else found - left)
+        right = right + inner if SPLIT else inner
         if dk is not None:
             q_tile = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K)  # again: registers are scarce
             right += q_tile.to(tl.float32) * (through * tl.load(diagonal + place * BLOCK + row))[:, None]
@@ -382,7 +389,7 @@ def _vectors(
     answered = steep
     asked = steep
     erased = steep
-    held = 0.0
+    held = steep
     for tile in range(tiles):
         line = (tile * places + place) * BLOCK + row
         if told is not None:
@@ -393,7 +400,7 @@ def _vectors(
             erased += tl.load(seen + line)
         if taken is not None:
             steep -= tl.load(taken + line)
-            held += tl.load(gone + tile * places + place)
+            held += tl.load(gone + line - 1, mask=row > 0, other=0.0)
     total = 0.0
     if carried is not None:
         for part in range(parts):
@@ -421,7 +428,7 @@ def _vectors(
         _coarse, _fine, coarse_last, fine_last = running_log(_load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
         total *= tl.exp(coarse_last + fine_last)
         steep = tl.where(here, steep + asked + erased, 0.0)
-        found = tl.sum(steep, 0) - tl.cumsum(steep, 0) + steep + held + total
+        found = tl.sum(steep, 0) - tl.cumsum(steep, 0) + steep + tl.cumsum(held, 0) + total
         tl.store(dg + out, found.to(dg.dtype.element_ty), mask=here)
 
 

@@ -151,13 +151,14 @@ def has_nvcc() -> bool:
     return bool(found) or numbers(version_of("nvidia-cuda-nvcc") or "0") >= (13,)
 
 
-def own_offsets(cu_seqlens: Tensor) -> Tensor:
-    """A copy of cu_seqlens, the same one for as long as its values stay: peers remember what they read from one by its identity, and would not see it change."""
+def own_offsets(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """A copy of cu_seqlens on the device, the same one for as long as its values stay: a caller may hold it on the CPU, and peers remember what they read
+    from one by its identity, and would not see it change."""
     if cu_seqlens.is_inference():
-        return cu_seqlens.clone()  # no version says whether it has changed
+        return cu_seqlens.to(device, copy=True)  # no version says whether it has changed
     kept = _OFFSETS.get(cu_seqlens)
-    if kept is None or kept[0] != cu_seqlens._version:
-        kept = _OFFSETS[cu_seqlens] = (cu_seqlens._version, cu_seqlens.clone())
+    if kept is None or kept[0] != (cu_seqlens._version, device):
+        kept = _OFFSETS[cu_seqlens] = ((cu_seqlens._version, device), cu_seqlens.to(device, copy=True))
     found: Tensor = kept[1]
     return found
 

@@ -524,6 +524,29 @@ def test_offsets_that_change_in_place_are_read_again(on_cpu: Path) -> None:
         assert torch.equal(o, op(**given, backend="eager")[0]) or (o - op(**given, backend="eager")[0]).abs().max() < 2e-2
 
 
+def test_offsets_on_the_cpu_are_taken_to_the_operands_device(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = contract("gated_delta_rule")
+    call = build(made, case(lengths=(20, 50)), "cpu")
+    call = made.with_tensors(call, {name: x.to("meta") for name, x in made.tensors(call).items() if name != "cu_seqlens"})
+    assert call.cu_seqlens.device.type == "cpu"
+    given: list[torch.Tensor] = []
+    modules = {"fla": "fla.ops.gated_delta_rule.chunk", "flash_qla": "flash_qla.ops.gated_delta_rule.chunk", "flashinfer": "flashinfer.gdn_prefill"}
+    for name, module in modules.items():
+        found = importlib.import_module(module)
+
+        def function(cu_seqlens: torch.Tensor, v: torch.Tensor, name: str = name, **_: Any) -> Any:
+            given.append(cu_seqlens)
+            return (v, v) if name == "flashinfer" else (None, v, None, v, None, None) if name == "fla" else (None, None, v, None, v, None)
+
+        monkeypatch.setattr(found, "prepare_chunk_indices", lambda offsets, chunk: offsets, raising=False)
+        monkeypatch.setattr(found, "chunk_gated_delta_rule" if name == "flashinfer" else "chunk_gated_delta_rule_fwd", function)
+        adapted = adapter(f"{name}.gated_delta_rule")
+        if name == "flash_qla":
+            monkeypatch.setattr(adapter("flash_qla.inputs"), "_without_empty", lambda offsets: (offsets, None))
+        adapted.run(call, adapted.candidates(signature(lengths=(20, 50)), H100)[0])
+    assert [(x.device.type, x.shape) for x in given] == [("meta", (3,))] * 3
+
+
 # the real FLA
 
 

@@ -55,7 +55,7 @@ def made(call: GatedDeltaRule, *, zero_decay: bool) -> Inputs:
     q_norm = k_norm = None
     if call.qk_l2norm:
         (q, q_norm), (k, k_norm) = functions.l2norm_fwd(q), functions.l2norm_fwd(k)
-    offsets = None if call.cu_seqlens is None else own_offsets(call.cu_seqlens)
+    offsets = None if call.cu_seqlens is None else own_offsets(call.cu_seqlens, v.device)
     shared = {
         "q": q,
         "k": k,

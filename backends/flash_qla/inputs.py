@@ -62,7 +62,7 @@ def made(call: GatedDeltaRule) -> Inputs:
     q_norm = k_norm = None
     if call.qk_l2norm:
         (q, q_norm), (k, k_norm) = functions.l2norm_fwd(q), functions.l2norm_fwd(k)
-    offsets, filled = (None, None) if call.cu_seqlens is None else _without_empty(own_offsets(call.cu_seqlens))
+    offsets, filled = (None, None) if call.cu_seqlens is None else _without_empty(own_offsets(call.cu_seqlens, v.device))
     sequences = q.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     shared = {"q": q, "k": k, "v": v, "beta": beta, "scale": k.shape[-1] ** -0.5 if call.scale is None else call.scale, "cu_seqlens": offsets}
     found = Inputs(shared, g, q_norm, k_norm, filled, sequences)

@@ -35,7 +35,7 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
         offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int64, device=v.device)
         lengths["max_seqlen"] = tokens  # of a packed call it would have to be read from the device
     else:
-        offsets = dense(call.cu_seqlens)
+        offsets = dense(call.cu_seqlens.to(v.device))
     found = load("flashinfer", "flashinfer.gdn_prefill").chunk_gated_delta_rule(
         q=q,
         k=k,

@@ -23,7 +23,7 @@ from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.run import TuneReport, TuneRequest, tune
 from titans_backends.tuning.select import Contender
-from titans_backends.tuning.standing import Standing
+from titans_backends.tuning.standing import Standing, rescaled
 from titans_backends.tuning.store import Store
 from titans_backends.tuning.timing import RaceRules
 from titans_backends.verdict import ACCEPTED
@@ -73,6 +73,14 @@ def test_quiet_measurements_leave_nothing_open_and_noisy_ones_name_whom_they_do(
 
 def test_a_default_that_was_dropped_early_is_in_doubt() -> None:
     assert names(contested(standing_of(BUCKET, [(280, 1.03), (136, 0.2)]))) == ["v0", "v1"]
+
+
+def test_who_was_dropped_after_a_sample_moves_no_older_time() -> None:
+    winner, struck, kept = (Candidate("eager", name) for name in ("winner", "struck", "kept"))
+    older = {c: Measurement(c.name, us=us, samples=45) for c, us in ((winner, 200.0), (struck, 220.0), (kept, 240.0))}
+    newer = {winner: Measurement(winner.name, us=100.0, samples=40), struck: Measurement(struck.name, us=4400.0, samples=1)}
+    assert rescaled(older, newer)[kept].us == pytest.approx(120)
+    assert rescaled(older, {struck: newer[struck]})[kept].us == pytest.approx(4800)  # there is no other
 
 
 def test_pairs_are_in_doubt_together_and_their_members_race_apart() -> None:

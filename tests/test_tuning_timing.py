@@ -69,10 +69,17 @@ def test_losers_are_dropped_after_three_rounds_and_keep_their_timing() -> None:
     assert outcome.timings["fast"].samples > 3
 
 
-def test_a_hopeless_runner_runs_once() -> None:
-    track = Track({"fast": constant(100), "hopeless": constant(5000)})
-    race(["fast", "hopeless"], track.sample, track.clock, RULES)
-    assert track.order.count("hopeless") == 1
+def test_a_hopeless_runner_runs_once_where_it_is_slow_and_else_twice() -> None:
+    track = Track({"fast": constant(100), "hopeless": constant(5000), "slow": constant(50_000)})
+    race(["fast", "hopeless", "slow"], track.sample, track.clock, RULES)
+    assert (track.order.count("hopeless"), track.order.count("slow")) == (2, 1)
+
+
+def test_an_interruption_in_the_first_round_loses_nobody() -> None:
+    track = Track({"fast": constant(166), "struck": lambda index: 150 if index else 4335})
+    outcome = race(["fast", "struck"], track.sample, track.clock, RULES)
+    assert outcome.timings["struck"].us == 150
+    assert outcome.timings["struck"].samples > 3
 
 
 def test_the_last_rounds_are_run_by_finalists_only() -> None:

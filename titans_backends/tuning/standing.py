@@ -23,6 +23,7 @@ __all__ = ["REFERENCE", "Standing", "entry_of", "is_training", "measurement_of",
 
 REFERENCE = "reference/contract"
 """The name under which the contract's plain reference stands among the timings; no backend offers it."""
+_YARDSTICK_SAMPLES = 3
 
 
 def measurement_of(candidate: Candidate, source: str = "") -> Measurement:
@@ -158,12 +159,15 @@ def entry_of(selection: Selection, source: str, doubt: float | None = None) -> E
 
 
 def rescaled(older: Mapping[Candidate, Measurement], newer: Mapping[Candidate, Measurement]) -> dict[Candidate, Measurement]:
-    """The older timings that were not renewed, on the scale of today: times what the yardsticks, measured twice, have changed by."""
-    ratios = [
-        math.log(one.us / older[candidate].us)  # type: ignore[operator]
+    """The older timings that were not renewed, on the scale of today: times what the yardsticks, measured twice, have changed by. Who was dropped after a
+    sample or two is a yardstick only where there is no other: one interrupted sample would move every time."""
+    twice = [
+        (one, older[candidate])
         for candidate, one in newer.items()
         if one.us and candidate in older and older[candidate].us and one.status == older[candidate].status == "ok"
     ]
+    steady = [pair for pair in twice if all((one.samples or 0) >= _YARDSTICK_SAMPLES for one in pair)]
+    ratios = [math.log(now.us / then.us) for now, then in steady or twice]  # type: ignore[operator]
     scale = math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
     return {candidate: replace(one, us=one.us * scale if one.us is not None else None) for candidate, one in older.items() if candidate not in newer}
 

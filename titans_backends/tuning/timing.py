@@ -28,7 +28,7 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class RaceRules:
     """`budget_s` bounds a race beyond `least_rounds`; whose every sample is `drop_factor` times the best's median loses after `rounds_before_drop`,
-    `hopeless_factor` at once.
+    `hopeless_factor` after two rounds; after one where it took `at_once_us` or more, which no interruption does.
 
     A race ends early once every finalist's spread is at most `target_spread`, but not before `min_rounds`; finalists are within
     `final_band` of the best, and run `final_rounds` more while twice the budget lasts.
@@ -41,6 +41,7 @@ class RaceRules:
     rounds_before_drop: int = 3
     drop_factor: float = 2.0
     hopeless_factor: float = 8.0
+    at_once_us: float = 20_000.0
     target_spread: float = 0.01
     final_band: float = 0.10
     final_rounds: int = 5
@@ -101,7 +102,8 @@ def race(runners: Sequence[Runner], sample: Callable[[Runner], float], clock: Ca
 
     for number in range(rules.max_rounds):
         one_round(_rotated(running, number))
-        running[:] = _hopeful(running, series, rules.drop_factor if number + 1 >= rules.rounds_before_drop else rules.hopeless_factor)
+        factor = rules.drop_factor if number + 1 >= rules.rounds_before_drop else rules.hopeless_factor
+        running[:] = _hopeful(running, series, factor, 0.0 if number else rules.at_once_us)
         spent = number + 1 >= rules.least_rounds and clock() - start >= rules.budget_s
         if not running or spent or (number + 1 >= rules.min_rounds and _settled(running, series, rules)):
             break
@@ -127,10 +129,10 @@ def _kept(runners: Sequence[Runner], series: Mapping[Runner, Sequence[float]], f
     return [runner for runner in runners if medians[runner] <= factor * best]
 
 
-def _hopeful(runners: Sequence[Runner], series: Mapping[Runner, Sequence[float]], factor: float) -> list[Runner]:
-    """Those whose best sample is no more than the factor over the best median: a few interrupted samples lose nobody."""
+def _hopeful(runners: Sequence[Runner], series: Mapping[Runner, Sequence[float]], factor: float, spared_us: float) -> list[Runner]:
+    """Those whose best sample is no more than the factor over the best median, or below `spared_us`: a few interrupted samples lose nobody."""
     best = min((statistics.median(series[runner]) for runner in runners), default=math.inf)
-    return [runner for runner in runners if min(series[runner]) <= factor * best]
+    return [runner for runner in runners if min(series[runner]) <= factor * best or min(series[runner]) < spared_us]
 
 
 def _settled(runners: Sequence[Runner], series: Mapping[Runner, Sequence[float]], rules: RaceRules) -> bool:

@@ -237,6 +237,7 @@ def test_the_table_names_every_layer_its_classes_and_what_to_know(marks: list[st
         ({"strick": True}, TypeError, r"unknown keyword 'strick'; known: 'strict', 'backend'"),
         ({"strict": 1}, TypeError, "strict must be True or False"),
         ({"backend": "trition"}, tb.UnknownNameError, "triton"),
+        ({"backend": ["eager"]}, tb.UnknownNameError, r"unknown backend \['eager'\]"),
     ],
 )
 def test_wrong_arguments_are_told_at_once(given: dict[str, object], error: type[Exception], told: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import titans_backends
+from titans_backends import registry
 from titans_backends.buckets import defaults_of
 from titans_backends.cache import file
 from titans_backends.cache.paths import user_cache_path
@@ -52,6 +53,14 @@ def test_usable_means_that_every_op_ran_and_was_right() -> None:
     eager = next(one for one in check_backends("cpu", run=True) if one.name == "eager")
     assert (eager.state, eager.reason) == ("usable", "")
     assert eager.right == eager.ops == tuple(titans_backends.ops())
+
+
+def test_no_package_is_asked_for_that_would_not_run_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_installed", lambda package: False)
+    found = {one.name: one for one in check_backends("cpu", run=False)}
+    assert "not installed: pip install 'fla-core" in found["fla"].reason
+    assert found["fla"].install == ""
+    assert found["numba_cpu"].install
 
 
 def test_without_running_nothing_is_more_than_importable() -> None:

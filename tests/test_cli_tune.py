@@ -117,6 +117,12 @@ def test_a_dry_run_lists_the_grid_and_measures_nothing(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_named_backend_that_cannot_race_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = " ".join(ending(monkeypatch, lambda request, _: report(request), "--backend", "triton,eager").stderr.split())
+    assert "triton does not race: it does not run on cpu" in told
+    assert "eager does not race" not in told
+
+
 def test_autotune_is_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(MODULE, "run_tune", lambda request, _: seen.append(request) or report(request))
@@ -258,6 +264,7 @@ def test_the_doubtful_rows_alone_are_measured_again(tuned: tuple[Path, Result], 
     nothing = run(app, words)
     assert nothing.exit_code == 0, nothing.output
     assert "is in doubt: nobody may save more than 5 %" in " ".join(nothing.stdout.split())
+    assert "is in doubt: nobody may save more than 5 %" in " ".join(run(app, [*words, "--dry-run"]).stdout.split())
     path.with_suffix(".timings.yaml").write_text(quiet.replace("spread: 0.0", "spread: 0.9"))
     found = run(app, words)
     assert found.exit_code == 0, found.output

@@ -149,9 +149,9 @@ def broken() -> Mapping[str, Broken]:
 
 def get(name: str) -> Backend:
     """One backend; an unknown name lists the known ones and, if it is broken, says so."""
-    found = known().get(name)
+    found = known().get(name) if isinstance(name, str) else None
     if found is None:
-        if name in broken():
+        if isinstance(name, str) and name in broken():
             raise BackendError(f"backend {name!r} is broken: {broken()[name].reason}. See: titans-backends doctor")
         others = f"; broken, as titans-backends doctor says: {', '.join(sorted(broken()))}" if broken() else ""
         raise UnknownNameError(f"{unknown('backend', name, known())}{others}")

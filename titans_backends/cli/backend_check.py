@@ -6,7 +6,7 @@ usable: it compiled, ran and was right; importable: nothing was run; refused: it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from titans_backends import registry
@@ -48,7 +48,8 @@ def check_backends(device: str, *, run: bool, timeout_s: float = 60.0) -> Iterat
     ranked = registry.order(machine.kind)
     with Host(device) as host:
         for backend in (*ranked, *(b for b in registry.known().values() if b not in ranked)):
-            yield _report(backend, *_state(backend, machine, host, device, timeout_s) if run else _unrun(backend, machine))
+            found = _report(backend, *_state(backend, machine, host, device, timeout_s) if run else _unrun(backend, machine))
+            yield found if backend in ranked else replace(found, install="")  # a package would not make it run on this device
     for broken in registry.broken().values():
         yield BackendReport(broken.name, broken.origin, "", "broken", broken.reason)
 

@@ -193,6 +193,9 @@ def _show_dry_run(request: TuneRequest, machine: Machine, as_json: bool) -> None
         print_json(plan_json(request, machine, racing))
         return
     out = console()
+    if request.doubtful and not request.buckets:
+        say(out, _no_doubt(_path(request, machine)))
+        return
     show_plan(out, request, machine, racing)
     say(out, f"\n{units.amount(len(request.buckets), 'bucket')} would be measured on {machine.name}, and written to {_path(request, machine)}")
 
@@ -250,6 +253,10 @@ class _Session:
         )
         for said in self.recorded.left_out if self.recorded is not None else ():
             say(err, f"left out: {said}", "yellow")
+        for name in self.request.backends or ():
+            verdict = registry.availability(registry.get(name), self.machine)
+            if not verdict:
+                say(err, f"{name} does not race: {verdict}", "yellow")
 
     def _nothing(self, report: TuneReport) -> None:
         if self.as_json:
@@ -260,7 +267,7 @@ class _Session:
         self._show_coverage(report)
         say(out, NOTHING)
         if self.request.doubtful and not report.rows:
-            say(out, f"no row of {report.path} is in doubt: nobody may save more than 5 % of a winner's time")
+            say(out, _no_doubt(report.path))
             return
         current = units.amount(len(report.rows), "bucket is", "buckets are")
         say(out, f"all {current} current in {report.path}" if len(report.rows) != 1 else f"the bucket is current in {report.path}")
@@ -313,6 +320,10 @@ class _Session:
 
     def _budget(self) -> str:
         return f" --budget {self.request.budget_s:g}" if self.request.budget_s is not None else ""
+
+
+def _no_doubt(path: Path) -> str:
+    return f"no row of {path} is in doubt: nobody may save more than 5 % of a winner's time"
 
 
 def _file(request: TuneRequest) -> str:

@@ -165,6 +165,16 @@ def test_without_fla_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
         ours.register_with_fla()
 
 
+def test_an_fla_whose_import_raises_is_told_as_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla" / "__init__.py").write_text("raise OSError('libgone.so')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"installed and cannot be imported: OSError: libgone\.so"):
+        ours.register_with_fla()
+
+
 def test_one_call_is_one_call(fla: dict[str, object]) -> None:
     registration = ours.register_with_fla()
     flas()

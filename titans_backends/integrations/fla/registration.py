@@ -148,6 +148,8 @@ def _operations() -> Iterator[tuple[str, str]]:
         functions = {name: getattr(importlib.import_module(module), name) for name, module in _MODULES.items()}
     except (ImportError, AttributeError) as absent:
         raise ImportError(f"register_with_fla needs FLA 0.6 or later: pip install 'flash-linear-attention>=0.6' ({absent})") from absent
+    except Exception as broken:  # whatever a stranger's import raises is the reason
+        raise ImportError(f"register_with_fla: FLA is installed and cannot be imported: {type(broken).__name__}: {broken}") from broken
     for name, function in functions.items():
         registry_of_it = _held(function, kind, set())
         if registry_of_it is not None:

@@ -169,6 +169,15 @@ def test_a_budget_that_ends_early_is_status_1_and_says_how_to_go_on(monkeypatch:
     assert "titans-backends tune --op fused_uw --seq-lens 64,128 --heads 1 --head-dim 16 --device cpu --budget 5" in result.stdout
 
 
+def test_where_nothing_won_no_file_is_named_and_a_time_that_ran_out_is_told_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ending(monkeypatch, lambda request, _: report(request, failed="eager/x: its probe: no answer within 60 s: it was killed"))
+    said = " ".join(result.stdout.split())
+    assert result.exit_code == 1
+    assert "nothing won" in said
+    assert "somewhere.yaml" not in said
+    assert "the same with --force and a --timeout above 60" in said
+
+
 def test_a_bucket_without_a_winner_is_status_1_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     result = ending(monkeypatch, lambda request, _: report(request, failed="no candidate passed: [x]"))
     assert result.exit_code == 1

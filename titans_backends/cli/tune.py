@@ -296,16 +296,20 @@ class _Session:
 
     def _ended(self, to: Console, report: TuneReport) -> None:
         measured = sum(row.measured for row in report.rows)
-        say(to, f"measured {units.amount(measured, 'bucket')} in {units.seconds(report.seconds)}; the winners are in")
-        command(to, str(report.path))
+        rows = any(row.entry is not None for row in report.rows)
+        say(to, f"measured {units.amount(measured, 'bucket')} in {units.seconds(report.seconds)}; {'the winners are in' if rows else 'nothing won'}")
+        if rows:
+            command(to, str(report.path))
         without = [row for row in report.rows if row.entry is None and row.bucket not in report.remaining]
         if without:
-            say(
-                to, Text(f"{units.amount(len(without), 'bucket')} without a winner; the table says why. What to do: titans-backends doctor", "yellow")
-            )
+            slow = any("no answer within" in row.reason for row in without)
+            what = f"the same with --force and a --timeout above {self.request.timeout_s:g}" if slow else "titans-backends doctor"
+            say(to, Text(f"{units.amount(len(without), 'bucket')} without a winner; the table says why. What to do: {what}", "yellow"))
         if report.remaining:
             say(to, Text(f"the budget ended with {units.amount(len(report.remaining), 'bucket')} left. Go on with:", "yellow"))
             command(to, self.again + self._budget())
+            return
+        if not rows:
             return
         op = report.rows[0].bucket.op if report.rows else "gated_delta_rule"
         steps = [("see it again", f"titans-backends cache show{_file(self.request)}"), ("ask why", f"titans-backends explain {op}")]

@@ -137,6 +137,16 @@ def test_compiled_a_transform_runs_eagerly_and_a_full_graph_is_refused(
     torch._dynamo.reset()
 
 
+def test_a_compiled_function_that_maps_runs_the_ops_eagerly(given: tuple[Tensor, ...]) -> None:
+    torch._dynamo.reset()
+    got = torch.compile(lambda *x: vmap(lambda *one: rule(*one) * 2)(*x) + 1, backend="aot_eager")(*given)
+    torch.testing.assert_close(got, vmap(rule)(*given) * 2 + 1)
+    once = torch.compiler.disable(grad(loss))  # behind a broken graph torch cannot go on inside of grad
+    got = torch.compile(lambda *x: once(*x) * 2, backend="aot_eager")(*(x[0] for x in given))
+    torch.testing.assert_close(got, grad(loss)(*(x[0] for x in given)) * 2)
+    torch._dynamo.reset()
+
+
 def test_gradients_for_each_sample_of_a_layer() -> None:
     torch.manual_seed(0)
     layer = TitansDualCore(64, num_heads=2).eval()

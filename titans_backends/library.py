@@ -12,6 +12,7 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from titans_backends.contracts import CONTRACTS
@@ -105,10 +106,15 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
     if torch._C._are_functorch_transforms_active():
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=f"{op.name}: its torch.func transforms run eagerly; leave fullgraph=True out, or put the transform outside")
-        transformed: Outputs = _functorch(op.name).apply(*flat)
-        return transformed[: len(op.outputs)]
+        return _transformed(op.name, flat)[: len(op.outputs)]
     outputs: Outputs = getattr(namespace, op.name)(*flat)
     return outputs[: len(op.outputs)]
+
+
+@_disable_dynamo  # behind the broken graph Dynamo would take up this frame, and cannot; unlike torch.compiler.disable it imports nothing yet
+def _transformed(name: str, flat: Sequence[object]) -> Outputs:
+    outputs: Outputs = _functorch(name).apply(*flat)
+    return outputs
 
 
 def _refuse_duals(op: Contract, values: Sequence[object]) -> None:

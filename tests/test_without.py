@@ -69,7 +69,7 @@ def test_eager_works_and_doctor_names_what_to_install(missing: tuple[str, ...]) 
         for package in modules & set(backend.requires):
             assert done.backends[name]["state"] == "refused"
             assert f"the package {package} is not installed" in str(done.backends[name]["reason"])
-            assert backend.install in done.commands
+            assert (backend.install in done.commands) == (backend in registry.order("cpu"))  # for a GPU alone it would not help here
 
 
 def test_every_backend_that_requires_a_package_says_how_to_get_it() -> None:

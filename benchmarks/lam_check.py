@@ -97,7 +97,7 @@ class Check:
         try:
             check()
         except (tb.BackendRefusedError, tb.AccelerateError) as error:
-            print(f"OK  {name}: refused: {str(error).splitlines()[-1][:240]}", flush=True)
+            print(f"LEFT {name}: refused: {str(error).splitlines()[-1][:240]}", flush=True)
         except Exception:
             print(f"BAD {name}: {' | '.join(traceback.format_exc().strip().splitlines()[-4:])[:600]}", flush=True)
             self.checks.append({"name": name, "ok": False})

@@ -5,7 +5,7 @@
 The layer is tests/lam_layer.py's stand-in for the original, written from its formulas: LamAfter is the current version, LamBefore the earlier one. On
 a GPU 12 heads and width 384, float32. Values (three lengths, output and slow state) and gradients are compared with the old layer in float64, within
 2e-4 and 2e-3, and the old forward must not have run. Times: stacks of six layers without gradients, before and after take turns; medians of up to 30
-pairs. Lines: OK, BAD, TIME, and LEFT for what the time did not reach; a forced backend that says at once or at the call that it cannot is OK too. Exit
+pairs. Lines: OK, BAD, TIME, and LEFT for what the time did not reach, or a forced backend says that it cannot. Exit
 status 1 where a check is BAD; a time is no failure.
 """
 

@@ -109,13 +109,16 @@ class Problem:
 def layers(found: Found) -> None:
     """Every layer in float32 and bfloat16 against its float64 self."""
     for name, made in layers_of(found):
+        dtypes = [dtype for dtype in LIMITS if found.wants(f"{name} {str(dtype).removeprefix('torch.')}")]
+        if not dtypes:
+            continue
         layer = made.to(found.device)
         x = torch.randn(2, 1024 if found.gpu else 96, layer.hidden_size, device=found.device) * 0.5
         weight = torch.randn_like(x)
         exact = copy.deepcopy(layer).double()
         with tb.accelerate(exact, backend="eager"):  # float64, which the tests compare with the written formula
             truth = step(exact, x.double(), weight.double())
-        for dtype in LIMITS:
+        for dtype in dtypes:
             if found.left < 30:
                 return found.say(None, f"{name}: no time")
             Problem(name, dtype, copy.deepcopy(layer).to(dtype), x.to(dtype), weight.to(dtype), truth).examine(found)
@@ -138,6 +141,8 @@ def decode(found: Found) -> None:
     prompt, steps = (300, 24) if found.gpu else (30, 6)
     dtype, limit = (torch.bfloat16, 2e-2) if found.gpu else (torch.float32, 1e-4)
     for name, made in layers_of(found):
+        if not found.wants(name):
+            continue
         theirs = made.to(found.device, dtype).eval()
         ours = copy.deepcopy(theirs)
         tb.accelerate(ours)

@@ -76,9 +76,10 @@ def models(found: Found) -> None:
     """On a GPU: FLA's models run FLA's kernels."""
     if not found.gpu:
         return found.say(None, "models need FLA's kernels: a GPU")
-    for kind in ("GatedDeltaNet", "DeltaNet"):
+    for kind in filter(found.wants, ("GatedDeltaNet", "DeltaNet")):
         found.attempt(f"FLA's {kind}ForCausalLM", flas, found, kind)
-    found.attempt("transformers' Qwen3Next", qwen3_next, found)
+    if found.wants("Qwen3Next"):
+        found.attempt("transformers' Qwen3Next", qwen3_next, found)
     return None
 
 
@@ -91,7 +92,7 @@ def compiled(found: Found) -> None:
     e = error(function(given), chunk_gated_delta_rule(**given)[0])
     found.say(e < 1e-2, "chunk_gated_delta_rule under torch.compile(fullgraph=True)", o=e)
     for name, layer in layers_of(found):
-        if name in ("GatedDeltaNet", "DeltaNet") and found.left > 30:
+        if name in ("GatedDeltaNet", "DeltaNet") and found.wants(name) and found.left > 30:
             found.attempt(f"{name} under torch.compile(fullgraph=True)", compiled_layer, found, name, layer.to(found.device, torch.bfloat16))
 
 

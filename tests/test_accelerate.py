@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 import titans_backends as tb
 from tests.lam_layer import LamAfter, LamBefore, LamModel, randomized
+from titans_backends import registry, switches
 from titans_backends.integrations import known
 from titans_backends.integrations.lam_forward import LamForward
 from titans_backends.integrations.report import Entry
@@ -312,6 +313,47 @@ def test_a_layer_forced_past_the_switch_is_swapped(force: Callable[[str], None],
     with pytest.raises(tb.AccelerateError, match="'numba_cpu' has no gated_rms_norm"):
         tb.accelerate(nn.Sequential(Doubled()))
     assert tb.accelerate(nn.Sequential(Doubled()), backend="eager").swapped  # a call's own backend goes before the switch
+
+
+@pytest.mark.parametrize(
+    ("backend", "lost", "told"),
+    [
+        ("fla", "packages", "the package fla is not installed: pip install 'fla-core"),
+        ("cupy", "device", "it runs on cuda alone, and torch sees no such device here"),
+        ("numba_cpu", "switch", "it is disabled by TITANS_BACKENDS_DISABLE"),
+        ("eager", "module", "importing titans_backends.backends.eager"),
+    ],
+)
+def test_a_backend_that_no_call_could_run_on_is_refused_at_the_swap(monkeypatch: pytest.MonkeyPatch, backend: str, lost: str, told: str) -> None:
+    monkeypatch.setattr(registry, "_installed", lambda package: lost != "packages")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: lost != "device")
+    if lost == "module":
+        monkeypatch.setattr(registry, "_import", lambda name: (None, f"importing {name} raised ImportError: half of it is missing", ""))
+    if lost == "switch":
+        monkeypatch.setenv("TITANS_BACKENDS_DISABLE", backend)
+        switches.reload()
+    try:
+        model = nn.Sequential(Doubled())
+        tb.register_layer(doubled([], ops=("gated_delta_rule",)))
+        with pytest.raises(tb.AccelerateError) as raised:
+            tb.accelerate(model[0], backend=backend)
+        assert f"backend {backend!r} cannot run here: {told}" in str(raised.value)
+        assert "name another that could (" in str(raised.value)
+        assert not tb.accelerate(model[0], backend=backend, strict=False).swapped
+        assert type(model[0]) is Doubled
+    finally:
+        monkeypatch.undo()
+        switches.reload()
+
+
+def test_a_switch_that_names_what_is_not_there_is_told_at_the_swap(monkeypatch: pytest.MonkeyPatch, force: Callable[[str], None]) -> None:
+    tb.register_layer(doubled([], ops=("gated_delta_rule",)))
+    force("fla")
+    monkeypatch.setattr(registry, "_installed", lambda package: package != "einops")
+    told = "TITANS_BACKENDS_FORCE=fla forces every op, and 'fla' cannot run here: .*the package einops is not installed.*; unset it"
+    with pytest.raises(tb.AccelerateError, match=told):
+        tb.accelerate(nn.Sequential(Doubled()))
+    assert tb.accelerate(nn.Sequential(Doubled()), backend="eager").swapped  # its only op goes before the switch
 
 
 def test_training_on_a_backend_without_a_backward_says_what_to_type() -> None:

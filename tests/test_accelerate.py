@@ -10,6 +10,8 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -159,6 +161,104 @@ def test_a_shared_layer_is_swapped_once_under_all_its_names_and_a_model_may_be_t
     report = tb.accelerate(root)
     assert report.entries[0].paths == ("",)
     assert repr(report) == "<Doubled: 1 swapped>"  # its name before
+
+
+def test_threads_that_accelerate_one_model_swap_each_layer_once() -> None:
+    def slow(module: nn.Module, backend: str | None) -> known.Conversion:
+        time.sleep(0.1)  # long enough for the other to plan the same
+        return tb.Conversion(Added, {"marks": []})
+
+    tb.register_layer(tb.KnownLayer("slow", "Doubled", lambda module: isinstance(module, Doubled), slow))
+    model, reports = nn.Sequential(Doubled()), []
+    threads = [threading.Thread(target=lambda: reports.append(tb.accelerate(model))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(entry.status for report in reports for entry in report.entries) == ["already", "swapped"]
+    for report in reports:
+        report.undo()
+    assert type(model[0]) is Doubled
+
+
+@pytest.mark.parametrize("how", ["copied", "from a file"])
+def test_a_report_that_a_model_holds_is_copied_with_it_as_a_record_that_undoes_nothing(how: str) -> None:
+    model = model_of()
+    model.report = tb.accelerate(model)
+    other = copy.deepcopy(model) if how == "copied" else pickle.loads(pickle.dumps(model))
+    assert str(other.report) == str(model.report)
+    assert other.report.swapped == model.report.swapped
+    with pytest.raises(RuntimeError, match=r"this report is a copy and undoes nothing.*undo the report that accelerate returned"):
+        other.report.undo()
+    assert all(isinstance(layer, LamForward) for layer in (*model.layers, *other.layers))
+    model.report.undo()
+    assert [type(layer) is LamAfter for layer in (*model.layers, *other.layers)] == [True, True, False, False]
+
+
+def test_a_swap_in_inference_mode_leaves_parameters_that_train() -> None:
+    model, want = model_of(), model_of()
+    with torch.inference_mode():
+        tb.accelerate(model)
+        model(X)
+    assert not [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    model(X).sum().backward()
+    want(X).sum().backward()
+    for got, was in zip(model.parameters(), want.parameters(), strict=True):
+        assert (got.grad is None) == (was.grad is None)
+        if got.grad is not None:
+            assert (got.grad - was.grad).norm() <= 1e-4 * was.grad.norm() + 1e-6
+    with torch.no_grad():
+        model.layers[0].q_proj.weight.mul_(0.5)
+
+
+def test_replicas_as_data_parallel_makes_them_run_on_our_ops_with_parameters_of_their_own() -> None:
+    model = model_of().eval()
+    want = model(X)
+    tb.accelerate(model)
+    model(X)
+    modules = list(model.modules())
+    made = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:  # as torch.nn.parallel.replicate does, which wants GPUs
+        replica = made[id(module)]
+        for name, child in module._modules.items():
+            setattr(replica, name, made[id(child)])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.detach().clone())
+    ran = old_calls(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    same(made[id(model)](X), want)
+    assert old_calls(model) == ran
+
+
+def test_a_graph_compiled_while_swapped_runs_the_old_forward_after_undo() -> None:
+    model = model_of().eval()
+    want, report = model(X), tb.accelerate(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        same(compiled(X), want)
+        ran = old_calls(model)
+        report.undo()
+        same(compiled(X), want)
+    assert old_calls(model) == ran + 2
+
+
+def test_a_projection_whose_bias_is_no_tensor_is_told() -> None:
+    class Quantized(nn.Identity):
+        out_features = 32
+
+        def bias(self) -> None:
+            """A method, as of torch's dynamically quantized Linear."""
+
+    model = model_of().eval()
+    tb.accelerate(model)
+    model.layers[0].g_proj = Quantized()
+    with pytest.raises(TypeError, match=r"g_proj is a .*Quantized, whose bias is no tensor but a method; leave the layer's projections"):
+        model(X)
 
 
 def test_a_layer_that_got_another_class_since_is_not_undone_and_neither_are_the_others() -> None:

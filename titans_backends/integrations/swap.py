@@ -22,7 +22,7 @@ from titans_backends.integrations.calling import expect_known
 from titans_backends.integrations.classes import is_ours, pair_of, swapped_class
 from titans_backends.integrations.known import Conversion, KnownLayer, known_layers
 from titans_backends.integrations.report import Entry, Report, places
-from titans_backends.integrations.swapped import BACKEND, swap, undone
+from titans_backends.integrations.swapped import BACKEND, LOCK, swap, undone
 from titans_backends.verdict import Verdict
 
 __all__ = ["accelerate"]
@@ -62,6 +62,12 @@ def accelerate(model: nn.Module, *misplaced: object, strict: bool = True, backen
     if backend is not None:
         registry.get(backend)
     layers = known_layers()
+    with LOCK:
+        return _accelerated(model, layers, strict, backend)
+
+
+def _accelerated(model: nn.Module, layers: Sequence[KnownLayer], strict: bool, backend: str | None) -> Report:
+    """What `accelerate` does, one caller at a time: two that plan the same layer would swap it twice."""
     modules = _modules(model)
     asked = [answer for found in modules if (answer := _asked(found, layers, backend)) is not None]
     if strict:

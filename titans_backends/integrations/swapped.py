@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import ref
@@ -12,10 +13,12 @@ from titans_backends.integrations import forwards
 from titans_backends.integrations.bypassed import bypassed
 from titans_backends.integrations.known import Conversion
 
-__all__ = ["BACKEND", "Swapped", "lost", "overlooked", "swap", "undone"]
+__all__ = ["BACKEND", "LOCK", "Swapped", "lost", "overlooked", "swap", "undone"]
 
 BACKEND = "_titans_backends_forced"
 """Where a swapped module keeps the backend that it was forced to."""
+LOCK = threading.RLock()
+"""Held while layers are swapped or undone; a layer's own `convert` or `settle` may accelerate again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,11 @@ def overlooked(done: Swapped) -> tuple[str, ...]:
 
 def undone(swaps: Sequence[Swapped]) -> None:
     """Undoes them all, the last first, or none: RuntimeError where a module's class is another by now. A module that is gone, or was undone, is passed over."""
+    with LOCK:
+        _undone(swaps)
+
+
+def _undone(swaps: Sequence[Swapped]) -> None:
     alive = [(module, done) for done in reversed(swaps) if (module := done.module()) is not None and type(module) is not done.old]
     foreign = [(done, type(module)) for module, done in alive if type(module) is not done.new]
     if foreign:

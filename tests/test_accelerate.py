@@ -247,6 +247,17 @@ def test_a_graph_compiled_while_swapped_runs_the_old_forward_after_undo() -> Non
     assert old_calls(model) == ran + 2
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_a_swapped_model_says_what_to_type() -> None:
+    model = model_of().eval()
+    report = tb.accelerate(model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record this call.*Use torch\.export.*after report\.undo\(\)"):
+        torch.jit.trace(model, X, check_trace=False)
+    report.undo()
+    with torch.no_grad():  # what it says
+        assert torch.equal(torch.jit.trace(model, X, check_trace=False)(X), model(X))
+
+
 def test_a_projection_whose_bias_is_no_tensor_is_told() -> None:
     class Quantized(nn.Identity):
         out_features = 32

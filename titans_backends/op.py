@@ -93,7 +93,12 @@ class Op:
         tensors = self._planner.tensors(call)
         if watched(tensors):
             _refuse_in_place(self.contract, call, torch._C._are_functorch_transforms_active(), _NO_TRANSFORM)
-            return library.call(self.contract, self._planner.values(call), backend, False, False, False)
+            try:
+                return library.call(self.contract, self._planner.values(call), backend, False, False, False)
+            except RuntimeError as error:
+                if torch._C._get_tracing_state() is None:
+                    raise
+                raise RuntimeError(f"{self.name}: {_NO_TRACE}") from error
         asked = request(backend, training=_training(tensors))
         plan = self._planner.plan(call, asked)
         if asked.training:
@@ -279,6 +284,10 @@ def _cast(op: Contract, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 _NO_GRADIENT = "{}: inplace=True takes no gradient, but an input requires one; pass inplace=False, or call it under torch.no_grad()"
 
 
+_NO_TRACE = (
+    "torch.jit.trace cannot record this call: TorchScript has no outputs that may be None. Use torch.export or torch.compile; "
+    "of a swapped model, trace it after report.undo()"
+)
 _NO_TRANSFORM = "{}: inplace=True takes no gradient, and no other transform of torch.func; pass inplace=False"
 
 

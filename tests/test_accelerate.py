@@ -575,6 +575,37 @@ def test_what_the_new_forward_would_overwrite_or_could_not_be_is_refused(marks: 
 # --- what stays: hooks, parameters, copies, dtypes
 
 
+def test_odd_classes_are_swapped_or_refused_and_never_half(marks: list[str]) -> None:
+    class Aside(Doubled):
+        def __call__(self, x: Tensor) -> Tensor:
+            return Doubled.forward(self, x)
+
+    class Around(Doubled):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x)
+
+    class Final(Doubled):
+        def __init_subclass__(cls) -> None:
+            raise RuntimeError("nobody derives from me")
+
+    class Frozen(Doubled):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "__class__":
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(Aside(), Around(), Final(), Frozen())
+    report = tb.accelerate(model, strict=False)
+    assert [(entry.path, entry.status) for entry in report.entries] == [("0", "refused"), ("1", "swapped"), ("2", "refused"), ("3", "swapped")]
+    (aside,), (final,) = report.entries[0].reasons, report.entries[2].reasons
+    assert re.search(r"a `__call__` of its own, .*Aside\.__call__, which does not go through .*super\(\)\.__call__", aside)
+    assert "RuntimeError: nobody derives from me" in final
+    assert model(torch.ones(())) == 16
+    assert len(marks) == 2
+    report.undo()
+    assert [type(layer) for layer in model] == [Aside, Around, Final, Frozen]
+
+
 def test_hooks_on_the_layer_stay_and_run() -> None:
     model, seen = model_of(), []
     model.layers[0].register_forward_hook(lambda module, args, out: seen.append("after"))

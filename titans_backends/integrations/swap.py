@@ -162,8 +162,8 @@ def _planned(found: _Found, layer: KnownLayer, answer: Conversion | Verdict, bac
         reasons += (f"it has attributes of its own under the names that the new forward uses: {', '.join(taken)}",)
     try:
         new = swapped_class(answer.forward, old)
-    except TypeError as error:
-        return (*reasons, f"no class can be both {answer.forward.__name__} and {old.__name__}: {error}")
+    except Exception as error:  # Python's, or whatever a stranger's __init_subclass__ raises
+        return (*reasons, f"no class can be both {answer.forward.__name__} and {old.__name__}: {type(error).__name__}: {error}")
     lacking = () if backend is None else _lacking(backend, answer.ops)
     notes = (*answer.notes, *([f"backend {backend!r} has no {', '.join(lacking)}: those are chosen as ever"] if lacking else ()))
     return reasons or _Planned(found, answer, Entry(found.paths, "swapped", layer.name, old, new, notes=notes), new)

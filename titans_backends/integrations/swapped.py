@@ -40,7 +40,7 @@ def swap(module: nn.Module, path: str, conversion: Conversion, new: type, backen
     done = Swapped(ref(module), path, type(module), new, tuple(attributes), conversion.bypasses)
     module.__dict__.update(attributes)
     try:
-        module.__class__ = new
+        object.__setattr__(module, "__class__", new)  # past a __setattr__ of the module's own, which may refuse it
         forwards.rebind(module, done.old, new)
         if conversion.settle is not None:
             conversion.settle(module)
@@ -85,7 +85,7 @@ def _undone(swaps: Sequence[Swapped]) -> None:
 
 
 def _restore(module: nn.Module, done: Swapped) -> None:
-    module.__class__ = done.old
+    object.__setattr__(module, "__class__", done.old)
     forwards.rebind(module, done.new, done.old)
     for name in done.attributes:
         module.__dict__.pop(name, None)

@@ -19,7 +19,9 @@ from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.chunks import chunk_rows
 from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
 from titans_backends.contracts.validate import check_devices
-from titans_backends.plans import Outputs, Plan, Planner, Request, request
+from titans_backends.plan import Outputs, Plan
+from titans_backends.plans import Planner
+from titans_backends.request import Request, request
 from titans_backends.transforms import NO_FORWARD_MODE, transformable
 from titans_backends.watching import watched
 

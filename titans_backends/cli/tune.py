@@ -20,7 +20,7 @@ from titans_backends.cli.tune_session import TuneSession, show_dry_run
 from titans_backends.cli.typed import typed_again
 from titans_backends.machine import detect
 from titans_backends.tuning import ranks
-from titans_backends.tuning.run import TIMEOUT_S, TuneRequest
+from titans_backends.tuning.request import TIMEOUT_S, TuneRequest
 
 __all__ = ["tune"]
 

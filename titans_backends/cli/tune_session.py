@@ -21,7 +21,8 @@ from titans_backends.cli.tune_from import Recorded, coverage_json, show_coverage
 from titans_backends.cli.tune_rows import rows_json, show_rows
 from titans_backends.machine import Machine
 from titans_backends.tuning import ranks
-from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
+from titans_backends.tuning.report import Row, TuneInterrupted, TuneReport
+from titans_backends.tuning.request import TuneRequest
 from titans_backends.tuning.run import tune as run_tune
 
 __all__ = ["TuneSession", "show_dry_run"]

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
+from titans_backends.signature import Signature
 
 from ..peers import dense, load, own_offsets
 
-__all__ = ["Inputs", "kernels", "made"]
+__all__ = ["Inputs", "cuts", "inverses", "kernels", "made"]
 
 _FILLED = WeakTensorKeyDictionary()
 
@@ -47,6 +48,16 @@ class Inputs:
         found = states.new_zeros(self.sequences, *states.shape[1:]) if others is None else others.to(states.dtype, copy=True).contiguous()
         found[self.filled] = states
         return found
+
+
+def cuts(signature: Signature) -> tuple[bool, ...]:
+    """Context parallelism, as FlashQLA's users have it, and without, where that can cut anything."""
+    return (True, False) if signature.packed or signature.dim("B") == 1 else (False,)
+
+
+def inverses(auto: bool) -> str:
+    """The residual's name: of each chunk's triangle the inverse, `[B, T, H, 64]` in the dtype of k."""
+    return "flash_qla/inverses of segments" if auto else "flash_qla/inverses"
 
 
 def kernels() -> ModuleType:

@@ -6,8 +6,6 @@ decay, which is an approximation; the gate decides whether it may race. Copies t
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from titans_backends.backend import Candidate
@@ -17,7 +15,7 @@ from titans_backends.signature import Signature
 
 from ..peers import gated, sources
 from .gradients import backward_candidates, run_backward
-from .inputs import cuts, inverses, kernels, made
+from .inputs import cuts, keeping, kernels, made
 from .serving import DISTRIBUTIONS
 from .serving import serves as supports
 
@@ -30,7 +28,7 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     plain = [Candidate("flash_qla", "chunked", (("auto_cp", auto),), **shared) for auto in cuts(signature)]
     if signature.regime == "inference":
         return plain
-    return [*(replace(one, variant="kept", saves_states=True, residual=inverses(bool(one.param("auto_cp")))) for one in plain), *plain]
+    return [*map(keeping, plain), *plain]
 
 
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:

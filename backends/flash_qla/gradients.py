@@ -16,7 +16,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
 from ..peers import dense, sources
-from .inputs import Inputs, cuts, inverses, kernels, made
+from .inputs import Inputs, cuts, keeping, kernels, made
 from .serving import DISTRIBUTIONS
 
 __all__ = ["backward_candidates", "run_backward"]
@@ -26,20 +26,9 @@ _INPUTS = ("q", "k", "v", "beta", "g", "gate", "initial_state")
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """With context parallelism, and where that can cut anything without; each with the inverses from the forward, and with all computed again."""
-    return [
-        Candidate(
-            "flash_qla",
-            "kept" if residual else "chunked",
-            (("auto_cp", auto),),
-            direction="backward",
-            saves_states=bool(residual),
-            batch_invariant=False,
-            sources=sources(*DISTRIBUTIONS),
-            residual=residual,
-        )
-        for auto in cuts(signature)
-        for residual in (inverses(auto), "")
-    ]
+    shared = {"direction": "backward", "batch_invariant": False, "sources": sources(*DISTRIBUTIONS)}
+    plain = [Candidate("flash_qla", "chunked", (("auto_cp", auto),), **shared) for auto in cuts(signature)]
+    return [*map(keeping, plain), *plain]
 
 
 def run_backward(

@@ -16,7 +16,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["Offer", "Pair", "first_pair", "offer", "offers", "pairs", "source_modules"]
+__all__ = ["Offer", "Pair", "first_pair", "offer", "offers", "pairs", "run_modules", "source_modules"]
 
 
 @dataclass(frozen=True, slots=True)

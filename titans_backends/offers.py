@@ -17,7 +17,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["Offer", "Pair", "Saved", "first_pair", "offer", "offers", "pairs", "source_modules"]
+__all__ = ["Offer", "Pair", "Saved", "first_pair", "offer", "offers", "pairs", "run_modules", "source_modules"]
 
 Saved = Literal["states", "residual"]
 """What a forward may hand on to its backward: chunk-start states, or a tensor of its backend's own."""

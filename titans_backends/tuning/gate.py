@@ -23,15 +23,7 @@ from titans_backends.tuning.problem import signature_of_case
 from titans_backends.tuning.slices import Part
 from titans_backends.tuning.suite import Exam, Outputs, suite, suite_key
 
-__all__ = [
-    "GateResult",
-    "check_backward",
-    "check_backward_part",
-    "check_forward",
-    "check_forward_part",
-    "failure",
-    "gate",
-]
+__all__ = ["GateResult", "check_backward", "check_backward_part", "check_forward", "check_forward_part", "failure", "gate", "offered"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from titans_backends.tuning.standing import REFERENCE, Standing, entry_of, is_tr
 from titans_backends.tuning.store import Store
 from titans_backends.tuning.timing import RaceRules
 
-__all__ = ["Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_call"]
+__all__ = ["AHEAD_S", "Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_call"]
 
 QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 """How long the rounds of one race may take, beyond the least number of rounds."""

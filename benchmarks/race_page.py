@@ -1,7 +1,7 @@
 """What race.py measured, for people: tables in the terminal and on docs/race.md, and the README's picture. Measures nothing.
 
     python benchmarks/race_page.py [--json FILE]            prints the tables
-    python benchmarks/race_page.py --draw [--json FILE]     writes docs/race.md between its marks, and docs/pictures/race.svg (--png FILE: that picture to look at)
+    python benchmarks/race_page.py --draw [--json FILE]     writes docs/race.md between its marks, docs/pictures/race.svg and race-narrow.svg (--png FILE: to look at)
     python benchmarks/race_page.py --check                  writes nothing; status 1 where the page's tables are not what the file says
 
 FILE is benchmarks/results/race.json.
@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from race_cells import CASES, GROUPS, Case
 from race_results import Entrant, Results, Standings, Way, chosen_of, standings
 
-__all__ = ["Line", "compact", "lines_of", "page_of"]
+__all__ = ["Line", "compact", "device_of", "in_order", "lines_of", "page_of"]
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, PAGE, PICTURE = ROOT / "benchmarks/results/race.json", ROOT / "docs/race.md", ROOT / "docs/pictures/race.svg"
@@ -30,7 +31,10 @@ TITLES = {
 }  # fmt: skip
 ENOUGH = 12
 """Cases from which on there is a picture."""
-_PICTURE = "![the time of each backend over the fastest, a row for each case](pictures/race.svg)"
+_PICTURE = """<picture>
+<source media="(max-width: 640px)" srcset="pictures/race-narrow.svg">
+<img src="pictures/race.svg" alt="A row for each case: the time of each backend over the fastest, who that is, and what get_op costs over it">
+</picture>"""
 BAND = 0.05
 """What a choice may cost over the best."""
 MODES = {"forward": "Forward", "training": "Forward and backward"}
@@ -53,6 +57,11 @@ class Line:
         """A backend's fastest; a pair of two backends stands under `two`."""
         timed = [one for one in self.found.timed(self.way) if one.kind == "backend"]
         return next((one for one in timed if (one.who == who or (who == "two" and "+" in one.who))), None)
+
+    def us(self, who: str) -> float | None:
+        """A backend's fastest time, or that of the peer's own function where that is faster."""
+        found = [one.us(self.way) for one in (self.best(who), self.own(who) if who in PEERS else None) if one is not None]
+        return min((us for us in found if us is not None), default=None)
 
     def own(self, who: str) -> Entrant | None:
         """A peer's own function."""
@@ -84,6 +93,16 @@ def _case(name: str) -> Case:
 
     sizes, heads, dim, mode = name.split()
     return Case(Cell(*map(int, sizes.split("x")), *map(int, heads.split("/")), int(dim[1:])), mode)  # type: ignore[arg-type]
+
+
+def in_order(lines: Iterable[Line]) -> list[Line]:
+    """For people: large heads first, few of them first, short sequences first, batches behind single sequences."""
+    return sorted(lines, key=lambda line: (-line.case.cell.D, line.case.cell.H, line.case.cell.G, line.case.cell.B, line.case.cell.T))
+
+
+def device_of(results: Results) -> str:
+    """The card of the first run."""
+    return next((str(results.runs[name]["device"]) for name in GROUPS if name in results.runs), "a GPU")
 
 
 def columns(lines: Sequence[Line]) -> list[str]:
@@ -127,37 +146,85 @@ def compact(results: Results, names: Sequence[str] | None = None) -> str:
         )  # fmt: skip
         name = str(line.case).replace(" forward", " f").replace(" training", " fb")
         said.append(f"{name} [{number(line.found.floor_us)}] {times} {own} | {whose(line.found, line.winner.label)[:13]} | {told} | {more}")
-    return "\n".join(
-        [*partial(results), *said, *summary(graph, listed=False), *summary(list(wall.values()), listed=False), *list(missing(results))[:12]]
-    )
+    return "\n".join([*partial(results), *said, *summary(graph), *summary(list(wall.values())), *list(missing(results))[:12]])
 
 
-def summary(lines: Sequence[Line], *, listed: bool = True) -> Iterator[str]:
-    """How good each choice was over the cases; `listed`: with those where it costs too much."""
+CHOICES = {"dispatch": "`get_op` with what is shipped", "here": "tuned here, with the peers installed", "ours": "tuned here, without them"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """How good a choice was over the cases: `costs` over the fastest of all by case, `beside` over the fastest backend."""
+
+    costs: Mapping[str, float]
+    beside: Sequence[float]
+
+    @property
+    def over(self) -> list[str]:
+        """The cases where it costs too much, the worst first."""
+        return sorted((name for name, one in self.costs.items() if one > BAND), key=lambda name: -self.costs[name])
+
+    @property
+    def worst(self) -> str:
+        """The case where it costs most."""
+        return max(self.costs, key=lambda name: self.costs[name])
+
+
+def kept(lines: Sequence[Line]) -> dict[str, Kept]:
+    """By choice; one that has no time anywhere is left out."""
+    found = {}
+    for what in CHOICES:
+        costs = {str(line.case): regret for line in lines if (regret := line.choices.get(what, ("", None))[1]) is not None}
+        beside = [line.found.regret(line.choices[what][0], line.way, backends=True) for line in lines if what in line.choices]
+        if costs:
+            found[what] = Kept(costs, [one for one in beside if one is not None])
+    return found
+
+
+def summary(lines: Sequence[Line]) -> Iterator[str]:
+    """How good each choice was over the cases, for a terminal."""
     way = lines[0].way if lines else "graph"
-    names = {"dispatch": "`get_op` with what is shipped", "here": "tuned here, with the peers installed", "ours": "tuned here, without them"}
-    for what, title in names.items():
-        regrets = {str(line.case): regret for line in lines if (regret := line.choices.get(what, ("", None))[1]) is not None}
-        if not regrets:
-            continue
-        over = sorted((name for name in regrets if regrets[name] > BAND), key=lambda name: -regrets[name])
-        worst = max(regrets, key=lambda name: regrets[name])
-        told = f": {', '.join(f'{name} {cost(regrets[name])}' for name in over)}" if over and listed else ""
-        within = len(regrets) - len(over)
-        beside = [line.found.regret(line.choices[what][0], way, backends=True) for line in lines if what in line.choices]
-        alone = [regret for regret in beside if regret is not None]
+    for what, one in kept(lines).items():
         yield (
-            f"{title}, {WAYS[way]}: at most 5 % over the best in {within} of {len(regrets)} cases; "
-            f"mean {cost(statistics.mean(regrets.values()))}, worst {cost(regrets[worst])} ({worst}){told}; "
-            f"over the best backend, without the peers' own functions: {sum(one <= BAND for one in alone)} of {len(alone)}, worst {cost(max(alone))}"
+            f"{CHOICES[what]}, {WAYS[way]}: at most 5 % over the best in {len(one.costs) - len(one.over)} of {len(one.costs)} cases; "
+            f"mean {cost(statistics.mean(one.costs.values()))}, worst {cost(one.costs[one.worst])} ({one.worst}); "
+            f"over the best backend, without the peers' own functions: {sum(cost <= BAND for cost in one.beside)} of {len(one.beside)}, "
+            f"worst {cost(max(one.beside))}"
         )
+
+
+def _kept_table(lines: Sequence[Line]) -> str:
+    """The same for the page; below it the cases where the choice of this machine's tuner costs too much."""
+    found = kept(lines)
+    head = ["choice", "at most 5 % over the fastest", "mean", "worst", "in", "at most 5 % over the fastest backend, peers' own calls left out"]
+    rows = [_row(head), _row(["---"] * len(head))]
+    for what, one in found.items():
+        within, beside = len(one.costs) - len(one.over), sum(regret <= BAND for regret in one.beside)
+        mean, most = cost(statistics.mean(one.costs.values())), cost(one.costs[one.worst])
+        rows.append(_row([CHOICES[what], f"{within} of {len(one.costs)}", mean, most, _said(one.worst), f"{beside} of {len(one.beside)}"]))
+    text = "\n".join(rows)
+    over = found["here"].over if "here" in found else []
+    listed = ", ".join(f"{_said(name)} {cost(found['here'].costs[name])}" for name in over)
+    return f"{text}\n\nTuned here, more than 5 % over the fastest: {listed}." if over else text
+
+
+def _won(lines: Sequence[Line]) -> str:
+    """Who is fastest in how many cases, a peer's own function counted for the peer."""
+    counts = Counter(" + ".join(TITLES.get(one, one) for one in line.winner.who.split("+")) for line in lines)
+    return ", ".join(f"{who} in {count}" for who, count in counts.most_common())
+
+
+def _said(name: str) -> str:
+    """A case as the tables have it."""
+    sizes, *rest = name.split()
+    return " ".join([sizes.replace("x", "×"), *rest])
 
 
 def missing(results: Results) -> Iterator[str]:
     """Cases that have no time, what was wrong, and runs that could not be put on the first one's scale."""
     absent = [str(case) for case in CASES if not any(part.entrants for part in results.cases.get(str(case), {}).values())]
     if absent and len(absent) < len(CASES):
-        yield f"not measured: {', '.join(absent)}"
+        yield f"not measured: {', '.join(map(_said, absent))}"
     for name, parts in results.cases.items():
         for group, part in parts.items():
             for one in part.entrants:
@@ -181,15 +248,20 @@ def markdown(results: Results) -> str:
         if not lines:
             continue
         parts.append(f"## {title[0].upper()}{title[1:]}")
-        parts.append("\n".join(f"- {one}" for one in summary(lines)))
+        parts.append(f"Fastest of all: {_won(lines)}, of {len(lines)} cases.")
+        parts.append(_kept_table(lines))
+        parts.append(
+            "Times in microseconds. Bold: the fastest of its row. Where that is a peer's own function, `fastest` has its time, "
+            "the peer's column that of its backend here."
+        )
         for mode, heading in MODES.items():
-            some = [line for line in lines if line.case.mode == mode]
+            some = in_order(line for line in lines if line.case.mode == mode)
             if some:
                 parts.append(f"### {heading}, {'graph' if way == 'graph' else 'eager'}\n\n{_table(some)}")
         if way == "graph":
-            own = [line for line in lines if any(line.own(who) for who in (*PEERS, "fla_ungated"))]
+            own = in_order(line for line in lines if any(line.own(who) for who in (*PEERS, "fla_ungated")))
             if own:
-                parts.append(f"### The peers by their own functions, in a graph\n\n{_own_table(own)}")
+                parts.append(f"### The peers by their own functions, in a graph\n\n{_through(own)}{_own_table(own)}")
     left = list(missing(results))
     if left:
         parts.append("## What failed, and what was not reached\n\n" + "\n".join(f"- {one}" for one in left[:40]))
@@ -249,15 +321,33 @@ def _table(lines: Sequence[Line]) -> str:
         for one in who:
             best = line.best(one)
             text = number(None if best is None else best.us(line.way))
-            times.append(f"**{text}**" if best is line.winner and text else text)
+            won = best is not None and (best is line.winner or (line.winner.kind == "own" and line.winner.who == one))
+            times.append(f"**{text}**" if won else text)
         chosen = []
         for what in there:
             label, regret = line.choices.get(what, ("", None))
             chosen.append(f"{whose(line.found, label)}: {cost(regret)}" if label else "")
         cell = line.case.cell
         name = f"{cell.B}×{cell.T} {cell.G}/{cell.H} D{cell.D}"
-        rows.append(_row([name, *([number(line.found.floor_us)] if floor else []), *times, whose(line.found, line.winner.label), *chosen]))
+        own = f" {number(line.winner.us(line.way))}" if line.winner.kind == "own" else ""
+        rows.append(_row([name, *([number(line.found.floor_us)] if floor else []), *times, f"{whose(line.found, line.winner.label)}{own}", *chosen]))
     return "\n".join(rows)
+
+
+def _through(lines: Sequence[Line]) -> str:
+    """What the way through this library costs a peer, where both were timed."""
+    told = []
+    for who in PEERS:
+        pairs = [(mine, own) for line in lines if (mine := _us(line.best(who), line.way)) and (own := _us(line.own(who), line.way))]
+        ratios = [mine / own for mine, own in pairs]
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            told.append(f"{TITLES[who]} {mean:.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} cases)")
+    return f"A peer's time as a backend here over that of its own function, geometric mean: {'; '.join(told)}.\n\n" if told else ""
+
+
+def _us(one: Entrant | None, way: Way) -> float | None:
+    return None if one is None else one.us(way)
 
 
 def _own_table(lines: Sequence[Line]) -> str:
@@ -277,7 +367,7 @@ def _own_table(lines: Sequence[Line]) -> str:
                 if mine or behind
                 else ""
             )
-        rows.append(_row([str(line.case), *cells]))
+        rows.append(_row([_said(str(line.case)), *cells]))
     return "\n".join(rows)
 
 
@@ -318,7 +408,7 @@ def main(given: list[str] | None = None) -> int:
 
         asked.page.write_text(after, encoding="utf-8")
         lines = lines_of(results, "graph")
-        print(asked.page, *(written(lines, asked.picture, asked.png) if len(lines) >= ENOUGH else []), sep="\n")
+        print(asked.page, *(written(lines, asked.picture, device_of(results), asked.png) if len(lines) >= ENOUGH else []), sep="\n")
         return 0
     print(compact(results))
     return 0

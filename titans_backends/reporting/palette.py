@@ -31,7 +31,7 @@ PALETTE: dict[str, Style] = {
     "numba_cpu": Style("numba_cpu", "#925911", "#e6ae3f", "P"),
     "fla": Style("fla", "#602146", "#d64e7d", "X"),
     "flash_qla": Style("flash_qla", "#5ca03c", "#b5f097", "*"),
-    "flashinfer": Style("flashinfer", "#2979a3", "#b5f2f6", "p"),
+    "flashinfer": Style("flashinfer", "#009cb4", "#b5f2f6", "p"),
 }
 """The backends that this library knows by name."""
 

@@ -19,8 +19,10 @@ from titans_backends.cache.timings import Measurement, Timings
 from titans_backends.machine import Machine
 from titans_backends.reporting.answers import Answers, answers, machine_of
 from titans_backends.reporting.ceilings import ceilings_in
-from titans_backends.reporting.facts import Ceilings, Facts, FileFacts, MachineFacts, Measured, Origin, State
+from titans_backends.reporting.facts import Ceilings, Facts, FileFacts, MachineFacts, Measured, Origin, RaceFacts, State
 from titans_backends.reporting.floors import work_of_bucket
+from titans_backends.reporting.race_file import read_race
+from titans_backends.reporting.race_rows import OP
 
 __all__ = ["Edge", "gather"]
 
@@ -65,7 +67,19 @@ def gather(edge: Edge) -> Facts:
     machines = [_machine(edge, one, measured) for one in found.values()]
     machines = [one for one in machines if one.cells or any(seen.problem for seen in one.files)]
     machines.sort(key=lambda one: (not one.here, all(cell.origin == "results" for cell in one.cells), one.device.name))
-    return Facts(tuple(machines), datetime.date.today().isoformat(), __version__, tuple(problems))
+    races = tuple(_races(edge, problems))
+    return Facts(tuple(machines), datetime.date.today().isoformat(), __version__, tuple(problems), races)
+
+
+def _races(edge: Edge, problems: list[FileFacts]) -> Iterator[RaceFacts]:
+    """The race of all backends and peers, where the results hold one and its op is asked for."""
+    path = None if edge.results is None else edge.results / "race.json"
+    if path is None or not path.exists() or (edge.ops is not None and OP not in edge.ops):
+        return
+    try:
+        yield RaceFacts(_shown("results", path), read_race(path))
+    except (OSError, ValueError) as error:
+        problems.append(FileFacts("results", _shown("results", path), "", str(error)))
 
 
 def _tables() -> Iterator[tuple[Origin, Path]]:

@@ -7,9 +7,10 @@ backends keep their distance for red-blind and green-blind eyes as well, and the
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["INKS", "PALETTE", "Style", "style_of", "styles"]
+__all__ = ["INKS", "PALETTE", "Style", "key_of", "style_of", "styles"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ _SPARE = (
     Style("other-c", "#9b1c31", "#f4929f", ">"),
 )
 
+_SIGNS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "*": "★", "p": "⬟", "h": "⬢", "<": "◀", ">": "▶"}
+
 INKS: dict[str, Style] = {
     "ink": Style("ink", "#1c2530", "#e3e8ee"),
     "muted": Style("muted", "#5b6673", "#9aa5b1"),
@@ -53,6 +56,11 @@ INKS: dict[str, Style] = {
 def style_of(backend: str) -> Style:
     """A backend's colour and mark; one that is not known by name always gets the same spare one."""
     return PALETTE.get(backend) or _SPARE[zlib.crc32(backend.encode()) % len(_SPARE)]
+
+
+def key_of(backends: Iterable[str]) -> tuple[tuple[str, str, str], ...]:
+    """A chart's key: each backend's name, its role, and a letter that looks like its mark."""
+    return tuple((name, style_of(name).role, _SIGNS[style_of(name).mark]) for name in backends)
 
 
 def styles() -> list[Style]:

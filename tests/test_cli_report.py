@@ -69,6 +69,10 @@ def test_json_holds_every_row_and_every_candidate() -> None:
     assert {one["label"] for one in first["candidates"]} >= {"triton/scan block=32", "cupy/bad"}
     assert one_machine["summary"]["wins"] == {"triton": 4, "cupy + triton": 1}
     assert {one["kind"] for one in one_machine["renewals"]} == {"stale", "ignored", "noisy"}
+    (raced,) = json.loads(result.stdout)["races"]
+    assert [(row["heads"], row["seq_len"], row["fastest"]["median_us"], row["costs_over_fastest"]["tuned"]) for row in raced["rows"][:2]] == [
+        ("16/32 × 128", 512, 200.0, pytest.approx(0.1)), ("16/32 × 128", 2048, 400.0, pytest.approx(0.1))
+    ]  # fmt: skip
 
 
 def test_the_page_and_the_pictures_are_written_where_they_were_asked_for(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_show_prints_every_row_with_its_state(own_cache: Path) -> None:
     rows = json.loads(run(app, ["cache", "show", "--device", "cpu", "--json"]).stdout)
     assert [(row["seq_len"], row["median_us"], row["state"]) for row in rows] == [(64, 100.0, "fresh"), (128, 2000.0, "ignored")]
     assert json.loads(run(app, ["cache", "show", "--device", "cpu", "--json", "--op", "slow_core"]).stdout) == []
+
+
+def test_rows_for_traced_graphs_that_repeat_another_are_counted_not_listed(own_cache: Path) -> None:
+    def of(bucket: Bucket, **given: object) -> Bucket:
+        return bucket._replace(when=canonical_when({**dict(bucket.when), **given}, defaults_of(bucket.op)))  # type: ignore[arg-type]
+
+    trained = replace(entry(), backward="eager/back", source="0123456789ab+0123456789ab")
+    short, long = of(SHORT, regime="training"), of(LONG, regime="training")
+    write(own_cache, {short: trained, of(short, saves="inputs"): trained, long: trained, of(long, saves="inputs"): replace(trained, us=50.0)})
+    shown = run(app, ["cache", "show", "--device", "cpu"]).stdout
+    assert shown.count("saves=inputs") == 3, "a title, the command that renews, and the count"
+    assert "not listed: 1 row for traced graphs (saves=inputs) with the choice of the row beside; --json has all" in shown
+    assert len(json.loads(run(app, ["cache", "show", "--device", "cpu", "--json"]).stdout)) == 4
 
 
 def test_another_torch_is_stale(own_cache: Path) -> None:

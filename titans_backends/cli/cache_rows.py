@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.text import Text
 
 from titans_backends.buckets import Bucket
+from titans_backends.cache.repeats import repeats
 from titans_backends.cache.schema import Change, Entry, Table
 from titans_backends.cache.staleness import Staleness
 from titans_backends.cli import units
 from titans_backends.cli.keys import by_key, key_json, key_title
-from titans_backends.cli.show import Column, Group, Json
+from titans_backends.cli.show import Column, Group, Json, say
 from titans_backends.cli.show import table as show_table
 from titans_backends.cli.winners import winner_cells, winner_columns
 
@@ -28,14 +29,17 @@ def rows_json(table: Table, states: Mapping[Bucket, Staleness]) -> list[Json]:
 
 
 def show_rows(to: Console, table: Table, states: Mapping[Bucket, Staleness]) -> None:
-    """The rows, those of one key under one title."""
+    """The rows, those of one key under one title. Rows for traced graphs that repeat the row beside them are counted, not listed."""
+    listed = {bucket: entry for bucket, entry in table.rows.items() if not repeats(bucket, entry, table.rows)}
     winner, *second = winner_columns(to)
     columns = [Column("seq_len", "right"), winner, Column("median", "right"), Column("±", "right"), Column("peak", "right"), *second, Column("state")]
     groups = [
-        Group(key_title(first), [_cells(to, bucket, entry, states.get(bucket)) for bucket, entry in found])
-        for first, found in by_key(table.rows.items())
+        Group(key_title(first), [_cells(to, bucket, entry, states.get(bucket)) for bucket, entry in found]) for first, found in by_key(listed.items())
     ]
     show_table(to, columns, groups)
+    if len(listed) < len(table.rows):
+        many = units.amount(len(table.rows) - len(listed), "row")
+        say(to, Text(f"not listed: {many} for traced graphs (saves=inputs) with the choice of the row beside; --json has all", "dim"))
 
 
 def changes_json(changes: Sequence[Change], old: Table, new: Table) -> list[Json]:

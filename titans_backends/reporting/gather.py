@@ -13,6 +13,7 @@ from pathlib import Path
 from titans_backends import __version__, switches
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file, paths
+from titans_backends.cache.repeats import repeats, twin_of
 from titans_backends.cache.schema import Device, Entry, Table, device_of
 from titans_backends.cache.staleness import Staleness
 from titans_backends.cache.timings import Measurement, Timings
@@ -193,7 +194,7 @@ def _race(timings: Timings | None, bucket: Bucket, entry: Entry) -> tuple[Measur
     """The measurements that the row was chosen from: those of the bucket, if the winner is among them with the row's own source."""
     if timings is None:
         return ()
-    found = timings.rows.get(bucket) or tuple(one for one in timings.rows.get(_saving(bucket), ()) if not one.saves_states)
+    found = timings.rows.get(bucket) or tuple(one for one in timings.rows.get(twin_of(bucket), ()) if not one.saves_states)
     sources = entry.source.split("+")
     names = [(entry.use, entry.params, "forward"), (entry.backward, entry.backward_params, "backward")][: 1 if entry.backward is None else 2]
     for (name, params, direction), source in zip(names, sources, strict=False):
@@ -203,17 +204,10 @@ def _race(timings: Timings | None, bucket: Bucket, entry: Entry) -> tuple[Measur
     return found
 
 
-def _saving(bucket: Bucket) -> Bucket:
-    """The bucket of the same call where states may be saved: both rows of a training call come from its measurements."""
-    return bucket._replace(when=tuple((name, value) for name, value in bucket.when if name != "saves"))
-
-
 def _repeats(cell: Measured, cells: Mapping[Bucket, Measured]) -> bool:
     """Whether it is the row for traced graphs, which save inputs only, and says what the row beside it says."""
-    if dict(cell.bucket.when).get("saves") != "inputs" or cell.entry is None:
-        return False
-    twin = cells.get(_saving(cell.bucket))
-    return twin is not None and twin.entry is not None and (twin.entry.label, twin.entry.us) == (cell.entry.label, cell.entry.us)
+    rows = {bucket: one.entry for bucket in (twin_of(cell.bucket),) if (one := cells.get(bucket)) is not None and one.entry is not None}
+    return cell.entry is not None and repeats(cell.bucket, cell.entry, rows)
 
 
 def _shown(origin: Origin, path: Path) -> str:

@@ -46,7 +46,7 @@ def gains(rows: Sequence[Row], groups: Groups = by_op) -> Chart:
 
 
 def shares(rows: Sequence[Row], groups: Groups = by_op, hollow: Callable[[Row], bool] | None = None) -> Chart:
-    """Share of the floor per op, or other group. Hollow marks, unless said: eager calls and training where there are graph launches, else training."""
+    """Share of the floor per op, or other group. Hollow marks, unless said: eager calls where there are graph launches, else training."""
     shown = [row for row in rows if row.share is not None]
     graphs = any(row.place.launch == "graph" for row in rows)
 
@@ -90,7 +90,7 @@ def winners(rows: Sequence[Row]) -> Chart:
         if index == 0 or op != lines[index - 1][0]:
             axes.text(8, tops[index] - 7, op, fontsize=TEXT, color=INK, weight="bold")
         axes.text(8, tops[index] + 15, size, fontsize=8.5, color=INK)
-        axes.text(92, tops[index] + 15, setting, fontsize=8.5, color=MUTED)
+        axes.text(104, tops[index] + 15, setting, fontsize=8.5, color=MUTED)
     for row in rows:
         if row.winner is not None:
             x, top = left + across * lengths.index(row.place.seq_len), tops[lines.index(row.place.line)]

@@ -110,7 +110,7 @@ def _row(case: re.Match[str], stands: Standings, way: Way) -> RaceRow | None:
         chosen = Timed(labels["tuned"], tuple(who.split("+")), _timed(first, way).us * (1 + costs["tuned"]), spread)
     default = stands.entrant(stands.default)
     row = Row(
-        place=_place(bucket, batch, group, heads, dim, way),
+        place=_place(bucket, batch, group, heads, dim),
         bucket=bucket,
         origin="results",
         winner=chosen,
@@ -135,11 +135,10 @@ def _when(batch: int, group: int, heads: int, dim: int, mode: str, way: Way) -> 
     }  # fmt: skip
 
 
-def _place(bucket: Bucket, batch: int, group: int, heads: int, dim: int, way: Way) -> Place:
+def _place(bucket: Bucket, batch: int, group: int, heads: int, dim: int) -> Place:
     """Heads of q and k, heads of v, head_dim; how many sequences where there are several."""
     size = f"{group}/{heads} × {dim}" + (f", {batch} sequences" if batch > 1 else "")
-    place = place_of(bucket)
-    return replace(place, size=size, options=() if place.regime == "inference" else (_LAUNCH[way],))
+    return replace(place_of(bucket), size=size, options=())
 
 
 def _best(stands: Standings, way: Way) -> Iterator[Timed]:

@@ -58,11 +58,6 @@ class Line:
         timed = [one for one in self.found.timed(self.way) if one.kind == "backend"]
         return next((one for one in timed if (one.who == who or (who == "two" and "+" in one.who))), None)
 
-    def us(self, who: str) -> float | None:
-        """A backend's fastest time, or that of the peer's own function where that is faster."""
-        found = [one.us(self.way) for one in (self.best(who), self.own(who) if who in PEERS else None) if one is not None]
-        return min((us for us in found if us is not None), default=None)
-
     def own(self, who: str) -> Entrant | None:
         """A peer's own function."""
         return next((one for one in self.found.entrants if one.who == who and one.kind != "backend" and one.us(self.way) is not None), None)
@@ -209,9 +204,10 @@ def _kept_table(lines: Sequence[Line]) -> str:
 
 
 def _won(lines: Sequence[Line]) -> str:
-    """Who is fastest in how many cases, a peer's own function counted for the peer."""
+    """Who is fastest in how many cases; a peer's own function counts for the peer, and is told."""
     counts = Counter(" + ".join(TITLES.get(one, one) for one in line.winner.who.split("+")) for line in lines)
-    return ", ".join(f"{who} in {count}" for who, count in counts.most_common())
+    own = Counter(TITLES.get(line.winner.who, line.winner.who) for line in lines if line.winner.kind == "own")
+    return ", ".join(f"{who} in {count}{f' ({own[who]} by its own function)' if own[who] else ''}" for who, count in counts.most_common())
 
 
 def _said(name: str) -> str:
@@ -251,8 +247,7 @@ def markdown(results: Results) -> str:
         parts.append(f"Fastest of all: {_won(lines)}, of {len(lines)} cases.")
         parts.append(_kept_table(lines))
         parts.append(
-            "Times in microseconds. Bold: the fastest of its row. Where that is a peer's own function, `fastest` has its time, "
-            "the peer's column that of its backend here."
+            "Times in microseconds. Bold: the fastest of its row, which may be a peer's own function; the peers' columns have their backends here."
         )
         for mode, heading in MODES.items():
             some = in_order(line for line in lines if line.case.mode == mode)
@@ -321,15 +316,14 @@ def _table(lines: Sequence[Line]) -> str:
         for one in who:
             best = line.best(one)
             text = number(None if best is None else best.us(line.way))
-            won = best is not None and (best is line.winner or (line.winner.kind == "own" and line.winner.who == one))
-            times.append(f"**{text}**" if won else text)
+            times.append(f"**{text}**" if best is line.winner and text else text)
         chosen = []
         for what in there:
             label, regret = line.choices.get(what, ("", None))
             chosen.append(f"{whose(line.found, label)}: {cost(regret)}" if label else "")
         cell = line.case.cell
         name = f"{cell.B}×{cell.T} {cell.G}/{cell.H} D{cell.D}"
-        own = f" {number(line.winner.us(line.way))}" if line.winner.kind == "own" else ""
+        own = f" **{number(line.winner.us(line.way))}**" if line.winner.kind == "own" else ""
         rows.append(_row([name, *([number(line.found.floor_us)] if floor else []), *times, f"{whose(line.found, line.winner.label)}{own}", *chosen]))
     return "\n".join(rows)
 

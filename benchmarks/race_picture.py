@@ -15,17 +15,19 @@ from matplotlib.lines import Line2D
 from race_page import BAND, MODES, PEERS, TITLES, Line, cost, in_order, number
 
 from titans_backends.reporting import svg
-from titans_backends.reporting.canvas import GRID, INK, MUTED, SMALL, TEXT
+from titans_backends.reporting.canvas import GRID, INK, MUTED, PAPER, SMALL, TEXT
 from titans_backends.reporting.palette import INKS, style_of
 
 __all__ = ["drawn", "written"]
 
 ROW, LEFT, TOP, HEAD, BOTTOM = 17.0, 102.0, 62.0, 38.0, 30.0
 """Pixels: a row, what stands left of a panel, above the first one, above each, below each for its axis."""
-COLUMNS = (12.0, 134.0, 179.0, 230.0)
+COLUMNS = (12.0, 134.0, 184.0, 234.0)
 """Right of a panel: where the fastest one's name begins, and where its time and two costs end."""
 GAP, LEGEND = 16.0, 17.0
 """Between panels side by side, and a line of the legend."""
+APART = 0.03
+"""From this difference on a peer's own function has a mark of its own."""
 MOST = 6.0
 """Over the fastest; what is slower stands at the edge with its factor, and plain torch, which is far off, not at all."""
 SHOWN = tuple(who for who in TITLES if who in ("triton", "cupy", "two", "fla", "flash_qla", "flashinfer"))
@@ -131,9 +133,13 @@ def _said(axes: Axes, row: int, x: float, words: str, wide: float, *, ha: str, c
 
 def _beside(axes: Axes, row: int, line: Line, wide: float) -> None:
     """Who is fastest, its time, and what the choices cost; what is over the band is bold."""
-    who = "two" if "+" in line.winner.who else line.winner.who
-    _mark(axes, (wide + COLUMNS[0] + 4) / wide, row, who, line, axes.get_yaxis_transform())
-    _said(axes, row, wide + COLUMNS[0] + 13, " + ".join(TITLES.get(one, one) for one in line.winner.who.split("+")), wide, ha="left")
+    who, own = (
+        "two" if "+" in line.winner.who else line.winner.who,
+        line.winner.kind == "own" and line.winner.who in {w for _, w, o in _times(line) if o},
+    )
+    _mark(axes, (wide + COLUMNS[0] + 4) / wide, row, who, line, axes.get_yaxis_transform(), hollow=own)
+    words = " + ".join(TITLES.get(one, one) for one in line.winner.who.split("+"))
+    _said(axes, row, wide + COLUMNS[0] + 13, words, wide, ha="left")
     _said(axes, row, wide + COLUMNS[1], _time(line.winner.us(line.way) or 0.0), wide, ha="right")
     for what, x in zip(COSTS, COLUMNS[2:], strict=True):
         if what in line.choices:
@@ -145,12 +151,11 @@ def _beside(axes: Axes, row: int, line: Line, wide: float) -> None:
 
 def _marks(axes: Axes, row: int, line: Line) -> None:
     least = line.winner.us(line.way) or 1.0
-    ratios = {who: us / least for who in SHOWN if (us := line.us(who)) is not None}
-    if ratios:
-        axes.plot([1, min(MOST, max(ratios.values()))], [row, row], color=GRID, lw=2.0, zorder=1, solid_capstyle="butt")
-    for who, ratio in sorted(ratios.items(), key=lambda item: -item[1]):
-        _mark(axes, min(MOST, ratio), row, who, line, axes.transData)
-    far = max((ratio for ratio in ratios.values() if ratio > MOST), default=None)
+    ratios = sorted(((us / least, who, own) for us, who, own in _times(line)), reverse=True)
+    axes.plot([1, min(MOST, max([1.0, *(ratio for ratio, _, _ in ratios)]))], [row, row], color=GRID, lw=2.0, zorder=1, solid_capstyle="butt")
+    for ratio, who, own in ratios:
+        _mark(axes, min(MOST, ratio), row, who, line, axes.transData, hollow=own)
+    far = max((ratio for ratio, _, _ in ratios if ratio > MOST), default=None)
     if far is not None:
         axes.annotate(f"{far:.0f}×", (MOST, row), (-6, 0), textcoords="offset points", color=MUTED, fontsize=SMALL - 1, va="center", ha="right")
     _, regret = line.choices.get("here", ("", None))
@@ -158,20 +163,35 @@ def _marks(axes: Axes, row: int, line: Line) -> None:
         axes.plot([min(MOST, 1 + max(0.0, regret))], [row], "o", color=INK, markerfacecolor="none", markersize=11.5, markeredgewidth=1.3, zorder=4)
 
 
-def _mark(axes: Axes, x: float, row: int, who: str, line: Line, transform: object) -> None:
+def _times(line: Line) -> Iterator[tuple[float, str, bool]]:
+    """A time of each backend, and that of a peer's own function where it is another one."""
+    for who in SHOWN:
+        best, own = line.best(who), line.own(who) if who in PEERS else None
+        us, own_us = (None if one is None else one.us(line.way) for one in (best, own))
+        if us is not None:
+            yield us, who, False
+        if own_us is not None and (us is None or abs(own_us / us - 1) > APART):
+            yield own_us, who, True
+
+
+def _mark(axes: Axes, x: float, row: int, who: str, line: Line, transform: object, *, hollow: bool = False) -> None:
     pair = line.best("two") if who == "two" else None
-    axes.plot([x], [row], zorder=3, linestyle="none", transform=transform, clip_on=False, **_look(pair.who if pair is not None else who))
+    look = _look(pair.who if pair is not None else who, hollow=hollow)
+    axes.plot([x], [row], zorder=3, linestyle="none", transform=transform, clip_on=False, **look)
 
 
-def _look(who: str) -> dict[str, object]:
-    """A marker's: a pair of two backends is a diamond in both colours."""
+def _look(who: str, *, hollow: bool = False) -> dict[str, object]:
+    """A marker's: a pair of two backends is a diamond in both colours, a peer's own function hollow."""
     one, other = (style_of(name) for name in (who.split("+") * 2)[:2])
     if "+" in who:
         return {
             "marker": "D", "fillstyle": "left", "color": one.light, "markerfacecolor": one.light, "markerfacecoloralt": other.light, "markersize": 6.0,
             "markeredgewidth": 0.0,
         }  # fmt: skip
-    return {"marker": one.mark, "color": one.light, "markersize": 8.5 if one.mark in "*Xp" else 6.5, "markeredgewidth": 0.0}
+    size = 8.5 if one.mark in "*Xp" else 6.5
+    if hollow:
+        return {"marker": one.mark, "color": one.light, "markerfacecolor": PAPER, "markersize": size, "markeredgewidth": 1.1}
+    return {"marker": one.mark, "color": one.light, "markersize": size, "markeredgewidth": 0.0}
 
 
 def _time(us: float) -> str:
@@ -188,8 +208,11 @@ def _legend(lines: Sequence[Line]) -> Iterator[tuple[str, dict[str, object]]]:
             pairs = [found.who for line in lines if (found := line.best("two")) is not None]
             if pairs:
                 yield "two, a direction each", _look(pairs[0])
-        elif any(line.us(who) is not None for line in lines):
+        elif any(line.best(who) or (who in PEERS and line.own(who)) for line in lines):
             yield TITLES[who], _look(who)
-    peers = any(line.us(who) is not None for line in lines for who in PEERS)
+    apart = next((who for line in lines for _, who, own in _times(line) if own), None)
+    if apart is not None:
+        yield "hollow: a peer’s own function, where it differs", _look(apart, hollow=True)
+    peers = any(line.best(who) for line in lines for who in PEERS)
     ring: dict[str, object] = {"marker": "o", "color": INK, "markerfacecolor": "none", "markersize": 10.0, "markeredgewidth": 1.3}
     yield f"get_op, tuned here{', peers installed' if peers else ''}", ring

@@ -42,7 +42,10 @@ def test_a_pair_of_two_backends_wins_under_both_names_and_draws_no_line() -> Non
 def test_the_headline_counts_cases_once() -> None:
     told = list(race_headline(race_rows(race())))
     assert told[0].startswith("3 cases of gated_delta_rule in bfloat16, 2 forward and 1 forward and backward: flashinfer, cupy, triton, eager,")
-    assert "In a CUDA graph, from a cold cache, the fastest is flashinfer in 2 and cupy + triton in 1" in told[1]
+    assert (
+        "In a CUDA graph, from a cold cache, the fastest is flashinfer in 2 and cupy + triton in 1, in 2 of these by a peer’s own function."
+        in told[1]
+    )
 
 
 def test_a_file_is_read_back(tmp_path: Path) -> None:
@@ -83,7 +86,7 @@ def test_the_page_shows_the_race(tmp_path: Path) -> None:
         ("shipped tables, which name no peer", "eagerly", 0, 2, "+40.0 %", "+40.0 %"),
     ]
     [size, fields] = view.groups[0].map.lines[0]
-    assert (size, fields[0].who, fields[0].time, fields[0].mark) == ("16/32 × 128", "flashinfer", "200 µs", "tuned +10.0 %")
+    assert (size, fields[0].who, fields[0].time, fields[0].mark) == ("16/32 × 128", "flashinfer, own", "200 µs", "tuned +10.0 %")
     title, told, candidates = view.groups[0].panels[0].numbers[0]
     assert title == "512 tokens"
     assert "floor 70.0 µs: 35 % of the fastest’s time" in told

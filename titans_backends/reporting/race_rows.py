@@ -40,6 +40,11 @@ class RaceRow:
     costs: Mapping[str, float]
 
     @property
+    def own(self) -> bool:
+        """Whether the fastest is a peer's own function."""
+        return self.standings.timed(self.way)[0].kind == "own"
+
+    @property
     def fastest(self) -> Timed:
         """The fastest of all, peers' own functions included."""
         assert self.row.fastest is not None
@@ -87,7 +92,9 @@ def race_headline(rows: Sequence[RaceRow]) -> Iterator[str]:
         told = [f"{who} in {count}" for who, count in wins(some).items()]
         if told:
             listed = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
-            yield f"{launch[0].upper()}{launch[1:]}, the fastest is {listed}; a peer’s own function counts for the peer."
+            own = sum(one.own for one in some)
+            counted = f", in {own} of these by a peer’s own function" if own else ""
+            yield f"{launch[0].upper()}{launch[1:]}, the fastest is {listed}{counted}."
 
 
 def wins(rows: Sequence[RaceRow]) -> dict[str, int]:

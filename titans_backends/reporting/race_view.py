@@ -128,7 +128,9 @@ def _field(one: RaceRow) -> Field:
     told += [f"tuned choice: {one.row.winner.label}, {_cost(one.costs['tuned'])}"] if one.row.winner is not None else []
     cost = one.costs.get("tuned", 0.0)
     roles = tuple(style_of(name).role for name in first.backends)
-    return Field(roles, first.who, numbers.time_us(first.us), "; ".join(told), f"tuned {_cost(cost)}" if cost >= _SAID else "")
+    return Field(
+        roles, first.who + (", own" if one.own else ""), numbers.time_us(first.us), "; ".join(told), f"tuned {_cost(cost)}" if cost >= _SAID else ""
+    )
 
 
 def _panels(rows: Sequence[RaceRow], anchor: str) -> Iterator[Panel]:

@@ -133,10 +133,8 @@ def _said(axes: Axes, row: int, x: float, words: str, wide: float, *, ha: str, c
 
 def _beside(axes: Axes, row: int, line: Line, wide: float) -> None:
     """Who is fastest, its time, and what the choices cost; what is over the band is bold."""
-    who, own = (
-        "two" if "+" in line.winner.who else line.winner.who,
-        line.winner.kind == "own" and line.winner.who in {w for _, w, o in _times(line) if o},
-    )
+    who = "two" if "+" in line.winner.who else line.winner.who
+    own = line.winner.kind == "own" and any(one == who for _, one, hollow in _times(line) if hollow)
     _mark(axes, (wide + COLUMNS[0] + 4) / wide, row, who, line, axes.get_yaxis_transform(), hollow=own)
     words = " + ".join(TITLES.get(one, one) for one in line.winner.who.split("+"))
     _said(axes, row, wide + COLUMNS[0] + 13, words, wide, ha="left")

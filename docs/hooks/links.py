@@ -19,7 +19,8 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 """Where the repository's own pages stand on the site."""
 LATER = ("drop-in.md", "drop-in-transformers.md", "drop-in-fla.md", "report.md", "record.md", "assess.md", "peers.md")
 """Pages that the navigation has a place for before they are written."""
-_LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)")
+_LINK = re.compile(r'(!?\[[^\]]*\]\(|<(?:img|source) [^>]*?src(?:set)?=")([^)#\s"]+)')
+"""A link or a picture of Markdown, or a picture written as HTML."""
 _RESULTS = "benchmarks/results/"
 
 

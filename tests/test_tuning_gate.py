@@ -19,8 +19,10 @@ from titans_backends.contracts.case import Case
 from titans_backends.contracts.fused_uw import FusedUW
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.machine import detect
-from titans_backends.tuning import gate as gate_module
-from titans_backends.tuning.gate import GateResult, gate
+from titans_backends.tuning import guarded_run
+from titans_backends.tuning.gate import GateResult, check_backward, gate
+from titans_backends.tuning.ledger import Ledger, Rejected
+from titans_backends.tuning.suite import Exam
 
 Run = Callable[..., GateResult]
 
@@ -129,8 +131,8 @@ def test_what_a_module_remembered_runs_on_poisoned_memory_and_not_on_its_first_r
         def remember(self, call: FusedUW, candidate: Candidate) -> object:
             return self.run(call, candidate), lambda later: self.run(FusedUW(*later), candidate)
 
-    monkeypatch.setattr(gate_module, "_poison", lambda shapes, like: done.append("poison"))
-    gate_module.run_forward(contract, Candidate("any", "any"), Module(), call, "here", repeated=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(guarded_run, "_poison", lambda shapes, like: done.append("poison"))
+    guarded_run.run_forward(contract, Candidate("any", "any"), Module(), call, "here", repeated=True)  # type: ignore[arg-type]
     assert done == ["run", "poison", "run"]
 
 
@@ -152,7 +154,7 @@ def test_what_repeats_its_first_gradients_is_rejected_also_where_bits_may_differ
     made = CONTRACTS["fused_uw"]
     call = made.make_call(torch.eye(4), torch.ones(4, 4), torch.ones(4, 4))
     grads = (torch.ones(4, 4), None)
-    exam = gate_module.Exam(
+    exam = Exam(
         Case("any", B=1, T=4, G=1, H=1, K=4, V=4),
         call,
         made.reference(call),
@@ -170,5 +172,5 @@ def test_what_repeats_its_first_gradients_is_rejected_also_where_bits_may_differ
 
     for deterministic in (True, False):
         candidate = Candidate("any", "any", direction="backward", deterministic=deterministic)
-        with pytest.raises(gate_module.Rejected, match="two runs differ" if deterministic else "called again"):
-            gate_module.check_backward(made, candidate, Module(), exam, tolerance(torch.float32), gate_module.Ledger(), "here")  # type: ignore[arg-type]
+        with pytest.raises(Rejected, match="two runs differ" if deterministic else "called again"):
+            check_backward(made, candidate, Module(), exam, tolerance(torch.float32), Ledger(), "here")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from race_page import BAND, MODES, PEERS, TITLES, Line, cost, in_order, number
+from race_lines import BAND, MODES, PEERS, TITLES, Line, cost, in_order, number
 
 from titans_backends.reporting import svg
 from titans_backends.reporting.canvas import GRID, INK, MUTED, PAPER, SMALL, TEXT

@@ -25,6 +25,7 @@ from titans_backends.verdict import ACCEPTED
 race = script("benchmarks/race.py")
 cells = script("benchmarks/race_cells.py")
 results = script("benchmarks/race_results.py")
+lines = script("benchmarks/race_lines.py")
 page = script("benchmarks/race_page.py")
 reach = script("benchmarks/race_reach.py")
 measure = script("benchmarks/race_measure.py")
@@ -136,7 +137,7 @@ def test_rows_stand_by_heads_then_by_length() -> None:
         "1x512 2/8 D128 forward",
     ]
     told = results.Results(two_runs().runs, {name: two_runs().cases[CASE] for name in names})
-    assert [str(line.case) for line in page.in_order(page.lines_of(told, "graph"))] == [
+    assert [str(line.case) for line in lines.in_order(lines.lines_of(told, "graph"))] == [
         "1x512 2/8 D128 forward", "1x512 16/32 D128 forward", "1x8192 16/32 D128 forward", "8x1024 16/32 D128 forward", "1x8192 12/12 D32 forward"
     ]  # fmt: skip
 
@@ -182,7 +183,7 @@ def test_the_tables_say_who_won_and_what_choices_cost() -> None:
 def test_the_picture_is_a_file_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib")
     picture = script("benchmarks/race_picture.py")
-    wide, narrow = picture.written(page.lines_of(two_runs(), "graph"), tmp_path / "race.svg", "a card")
+    wide, narrow = picture.written(lines.lines_of(two_runs(), "graph"), tmp_path / "race.svg", "a card")
     assert narrow == tmp_path / "race-narrow.svg"
     for path in (wide, narrow):
         text = path.read_text(encoding="utf-8")

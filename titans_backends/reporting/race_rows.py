@@ -83,8 +83,9 @@ def race_headline(rows: Sequence[RaceRow]) -> Iterator[str]:
     cases = {(one.row.place.regime, one.row.place.size, one.row.place.seq_len) for one in rows}
     who = dict.fromkeys(one.backends[0] for row in rows for one in row.row.best)
     forward = sum(regime == "inference" for regime, _, _ in cases)
+    trained = len(cases) - forward
     yield (
-        f"{numbers.amount(len(cases), 'case')} of {OP} in bfloat16, {forward} forward and {len(cases) - forward} forward and backward: "
+        f"{numbers.amount(len(cases), 'case')} of {OP} in bfloat16{f', {forward} forward and {trained} forward and backward' if trained else ', forward'}: "
         f"{', '.join(who)}, checked against float64, in one race."
     )
     for way, launch in LAUNCHED.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from race_cells import CASES
 from race_lines import BAND, MODES, PEERS, TITLES, Line, cost, in_order, number
 
 from titans_backends.reporting import svg
@@ -69,8 +70,9 @@ def drawn(lines: Sequence[Line], device: str, *, narrow: bool = False) -> Figure
     height = TOP + (sum(tall) if narrow else max(tall)) + LEGEND * -(-len(handles) // per_line) + 10
     figure = Figure(figsize=(width / 72, height / 72))
     figure.text(2 / width, 1 - 17 / height, TITLE, color=INK, fontsize=TEXT + 2, fontweight="bold")
-    for line, words in enumerate(ABOUT):
-        figure.text(2 / width, 1 - (34 + 14 * line) / height, words.format(device=device), color=MUTED, fontsize=SMALL)
+    some = "" if len(lines) >= len(CASES) else f" {len(lines)} of {len(CASES)} cases."
+    for row, words in enumerate((ABOUT[0].format(device=device) + some, ABOUT[1])):
+        figure.text(2 / width, 1 - (34 + 14 * row) / height, words, color=MUTED, fontsize=SMALL)
     for index, (title, some) in enumerate(panels):
         left = LEFT + (0.0 if narrow else index * (across + GAP))
         top = TOP + HEAD + (sum(tall[:index]) if narrow else 0.0)

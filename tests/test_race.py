@@ -196,7 +196,7 @@ def test_the_picture_is_a_file_of_its_own(tmp_path: Path) -> None:
             "200 µs",
             "+10.0 %",
             "+50.0 %",
-            "a card, in a CUDA graph from a cold cache. Left is better.",
+            "a card, in a CUDA graph from a cold cache. Left is better. 1 of 37 cases.",
         } <= set(said)
         assert "prefers-color-scheme:dark" in text
     with pytest.raises(ValueError, match="no case with a time"):

@@ -154,6 +154,7 @@ def _race_json(one: RaceRow) -> Json:
         "best_of_each_backend": [_timed_json(best) for best in row.best],
         "tuned": _timed_json(row.winner),
         "costs_over_fastest": {**one.costs},
+        "costs_over_fastest_backend": {**one.beside},
         "default": _timed_json(row.default),
         "floor_us": None if row.floor is None else row.floor.us,
     }

@@ -31,13 +31,15 @@ _LAUNCH: Mapping[Way, str] = {"graph": "graph", "wall": "eager"}
 class RaceRow:
     """One case, launched one way. `row` as the charts know it: its winner is what tuning on that machine takes, its `fastest` the fastest of all.
 
-    `costs`: by `tuned` and `shipped`, what the choice takes over the fastest, as a share; a choice that was not timed is left out.
+    `costs`: by `tuned` and `shipped`, what the choice takes over the fastest, as a share; a choice that was not timed is left out. `beside`: the same
+    over the fastest backend, peers' own functions left out.
     """
 
     row: Row
     way: Way
     standings: Standings
     costs: Mapping[str, float]
+    beside: Mapping[str, float]
 
     @property
     def own(self) -> bool:
@@ -133,7 +135,8 @@ def _row(case: re.Match[str], stands: Standings, way: Way) -> RaceRow | None:
         state=State("unchecked"),
         refusals=(),
     )
-    return RaceRow(row, way, stands, costs)
+    beside = {what: cost for what in costs if (cost := stands.regret(labels[what], way, backends=True)) is not None}
+    return RaceRow(row, way, stands, costs, beside)
 
 
 def _when(batch: int, group: int, heads: int, dim: int, mode: str, way: Way) -> dict[str, str | int | bool | tuple[int, int]]:

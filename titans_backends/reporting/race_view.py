@@ -27,11 +27,12 @@ _SAID = 0.02
 
 @dataclass(frozen=True, slots=True)
 class RaceChoice:
-    """How good a choice was, launched one way: in how many cases it is within the band, its mean cost, its worst and where that is."""
+    """How good a choice was, launched one way: in how many cases it is within the band, of the backends alone too, its mean cost, its worst and where."""
 
     what: str
     launch: str
     within: int
+    beside: int
     cases: int
     mean: str
     worst: str
@@ -102,8 +103,9 @@ def _choices(rows: Sequence[RaceRow]) -> Iterator[RaceChoice]:
             if some:
                 worst = max(some, key=lambda one: one.costs[what])
                 mean = statistics.fmean(one.costs[what] for one in some)
+                beside = sum(one.beside.get(what, 0.0) <= BAND for one in some)
                 within = sum(one.costs[what] <= BAND for one in some)
-                yield RaceChoice(said, _SHORT[way], within, len(some), _cost(mean), _cost(worst.costs[what]), _where(worst.row))
+                yield RaceChoice(said, _SHORT[way], within, beside, len(some), _cost(mean), _cost(worst.costs[what]), _where(worst.row))
 
 
 def _groups(rows: Sequence[RaceRow], anchor: str) -> Iterator[RaceGroup]:

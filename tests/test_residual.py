@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType
 
@@ -38,7 +38,7 @@ def norms(call: Call) -> Tensor:
 
 
 @pytest.fixture
-def keeper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor | None]]:
+def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Tensor | None]]]:
     """`keeper()` installs a backend whose forward keeps the keys' norms, and returns what its backwards were handed; `residual` is what it keeps instead."""
 
     def make(residual: Callable[[Call], Tensor] = norms, *, plain: bool = True) -> list[Tensor | None]:
@@ -64,7 +64,9 @@ def keeper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor | None]
         monkeypatch.setattr(module, "run_backward", backward)
         return handed
 
-    return make
+    yield make
+    monkeypatch.undo()
+    tb.reset()
 
 
 def step(call: Call, **options: object) -> None:

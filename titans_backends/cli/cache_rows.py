@@ -16,6 +16,7 @@ from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, say
 from titans_backends.cli.show import table as show_table
 from titans_backends.cli.winners import winner_cells, winner_columns
+from titans_backends.reporting import numbers
 
 __all__ = ["changes_json", "rows_json", "show_changes", "show_rows"]
 
@@ -38,7 +39,7 @@ def show_rows(to: Console, table: Table, states: Mapping[Bucket, Staleness]) -> 
     ]
     show_table(to, columns, groups)
     if len(listed) < len(table.rows):
-        many = units.amount(len(table.rows) - len(listed), "row")
+        many = numbers.amount(len(table.rows) - len(listed), "row")
         say(to, Text(f"not listed: {many} for traced graphs (saves=inputs) with the choice of the row beside; --json has all", "dim"))
 
 

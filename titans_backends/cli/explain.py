@@ -107,7 +107,7 @@ def _show(out: Console, asked: AskedCall, found: Explanation) -> None:
             Column("note", flexible=True),
         )
         table(out, columns, [Group("", [_timing(one) for one in sorted(measurements, key=_by_time)])])
-    if found.choice is not None and found.choice.origin == "default":
+    if found.choice is not None and found.choice.origin in ("default", "neighbour"):
         out.print()
         _show_how_to_measure(out, asked, found)
 

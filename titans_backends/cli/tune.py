@@ -24,6 +24,7 @@ from titans_backends.cli.show import command, console, facts, print_json, say, s
 from titans_backends.cli.tune_doubtful import doubtful_rows
 from titans_backends.cli.tune_from import Recorded, coverage_json, show_coverage
 from titans_backends.cli.tune_from import from_file as read_problems
+from titans_backends.cli.tune_output import expect_table
 from titans_backends.cli.tune_rows import rows_json, show_rows
 from titans_backends.contracts import CONTRACTS
 from titans_backends.machine import Machine, detect
@@ -72,7 +73,11 @@ def tune(
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is current.")] = False,
     doubtful: Annotated[
-        bool, typer.Option("--doubtful", help="Measure again the rows that noise decided, the most doubtful first, and those alone.")
+        bool,
+        typer.Option(
+            "--doubtful",
+            help="Measure again the rows that noise decided, the most doubtful first, and those alone; with --from those of the recording.",
+        ),
     ] = False,
     assess: Annotated[
         bool, typer.Option("--assess", help="Say how good the tuner is: two fresh tunes against every candidate timed fully. Changes no table.")
@@ -88,6 +93,8 @@ def tune(
     """
     target = words.device_named(device or ranks.launched_device())
     machine = detect(target)
+    if output is not None and not assess:
+        expect_table(output, machine)
     small = True if quick is None else quick
     racing = _backends(backend)
     for one in registry.broken().values():
@@ -102,7 +109,8 @@ def tune(
     if recorded is not None:
         buckets = recorded.buckets
     if doubtful:
-        buckets = doubtful_rows(output, {**grid, "--from": from_file, "--force": force, "--assess": assess}, machine, target)
+        among = None if recorded is None else recorded.buckets
+        buckets = doubtful_rows(output, {**grid, "--force": force, "--assess": assess}, machine, target, among)
     elif recorded is None:
         with user_input():
             buckets = plan(
@@ -150,7 +158,7 @@ def tune(
     if dry_run and ranks.launched_rank():
         return  # rank 0 shows it
     if dry_run:
-        _show_dry_run(request, machine, as_json)
+        _show_dry_run(request, machine, as_json, from_file)
         return
     typed = [] if from_file is None else ["--from", str(from_file)]
     typed += [word for name, given in {**grid, "--backend": backend}.items() if isinstance(given, list) for value in given for word in (name, value)]
@@ -162,7 +170,8 @@ def tune(
     typed += ["--max-memory", f"{max_memory:g}"] if max_memory is not None else []
     typed += ["--output", str(output)] if output is not None else []
     typed += ["--device", device] if device is not None else []
-    _Session(request, machine, shlex.join(["titans-backends", "tune", *typed]), as_json, recorded).run()
+    whole = None if doubtful else recorded  # what the doubtful rows alone cover says nothing of the recording
+    _Session(request, machine, shlex.join(["titans-backends", "tune", *typed]), as_json, whole, from_file).run()
 
 
 def _say_other_lengths(asked: Sequence[int] | None, buckets: Sequence[Bucket]) -> None:
@@ -187,14 +196,14 @@ def _path(request: TuneRequest, machine: Machine) -> Path:
     return request.output if request.output is not None else user_cache_path(machine.slug)
 
 
-def _show_dry_run(request: TuneRequest, machine: Machine, as_json: bool) -> None:
+def _show_dry_run(request: TuneRequest, machine: Machine, as_json: bool, from_file: Path | None) -> None:
     racing = request.backends or tuple(b.name for b in registry.known().values() if b.quick or not request.quick)
     if as_json:
         print_json(plan_json(request, machine, racing))
         return
     out = console()
     if request.doubtful and not request.buckets:
-        say(out, _no_doubt(_path(request, machine)))
+        say(out, _no_doubt(_path(request, machine), from_file))
         return
     show_plan(out, request, machine, racing)
     say(out, f"\n{units.amount(len(request.buckets), 'bucket')} would be measured on {machine.name}, and written to {_path(request, machine)}")
@@ -209,6 +218,7 @@ class _Session:
     again: str
     as_json: bool
     recorded: Recorded | None = None
+    from_file: Path | None = None
 
     def run(self) -> None:
         """Raises typer.Exit for every status but 0."""
@@ -245,7 +255,8 @@ class _Session:
 
     def _announce(self, err: Console) -> None:
         grid = "recorded, the most expensive first" if self.recorded is not None else "quick grid" if self.request.quick else "full grid"
-        grid = "in doubt, the most doubtful first" if self.request.doubtful else grid
+        among = f" of {self.from_file}" if self.from_file is not None else ""
+        grid = f"in doubt{among}, the most doubtful first" if self.request.doubtful else grid
         say(
             err,
             f"{self.machine.name}: {units.amount(len(self.request.buckets), 'bucket')} planned ({grid}), into {_path(self.request, self.machine)}",
@@ -267,7 +278,7 @@ class _Session:
         self._show_coverage(report)
         say(out, NOTHING)
         if self.request.doubtful and not report.rows:
-            say(out, _no_doubt(report.path))
+            say(out, _no_doubt(report.path, self.from_file))
             return
         current = units.amount(len(report.rows), "bucket is", "buckets are")
         say(out, f"all {current} current in {report.path}" if len(report.rows) != 1 else f"the bucket is current in {report.path}")
@@ -326,8 +337,9 @@ class _Session:
         return f" --budget {self.request.budget_s:g}" if self.request.budget_s is not None else ""
 
 
-def _no_doubt(path: Path) -> str:
-    return f"no row of {path} is in doubt: nobody may save more than 5 % of a winner's time"
+def _no_doubt(path: Path, among: Path | None) -> str:
+    of_them = f" that {among} asks for" if among is not None else ""
+    return f"no row of {path}{of_them} is in doubt: nobody may save more than 5 % of a winner's time"
 
 
 def _file(request: TuneRequest) -> str:

@@ -163,10 +163,11 @@ def read(path: Path) -> tuple[Met, ...]:
     """The lines of a file, none where there is no file; SchemaError with file and line, CacheError where it cannot be read."""
     from titans_backends.cache.nodes import SchemaError
     from titans_backends.cache.problems import parse_problems
+    from titans_backends.cache.reading import read_text
     from titans_backends.cache.writing import CacheError
 
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         return ()
     except OSError as error:

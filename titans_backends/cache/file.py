@@ -17,6 +17,7 @@ from typing import Generic, Literal, TypeVar
 from titans_backends.cache.document import ForeignDevice, FutureSchema, OtherFile
 from titans_backends.cache.nodes import SchemaError
 from titans_backends.cache.paths import timings_path
+from titans_backends.cache.reading import read_text
 from titans_backends.cache.schema import Bucket, DefaultsOf, Device, Entry, Environment, Table, canonical_when, merge
 from titans_backends.cache.table_text import dump_table, parse_table
 from titans_backends.cache.timings import Measurement, Timings, dump_timings, merge_timings, parse_timings
@@ -172,9 +173,7 @@ def _canonical(bucket: Bucket, defaults_of: DefaultsOf) -> Bucket:
 def _examine(form: _Format[Content], path: Path, defaults_of: DefaultsOf, device: Device | None) -> Loaded[Content]:
     table, problem = None, None
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(f"it is no file but a {'folder' if path.is_dir() else 'device or pipe'}")
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path)
         known = form.written.get(real_path(path))
         if known is not None and known[:2] == (text, defaults_of) and (device is None or known[2].device.same(device)):
             table = known[2]

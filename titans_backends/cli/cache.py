@@ -65,7 +65,8 @@ def show(
         out.print()
     for one in worn:
         say(out, Text(str(one), "yellow"))
-        command(out, one.command)
+        if one.command:
+            command(out, one.command)
 
 
 @cache.command("path")

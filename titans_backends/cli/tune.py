@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -91,7 +92,7 @@ def tune(
     Only what is missing or no longer current is measured. Ctrl-C keeps every finished bucket.
     Exit status: 0 when every bucket has a row, 1 when some are left or nothing could win, 2 when it could not run, 130 on Ctrl-C.
     """
-    target = words.device_named(device or ranks.launched_device())
+    target = words.device_named(ranks.launched_device() if device is None else device)
     machine = detect(target)
     if output is not None and not assess:
         expect_table(output, machine)
@@ -100,7 +101,9 @@ def tune(
     for one in registry.broken().values():
         say(status_console(), f"backend {one.name} is broken and does not race: {one.reason}; see: titans-backends doctor", "yellow")
     pairs = words.heads_list(heads)
-    lengths = words.integers("--seq-lens", seq_lens)
+    lengths, dims = words.integers("--seq-lens", seq_lens), words.head_dims(head_dim)
+    most_heads, most_dim = (max((n for pair in given or () for n in pair), default=1) for given in (pairs, dims))
+    words.computable(max(lengths or [1]), max(batch or 1, 1), most_heads, most_dim)
     grid = {
         "--op": op, "--seq-lens": seq_lens, "--heads": heads, "--head-dim": head_dim, "--dtype": dtype, "--regime": regime, "--launch": launch,
         "--batch": batch,
@@ -119,7 +122,7 @@ def tune(
                 ops=words.op_names(op),
                 seq_lens=lengths,
                 heads=pairs,
-                head_dims=words.head_dims(head_dim),
+                head_dims=dims,
                 dtypes=words.one_of("--dtype", dtype, words.DTYPES),
                 regimes=cast("Sequence[Regime] | None", words.one_of("--regime", regime, ("inference", "training"))),
                 launches=cast("Sequence[Launch] | None", words.one_of("--launch", launch, ("eager", "graph"))),
@@ -128,9 +131,10 @@ def tune(
         _say_other_lengths(lengths, buckets)
     if objective not in ("time", "memory"):
         raise MisuseError(f"--objective must be time or memory, got {objective!r}")
-    for name, value in (("--budget", budget), ("--max-memory", max_memory), ("--timeout", timeout)):
-        if value is not None and not value > 0:
-            raise MisuseError(f"{name} must be above 0, got {value:g}")
+    words.seconds("--budget", budget)
+    words.seconds("--timeout", timeout)
+    if max_memory is not None and not 0 < max_memory < math.inf:
+        raise MisuseError(f"--max-memory must be MiB above 0, got {max_memory:g}")
     request = TuneRequest(
         buckets,
         device=target,

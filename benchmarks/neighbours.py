@@ -1,8 +1,8 @@
 """What it costs a call in a graph to take the eager row's winner instead of the untuned default, from timings that lie in benchmarks/results. Measures nothing.
 
-    python benchmarks/neighbours.py [TIMINGS.yaml ...] [--least-us N]
+    python benchmarks/neighbours.py [TIMINGS.yaml ...] [--regime training] [--least-us N]
 
-For every bucket of inference with timings of both launches: the graph time of eager's winner over that of the default, and over the graph's own winner's.
+For every bucket of a regime with timings of both launches: the graph time of eager's winner over that of the default, and over the graph's own winner's.
 `cache.neighbour.LEAST_US` and the figures of docs/cache.md come from here.
 """
 
@@ -22,10 +22,11 @@ from titans_backends.cache import file
 from titans_backends.cache.neighbour import LEAST_US, eager_bucket
 from titans_backends.cache.timings import Timings
 from titans_backends.machine import Machine
-from titans_backends.offers import Pair
+from titans_backends.offers import Offer, pairs
 from titans_backends.tuning.problem import signature_of_bucket
-from titans_backends.tuning.select import Contender, select
-from titans_backends.tuning.standing import measurement_of
+from titans_backends.tuning.select import Contender, combined, select
+from titans_backends.tuning.standing import measurement_of, members
+from titans_backends.verdict import ACCEPTED
 
 __all__ = ["Neighbour", "neighbours", "told"]
 
@@ -53,26 +54,31 @@ class Neighbour:
 def _contenders(bucket: Bucket, timings: Timings, machine: Machine) -> tuple[Contender, ...]:
     """The candidates that are offered today and have passed, the default first; none where the default has not passed."""
     signature, known = signature_of_bucket(bucket, machine.kind), {one.identity: one for one in timings.rows[bucket]}
-    found: list[Contender] = []
-    order = 0
+    offered: list[Offer] = []
     for backend in registry.order(machine.kind):
         module, _ = registry.module(backend, bucket.op)
-        for candidate in module.candidates(signature, machine) if module is not None and module.supports(signature, machine) else ():
-            one = known.get(measurement_of(candidate).identity)
-            if one is not None and one.us is not None and one.status == "ok":
-                found.append(Contender(Pair(candidate), one.us, one.spread or 0.0, 0.0, backend.simplicity, order))
-            order += 1
+        if module is not None and module.supports(signature, machine):
+            training = registry.trainable(module) if signature.regime == "training" else None
+            backward = () if training is None else tuple(training.backward_candidates(signature, machine))
+            offered.append(Offer(backend, ACCEPTED, module, tuple(module.candidates(signature, machine)), backward))
+    found: list[Contender] = []
+    for order, pair in enumerate(pairs(offered, signature)):
+        measured = [known.get(measurement_of(candidate).identity) for candidate in members(pair)]
+        if all(one is not None and one.us is not None and one.status == "ok" for one in measured):
+            us, spread = combined([(one.us or 0.0, one.spread or 0.0) for one in measured if one is not None])
+            simplicity = max(registry.get(candidate.backend).simplicity for candidate in members(pair))
+            found.append(Contender(pair, us, spread, 0.0, simplicity, order))
     return tuple(found) if found and found[0].order == 0 else ()
 
 
-def neighbours(timings: Timings) -> list[Neighbour]:
-    """Every bucket of inference that has both launches."""
+def neighbours(timings: Timings, regime: str = "inference") -> list[Neighbour]:
+    """Every bucket of the regime that has both launches; in training a time is of a pair."""
     device = timings.device
     machine = Machine(device.kind, device.name, device.slug, device.sm, device.sms, _SHARED_MEMORY)
     found = []
     for bucket in timings.rows:
         eager = eager_bucket(bucket, defaults_of(bucket.op))
-        if eager is None or eager not in timings.rows or field(bucket, "regime") != "inference":
+        if eager is None or eager not in timings.rows or field(bucket, "regime") != regime:
             continue
         eagerly, captured = _contenders(eager, timings, machine), _contenders(bucket, timings, machine)
         winner, best = select(eagerly).winner, select(captured).winner
@@ -104,20 +110,22 @@ def main(words: Sequence[str] | None = None) -> int:
     """Prints each bucket where the two differ, then the figures with and without the limit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("timings", nargs="*", type=Path, default=sorted(RESULTS.glob("*.timings.yaml")))
-    parser.add_argument("--least-us", type=float, default=LEAST_US)
+    parser.add_argument("--regime", choices=("inference", "training"), default="inference")
+    parser.add_argument("--least-us", type=float, help=f"default: {LEAST_US:g}, in training twice that")
     given = parser.parse_args(words)
+    limit = given.least_us if given.least_us is not None else LEAST_US * (2 if given.regime == "training" else 1)
     for path in given.timings:
         loaded = file.read_timings(path, defaults_of)
         if loaded.table is None:
             print(f"{path}: {loaded.reason or 'there is no such file'}", file=sys.stderr)
             return 1
-        found = neighbours(loaded.table)
+        found = neighbours(loaded.table, given.regime)
         print(f"{loaded.table.device.name} ({path.name})")
         for one in found:
             if one.over_default != 1:
                 key = ", ".join(f"{name}={value}" for name, value in one.bucket.when if name not in ("launch", "streams"))
                 print(f"  {one.bucket.op} {one.bucket.seq_len} {key}: eager {one.eager_us:.4g} us; graph {one.us:.4g}, default {one.default_us:.4g}")
-        for least in dict.fromkeys((0.0, given.least_us)):
+        for least in dict.fromkeys((0.0, limit)):
             print(f"  {told(found, least)}")
     return 0
 

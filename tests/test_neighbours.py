@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.scripts import script
-from titans_backends.buckets import defaults_of
+from titans_backends.buckets import defaults_of, field
 from titans_backends.cache import file
 from titans_backends.cache.neighbour import LEAST_US
+from titans_backends.cache.schema import canonical_when
 
 neighbours = script("benchmarks/neighbours.py")
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +52,17 @@ def test_the_command_prints_both_lines_and_refuses_what_is_not_there(capsys: pyt
     assert "from 0 us: 19 of 19 buckets" in capsys.readouterr().out
     assert neighbours.main(["missing.yaml"]) == 1
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_in_training_the_pairs_are_compared() -> None:
+    """As if graphs took what eager calls take: then eager's winner is the graph's, and no default is faster than what it may save."""
+    table = file.read_timings(neighbours.RESULTS / "nvidia_h100_80gb_hbm3.timings.yaml", defaults_of).table
+    assert table is not None
+    eager = [bucket for bucket in table.rows if field(bucket, "regime") == "training"][:6]
+    graphs = {
+        bucket._replace(when=canonical_when({**dict(bucket.when), "launch": "graph"}, defaults_of(bucket.op))): table.rows[bucket] for bucket in eager
+    }
+    found = neighbours.neighbours(replace(table, rows={**table.rows, **graphs}), "training")
+    assert {one.bucket for one in found} == set(graphs)
+    assert all(one.us == one.eager_us == one.best_us and one.over_default <= 1 for one in found)
+    assert any(one.over_default < 1 for one in found)

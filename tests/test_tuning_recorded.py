@@ -27,7 +27,7 @@ from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.recorded import Demand, covered, demands, ordered, table_us
 from titans_backends.tuning.run import Row, TuneReport, TuneRequest
 
-MODULE = importlib.import_module("titans_backends.cli.tune")
+MODULE = importlib.import_module("titans_backends.cli.tune_session")
 run = CliRunner().invoke
 
 
@@ -255,7 +255,7 @@ def test_an_output_that_is_a_recording_is_refused_before_anything_is_read_or_mea
     place = write(tmp_path / name, {problem(bucket()): Count(1)})
     before = place.read_text()
     for more in ((), ("--dry-run",), ("--doubtful",)):
-        monkeypatch.setattr(MODULE, "read_problems", lambda *_: pytest.fail("it was read"))
+        monkeypatch.setattr(importlib.import_module("titans_backends.cli.tune"), "read_problems", lambda *_: pytest.fail("it was read"))
         result, seen = ended(monkeypatch, path, "--output", str(tmp_path / "out.yaml"), *more)
         assert (result.exit_code, seen) == (2, [])
         said = f"--output {tmp_path / 'out.yaml'}: no table can be written there: {place}: the problems of a model, not a tuned table"
@@ -286,7 +286,7 @@ def test_the_doubtful_among_a_recordings_are_those_alone(tmp_path: Path, monkeyp
     assert request.doubtful
     assert f"2 buckets planned (in doubt of {path}, the most doubtful first)" in result.stderr
     assert "tuned rows cover" not in result.stdout  # of the doubtful rows alone it would mean nothing
-    assert f"titans-backends tune --from {path} --doubtful --device cpu" in ended(monkeypatch, path, "--doubtful", done=1)[0].stdout
+    assert f"titans-backends tune --from {path} --device cpu --doubtful" in ended(monkeypatch, path, "--doubtful", done=1)[0].stdout
     monkeypatch.setattr(doubtful, "doubtful", lambda *_: ((other, 0.9),))
     nothing = ended(monkeypatch, path, "--doubtful", "--dry-run")[0]
     assert f"that {path} asks for is in doubt" in nothing.stdout

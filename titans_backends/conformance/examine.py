@@ -22,9 +22,10 @@ from titans_backends.dispatch import Choice
 from titans_backends.errors import BackendRefusedError
 from titans_backends.library import planner
 from titans_backends.op import get_op
-from titans_backends.plans import request
 from titans_backends.precision import float32_precision
-from titans_backends.tuning.gate import Ledger, Rejected, check_backward, check_forward, failure
+from titans_backends.request import request
+from titans_backends.tuning.gate import check_backward, check_forward, failure
+from titans_backends.tuning.ledger import Ledger, Rejected
 from titans_backends.tuning.suite import Exam, exam_of
 
 __all__ = ["Result", "examine"]
@@ -67,8 +68,11 @@ def examine(item: Item) -> Result:
                 module, verdict = registry.module(offer.backend, item.op)
                 if module is None:
                     raise Rejected(str(verdict))
-                check = check_forward if candidate.direction == "forward" else check_backward
-                check(made, candidate, module, exam, bound, ledger, where)
+                if candidate.direction == "forward":
+                    check_forward(made, candidate, module, exam, bound, ledger, where)
+                else:
+                    maker = next((one for one in offer.forward if one.agrees(candidate)), None)
+                    check_backward(made, candidate, module, exam, bound, ledger, where, maker=maker)
     except Rejected as reason:
         return Result(item, "failed", f"{item}: {reason}", max(ledger.errors.values(), default=0.0), limit, tuple(ran))
     except Exception as error:

@@ -84,6 +84,22 @@ def test_rows_for_traced_graphs_that_repeat_another_are_counted_not_listed(own_c
     assert len(json.loads(run(app, ["cache", "show", "--device", "cpu", "--json"]).stdout)) == 4
 
 
+def test_show_marks_what_noise_decided_and_says_how_to_settle_it(own_cache: Path) -> None:
+    write(own_cache, {SHORT: entry(), LONG: entry(2000.0)})
+    assert "doubt" not in run(app, ["cache", "show", "--device", "cpu"]).stdout
+    write(own_cache, {LONG: replace(entry(2000.0), doubt=0.123)})
+    result = run(app, ["cache", "show", "--device", "cpu"])
+    assert [("? 12 %" in line) for line in result.stdout.splitlines() if "eager/" in line] == [False, True]
+    assert "doubt: noise decided; the share of the winner's time that another candidate may save" in result.stdout
+    assert "--doubtful" not in result.stdout, "without timings nothing says who the others are"
+    common = {"device": device_of(detect("cpu")), "environment": current_environment("cpu"), "defaults_of": defaults_of}
+    file.update_timings(paths.timings_path(own_cache), changes={LONG: [Measurement("eager/chunked", us=3.0)]}, **common)  # type: ignore[arg-type]
+    assert "titans-backends tune --doubtful --device cpu" in run(app, ["cache", "show", "--device", "cpu"]).stdout
+    assert f"titans-backends tune --doubtful --output {own_cache}" in run(app, ["cache", "show", str(own_cache)]).stdout
+    rows = json.loads(run(app, ["cache", "show", "--device", "cpu", "--json"]).stdout)
+    assert [row["doubt"] for row in rows] == [None, 0.123]
+
+
 def test_another_torch_is_stale(own_cache: Path) -> None:
     write(own_cache, {SHORT: entry()}, environment=Environment("0.1", "1.0.0"))
     result = run(app, ["cache", "show", "--device", "cpu"])

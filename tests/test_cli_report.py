@@ -116,9 +116,13 @@ def test_an_op_that_does_not_exist_lists_those_that_do(made_up: list[Edge]) -> N
 
 def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the package matplotlib is not installed: pip install 'titans-backends[report]'")
-    result = run(app, ["report", "--output", str(tmp_path / "no folder" / "report.html")])
+    (tmp_path / "file").write_text("")
+    result = run(app, ["report", "--output", str(tmp_path / "file" / "report.html")])
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
+    made = tmp_path / "new folder" / "report.html"
+    assert run(app, ["report", "--output", str(made)]).exit_code == 0
+    assert made.is_file()  # as `tune` and `record` make the folders of what they write
 
 
 def test_ceilings_are_measured_where_that_was_asked_for(made_up: list[Edge], monkeypatch: pytest.MonkeyPatch) -> None:

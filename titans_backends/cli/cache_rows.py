@@ -33,7 +33,8 @@ def show_rows(to: Console, table: Table, states: Mapping[Bucket, Staleness]) -> 
     """The rows, those of one key under one title. Rows for traced graphs that repeat the row beside them are counted, not listed."""
     listed = {bucket: entry for bucket, entry in table.rows.items() if not repeats(bucket, entry, table.rows)}
     winner, *second = winner_columns(to)
-    columns = [Column("seq_len", "right"), winner, Column("median", "right"), Column("±", "right"), Column("peak", "right"), *second, Column("state")]
+    figures = [Column(title, "right") for title in ("median", "±", "doubt", "peak")]
+    columns = [Column("seq_len", "right"), winner, *figures, *second, Column("state")]
     groups = [
         Group(key_title(first), [_cells(to, bucket, entry, states.get(bucket)) for bucket, entry in found]) for first, found in by_key(listed.items())
     ]
@@ -41,6 +42,9 @@ def show_rows(to: Console, table: Table, states: Mapping[Bucket, Staleness]) -> 
     if len(listed) < len(table.rows):
         many = numbers.amount(len(table.rows) - len(listed), "row")
         say(to, Text(f"not listed: {many} for traced graphs (saves=inputs) with the choice of the row beside; --json has all", "dim"))
+    if any(entry.doubt is not None for entry in table.rows.values()):
+        to.print()
+        say(to, "doubt: noise decided; the share of the winner's time that another candidate may save, as far as both intervals go", "dim")
 
 
 def changes_json(changes: Sequence[Change], old: Table, new: Table) -> list[Json]:
@@ -72,7 +76,8 @@ def _side(entry: Entry | None) -> list[str | Text]:
 def _cells(to: Console, bucket: Bucket, entry: Entry, state: Staleness | None) -> list[str | Text]:
     winner, *second = winner_cells(to, entry)
     held = Text(state.kind, {"fresh": "", "stale": "yellow", "ignored": "red"}[state.kind]) if state is not None else Text()
-    return [str(bucket.seq_len), winner, units.time_us(entry.us), units.percent(entry.spread), units.mib(entry.peak_mib), *second, held]
+    doubt = Text(f"? {units.percent(entry.doubt)}" if entry.doubt is not None else "", "yellow")
+    return [str(bucket.seq_len), winner, units.time_us(entry.us), units.percent(entry.spread), doubt, units.mib(entry.peak_mib), *second, held]
 
 
 def _entry_json(entry: Entry, table: Table) -> dict[str, Json]:

@@ -10,11 +10,11 @@ from rich.text import Text
 from titans_backends.buckets import Bucket
 from titans_backends.cache.schema import Change, Entry, Table
 from titans_backends.cache.staleness import Staleness
-from titans_backends.cli import units
 from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json
 from titans_backends.cli.show import table as show_table
 from titans_backends.cli.winners import winner_cells, winner_columns
+from titans_backends.reporting import numbers
 
 __all__ = ["changes_json", "rows_json", "show_changes", "show_rows"]
 
@@ -61,13 +61,13 @@ def show_changes(to: Console, changes: Sequence[Change]) -> None:
 
 
 def _side(entry: Entry | None) -> list[str | Text]:
-    return [Text("no row", "dim"), ""] if entry is None else [entry.label.replace(" + ", "\n+ ", 1), units.time_us(entry.us)]
+    return [Text("no row", "dim"), ""] if entry is None else [entry.label.replace(" + ", "\n+ ", 1), numbers.time_us(entry.us)]
 
 
 def _cells(to: Console, bucket: Bucket, entry: Entry, state: Staleness | None) -> list[str | Text]:
     winner, *second = winner_cells(to, entry)
     held = Text(state.kind, {"fresh": "", "stale": "yellow", "ignored": "red"}[state.kind]) if state is not None else Text()
-    return [str(bucket.seq_len), winner, units.time_us(entry.us), units.percent(entry.spread), units.mib(entry.peak_mib), *second, held]
+    return [str(bucket.seq_len), winner, numbers.time_us(entry.us), numbers.percent(entry.spread), numbers.mib(entry.peak_mib), *second, held]
 
 
 def _entry_json(entry: Entry, table: Table) -> dict[str, Json]:

@@ -18,6 +18,7 @@ from titans_backends.cli.examiner import Examiner
 from titans_backends.cli.show import Column, Group, Json, console, heading, print_json, say, status_console, table
 from titans_backends.conformance import Item, Result, items
 from titans_backends.machine import Machine, detect
+from titans_backends.reporting import numbers
 from titans_backends.signature import Regime
 
 __all__ = ["verify"]

@@ -28,15 +28,6 @@ MODULE = importlib.import_module("titans_backends.cli.doctor")
 USABLE = BackendReport("eager", "built in", "plain torch", "usable", "", ("slow_core",), ("slow_core",))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tests share their cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A backend that raises on import."""

@@ -177,21 +177,13 @@ def test_other_candidates_keep_the_contract(op: str, case: Case) -> None:
 
 
 TRAINABLE = tuple(op for op in OPS if hasattr(module_of(op), "run_backward"))
-IN_FLOAT32 = {("gated_delta_rule", "gated, g -7 to -3"), ("gated_delta_rule", "normalized keys, g -7 to -3"), ("slow_core", "gated, g -7 to -3")}
-"""Where dg is 3e-5 off instead of 2e-5: the scores' diagonal stands in both of its sums. What leaves it out has not run on a card yet."""
-
-
-def trainings() -> Iterator[object]:
-    """Every op's training cases; those known to be wrong are to fail."""
-    for op in TRAINABLE:
-        for case in trained(CONTRACTS[op]):
-            wrong = case.dtype == torch.float32 and (op, case.name) in IN_FLOAT32
-            marks = [pytest.mark.xfail(reason="dg holds the rounding of the scores' diagonal", strict=True)] if wrong else []
-            yield pytest.param(op, case, id=f"{op}-{case.name}-{case.dtype}", marks=marks)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(("op", "case"), trainings())
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [pytest.param(op, case, id=f"{op}-{case.name}-{case.dtype}") for op in TRAINABLE for case in trained(CONTRACTS[op])],
+)
 def test_the_default_backward_keeps_the_contract(op: str, case: Case) -> None:
     made, module = CONTRACTS[op], cast(TrainableOpModule, module_of(op))
     call = build(made, case)

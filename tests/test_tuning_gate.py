@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from titans_backends import registry
 from titans_backends.backend import Candidate, TrainableOpModule
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import WhenValue, canonical_when
@@ -174,3 +175,22 @@ def test_what_repeats_its_first_gradients_is_rejected_also_where_bits_may_differ
         candidate = Candidate("any", "any", direction="backward", deterministic=deterministic)
         with pytest.raises(Rejected, match="two runs differ" if deterministic else "called again"):
             check_backward(made, candidate, Module(), exam, tolerance(torch.float32), Ledger(), "here")  # type: ignore[arg-type]
+
+
+def test_a_gradient_below_what_float32_holds_may_be_zero_but_not_anything_else() -> None:
+    values: dict[str, WhenValue] = {"dtype": "float32", "head_dim": (8, 8), "streams": 2, "g": True, "initial_state": True, "regime": "training"}
+    bucket = Bucket("deep_core", canonical_when(values, defaults_of("deep_core")), 40)
+    module, _ = registry.module(registry.get("eager"), "deep_core")
+    assert module is not None
+    candidate = Candidate("eager", "blocks", direction="backward")
+
+    class Spoiled:
+        def __getattr__(self, name: str) -> object:
+            return getattr(module, name)
+
+        def run_backward(self, *arguments: object) -> object:
+            found = module.run_backward(*arguments)  # type: ignore[attr-defined]
+            return (*found[:-1], found[-1] + 1e-3)
+
+    assert gate(bucket, candidate, module, detect("cpu"), "cpu").reason == ""
+    assert "is off by" in gate(bucket, candidate, Spoiled(), detect("cpu"), "cpu").reason  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ import titans_backends as tb
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file
 from titans_backends.cache.paths import timings_path, user_cache_path
+from titans_backends.cache.schema import WhenValue, canonical_when
 from titans_backends.cache.timings import Measurement
 from titans_backends.machine import detect
 from titans_backends.tuning import events
@@ -142,6 +143,22 @@ def test_a_training_pair_needs_a_right_backward_and_a_row_without_states_is_kept
     assert (row.entry.use, row.entry.backward) == ("faulty/good", "faulty/good")
     assert row.entry.us == pytest.approx((found["good", "forward"].us or 0) + (found["good", "backward"].us or 0), rel=1e-3)
     assert set(workshop.rows()) == {bucket, without_states(bucket)}
+
+
+def test_a_backward_whose_dg_holds_what_cancels_is_recorded_as_failed_and_not_chosen_though_it_is_the_default_and_faster(workshop: Workshop) -> None:
+    workshop.offer("good", "backward:cancels", "backward:late")
+    values: dict[str, WhenValue] = {"dtype": "float32", "head_dim": (8, 8), "streams": 1, "g": True, "regime": "training"}
+    bucket = Bucket("fast_core", canonical_when(values, defaults_of("fast_core")), 40)
+    report = workshop.tune([bucket])
+    found = workshop.measurements(bucket)
+    wrong = found["cancels", "backward"]
+    assert (wrong.status, wrong.us) == ("failed", None)
+    assert "dg is off by" in wrong.reason
+    assert "on g -7 to -6" in wrong.reason  # every other case it keeps
+    assert (found["late", "backward"].status, found["late", "backward"].reason) == ("ok", "")
+    (row,) = report.rows
+    assert row.entry is not None
+    assert (row.entry.use, row.entry.backward) == ("faulty/good", "faulty/late")
 
 
 def test_a_second_run_has_nothing_to_do_and_a_changed_kernel_is_raced_with_its_yardsticks_alone(workshop: Workshop) -> None:

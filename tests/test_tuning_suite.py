@@ -59,6 +59,18 @@ def test_hostile_cases_hold_what_kernels_stumble_over() -> None:
     assert {case.view for case in hostile_cases(bucket("gated_delta_rule", aligned=False))} == {"transposed", "misaligned"}
 
 
+@pytest.mark.parametrize(("dtype", "decay"), [("float32", "fleeting"), ("bfloat16", "fast")])
+def test_in_training_gates_forget_within_a_token_over_a_last_chunk_of_several(dtype: str, decay: str) -> None:
+    fast = {
+        regime: [case for case in hostile_cases(bucket("slow_core", 4096, dtype=dtype, g=g, regime=regime)) if case.decay == decay]
+        for regime, g in (("training", True), ("inference", True))
+    }
+    (case,) = fast["training"]
+    assert case.T % 64 > 1
+    assert fast["inference"] == []
+    assert all(case.decay != decay for case in hostile_cases(bucket("slow_core", 4096, dtype=dtype, regime="training")))
+
+
 def test_buckets_that_differ_in_size_only_share_their_exams() -> None:
     one, other = bucket("slow_core", 512, g=True), bucket("slow_core", 8192, g=True, streams=64)
     assert suite_key(one) == suite_key(other)

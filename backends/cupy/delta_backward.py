@@ -90,7 +90,7 @@ def _gradient_bytes(way: _Way, keys: int, dtype: torch.dtype, grouped: bool) -> 
     side, parts, size, wide = way.side, way.parts, dtype.itemsize, padded(keys, 32)
     stage = (4 * side * 32 + 2 * 32 * wide) * size
     tiles = side * (2 * wide + (3 if size == 2 else 2) * max(side, 32)) * size + way.stages * stage
-    return tiles + side * (28 + 24 * parts) + side // 4 * parts + 8 * side * wide * grouped
+    return tiles + side * (32 + 28 * parts) + side // 4 * parts + 8 * side * wide * grouped
 
 
 def run_backward(

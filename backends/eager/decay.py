@@ -43,6 +43,10 @@ def _above_diagonal(square: Tensor) -> Tensor:
     return torch.full((size, size), float("-inf"), dtype=square.dtype, device=square.device).triu_(1)
 
 
-def log_decay_gradient(d_log: Tensor) -> Tensor:
-    """dg from dG `[n, H, C, 1]`: the reversed cumulative sum inside the chunk."""
-    return d_log.flip(2).cumsum(2).flip(2)
+def log_decay_gradient(d_log: Tensor, left: Tensor | None = None) -> Tensor:
+    """dg from dG `[n, H, C, 1]`: the reversed cumulative sum inside the chunk, and of `left`, what tokens leave in the state, the sum before the token.
+
+    In dG each token's `left` would be taken off, and all of it added at the chunk's end: from a token on it cancels, but not its rounding.
+    """
+    dg = d_log.flip(2).cumsum(2).flip(2)
+    return dg if left is None else dg.add_(torch.nn.functional.pad(left[:, :, :-1], (0, 0, 1, 0)).cumsum(2))

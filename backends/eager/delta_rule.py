@@ -88,4 +88,4 @@ class RuleSlab:
         if self.inputs.qk_l2norm:
             dq = None if dq is None else unit_backward(self.raw_q, dq)
             dk = unit_backward(self.raw_k, dk)
-        return RuleGradients(dq, dk, through.v, through.beta, None if log is None else log_decay_gradient(log))
+        return RuleGradients(dq, dk, through.v, through.beta, None if log is None else log_decay_gradient(log, d.left))

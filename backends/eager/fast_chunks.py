@@ -97,8 +97,9 @@ def _through_final(out: OperandGradients, x: Operands, which: slice, d_final: Te
         out.k[which] += d_writing
     if out.log is not None:
         r = (d_writing * x.k[which]).sum(-1, keepdim=True)
-        out.log[which] -= r
-        out.log[which][:, :, -1:] += r.sum(2, keepdim=True)
+        if out.left is None:
+            out.left = torch.zeros_like(out.log)
+        out.left[which] = r
         if carry is not None:
             out.log[which][:, :, -1:] += _decayed((carry * d_final).sum((-2, -1), keepdim=True), x.decay, which)
     if d_carry is not None:

@@ -104,7 +104,7 @@ class _Whole:
                 "k": d.k,
                 "v": d.u,
                 "gate": None if d.y is None else torch.zeros_like(d.y[..., :1]) if do is None else row_sum(do, d.y),
-                "g": None if d.log is None else log_decay_gradient(d.log),
+                "g": None if d.log is None else log_decay_gradient(d.log, d.left),
             }
             for name, target in out.items():
                 grad = found[name]

@@ -94,13 +94,15 @@ def read(x: Operands, held: Tensor | None, m: Tensor | None = None) -> Tensor:
 
 @dataclass(slots=True)
 class OperandGradients:
-    """Gradients of one slab's operands, dG for g's; None where not wanted. q's is that of the scaled q."""
+    """Gradients of one slab's operands, dG for g's, without what a token leaves in the state, which is `left`; None where not wanted. q's is that of the
+    scaled q."""
 
     q: Tensor | None = None
     k: Tensor | None = None
     u: Tensor | None = None
     w: Tensor | None = None
     log: Tensor | None = None
+    left: Tensor | None = None
     factor: Tensor | None = None
     y: Tensor | None = None
 
@@ -214,9 +216,8 @@ def _operand_gradients(
         if out.k is not None:
             out.k += d_writing
         if out.log is not None and x.decay is not None and scaled is not None:
-            r = row_sum(d_writing, x.k)
-            out.log -= r
-            out.log[:, :, -1:] += r.sum(2, keepdim=True) + x.decay.total * (scaled * leaving).sum((-2, -1), keepdim=True)
+            out.left = row_sum(d_writing, x.k)
+            out.log[:, :, -1:] += x.decay.total * (scaled * leaving).sum((-2, -1), keepdim=True)
 
 
 def chunk_starts(state: Tensor, grid: ChunkGrid, slabs: list[Slab], load: Callable[[Slab], Operands], *, normalize_read: bool) -> Tensor:

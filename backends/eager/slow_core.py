@@ -135,7 +135,7 @@ class Recurrence:
             "k": d.k,
             "u": d.u,
             "w": d.w,
-            "g": None if d.log is None else log_decay_gradient(d.log),
+            "g": None if d.log is None else log_decay_gradient(d.log, d.left),
             "gate": None if d.y is None or do is None else row_sum(do, d.y),
         }
         for name, grad in found.items():

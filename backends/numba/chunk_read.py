@@ -8,7 +8,8 @@ shared memory only. The gradients (SPEC.md 10) are such reads too, some of them 
 
     o = gate * scale * ( (exp(G_C - G) * Q) S + (triu(Q K^T) * Gamma^T) (rate * U) )
 
-`strict` leaves the diagonal out. With SPEC.md 5's alpha, o is multiplied by `mix_offset + mix_scale * alpha`, and with `add` added to what is there.
+`apart`: only tokens that many or more from each other meet; 1 leaves the diagonal out, a whole chunk reads S alone. With SPEC.md 5's alpha, o is
+multiplied by `mix_offset + mix_scale * alpha`, and with `add` added to what is there.
 
 FLOP a token and head: C (K + V) for scores and their product, 2 K V for the read. Bytes: 4 (2 K + 2 V), and 4 K V a chunk. Floor for 2048 tokens of 12
 heads of 32 on an H100: 5 us by the bytes.
@@ -51,7 +52,7 @@ def chunk_read(keys: int, values: int, rows: int, threads: int) -> Callable[...,
     rows_pitch = rows + 1
 
     def kernel(
-        bounds, packed, tokens, chunk, offset, tiles, which, backwards, strict, add, scale, mix_offset, mix_scale,
+        bounds, packed, tokens, chunk, offset, tiles, which, backwards, apart, add, scale, mix_offset, mix_scale,
         q, k, u, rate, log, gate, alpha, states, o,
     ):  # fmt: skip
         q_rows = cuda.shared.array((rows, pitch), float32)
@@ -77,7 +78,7 @@ def chunk_read(keys: int, values: int, rows: int, threads: int) -> Callable[...,
             out[n] = ZERO
 
         # (tril(Q K^T) * Gamma) U, tile by tile: up to the diagonal, or from it on
-        for left in range(top if backwards else first, stop if backwards else min(stop, top + rows), rows):
+        for left in range(top + apart if backwards else first, stop if backwards else min(stop, top + rows - apart), rows):
             cuda.syncthreads()
             for place in range(thread, rows * keys, threads):
                 j = place // keys
@@ -94,11 +95,11 @@ def chunk_read(keys: int, values: int, rows: int, threads: int) -> Callable[...,
                 j = place % rows
                 ahead = left + j - top - i if backwards else top + i - left - j
                 score = ZERO
-                if ahead >= strict and top + i < stop and left + j < stop:
+                if ahead >= apart and top + i < stop and left + j < stop:
                     for key in range(keys):
                         score += q_rows[i, key] * k_rows[j, key]
-                    apart = log[row, top + i, head] - log[row, left + j, head]
-                    score *= math.exp(float32(-apart if backwards else apart))
+                    since = log[row, top + i, head] - log[row, left + j, head]
+                    score *= math.exp(float32(-since if backwards else since))
                 scores[i, j] = score
             cuda.syncthreads()
             for n in range(own):
@@ -159,7 +160,7 @@ def read_chunks(
     states: Tensor | None = None,
     which: int = NO_STATE,
     backwards: bool = False,
-    strict: bool = False,
+    apart: int = 0,
     mix: Mix | None = None,
 ) -> Tensor:
     """Writes or adds to `o [B, T, H, V]`; everything in float32 but `log`. `states` as `which` says; an absent rate or gate is 1."""
@@ -169,7 +170,7 @@ def read_chunks(
     tiles = -(-grid.chunk // rows)
     _READ(
         (grid.slots * tiles, o.shape[2]), WIDE, (keys, values, rows, WIDE), *grid.args, tiles, NO_STATE if states is None else which,
-        int(backwards), int(strict), int(mix.add), float(scale), float(mix.offset), float(mix.scale),
+        int(backwards), apart, int(mix.add), float(scale), float(mix.offset), float(mix.scale),
         q, k, u, given_or(rate, one), log, given_or(gate, one), given_or(mix.alpha, one), nothing(o, 0, 0, 0, 0) if states is None else states, o,
     )  # fmt: skip
     return o

@@ -12,11 +12,11 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import Verdict
 
 from .absent import given_or, unity
-from .chunk_gradients import arrived, by_group, key_gradient, query_gradient, update_gradient
+from .chunk_gradients import arrived, by_group, key_gradient, own_scores, query_gradient, update_gradient
 from .chunk_read import FIRST_CHUNK, LAST_CHUNK, read_chunks
 from .grid import Grid
 from .log_decay import running_log
-from .log_gradient import decay_gradient, row_dot
+from .log_gradient import decay_gradient
 from .serving import gradients, serves, wide
 from .state_reverse import first_gradient
 from .state_scan import last_state
@@ -60,16 +60,14 @@ def run_backward(
     log = running_log(call.g, grid, v)
     gate = given_or(call.gate, unity(v, *v.shape[:3]))
     d_o, d_final = arrived(grads[0], v), None if grads[1] is None else grads[1].float()
-    rate = gate * call.scale
-    dq, d_gate = query_gradient(q, k, v, d_o, gate, log, grid, call.scale, call.initial_state if call.chunk_offset else None, FIRST_CHUNK)
-    dk = key_gradient(q, k, v, d_o, rate, log, grid, d_final, LAST_CHUNK)
+    carried, own = call.initial_state if call.chunk_offset else None, own_scores(v, d_o, call.scale)
+    dq, d_gate, asked = query_gradient(q, k, v, d_o, gate, log, own, grid, call.scale, carried, FIRST_CHUNK)
+    dk, inside, left = key_gradient(q, k, v, d_o, gate, log, own, grid, call.scale, d_final, LAST_CHUNK)
     found = {"q": by_group(dq, q.shape[2]), "k": by_group(dk, k.shape[2]), "gate": d_gate}
     if "v" in needs:
-        found["v"] = update_gradient(q, k, v, d_o, rate, log, grid, d_final, LAST_CHUNK)
+        found["v"] = update_gradient(q, k, v, d_o, gate * call.scale, log, grid, d_final, LAST_CHUNK)
     if "initial_state" in needs:
         found["initial_state"] = first_gradient(q, k, d_o, gate, log, d_final, grid, call.scale)
     if "g" in needs:
-        d_log = row_dot(k, dk, row_dot(q, dq), -1.0)
-        final = None if d_final is None else last_state(k, v, unity(v, *v.shape[:3]), log, call.initial_state, grid)
-        found["g"] = decay_gradient(d_log, grid, final, d_final)
+        found["g"] = decay_gradient(asked - inside, log, grid, left, carried, d_final)
     return gradients(call, ("q", "k", "v", "gate", "g", "initial_state"), found, needs)

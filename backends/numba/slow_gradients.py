@@ -8,11 +8,11 @@ from torch import Tensor
 from titans_backends.contracts.slow_core import SlowCore
 
 from .absent import given_or, nothing, unity
-from .chunk_gradients import arrived, by_group, key_gradient, query_gradient, update_gradient
+from .chunk_gradients import arrived, by_group, key_gradient, own_scores, query_gradient, update_gradient
 from .chunk_read import EACH_CHUNK, NO_STATE, read_chunks
 from .grid import Grid
 from .log_decay import running_log
-from .log_gradient import decay_gradient, row_dot
+from .log_gradient import decay_gradient
 from .serving import wide
 from .state_reverse import scan_back
 from .state_scan import scan
@@ -27,28 +27,27 @@ def slow_gradients(call: SlowCore, d_o: Tensor | None, d_final: Tensor | None, n
     log = running_log(call.g, grid, u)
     gate = given_or(call.gate, unity(u, *u.shape[:3]))
     d_read = arrived(d_o, u)
-    states, updates, final = scan(k, u, w, log, None, call.initial_state, grid, delta=call.delta, normalize=False)
+    states, updates, _ = scan(k, u, w, log, None, call.initial_state, grid, delta=call.delta, normalize=False)
     rate = gate * call.scale
     du = update_gradient(q, k, updates, d_read, rate, log, grid, None, NO_STATE)
     d_states, d_start = scan_back(q, k, w, d_read, gate, log, d_final, grid, du, delta=call.delta, scale=call.scale)
     found = {"u": du, "initial_state": d_start}
+    own = own_scores(updates, d_read, call.scale)
     if needs & {"q", "g", "gate"}:
-        dq, found["gate"] = query_gradient(q, k, updates, d_read, gate, log, grid, call.scale, states, EACH_CHUNK)
+        dq, found["gate"], asked = query_gradient(q, k, updates, d_read, gate, log, own, grid, call.scale, states, EACH_CHUNK)
         found["q"] = by_group(dq, q.shape[2])
     if needs & {"k", "g"}:
-        dk = key_gradient(q, k, updates, d_read, rate, log, grid, d_states, EACH_CHUNK)
+        dk, inside, left = key_gradient(q, k, updates, d_read, gate, log, own, grid, call.scale, d_states, EACH_CHUNK)
         found["k"] = by_group(dk, k.shape[2])
     if "w" in needs:
         found["w"] = _key_side(du, states, grid) if call.delta else torch.zeros_like(w)
     if "g" in needs:
-        d_log = row_dot(k, dk, row_dot(q, dq), -1.0)
-        found["g"] = decay_gradient(d_log, grid, final, given_or(d_final, nothing(u, *final.shape)), states, d_states)
+        found["g"] = decay_gradient(asked - inside, log, grid, left, states, d_states, each=True)
     return found
 
 
 def _key_side(du: Tensor, states: Tensor, grid: Grid) -> Tensor:
     """dw = -dU' S~^T: a read of the states alone, without decay."""
     dw = du.new_empty(*du.shape[:3], states.shape[2])
-    none = nothing(du, *du.shape[:3])
     log = nothing(du, *du.shape[:3], dtype=torch.float64)
-    return read_chunks(du, du, dw.new_zeros(1).expand(dw.shape), log, grid, dw, scale=-1.0, rate=none, states=states.mT, which=EACH_CHUNK)
+    return read_chunks(du, du, dw, log, grid, dw, scale=-1.0, states=states.mT, which=EACH_CHUNK, apart=grid.chunk)

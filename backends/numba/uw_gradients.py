@@ -34,8 +34,8 @@ def uw_gradients(call: UWTransform, du: Tensor | None, dw: Tensor | None) -> dic
     transform_back(k, beta, log, grid, call.transform, arrived(du, dx), arrived(dw, dz), dx, dz)
     if call.transform == "exact":
         transform_chunks(k, v, beta, log, grid, "exact", solved[..., :values], solved[..., values:])
-        below = read_chunks(back, solved, k, log, grid, torch.empty_like(dz), scale=-1.0, strict=True)
-        above = read_chunks(solved, back, k, log, grid, torch.empty_like(dz), scale=-1.0, rate=beta, strict=True, backwards=True)
+        below = read_chunks(back, solved, k, log, grid, torch.empty_like(dz), scale=-1.0, apart=1)
+        above = read_chunks(solved, back, k, log, grid, torch.empty_like(dz), scale=-1.0, rate=beta, apart=1, backwards=True)
     else:
         below = above = v.new_zeros(dz.shape)
     reach = dz * log.exp().to(dz.dtype)[..., None]
@@ -46,5 +46,5 @@ def uw_gradients(call: UWTransform, du: Tensor | None, dw: Tensor | None) -> dic
         "k": by_group(rate * (below + reach) + above, call.k.shape[2]),
         "v": rate * dx,
         "beta": row_dot(v, dx, d_beta),
-        "g": decay_gradient(d_log, grid),
+        "g": decay_gradient(d_log, log, grid),
     }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Case", "Variant", "build", "case_dims", "cases", "cotangents", "poisoned"]
 
 Keys = Literal["silu", "correlated"]
-Decay = Literal["mild", "zero", "hard", "fast"]
+Decay = Literal["mild", "zero", "hard", "fast", "fleeting"]
 Beta = Literal["sigmoid", "extreme"]
 View = Literal["contiguous", "transposed", "misaligned", "expanded"]
 
@@ -40,7 +40,7 @@ class Case:
     """One set of inputs: sizes, options, which optional tensors are there, and what is unpleasant about it.
 
     `lengths` packs sequences of these lengths (B is then 1, T their sum). `keys="correlated"`: nearly parallel keys.
-    `decay`: mild (-0.1 to 0), zero, hard (a mix of 0, -20 and mild), or fast (-7 to -3). `beta="extreme"`: a mix of 0, 1 and 2.
+    `decay`: mild (-0.1 to 0), zero, hard (a mix of 0, -20 and mild), fast (-7 to -3), or fleeting (-7 to -6). `beta="extreme"`: a mix of 0, 1 and 2.
     """
 
     name: str
@@ -135,6 +135,8 @@ def _fill(argument: Argument, shape: tuple[int, ...], case: Case, dims: Mapping[
             return mild
         if case.decay == "fast":
             return 40 * mild - 3
+        if case.decay == "fleeting":
+            return 10 * mild - 6
         pick = torch.randint(0, 3, shape, generator=source)
         return torch.zeros(shape, dtype=torch.float64) if case.decay == "zero" else torch.where(pick == 0, 0.0, torch.where(pick == 1, -20.0, mild))
     if kind == "decay_factor":
@@ -252,6 +254,6 @@ def cases(contract: Contract, dtype: torch.dtype = torch.float32) -> Iterator[Ca
         packed = replace(base, lengths=(33, 0, 1, 66, 0), options=variant.options, given=variant.given)
         yield replace(packed, name=f"{variant.name}, packed with empty sequences")
     gated = [variant for variant in contract.variants if "g" in variant.given]
-    for variant in gated:  # g's gradient is a small difference of large sums
+    for variant in gated:  # g's gradient is a small difference of large sums, also over what several tokens of the last chunk leave in the state
         if variant is gated[0] or variant.options.get("qk_l2norm"):
-            yield replace(base, name=f"{variant.name}, g -7 to -3", decay="fast", options=variant.options, given=variant.given)
+            yield replace(base, name=f"{variant.name}, g -7 to -3", T=80, decay="fast", options=variant.options, given=variant.given)

@@ -16,6 +16,8 @@ __all__ = ["Ledger", "Rejected", "gradient_floor", "limits"]
 
 _NEGLIGIBLE = 0.01
 """A gradient that the formula cancels is compared on this share of the largest one."""
+_LEAST = 1e-30
+"""On a smaller scale no gradient is compared: float32 loses what deep_core keeps of a state after 32 tokens of g = -7."""
 _CANCELLED = frozenset({"fast_decay", "slow_decay", "psi", "coupling"})
 """coupled_core's numbers per chunk."""
 
@@ -48,11 +50,11 @@ def limits(dtype: torch.dtype, machine: Machine, float32: str) -> Tolerance:
 
 
 def gradient_floor(call: Call, name: str, wanted: Outputs) -> float:
-    """The least scale that a gradient is compared on: 0, but for the numbers per chunk whose effect a normalisation cancels.
+    """The least scale that a gradient is compared on: what float32 can hold, but for the numbers per chunk whose effect a normalisation cancels.
 
     chunk_decay cancels in the read under normalize_read, and so do both decays of coupled_core, whose mixing cancels too where its
     states are parallel. Such a gradient may be zero: nothing but rounding, of the others' size.
     """
     if name not in _CANCELLED and not (name == "chunk_decay" and getattr(call, "normalize_read", False)):
-        return 0.0
-    return _NEGLIGIBLE * max((float(want.abs().max()) for want in wanted if want is not None and want.numel()), default=0.0)
+        return _LEAST
+    return max(_LEAST, _NEGLIGIBLE * max((float(want.abs().max()) for want in wanted if want is not None and want.numel()), default=0.0))

@@ -22,7 +22,7 @@ from titans_backends.tuning.problem import case_of, ends_in_a_state, integer
 __all__ = ["Exam", "Outputs", "chunk_starts", "exam_of", "hostile_cases", "suite", "suite_key", "wanted_gradients"]
 
 Outputs = tuple[Tensor | None, ...]
-_SHORT, _LONG = 65, 200
+_SHORT, _LONG, _FORGETTING = 65, 200, 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Exam:
 
 
 def hostile_cases(bucket: Bucket) -> Iterator[Case]:
-    """Strided and ragged; long memory; hard decay; where the bucket is packed or misaligned, the cases are."""
+    """Strided and ragged; long memory; hard decay, in training fast too; where the bucket is packed or misaligned, the cases are."""
     timed = case_of(bucket)
     if bucket.op == "fused_uw":
         base = replace(timed, B=2, G=2, H=2, T=2 * integer(bucket, "chunk_size"))
@@ -62,10 +62,21 @@ def hostile_cases(bucket: Bucket) -> Iterator[Case]:
         replace(base, name="g 0 and -20", T=min(_SHORT, bucket.seq_len), decay="hard", seed=1),
         replace(base, name="long memory", B=base.B if made.max_tokens else 1, T=min(_LONG, bucket.seq_len), decay="zero", **long),  # type: ignore[arg-type]
     ]
+    if field(bucket, "regime") == "training" and "g" in timed.given:
+        cases.append(_forgetting(base, bucket.seq_len))
     for case in cases:
         if timed.view == "misaligned" and case.view == "contiguous":
             case = replace(case, name=f"{case.name}, misaligned", view="misaligned")
         yield _packed(case) if field(bucket, "packed") else case
+
+
+def _forgetting(base: Case, seq_len: int) -> Case:
+    """Gates that forget within a token, where the gradient of g is a small difference of large sums, over tokens that leave a state.
+
+    What is left of a kernel that does not take apart what cancels is rounding: in 16 bits far above the limit at g of -7 to -3, in float32 surely from -6 on.
+    """
+    fast = base.dtype.itemsize == 2
+    return replace(base, name="g -7 to -3" if fast else "g -7 to -6", B=1, T=min(_FORGETTING, seq_len), decay="fast" if fast else "fleeting")
 
 
 def _packed(case: Case) -> Case:

@@ -6,10 +6,12 @@
 //   told  = scale e^G dO S^T + P' k^                                       dq^ = gate told                 dgate = rowsum(q^ * told)
 //   left  = L k^ - e^G X S^T                                               dbeta = rowsum(V * X) + rowsum(k^ * left)
 //   right = e^(G_C - G) U E^T + (gate P')^T q^ + (beta L)^T k^             dk^ = beta left + right
-//   dG = rowsum(q^ * dq^) + beta rowsum(k^ * left) - rowsum(k^ * right), at the block's last token also e^(G_C) <S, E> + <k^, e^(G_C - G) U E^T>
+//   dG = rowsum(q^ * dq^) + beta rowsum(k^ * left) - rowsum(k^ * right)
 //
-// dg is dG summed from the block's end on; the gradients of q and k go through their norms. A block owns a block of tokens and a q/k head and takes its v heads one
-// after the other, whose dq^ and dk^ it adds up on chip: no atomics, one order. A token and v head costs about 6 KEYS VALUES + 2 SIDE (VALUES + 2 KEYS) FLOP on
+// dg is dG summed from the block's end on, <k^, e^(G_C - G) U E^T> summed up to the token before, and e^(G_C) <S, E>: what U E^T adds to right is not in dG, nor is the
+// diagonal of P', which would cancel, but not its rounding: that is larger than all the rest where gates forget within a few tokens. The gradients of q and k go
+// through their norms. A block owns a block of tokens and a q/k head and takes its v heads one after the other, whose dq^ and dk^ it adds up on chip: no atomics, one
+// order. A token and v head costs about 6 KEYS VALUES + 2 SIDE (VALUES + 2 KEYS) FLOP on
 // 4 VALUES + 2 KEYS VALUES / SIDE numbers: bound by memory.
 //
 // DTYPE; KEYS, VALUES: head_dims; SIDE; PARTS: warps that share 16 rows, each with KEY_WIDTH / PARTS columns; STAGES: slices of 32 values in shared memory;
@@ -105,6 +107,16 @@ DEVICE void row_sums(float* line, const Sums& sums, const KeyTile& tile, int row
     if (c == 0) line[row + r] = first, line[row + r + 8] = second;
 }
 
+// rows of a tile, each times its number
+DEVICE void add_diagonal(Sums& sums, const KeyTile& tile, float first, float second, int row, int column) {
+    const int r = lane_id() / 4, c = lane_id() % 4;
+#pragma unroll
+    for (int n = 0; n < MINE / 8; n++) {
+        const float2 x = Make<DTYPE>::floats(*tile.pair_at(row, r, column + 8 * n + 2 * c)), y = Make<DTYPE>::floats(*tile.pair_at(row, r + 8, column + 8 * n + 2 * c));
+        sums[n][0] += first * x.x, sums[n][1] += first * x.y, sums[n][2] += second * y.x, sums[n][3] += second * y.y;
+    }
+}
+
 DEVICE void scale_rows(Sums& sums, float first, float second) {
 #pragma unroll
     for (int n = 0; n < MINE / 8; n++) sums[n][0] *= first, sums[n][1] *= first, sums[n][2] *= second, sums[n][3] *= second;
@@ -138,7 +150,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
     unsigned char* const stages = rests.base + SQUARE_BYTES;
     Log* const logs = reinterpret_cast<Log*>(stages + STAGES * STAGE_BYTES);
     float *const beta = reinterpret_cast<float*>(logs + SIDE), *const through = beta + SIDE, *const key_norms = through + SIDE, *const query_norms = key_norms + SIDE;
-    float *const direct = query_norms + SIDE, *const told = direct + SIDE, *const seen = told + PARTS * SIDE, *const taken = seen + PARTS * SIDE, *const gone = taken + PARTS * SIDE;
+    float *const direct = query_norms + SIDE, *const diagonal = direct + SIDE, *const told = diagonal + SIDE, *const past = told + PARTS * SIDE;
+    float *const seen = past + PARTS * SIDE, *const taken = seen + PARTS * SIDE, *const gone = taken + PARTS * SIDE;
     float *const query_dots = gone + PARTS * SIDE, *const key_dots = query_dots + PARTS * SIDE, *const carried = key_dots + PARTS * SIDE;
     float* const sums = carried + WARPS;  // with GROUPED: of the v heads so far, dq^ and dk^ of every thread
 
@@ -303,7 +316,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         const float between = exp_between(row_logs[half], logs[first + e]);  // above the diagonal perhaps infinite, and not taken
-                        x[e] = first + e <= token ? p.scale * between * scored[i][n][2 * half + e] : 0.0f;
+                        x[e] = first + e < token ? p.scale * between * scored[i][n][2 * half + e] : 0.0f;
+                        if (first + e == token) diagonal[token] = p.scale * scored[i][n][2 * half + e];
                         y[e] = first + e < token ? -between * bound[i][n][2 * half + e] : 0.0f;
                     }
                     if (asks || writes) *scores.pair_at(token, first) = Make<DTYPE>::pair_of(x[0], x[1]);
@@ -340,7 +354,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                     add_rows(read, a.high, keys, column, 16 * j);
                 }
             }
-            if (p.dgate || p.dg) row_sums(told + part * SIDE, read, queries, row, column);
+            if (p.dg) row_sums(past + part * SIDE, read, queries, row, column);
+            if (p.dq || p.dgate) add_diagonal(read, keys, diagonal[i0] * key_norms[i0], diagonal[i1] * key_norms[i1], row, column);
+            if (p.dgate) row_sums(told + part * SIDE, read, queries, row, column);
             if (p.dq) {
                 scale_rows(read, through[i0], through[i1]);
                 finish(read, sums, member, p.dq, queries, query_norms, query_dots);
@@ -361,6 +377,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
         if (writes) {
             scale_rows(right, exp_between(last, logs[i0]), exp_between(last, logs[i1]));
             if (p.dg) row_sums(gone + part * SIDE, right, keys, row, column);
+            Sums within = {};  // not of E: float32 keeps it apart
+            Sums& inner = HALF ? right : within;
 #pragma unroll 1
             for (int i = block; i < BLOCKS; i++) {
                 const int at = 16 * i + 2 * c;
@@ -370,19 +388,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                     a.without_rest();
                     const float2 gate0 = two(through + at), gate1 = two(through + at + 8), norm0 = two(query_norms + at), norm1 = two(query_norms + at + 8);
                     a.scale(make_float2(gate0.x * norm0.x, gate0.y * norm0.y), make_float2(gate1.x * norm1.x, gate1.y * norm1.y));
-                    add_rows(right, a, queries, column, 16 * i);
+                    add_rows(inner, a, queries, column, 16 * i);
                 } else {
-                    add_rows(right, a.high, queries, column, 16 * i);
+                    add_rows(inner, a.high, queries, column, 16 * i);
                 }
                 links.columns(a.high[0], a.high[1], a.high[2], a.high[3], row, 16 * i);
                 if constexpr (HALF) rests.columns(a.low[0], a.low[1], a.low[2], a.low[3], row, 16 * i);
                 const float2 beta0 = two(beta + at), beta1 = two(beta + at + 8), norm0 = two(key_norms + at), norm1 = two(key_norms + at + 8);
                 a.scale(make_float2(beta0.x * norm0.x, beta0.y * norm0.y), make_float2(beta1.x * norm1.x, beta1.y * norm1.y));
-                add_rows(right, a, keys, column, 16 * i);
+                add_rows(inner, a, keys, column, 16 * i);
             }
-            if (p.dg) row_sums(taken + part * SIDE, right, keys, row, column);
+            if (p.dg) row_sums(taken + part * SIDE, inner, keys, row, column);
             if (p.dk) {
                 const float first = beta[i0], second = beta[i1];
+                add_diagonal(right, queries, diagonal[i0] * through[i0] * query_norms[i0], diagonal[i1] * through[i1] * query_norms[i1], row, column);
+                if constexpr (!HALF) {
+#pragma unroll
+                    for (int n = 0; n < MINE / 8; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) right[n][e] += within[n][e];
+                }
 #pragma unroll
                 for (int n = 0; n < MINE / 8; n++)
                     right[n][0] += first * lost[n][0], right[n][1] += first * lost[n][1], right[n][2] += second * lost[n][2], right[n][3] += second * lost[n][3];
@@ -393,11 +418,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
         if (warp == 0 && (p.dbeta || p.dg || p.dgate)) {  // the vectors, from the block's end on
             float behind = 0.0f;
             if (p.dg) {
-                for (int token = lane; token < SIDE; token += 32) behind += key_norms[token] * over_parts(gone, token);
-                behind = warp_sum(behind);
-                float product = 0.0f;
-                for (int i = 0; i < WARPS; i++) product += carried[i];
-                behind += exp_log(last) * product;
+                for (int i = 0; i < WARPS; i++) behind += carried[i];
+                behind *= exp_log(last);
+                float so_far = 0.0f;  // of what leaves with E, up to the token before
+#pragma unroll 1
+                for (int base = 0; base < SIDE; base += 32) {
+                    const int token = base + lane;
+                    const bool here = token < chunk.length;
+                    const float leaves = here ? over_parts(gone, token) : 0.0f, weight = here ? key_norms[token] : 0.0f;
+                    float sum = weight * leaves;
+#pragma unroll
+                    for (int lanes = 1; lanes < 32; lanes *= 2) {
+                        const float before = __shfl_up_sync(0xffffffffu, sum, lanes);
+                        if (lane >= lanes) sum += before;
+                    }
+                    const float earlier = __shfl_up_sync(0xffffffffu, sum, 1);
+                    if (here) {
+                        if (HALF) taken[token] -= leaves;  // which it holds
+                        gone[token] = so_far + (lane ? earlier : 0.0f);
+                    }
+                    so_far += __shfl_sync(0xffffffffu, sum, 31);
+                }
             }
 #pragma unroll 1
             for (int base = (SIDE - 1) / 32 * 32; base >= 0; base -= 32) {
@@ -406,18 +447,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients(const _
                 const int64_t at = (first_row + token) * p.heads + head;
                 float steep = 0.0f;
                 if (here) {
-                    const float asked = p.dgate || p.dg ? query_norms[token] * over_parts(told, token) : 0.0f;
                     const float erased = p.dbeta || p.dg ? key_norms[token] * over_parts(seen, token) : 0.0f;
-                    if (p.dgate) store_gate<DTYPE>(p.dgate, at, p.gate_wide, asked);
+                    if (p.dgate) store_gate<DTYPE>(p.dgate, at, p.gate_wide, query_norms[token] * over_parts(told, token));
                     if (p.dbeta) store_gate<DTYPE>(p.dbeta, at, p.beta_wide, direct[token] + erased);
-                    if (p.dg) steep = through[token] * asked + beta[token] * erased - key_norms[token] * over_parts(taken, token);
+                    if (p.dg) steep = through[token] * query_norms[token] * over_parts(past, token) + beta[token] * erased - key_norms[token] * over_parts(taken, token);
                 }
 #pragma unroll
                 for (int lanes = 1; lanes < 32; lanes *= 2) {
                     const float after = __shfl_down_sync(0xffffffffu, steep, lanes);
                     if (lane + lanes < 32) steep += after;
                 }
-                if (here && p.dg) store_gate<DTYPE>(p.dg, at, p.g_wide, steep + behind);
+                if (here && p.dg) store_gate<DTYPE>(p.dg, at, p.g_wide, steep + behind + gone[token]);
                 behind += __shfl_sync(0xffffffffu, steep, 0);
             }
         }

@@ -4,6 +4,7 @@
 //                        dk = e^(G_C - G) (U' E^T) + (gate X)^T q
 // and for slow_core_vectors.cu: q_i . (dq / gate)_i, which is dgate_i;   dG_i = q_i . dq_i - k_i . dk_i of one v head, and of a chunk's last token also
 //                        <k, e^(G_C - G) U' E^T> + e^G_C <S, E>;   dd = <S, E> + <dq, q> - <w, dU' S^T> of S
+// dG is without the diagonal of X, which would cancel, but not its rounding: that is larger than all the rest where gates forget within a few tokens.
 // A token and v head costs C (2 K + V) + 6 K V FLOP and moves 3 V + 2 K V / C and a share of 4 K + K (dw) numbers: bound by memory
 // (H100, bf16, 1 x 8192, 16/32 heads of 128, chunks of 64: 0.65 GB, 210 us).
 // A block has a chunk, a q/k head and KEY_SLICE columns of keys, and goes through the v heads of that head in order: what they share is summed in registers.
@@ -66,6 +67,32 @@ DEVICE void row_products(float (&found)[2], const KeyTile& tile, const float (&s
             sum += x.x * sums[n][2 * half] + x.y * sums[n][2 * half + 1];
         }
         found[half] = sum;
+    }
+}
+// The diagonal of the warp's 16 rows of scores, for rows r and r + 8; it is zero there afterwards
+DEVICE void take_diagonal(float (&own)[2], float (&scored)[2 * BLOCKS][4], int warp) {
+    const int r = lane_id() / 4, c = lane_id() % 4;
+    own[0] = own[1] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < 2 * BLOCKS; n++) {
+        if (n / 2 != warp) continue;
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (8 * n + 2 * c + e % 2 == 16 * warp + r + e / 2 * 8) own[e / 2] = scored[n][e], scored[n][e] = 0.0f;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        own[half] += __shfl_xor_sync(0xffffffffu, own[half], 1);
+        own[half] += __shfl_xor_sync(0xffffffffu, own[half], 2);
+    }
+}
+// sums += a tile's rows 16 warp + r and 8 below, each times its number
+DEVICE void add_diagonal(float (&sums)[KEY_SLICE / 8][4], const KeyTile& tile, float first, float second, int warp) {
+    const int r = lane_id() / 4, c = lane_id() % 4;
+#pragma unroll
+    for (int n = 0; n < KEY_SLICE / 8; n++) {
+        const float2 x = Make<DTYPE>::floats(*tile.pair_at(16 * warp, r, 8 * n + 2 * c)), y = Make<DTYPE>::floats(*tile.pair_at(16 * warp, 8 + r, 8 * n + 2 * c));
+        sums[n][0] += first * x.x, sums[n][1] += first * x.y, sums[n][2] += second * y.x, sums[n][3] += second * y.y;
     }
 }
 DEVICE float quad_sum(float x) {
@@ -136,8 +163,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
         const float gates[2] = {gate_at(p, chunk, head, 16 * warp + r), gate_at(p, chunk, head, 16 * warp + 8 + r)};
         const float factor = FACTORED ? load_gate<DTYPE>(p.decay, chunk.batch * p.decay_b + factor_at * p.decay_m + head * p.decay_h, p.decay_wide) : 1.0f;
         mask_scores(scored, logs, p.scale, warp);
+        float own[2];
+        take_diagonal(own, scored, warp);
         if (writes) store_scores(scores, scored, gates, warp);
-        float told[2] = {}, taken[2] = {}, extra = DECAYED ? exp_log(logs[SIDE - 1]) * meeting : meeting;
+        float told[2] = {}, past[2] = {}, taken[2] = {}, extra = DECAYED ? exp_log(logs[SIDE - 1]) * meeting : meeting;
         if (reads) {
 #pragma unroll
             for (int n = 0; n < KEY_SLICE / 8; n++)
@@ -158,7 +187,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
                 as_operand<DTYPE>(a, scored[2 * j], scored[2 * j + 1]);
                 add_states(read, a, keys, j);
             }
-            row_products(told, queries, read, warp);
+            if (p.bent) row_products(past, queries, read, warp);
+            add_diagonal(read, keys, own[0], own[1], warp);
+            if (p.told) row_products(told, queries, read, warp);
 #pragma unroll
             for (int n = 0; n < KEY_SLICE / 8; n++) {
 #pragma unroll
@@ -202,6 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
             }
             add_turned(written, scores, queries, warp, length);
             row_products(taken, keys, written, warp);
+            add_diagonal(written, queries, gates[0] * own[0], gates[1] * own[1], warp);
             if constexpr (GROUPED) {
 #pragma unroll
                 for (int n = 0; n < KEY_SLICE / 8; n++)
@@ -222,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int token = 16 * warp + 8 * half + r;
-            const float asked = quad_sum(told[half]), bent = gates[half] * asked - quad_sum(taken[half]);
+            const float asked = quad_sum(told[half]), bent = gates[half] * quad_sum(past[half]) - quad_sum(taken[half]);
             if (c == 0 && p.told) p.told[at * SIDE + token] = asked;
             if (c == 0 && p.bent) p.bent[at * SIDE + token] = token == length - 1 ? bent + whole : bent;
         }

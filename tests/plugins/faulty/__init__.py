@@ -9,7 +9,7 @@ BACKEND = Backend(
     name="faulty",
     summary="candidates that raise, lie, hang and die",
     contract_version=CONTRACT_VERSION,
-    ops={"gated_delta_rule": "faulty.gated_delta_rule"},
+    ops={op: f"faulty.{op}" for op in ("gated_delta_rule", "fast_core")},
     simplicity=9,
     rank={"cpu": -1},
 )

@@ -20,13 +20,14 @@ from titans_backends.cache.nodes import SchemaError
 from titans_backends.cache.schema import Entry, Table, device_of
 from titans_backends.cache.staleness import Staleness
 from titans_backends.cache.timings import Measurement, Timings, merge_timings, prune_timings
-from titans_backends.cli import exit_codes, units, words
+from titans_backends.cli import exit_codes, words
 from titans_backends.cli.cache_rows import changes_json, rows_json, show_changes, show_rows
 from titans_backends.cli.failures import CommandGroup, MisuseError
 from titans_backends.cli.row_state import measurement_state, renewals, row_state
 from titans_backends.cli.show import Column, Group, command, console, facts, print_json, say, status_console
 from titans_backends.cli.show import table as show_table
 from titans_backends.machine import Machine, detect
+from titans_backends.reporting import numbers
 
 __all__ = ["cache"]
 
@@ -92,7 +93,7 @@ def diff(
         return
     out = console()
     show_changes(out, changes)
-    say(out, f"\n{units.amount(len(changes), 'bucket differs', 'buckets differ')}" if changes else "no difference")
+    say(out, f"\n{numbers.amount(len(changes), 'bucket differs', 'buckets differ')}" if changes else "no difference")
 
 
 @cache.command("merge")
@@ -127,7 +128,7 @@ def merge(
     if measured:
         file.edit_timings(paths.timings_path(target), lambda older: _join_timings(older, measured), device=owner, defaults_of=defaults_of)
     plans.invalidate()
-    say(console(), f"{target} now has {units.amount(len(changed.rows), 'row')}")
+    say(console(), f"{target} now has {numbers.amount(len(changed.rows), 'row')}")
 
 
 @cache.command("prune")
@@ -156,7 +157,7 @@ def prune(
         out.print()
     say(
         out,
-        f"{'would remove' if dry_run else 'removed'} {len(rows)} of {units.amount(len(table.rows), 'row')} in {target}"
+        f"{'would remove' if dry_run else 'removed'} {len(rows)} of {numbers.amount(len(table.rows), 'row')} in {target}"
         if rows
         else "nothing to prune",
     )
@@ -180,7 +181,7 @@ def reset(
     for one in doomed:
         say(out, f"{'would remove' if dry_run else 'to remove'}: {one}" if dry_run or not yes else f"removing {one}")
     if aside and not damaged:
-        say(out, f"kept: {units.amount(len(aside), 'damaged file')} beside it; remove with --damaged", "dim")
+        say(out, f"kept: {numbers.amount(len(aside), 'damaged file')} beside it; remove with --damaged", "dim")
     if dry_run or not doomed:
         return
     if not yes:

@@ -11,7 +11,6 @@ from titans_backends.buckets import Bucket
 from titans_backends.cache.repeats import repeats
 from titans_backends.cache.schema import Change, Entry, Table
 from titans_backends.cache.staleness import Staleness
-from titans_backends.cli import units
 from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, say
 from titans_backends.cli.show import table as show_table
@@ -70,14 +69,14 @@ def show_changes(to: Console, changes: Sequence[Change]) -> None:
 
 
 def _side(entry: Entry | None) -> list[str | Text]:
-    return [Text("no row", "dim"), ""] if entry is None else [entry.label.replace(" + ", "\n+ ", 1), units.time_us(entry.us)]
+    return [Text("no row", "dim"), ""] if entry is None else [entry.label.replace(" + ", "\n+ ", 1), numbers.time_us(entry.us)]
 
 
 def _cells(to: Console, bucket: Bucket, entry: Entry, state: Staleness | None) -> list[str | Text]:
     winner, *second = winner_cells(to, entry)
     held = Text(state.kind, {"fresh": "", "stale": "yellow", "ignored": "red"}[state.kind]) if state is not None else Text()
-    doubt = Text(f"? {units.percent(entry.doubt)}" if entry.doubt is not None else "", "yellow")
-    return [str(bucket.seq_len), winner, units.time_us(entry.us), units.percent(entry.spread), doubt, units.mib(entry.peak_mib), *second, held]
+    doubt = Text(f"? {numbers.percent(entry.doubt)}" if entry.doubt is not None else "", "yellow")
+    return [str(bucket.seq_len), winner, numbers.time_us(entry.us), numbers.percent(entry.spread), doubt, numbers.mib(entry.peak_mib), *second, held]
 
 
 def _entry_json(entry: Entry, table: Table) -> dict[str, Json]:

@@ -15,7 +15,7 @@ from titans_backends.buckets import defaults_of
 from titans_backends.cache.paths import timings_path
 from titans_backends.cache.schema import Bucket, full_when
 from titans_backends.cache.timings import Measurement
-from titans_backends.cli import exit_codes, units, words
+from titans_backends.cli import exit_codes, words
 from titans_backends.cli.asked_call import AskedCall, optional_tensors, sized
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import key_text
@@ -25,6 +25,7 @@ from titans_backends.dispatch import Consulted
 from titans_backends.explain import Explanation, explain_signature
 from titans_backends.machine import detect
 from titans_backends.offers import Offer, pairs
+from titans_backends.reporting import numbers
 from titans_backends.request import request
 from titans_backends.signature import Launch
 from titans_backends.tuning.plan import plan
@@ -178,4 +179,4 @@ def _timing(one: Measurement) -> list[str | Text]:
     label = f"{one.label}{' saving states' if one.saves_states else ''}"
     if one.status != "ok":
         return [label, one.direction, "", "", Text(f"{one.status}: {one.reason}", "red" if one.status == "failed" else "dim")]
-    return [label, one.direction, units.time_us(one.us), units.percent(one.spread or 0), ""]
+    return [label, one.direction, numbers.time_us(one.us), numbers.percent(one.spread or 0), ""]

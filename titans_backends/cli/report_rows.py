@@ -7,9 +7,9 @@ import math
 from rich.console import Console
 from rich.text import Text
 
-from titans_backends.cli import units
 from titans_backends.cli.keys import key_json
 from titans_backends.cli.show import Column, Group, Json, command, heading, say, table
+from titans_backends.reporting import numbers
 from titans_backends.reporting.facts import Facts, FileFacts, MachineFacts
 from titans_backends.reporting.race_rows import RaceRow, race_headline, race_rows
 from titans_backends.reporting.rows import Row, Timed, Tried, rows_of
@@ -55,7 +55,9 @@ def show_report(out: Console, facts: Facts) -> None:
         if failed:
             say(
                 out,
-                Text(f"{units.amount(sum(one.buckets for one in failed), 'candidate')} failed in a race; their reasons stand on the page", "yellow"),
+                Text(
+                    f"{numbers.amount(sum(one.buckets for one in failed), 'candidate')} failed in a race; their reasons stand on the page", "yellow"
+                ),
             )
         out.print()
     say(
@@ -80,7 +82,7 @@ def _cells(found: Summary, rows: list[Row]) -> list[str | Text]:
     wins = ", ".join(f"{who} {count}" for who, count in found.wins.items())
     share = max((row.share for row in rows if row.share is not None), default=None)
     gains = [f"{one:.2f}×" if one is not None else "" for one in (found.over_default, found.over_rival, found.over_eager)]
-    return [Text(wins, "green"), str(found.rows), *gains, "" if share is None else units.percent(share)]
+    return [Text(wins, "green"), str(found.rows), *gains, "" if share is None else numbers.percent(share)]
 
 
 def _machine_json(machine: MachineFacts) -> Json:

@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from titans_backends import registry
-from titans_backends.cli import exit_codes, units, words
+from titans_backends.cli import exit_codes, words
 from titans_backends.cli.examiner import Examiner
 from titans_backends.cli.show import Column, Group, Json, console, heading, print_json, say, status_console, table
 from titans_backends.conformance import Item, Result, items
 from titans_backends.machine import Machine, detect
+from titans_backends.reporting import numbers
 from titans_backends.signature import Regime
 
 __all__ = ["verify"]
@@ -146,8 +147,8 @@ def _row(tally: Tally) -> dict[str, Json]:
 
 
 def _show(out: Console, machine: Machine, tallies: Sequence[Tally], unavailable: dict[str, str], seconds: float) -> None:
-    numbers = [Column(title, "right") for title in ("candidates", "right", "refused", "worst error", "allowed")]
-    columns = [Column("regime"), Column("dtype"), *numbers, Column("")]
+    figures = [Column(title, "right") for title in ("candidates", "right", "refused", "worst error", "allowed")]
+    columns = [Column("regime"), Column("dtype"), *figures, Column("")]
     groups: dict[tuple[str, str], list[list[str | Text]]] = {}
     for tally in tallies:
         groups.setdefault((tally.op, tally.backend), []).append(_cells(tally))
@@ -172,7 +173,7 @@ def _show(out: Console, machine: Machine, tallies: Sequence[Tally], unavailable:
         say(out, Text(f"not run: {name}: {reason}", "dim"))
     total = sum(tally.count("passed") + tally.count("failed") for tally in tallies)
     passed = sum(tally.count("passed") for tally in tallies)
-    told = f"{passed} of {units.amount(total, 'case')} right on {machine.name}, in {units.seconds(seconds)}"
+    told = f"{passed} of {numbers.amount(total, 'case')} right on {machine.name}, in {numbers.seconds(seconds)}"
     say(out, Text(told, "green" if passed == total and total else "red"))
 
 

@@ -391,6 +391,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     tb.reset()
 
 
+@pytest.mark.slow
 def test_a_switch_that_would_make_every_call_raise_is_told_at_the_swap_and_by_the_call(force: Callable[[str], None]) -> None:
     pytest.importorskip("numba", reason="numba is not installed")
     model, x = model_of().eval(), X[:, :64]
@@ -806,6 +807,7 @@ def test_a_compiled_layer_is_swapped_inside_of_its_wrapper(marks: list[str]) -> 
 # --- processes
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2_on_two_processes_train_as_one() -> None:
     script = Path(__file__).with_name("accelerated_on_two_processes.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)

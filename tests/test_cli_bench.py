@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from titans_backends.cli import app
@@ -20,14 +18,10 @@ run = CliRunner().invoke
 
 
 @pytest.fixture(autouse=True)
-def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, and made-up ceilings instead of measured ones."""
+def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up ceilings instead of measured ones."""
     module = importlib.import_module("titans_backends.cli.bench")
     monkeypatch.setattr(module, "measure", lambda device, dtype: Ceilings(1e9, 1e9))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_choice_the_default_and_the_reference_stand_side_by_side() -> None:

@@ -28,15 +28,6 @@ MODULE = importlib.import_module("titans_backends.cli.doctor")
 USABLE = BackendReport("eager", "built in", "plain torch", "usable", "", ("slow_core",), ("slow_core",))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tests share their cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A backend that raises on import."""
@@ -49,6 +40,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     titans_backends.reset()
 
 
+@pytest.mark.slow
 def test_usable_means_that_every_op_ran_and_was_right(eager_first: None) -> None:  # no other backend is tried before it
     eager = next(one for one in check_backends("cpu", run=True) if one.name == "eager")
     assert (eager.state, eager.reason) == ("usable", "")

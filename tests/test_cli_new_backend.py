@@ -88,6 +88,7 @@ def test_the_numba_kind_passes_in_float32_and_refuses_the_rest(written: Callable
     assert statuses("quick", dtypes=(torch.float64,), regimes=("inference",))["passed"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed: pip install -c constraints.txt -e '.[test]'")
 def test_the_triton_kind_passes_in_the_interpreter_and_is_not_offered_a_cpu_without_it(written: Callable[..., Path]) -> None:
     """Triton decides at import whether it interprets, so the cases run in a process of their own."""

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from titans_backends.cli import show, units
+from titans_backends.cli import show
 from titans_backends.cli.show import Column, Group
+from titans_backends.reporting import numbers
 
 LONG = "eager/chunked chunk_size=64 inverse=blocks + eager/chunked chunk_size=64 inverse=solve"
 
@@ -88,11 +89,11 @@ def test_colour_survives_on_a_terminal() -> None:
     ],
 )
 def test_times_have_three_digits_and_a_unit_that_fits(us: float | None, text: str) -> None:
-    assert units.time_us(us) == text
+    assert numbers.time_us(us) == text
 
 
 def test_waits_gains_and_counts() -> None:
-    assert [units.seconds(s) for s in (0.44, 9.96, 59.6, 125, 3840)] == ["0.4 s", "10 s", "1 min 00 s", "2 min 05 s", "1 h 04 min"]
-    assert units.gain(200.0, 100.0) == "2.00×"
-    assert units.gain(None, 1.0) == ""
-    assert (units.amount(1, "bucket"), units.amount(2, "bucket"), units.amount(2, "is", "are")) == ("1 bucket", "2 buckets", "2 are")
+    assert [numbers.seconds(s) for s in (0.44, 9.96, 59.6, 125, 3840)] == ["0.4 s", "10 s", "1 min 00 s", "2 min 05 s", "1 h 04 min"]
+    assert numbers.gain(200.0, 100.0) == "2.00×"
+    assert numbers.gain(None, 1.0) == ""
+    assert (numbers.amount(1, "bucket"), numbers.amount(2, "bucket"), numbers.amount(2, "is", "are")) == ("1 bucket", "2 buckets", "2 are")

@@ -10,11 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -32,15 +31,6 @@ MODULE = importlib.import_module("titans_backends.cli.tune_session")
 run = CliRunner().invoke
 
 Tuner = Callable[[TuneRequest, OnEvent], TuneReport]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tests share their cores: more threads than are free make a tiny kernel slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

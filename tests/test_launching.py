@@ -138,6 +138,33 @@ def test_views_of_one_tensor_keep_their_own_addresses(device: Device) -> None:
     assert device.launched[0][1:3] == (x.data_ptr(), y.data_ptr())
 
 
+@pytest.mark.parametrize(
+    "seen",
+    [lambda made: made, lambda made: made[1], lambda made: made.view(8, 4), lambda made: made.transpose(1, 2), lambda made: made[:, :, :2]],
+    ids=["whole", "a row", "reshaped", "transposed", "narrowed"],
+)
+def test_a_later_output_is_the_same_view_of_its_own_memory(device: Device, seen: Callable[[Tensor], Tensor]) -> None:
+    def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
+        made = torch.empty(2, 4, 4)
+        device(call.attn_const, made)
+        return seen(made), None
+
+    outputs, again = device.remembering(run)(FusedUW(*three()), ANY)
+    assert outputs[0] is not None
+    later = again(three())[0]
+    assert (later.shape, later.stride(), later.storage_offset()) == (outputs[0].shape, outputs[0].stride(), outputs[0].storage_offset())
+    assert device.launched[-1][2] == later.untyped_storage().data_ptr() != outputs[0].untyped_storage().data_ptr()
+
+
+def test_an_output_of_another_dtype_than_its_memory_is_not_remembered(device: Device) -> None:
+    def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
+        made = torch.empty(4, 4)
+        device(call.attn_const, made)
+        return made.view(torch.int32), None
+
+    assert device.remembering(run)(FusedUW(*three()), ANY)[1] is None
+
+
 def test_what_launches_nothing_is_not_remembered(device: Device) -> None:
     assert device.remembering(lambda call, candidate: (torch.empty(0), None))(FusedUW(*three()), ANY)[1] is None
 

@@ -38,6 +38,7 @@ def said(seen: Seen, scene: str) -> dict[int, object]:
     return {int(rank): what for rank, (what, _) in seen[scene].items()}
 
 
+@pytest.mark.slow
 def test_four_ranks_take_rank_0s_tables_until_they_are_reset(seen: Seen) -> None:
     for rank, (own, before, after, reset) in said(seen, "shares").items():  # type: ignore[misc]
         assert own == before == reset == ("eager/two_products" if rank == 0 else "eager/joined")

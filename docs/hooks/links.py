@@ -17,27 +17,9 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "benchmarks/README.md": "benchmarks.md"}
 """Where the repository's own pages stand on the site."""
-LATER = ("drop-in.md", "drop-in-transformers.md", "drop-in-fla.md", "report.md", "record.md", "assess.md", "peers.md")
-"""Pages that the navigation has a place for before they are written."""
-_LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)")
+_LINK = re.compile(r'(!?\[[^\]]*\]\(|<(?:img|source) [^>]*?src(?:set)?=")([^)#\s"]+)')
+"""A link or a picture of Markdown, or a picture written as HTML."""
 _RESULTS = "benchmarks/results/"
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leaves out of the navigation what is still to be written."""
-    absent = {name for name in LATER if not (Path(config.docs_dir) / name).exists()}
-    config.nav = [kept for entry in config.nav or [] if (kept := _without(entry, absent)) is not None]
-    return config
-
-
-def _without(entry: object, absent: set[str]) -> object:
-    if isinstance(entry, str):
-        return None if entry in absent else entry
-    assert isinstance(entry, dict)
-    [(title, inside)] = entry.items()
-    if isinstance(inside, str):
-        return None if inside in absent else entry
-    return {title: [kept for one in inside if (kept := _without(one, absent)) is not None]}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

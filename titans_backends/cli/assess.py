@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.text import Text
 
 from titans_backends import registry
-from titans_backends.cli import exit_codes, units
+from titans_backends.cache.writing import try_writing
+from titans_backends.cli import exit_codes
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, console, facts, heading, print_json, say, status_console, table
 from titans_backends.machine import Machine
+from titans_backends.reporting import numbers
 from titans_backends.tuning.assess import Assessment, assess
 from titans_backends.tuning.assess_order import spread_out
 from titans_backends.tuning.fingerprint import fingerprint
@@ -34,17 +36,23 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
     path = request.output or (_RESULTS if _RESULTS.is_dir() else Path()) / f"assess_{machine.slug}.json"
     if path.suffix != ".json":
         raise MisuseError(f"--assess writes JSON: --output must end in .json, got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    allowed = try_writing(path)
+    if not allowed:
+        raise MisuseError(f"--assess: the result could not be written: {allowed}; name another file: --output OTHER.json")
     chosen = replace(request, buckets=spread_out(request.buckets, limit), output=None)
     err = status_console()
-    say(err, f"{machine.name}: {units.amount(len(chosen.buckets), 'bucket')} of {len(request.buckets)} to assess, into {path}", "dim")
+    say(err, f"{machine.name}: {numbers.amount(len(chosen.buckets), 'bucket')} of {len(request.buckets)} to assess, into {path}", "dim")
     found = assess(chosen, budget_s, lambda said: say(err, said, "dim"))
     told = _json(found, request)
-    path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if as_json:
         print_json(told)
     else:
         _show(console(), found, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MisuseError(f"{path} cannot be written: {error.strerror or error}; what was found stands above") from error
     if found.left or not found.tuned:
         raise typer.Exit(exit_codes.FALLS_SHORT)
 
@@ -90,23 +98,23 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
     figures = found.summary
     out.print()
     worst = f"worst {_percent(figures.worst_regret)} ({_percent(figures.worst_beyond_noise)} beyond noise)"
-    pairs = [("regret", f"mean {_percent(figures.mean_regret)}, {worst}, over {units.amount(figures.buckets, 'bucket')}, two tunes")]
+    pairs = [("regret", f"mean {_percent(figures.mean_regret)}, {worst}, over {numbers.amount(figures.buckets, 'bucket')}, two tunes")]
     cost = f"; worst cost {_percent(figures.worst_flip_cost)}" if figures.flips else ""
     pairs.append(("flips", f"{figures.flips}, {figures.flips_outside} outside ties and the default's margin{cost}"))
     if figures.midpoints:
         within = f"{_percent(figures.midpoints_within)} of {figures.midpoints} within 5 %, worst {_percent(figures.worst_midpoint_regret)}"
         pairs.append(("midpoints", within))
     if found.compiled is not None:
-        pairs.append(("compiled ahead", f"{units.amount(found.compiled.candidates, 'candidate')}, {units.seconds(found.compiled.seconds)}"))
+        pairs.append(("compiled ahead", f"{numbers.amount(found.compiled.candidates, 'candidate')}, {numbers.seconds(found.compiled.seconds)}"))
     pairs.append(("time to tune", " | ".join(_tuned(s, n) for s, n in zip(found.tune_s, found.tuned_buckets, strict=True))))
     for use in found.first_uses:
         there = f"with {'the shipped table' if use.shipped else 'a table there'}, in a fresh process (choice: {use.origin})"
-        said = f"{units.seconds(use.first_s)} {there}; the second call {units.time_us(1e6 * use.second_s)}"
+        said = f"{numbers.seconds(use.first_s)} {there}; the second call {numbers.time_us(1e6 * use.second_s)}"
         pairs.append((f"first {use.bucket.op}", said))
     facts(out, pairs)
     if found.left:
-        say(out, Text(f"{units.amount(len(found.left), 'bucket')} not assessed, the first: {found.left[0][1]}", "yellow"))
-    say(out, f"measured in {units.seconds(found.seconds)}; the figures are in {path}")
+        say(out, Text(f"{numbers.amount(len(found.left), 'bucket')} not assessed, the first: {found.left[0][1]}", "yellow"))
+    say(out, f"measured in {numbers.seconds(found.seconds)}; the figures are in {path}")
 
 
 def _table(out: Console, rows: Sequence[Assessed]) -> None:
@@ -123,13 +131,13 @@ def _cells(one: Assessed) -> list[str | Text]:
     flip = "" if one.flip is None else _FLIPS[one.flip.within]
     return [
         str(one.bucket.seq_len), " | ".join(labels), Text(_percent(worst), loud), flip, one.best if one.best not in labels else "the same",
-        units.time_us(one.best_us), units.percent(one.best_spread), str(one.candidates),
+        numbers.time_us(one.best_us), numbers.percent(one.best_spread), str(one.candidates),
     ]  # fmt: skip
 
 
 def _tuned(seconds: float, buckets: int) -> str:
-    return f"{units.seconds(seconds)} for {units.amount(buckets, 'bucket')}"
+    return f"{numbers.seconds(seconds)} for {numbers.amount(buckets, 'bucket')}"
 
 
 def _percent(share: float | None) -> str:
-    return "unknown" if share is None else units.percent(share)
+    return "unknown" if share is None else numbers.percent(share)

@@ -13,13 +13,15 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from titans_backends.cli import exit_codes, units, words
+from titans_backends import registry
+from titans_backends.cli import exit_codes, words
 from titans_backends.cli.asked_call import AskedCall, optional_tensors, sized
 from titans_backends.cli.bench_grid import run_grid
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, console, print_json, say, status_console, table
 from titans_backends.contracts import contract
+from titans_backends.reporting import numbers
 from titans_backends.request import request
 from titans_backends.tuning.benchmark import Timed, timed
 from titans_backends.tuning.ceilings import Ceilings, measure
@@ -62,6 +64,9 @@ def bench(
     Exit status: 0 when everything was right, 1 when a kernel was wrong or every backend refuses.
     """
     target = words.device_named(device)
+    words.seconds("--budget", budget)
+    if backend is not None:
+        registry.get(backend)
     if grid is not None:
         here = {"OP": op, "--seq-len": seq_len, "--batch": batch, "--heads": heads, "--head-dim": head_dim, "--dtype": dtype, "--regime": regime}
         beside = [name for name, value in {**here, "--option": option, "--backend": backend}.items() if value is not None]
@@ -78,7 +83,15 @@ def bench(
         )
     given = words.integers("--seq-len", seq_len)
     lengths: list[int | None] = [None] if given is None else [*given]
-    sizes = (batch or 1, heads or "16", head_dim or "128", dtype or "float32", regime or "inference")
+    if batch is not None and batch < 1:
+        raise MisuseError(f"--batch must be at least 1, got {batch}: without sequences there is nothing to time")
+    sizes = (
+        1 if batch is None else batch,
+        "16" if heads is None else heads,
+        "128" if head_dim is None else head_dim,
+        "float32" if dtype is None else dtype,
+        "inference" if regime is None else regime,
+    )
     asked = [_asked(name, length, *sizes, option, target) for name in op for length in lengths]
     ceilings = measure(target, words.dtype_named(sizes[3]))
     err = status_console()
@@ -127,13 +140,13 @@ def _row(row: Timed) -> dict[str, Json]:
 
 
 def _show(out: Console, rows: Sequence[Timed], ceilings: Ceilings) -> None:
-    numbers = [Column(title, "right") for title in ("median", "±", "peak", "of floor", "gain")]
+    figures = [Column(title, "right") for title in ("median", "±", "peak", "of floor", "gain")]
     groups = []
     for bucket in dict.fromkeys(row.bucket for row in rows):
         mine = [row for row in rows if row.bucket == bucket]
         title = Text.assemble(key_title(bucket), (f" · seq_len {bucket.seq_len}", "dim"))
         groups.append(Group(title, [_cells(row, mine[0].label, mine[-1].us) for row in mine]))
-    table(out, [Column(""), Column("candidate", flexible=True), *numbers], groups)
+    table(out, [Column(""), Column("candidate", flexible=True), *figures], groups)
     out.print()
     say(out, Text(f"gain: over the reference; of floor: the share of what this machine could reach, at {ceilings}", "dim"))
 
@@ -143,7 +156,7 @@ def _cells(row: Timed, chosen: str, reference_us: float | None) -> list[str | Te
         return [row.what, Text("the same", "dim"), "", "", "", "", ""]
     if row.us is None:
         return [row.what, Text(f"{row.label}: {row.problem}", "red" if row.wrong else "dim"), "", "", "", "", ""]
-    share = units.percent(row.floor_us / row.us) if row.floor_us else ""
+    share = numbers.percent(row.floor_us / row.us) if row.floor_us else ""
     label = row.label.replace(" + ", "\n+ ", 1)
-    spread = units.percent(row.spread) if row.spread is not None else ""
-    return [row.what, label, units.time_us(row.us), spread, units.mib(row.peak_mib), share, units.gain(reference_us, row.us)]
+    spread = numbers.percent(row.spread) if row.spread is not None else ""
+    return [row.what, label, numbers.time_us(row.us), spread, numbers.mib(row.peak_mib), share, numbers.gain(reference_us, row.us)]

@@ -18,17 +18,20 @@ from rich.text import Text
 
 from titans_backends.buckets import Bucket
 from titans_backends.buckets import field as key_field
-from titans_backends.cli import exit_codes, units
+from titans_backends.cache.writing import try_writing
+from titans_backends.cli import exit_codes, words
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import by_key, key_json, key_title, place
 from titans_backends.cli.show import Column, Group, Json, console, heading, print_json, say, status_console, table
 from titans_backends.errors import BackendRefusedError
 from titans_backends.machine import detect
+from titans_backends.reporting import numbers
 from titans_backends.tuning import ceilings
 from titans_backends.tuning.benchmark import Timed, timed
 from titans_backends.tuning.fingerprint import fingerprint
 from titans_backends.tuning.grids import Cell, cells_of
 from titans_backends.tuning.problem import signature_of_bucket
+from titans_backends.verdict import refused
 
 __all__ = ["run_grid"]
 
@@ -97,14 +100,18 @@ def run_grid(grid: str, device: str, budget_s: float, within_s: float | None, li
     """Times a grid, writes and shows it; raises typer.Exit where something was wrong or was not reached. Ctrl-C keeps what is done."""
     machine = detect(device)
     cells = cells_of(grid, machine.kind)
-    for name, value in (("--within", within_s), ("--limit", limit)):
-        if value is not None and not value > 0:
-            raise MisuseError(f"{name} must be above 0, got {value:g}")
+    words.seconds("--within", within_s)
+    if limit is not None and limit < 1:
+        raise MisuseError(f"--limit must be above 0, got {limit}")
     path = output if output is not None else (_RESULTS if _RESULTS.is_dir() else Path()) / f"bench_{grid}_{machine.slug}"
-    path = path.with_name(path.name.removesuffix(".json").removesuffix(".csv"))
+    path = path.parent / path.name.removesuffix(".json").removesuffix(".csv")
+    for ending in (".json", ".csv"):
+        allowed = try_writing(path.parent / f"{path.name}{ending}") if path.name else refused(f"{output} names no file")
+        if not allowed:
+            raise MisuseError(f"--output: the results could not be written: {allowed}; name another file: --output OTHER.json")
     results = _Results(grid, device, path, fingerprint(device))
     err, begun = status_console(), time.monotonic()
-    say(err, f"{machine.name}: {units.amount(len(cells[:limit]), 'problem')} of the grid {grid}, into {path}.json and .csv", "dim")
+    say(err, f"{machine.name}: {numbers.amount(len(cells[:limit]), 'problem')} of the grid {grid}, into {path}.json and .csv", "dim")
     interrupted = False
     for number, cell in enumerate(cells[:limit]):
         late = within_s is not None and time.monotonic() - begun > within_s
@@ -175,8 +182,8 @@ def _flat(cell: Cell, one: Timed) -> dict[str, object]:
 
 
 def _show(out: Console, results: _Results) -> None:
-    numbers = [Column(title, "right") for title in ("median", "±", "peak", "of floor", "compile", "error")]
-    columns = [Column("seq_len", "right"), Column(""), Column("candidate", flexible=True), *numbers]
+    figures = [Column(title, "right") for title in ("median", "±", "peak", "of floor", "compile", "error")]
+    columns = [Column("seq_len", "right"), Column(""), Column("candidate", flexible=True), *figures]
     shown = [one for _, one in results.rows if not one.problem.startswith("refuses: ")]
     groups = [
         Group(key_title(first), [_cells(one, roles) for one, roles in _merged([one for _, one in found])])
@@ -209,8 +216,8 @@ def _cells(one: Timed, roles: str) -> list[str | Text]:
     length = str(one.bucket.seq_len)
     if one.us is None:
         return [length, roles, Text(f"{one.label}: {one.problem}", "red" if one.wrong else "dim"), "", "", "", "", "", ""]
-    share = units.percent(one.share_of_floor) if one.share_of_floor else ""
-    compiled = units.seconds(one.compile_s) if one.compile_s is not None else ""
+    share = numbers.percent(one.share_of_floor) if one.share_of_floor else ""
+    compiled = numbers.seconds(one.compile_s) if one.compile_s is not None else ""
     error = f"{one.error:.0e}" if one.error is not None else ""
-    spread = units.percent(one.spread) if one.spread is not None else ""
-    return [length, roles, one.label.replace(" + ", "\n+ ", 1), units.time_us(one.us), spread, units.mib(one.peak_mib), share, compiled, error]
+    spread = numbers.percent(one.spread) if one.spread is not None else ""
+    return [length, roles, one.label.replace(" + ", "\n+ ", 1), numbers.time_us(one.us), spread, numbers.mib(one.peak_mib), share, compiled, error]

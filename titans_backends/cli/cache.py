@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,13 +20,14 @@ from titans_backends.cache.nodes import SchemaError
 from titans_backends.cache.schema import Entry, Table, device_of
 from titans_backends.cache.staleness import Staleness
 from titans_backends.cache.timings import Measurement, Timings, merge_timings, prune_timings
-from titans_backends.cli import exit_codes, units, words
+from titans_backends.cli import exit_codes, words
 from titans_backends.cli.cache_rows import changes_json, rows_json, show_changes, show_rows
 from titans_backends.cli.failures import CommandGroup, MisuseError
 from titans_backends.cli.row_state import measurement_state, renewals, row_state
 from titans_backends.cli.show import Column, Group, command, console, facts, print_json, say, status_console
 from titans_backends.cli.show import table as show_table
 from titans_backends.machine import Machine, detect
+from titans_backends.reporting import numbers
 
 __all__ = ["cache"]
 
@@ -56,12 +58,16 @@ def show(
     facts(out, [("file", str(path or paths.user_cache_path(machine.slug))), ("device", table.device.name), ("rows", str(len(table.rows)))], indent=0)
     out.print()
     show_rows(out, table, states)
+    doubtful = any(entry.doubt is not None for entry in table.rows.values())
+    if doubtful and states and paths.timings_path(path or paths.user_cache_path(machine.slug)).exists():
+        command(out, shlex.join(["titans-backends", "tune", "--doubtful", *(["--output", str(path)] if path else []), *_on(device)]))
     worn = renewals(states)
     if worn:
         out.print()
     for one in worn:
         say(out, Text(str(one), "yellow"))
-        command(out, one.command)
+        if one.command:
+            command(out, one.command)
 
 
 @cache.command("path")
@@ -87,7 +93,7 @@ def diff(
         return
     out = console()
     show_changes(out, changes)
-    say(out, f"\n{units.amount(len(changes), 'bucket differs', 'buckets differ')}" if changes else "no difference")
+    say(out, f"\n{numbers.amount(len(changes), 'bucket differs', 'buckets differ')}" if changes else "no difference")
 
 
 @cache.command("merge")
@@ -122,7 +128,7 @@ def merge(
     if measured:
         file.edit_timings(paths.timings_path(target), lambda older: _join_timings(older, measured), device=owner, defaults_of=defaults_of)
     plans.invalidate()
-    say(console(), f"{target} now has {units.amount(len(changed.rows), 'row')}")
+    say(console(), f"{target} now has {numbers.amount(len(changed.rows), 'row')}")
 
 
 @cache.command("prune")
@@ -151,7 +157,7 @@ def prune(
         out.print()
     say(
         out,
-        f"{'would remove' if dry_run else 'removed'} {len(rows)} of {units.amount(len(table.rows), 'row')} in {target}"
+        f"{'would remove' if dry_run else 'removed'} {len(rows)} of {numbers.amount(len(table.rows), 'row')} in {target}"
         if rows
         else "nothing to prune",
     )
@@ -175,7 +181,7 @@ def reset(
     for one in doomed:
         say(out, f"{'would remove' if dry_run else 'to remove'}: {one}" if dry_run or not yes else f"removing {one}")
     if aside and not damaged:
-        say(out, f"kept: {units.amount(len(aside), 'damaged file')} beside it; remove with --damaged", "dim")
+        say(out, f"kept: {numbers.amount(len(aside), 'damaged file')} beside it; remove with --damaged", "dim")
     if dry_run or not doomed:
         return
     if not yes:
@@ -186,6 +192,11 @@ def reset(
         except OSError as error:
             raise MisuseError(f"{one} cannot be removed: {error.strerror or error}") from error
     plans.invalidate()
+
+
+def _on(device: str | None) -> list[str]:
+    """The words that name the device again."""
+    return [] if device is None else ["--device", device]
 
 
 def _confirm() -> None:

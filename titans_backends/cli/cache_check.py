@@ -11,9 +11,9 @@ from titans_backends import switches
 from titans_backends.buckets import defaults_of
 from titans_backends.cache import file, paths
 from titans_backends.cache.schema import device_of
-from titans_backends.cli import units
 from titans_backends.cli.row_state import Renewal, renewals, row_state
 from titans_backends.machine import Machine
+from titans_backends.reporting import numbers
 from titans_backends.tables import shipped_paths
 
 __all__ = ["CacheReport", "check_caches"]
@@ -41,7 +41,7 @@ class CacheReport:
         if not self.exists:
             return "there is no such file"
         worn = sum(one.rows for one in self.renewals)
-        return units.amount(self.rows, "row") + (f", {worn} of them stale or ignored" if worn else "") + ("" if self.writable else ", read-only")
+        return numbers.amount(self.rows, "row") + (f", {worn} of them stale or ignored" if worn else "") + ("" if self.writable else ", read-only")
 
 
 def check_caches(machine: Machine) -> Iterator[CacheReport]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, cast
 
@@ -16,7 +15,7 @@ from titans_backends.buckets import defaults_of
 from titans_backends.cache.paths import timings_path
 from titans_backends.cache.schema import Bucket, full_when
 from titans_backends.cache.timings import Measurement
-from titans_backends.cli import exit_codes, units, words
+from titans_backends.cli import exit_codes, words
 from titans_backends.cli.asked_call import AskedCall, optional_tensors, sized
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import key_text
@@ -26,6 +25,7 @@ from titans_backends.dispatch import Consulted
 from titans_backends.explain import Explanation, explain_signature
 from titans_backends.machine import detect
 from titans_backends.offers import Offer, pairs
+from titans_backends.reporting import numbers
 from titans_backends.request import request
 from titans_backends.signature import Launch
 from titans_backends.tuning.plan import plan
@@ -62,11 +62,12 @@ def explain(
         made, seq_len=seq_len, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, regime=regime, device=words.device_named(device),
         options=words.options_of(made, option), given=optional_tensors(made, with_), packed=packed,
     )  # fmt: skip
-    launches = cast("Sequence[Launch]", words.one_of("--launch", [launch], ("eager", "graph")))
-    if launches[0] == "graph" and torch.device(asked.device).type != "cuda":
+    if launch not in ("eager", "graph"):
+        raise MisuseError(f"--launch must be eager or graph, got {launch!r}")
+    if launch == "graph" and torch.device(asked.device).type != "cuda":
         raise MisuseError(f"--launch graph is for CUDA, and {asked.device} captures nothing; add --device cuda")
     wanted = request(backend, training=asked.training)
-    found = explain_signature(replace(asked.signature(), launch=launches[0]), detect(asked.device), wanted.forced, asked.work())
+    found = explain_signature(replace(asked.signature(), launch=cast(Launch, launch)), detect(asked.device), wanted.forced, asked.work())
     if as_json:
         print_json(found.as_dict())
     else:
@@ -107,7 +108,7 @@ def _show(out: Console, asked: AskedCall, found: Explanation) -> None:
             Column("note", flexible=True),
         )
         table(out, columns, [Group("", [_timing(one) for one in sorted(measurements, key=_by_time)])])
-    if found.choice is not None and found.choice.origin == "default":
+    if found.choice is not None and found.choice.origin in ("default", "neighbour"):
         out.print()
         _show_how_to_measure(out, asked, found)
 
@@ -178,4 +179,4 @@ def _timing(one: Measurement) -> list[str | Text]:
     label = f"{one.label}{' saving states' if one.saves_states else ''}"
     if one.status != "ok":
         return [label, one.direction, "", "", Text(f"{one.status}: {one.reason}", "red" if one.status == "failed" else "dim")]
-    return [label, one.direction, units.time_us(one.us), units.percent(one.spread or 0), ""]
+    return [label, one.direction, numbers.time_us(one.us), numbers.percent(one.spread or 0), ""]

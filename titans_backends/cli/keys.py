@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 from rich.text import Text
 
-from titans_backends.buckets import Bucket, WhenValue, defaults_of
+from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import full_when
 from titans_backends.cli.show import Json
+from titans_backends.reporting.place import dims_text, field_text
 
 __all__ = ["by_key", "key_json", "key_text", "key_title", "place"]
 
@@ -34,8 +35,8 @@ def key_text(bucket: Bucket) -> str:
         parts.append(f"{streams} stream{'s' * (streams != 1)}")
     if given.get("group", 1) != 1:
         parts.append(f"group {given['group']}")
-    parts.append(f"head_dim {_dims(given.get('head_dim'))}")
-    parts += [_field(name, value) for name, value in given.items() if name not in _FIRST and value != default.get(name, _ABSENT)]
+    parts.append(f"head_dim {dims_text(given.get('head_dim'))}")
+    parts += [field_text(name, value) for name, value in given.items() if name not in _FIRST and value != default.get(name, _ABSENT)]
     return " · ".join(parts)
 
 
@@ -71,13 +72,3 @@ def by_key(rows: Iterable[tuple[Bucket, Row]]) -> list[tuple[Bucket, list[tuple[
     for bucket, row in rows:
         groups.setdefault((bucket.op, bucket.when), []).append((bucket, row))
     return [(found[0][0], sorted(found, key=lambda pair: pair[0].seq_len)) for found in groups.values()]
-
-
-def _dims(value: WhenValue) -> str:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        return str(value)
-    return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
-
-
-def _field(name: str, value: WhenValue) -> str:
-    return name if value is True else f"no {name}" if value is False else f"{name}={value}"

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 import titans_backends
-from titans_backends.cli import units
 from titans_backends.cli.failures import MisuseError, user_input
 from titans_backends.cli.show import command, console, print_json, say
 from titans_backends.contracts import contract
+from titans_backends.reporting import numbers
 from titans_backends.scaffold import KINDS, checked_name, in_tree, kind_named, plugin
 
 __all__ = ["new_backend"]
@@ -41,7 +41,7 @@ def new_backend(
         print_json({"folder": str(made.folder), "files": list(made.files), "next": list(made.next), "advice": flavour.advice})
         return
     out = console()
-    say(out, f"wrote {units.amount(len(made.files), 'file')} in {made.folder}: {', '.join(made.files)}")
+    say(out, f"wrote {numbers.amount(len(made.files), 'file')} in {made.folder}: {', '.join(made.files)}")
     say(out, "\nnext")
     for line in made.next:
         command(out, line)

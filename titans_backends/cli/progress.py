@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-from titans_backends.cli import units
 from titans_backends.cli.keys import place
+from titans_backends.reporting import numbers
 from titans_backends.tuning.events import (
     BackendProbed,
     BucketDone,
@@ -61,7 +61,7 @@ class Estimate:
     def left(self) -> str:
         """For people; empty while nothing is known."""
         wait = self.left_s
-        return "" if wait is None else f"about {units.seconds(wait)} left"
+        return "" if wait is None else f"about {numbers.seconds(wait)} left"
 
 
 @contextlib.contextmanager
@@ -149,15 +149,15 @@ def finished_line(event: Event) -> Text | None:
     """The line of an event that is worth one: a finished bucket, a candidate that was wrong, a backend that is not usable."""
     if isinstance(event, BucketDone):
         return Text.assemble(
-            ("✓ ", "green"), place(event.bucket), ": ", (event.entry.label, "green"), f" {units.time_us(event.entry.us)}",
-            _gain(event), (_doubt(event), "yellow"), (f"  in {units.seconds(event.seconds)}", "dim"),
+            ("✓ ", "green"), place(event.bucket), ": ", (event.entry.label, "green"), f" {numbers.time_us(event.entry.us)}",
+            _gain(event), (_doubt(event), "yellow"), (f"  in {numbers.seconds(event.seconds)}", "dim"),
         )  # fmt: skip
     if isinstance(event, BucketFailed):
         return Text.assemble(("✗ ", "red"), place(event.bucket), f": {event.reason}")
     if isinstance(event, CandidateDone) and event.status == "failed":
         return Text.assemble(("! ", "yellow"), f"{event.bucket.op} {event.bucket.seq_len}: {event.label} ({event.direction}) failed: {event.detail}")
     if isinstance(event, CompiledAhead):
-        done = f"compiled {_counted(event.candidates, 'candidate')} ahead in {_counted(event.processes, 'process')}, {units.seconds(event.seconds)}"
+        done = f"compiled {_counted(event.candidates, 'candidate')} ahead in {_counted(event.processes, 'process')}, {numbers.seconds(event.seconds)}"
         return Text(f"{done}; {event.failed} not: {event.reason}" if event.failed else done, style="dim")
     if isinstance(event, BackendProbed) and event.state in ("broken", "refused"):
         return Text.assemble(("! ", "yellow"), f"backend {event.backend} is {event.state}: {event.reason}")
@@ -172,9 +172,9 @@ def _counted(number: int, noun: str) -> str:
 
 def _doubt(event: BucketDone) -> str:
     doubt = event.entry.doubt
-    return f"; noise: another may save up to {units.percent(doubt)}" if doubt is not None else ""
+    return f"; noise: another may save up to {numbers.percent(doubt)}" if doubt is not None else ""
 
 
 def _gain(event: BucketDone) -> str:
-    over = units.gain(event.default_us, event.entry.us)
+    over = numbers.gain(event.default_us, event.entry.us)
     return f", {over} the default" if over not in ("", "1.00×") else ""

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from titans_backends.buckets import Bucket, WhenValue, defaults_of
+from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import Entry, Table, full_when
 from titans_backends.cache.staleness import Staleness, grade
 from titans_backends.cache.timings import Measurement, Timings
-from titans_backends.cli import units
 from titans_backends.cli.keys import by_key, key_text
 from titans_backends.contracts import CONTRACTS
 from titans_backends.machine import Machine
 from titans_backends.offers import offers
+from titans_backends.reporting import numbers
+from titans_backends.reporting.place import dims_text
 from titans_backends.tables import current_environment
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.standing import REFERENCE, Standing
@@ -34,7 +35,7 @@ class Renewal:
     command: str
 
     def __str__(self) -> str:
-        return f"{units.amount(self.rows, 'row')} {self.kind}: {self.where}: {self.reason}"
+        return f"{numbers.amount(self.rows, 'row')} {self.kind}: {self.where}: {self.reason}"
 
 
 def row_state(machine: Machine, table: Table, bucket: Bucket, entry: Entry) -> Staleness:
@@ -64,7 +65,7 @@ def renewals(states: Mapping[Bucket, Staleness]) -> list[Renewal]:
     for kind in ("stale", "ignored"):
         for first, rows in by_key((bucket, state) for bucket, state in states.items() if state.kind == kind):
             lengths = [bucket.seq_len for bucket, _ in rows]
-            command = tune_command(first, lengths) if first.op in CONTRACTS else ""
+            command = tune_command(first, lengths) if rows[0][1].command else ""  # a bucket that no call has cannot be measured again
             found.append(Renewal(rows[0][1].kind, len(rows), f"{first.op} {key_text(first)}", rows[0][1].reason, command))
     return found
 
@@ -75,19 +76,13 @@ def tune_command(bucket: Bucket, seq_lens: Sequence[int]) -> str:
     streams, group = when.get("streams"), when.get("group")
     heads = f"{streams // group}/{streams}" if isinstance(streams, int) and isinstance(group, int) and group > 1 else str(streams)
     words = ["titans-backends tune --op", bucket.op, "--seq-lens", ",".join(map(str, seq_lens)), "--heads", heads]
-    words += ["--head-dim", _dims(when.get("head_dim")), "--dtype", str(when.get("dtype")), "--regime", str(when.get("regime"))]
+    words += ["--head-dim", dims_text(when.get("head_dim")), "--dtype", str(when.get("dtype")), "--regime", str(when.get("regime"))]
     return " ".join(words + (["--launch", str(when["launch"])] if when.get("launch", "eager") != "eager" else []))
-
-
-def _dims(value: WhenValue) -> str:
-    if not isinstance(value, tuple) or len(value) != 2:
-        return str(value)
-    return str(value[0]) if value[0] == value[1] else f"{value[0]}x{value[1]}"
 
 
 @functools.lru_cache(maxsize=512)
 def _standing(machine: Machine, bucket: Bucket) -> Standing:
     if bucket.op not in CONTRACTS:
-        raise KeyError(f"the op {bucket.op} is unknown")
+        raise ValueError(f"the op {bucket.op} is unknown")
     signature = signature_of_bucket(bucket, machine.kind)
     return Standing.of(bucket, signature, offers(signature, machine), ())

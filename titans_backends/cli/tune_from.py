@@ -16,13 +16,15 @@ from titans_backends.buckets import Bucket
 from titans_backends.cache.nodes import SchemaError
 from titans_backends.cache.problems import Met
 from titans_backends.cache.writing import CacheError
-from titans_backends.cli import units
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.show import Column, Group, Json, say, table
 from titans_backends.machine import Machine
+from titans_backends.reporting import numbers
 from titans_backends.tuning import ceilings
 from titans_backends.tuning.recorded import Cost, Coverage, covered, demands, ordered
 from titans_backends.tuning.report import TuneReport
+
+_GLANCE_BYTES = 2**20
 
 __all__ = ["Recorded", "coverage_json", "from_file", "show_coverage"]
 
@@ -72,9 +74,10 @@ def from_file(path: Path, contradicting: Mapping[str, object], machine: Machine,
 
 
 def _is_recording(path: Path) -> bool:
+    """Whether to name it; what is too large to be read at once is not looked into."""
     try:
-        return bool(recording.read(path))
-    except (SchemaError, CacheError):
+        return path.stat().st_size <= _GLANCE_BYTES and bool(recording.read(path))
+    except (SchemaError, CacheError, OSError):
         return False
 
 
@@ -83,9 +86,9 @@ def _left_out(lines: Sequence[Met], kind: str) -> tuple[str, ...]:
     for met in lines:
         elsewhere[met.problem.device] = elsewhere.get(met.problem.device, 0) + 1
     elsewhere.pop(kind, None)
-    said = [f"{units.amount(count, 'problem')} met on {device}" for device, count in sorted(elsewhere.items())]
+    said = [f"{numbers.amount(count, 'problem')} met on {device}" for device, count in sorted(elsewhere.items())]
     pinned = sum(met.problem.batch_invariant for met in lines if met.problem.device == kind)
-    return (*said, *([f"{units.amount(pinned, 'problem')} under batch invariance, for which no table is asked"] if pinned else []))
+    return (*said, *([f"{numbers.amount(pinned, 'problem')} under batch invariance, for which no table is asked"] if pinned else []))
 
 
 def coverage_json(found: Sequence[Coverage]) -> list[Json]:
@@ -100,17 +103,17 @@ def show_coverage(to: Console, found: Sequence[Coverage]) -> None:
     whole = sum(one.total_us for one in found)
     part = sum(one.covered * one.total_us for one in found) / whole if whole else 0.0
     to.print()
-    say(to, f"tuned rows cover {units.percent(part)} of the recorded time in our ops, {units.time_us(whole)} in all")
+    say(to, f"tuned rows cover {numbers.percent(part)} of the recorded time in our ops, {numbers.time_us(whole)} in all")
     before, after = sum(one.before_us or 0.0 for one in found), sum(one.after_us or 0.0 for one in found)
     if after:
-        say(to, f"the covered calls took {units.time_us(before)} by the untuned default and take {units.time_us(after)} by the winners")
+        say(to, f"the covered calls took {numbers.time_us(before)} by the untuned default and take {numbers.time_us(after)} by the winners")
     estimated = sum(one.estimated for one in found)
     if estimated:
-        said = f"{units.amount(estimated, 'bucket has', 'buckets have')} no measurement; the time there is an estimate from the work"
+        said = f"{numbers.amount(estimated, 'bucket has', 'buckets have')} no measurement; the time there is an estimate from the work"
         say(to, Text(said, "yellow"))
 
 
 def _cells(one: Coverage) -> list[str]:
     rows = f"{one.rows} of {one.buckets}"
-    gain = units.gain(one.before_us, one.after_us)
-    return [one.op, str(one.calls), rows, units.time_us(one.total_us), units.percent(one.share), units.percent(one.covered), gain]
+    gain = numbers.gain(one.before_us, one.after_us)
+    return [one.op, str(one.calls), rows, numbers.time_us(one.total_us), numbers.percent(one.share), numbers.percent(one.covered), gain]

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.text import Text
 
 from titans_backends.buckets import field
-from titans_backends.cli import units
 from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, say, table
 from titans_backends.cli.winners import is_narrow, winner_cells, winner_columns
+from titans_backends.reporting import numbers
 from titans_backends.tuning.report import Row
 
 __all__ = ["rows_json", "show_rows"]
@@ -35,7 +35,7 @@ def show_rows(to: Console, rows: Sequence[Row]) -> None:
     doubtful = sum(row.entry is not None and row.entry.doubt is not None for row in rows)
     if doubtful:
         to.print()
-        say(to, f"noise decided {units.amount(doubtful, 'bucket')}: measure them again with titans-backends tune --doubtful", "dim")
+        say(to, f"noise decided {numbers.amount(doubtful, 'bucket')}: measure them again with titans-backends tune --doubtful", "dim")
 
 
 def _cells(to: Console, row: Row) -> list[str | Text]:
@@ -44,7 +44,7 @@ def _cells(to: Console, row: Row) -> list[str | Text]:
         nothing: list[str | Text] = [length, Text(f"none: {row.reason}", "red"), "", "", ""]
         return nothing if is_narrow(to) else [*nothing, ""]
     winner, *second = winner_cells(to, entry)
-    return [length, winner, units.time_us(entry.us), units.gain(row.default_us, entry.us), units.gain(row.reference_us, entry.us), *second]
+    return [length, winner, numbers.time_us(entry.us), numbers.gain(row.default_us, entry.us), numbers.gain(row.reference_us, entry.us), *second]
 
 
 def _row_json(row: Row) -> dict[str, Json]:

@@ -13,13 +13,14 @@ from rich.text import Text
 
 from titans_backends import registry
 from titans_backends.cache.paths import user_cache_path
-from titans_backends.cli import exit_codes, units
+from titans_backends.cli import exit_codes
 from titans_backends.cli.plan_rows import plan_json, show_plan
 from titans_backends.cli.progress import showing
 from titans_backends.cli.show import command, console, facts, print_json, say, status_console
 from titans_backends.cli.tune_from import Recorded, coverage_json, show_coverage
 from titans_backends.cli.tune_rows import rows_json, show_rows
 from titans_backends.machine import Machine
+from titans_backends.reporting import numbers
 from titans_backends.tuning import ranks
 from titans_backends.tuning.report import Row, TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
@@ -39,6 +40,7 @@ class TuneSession:
     again: str
     as_json: bool
     recorded: Recorded | None = None
+    from_file: Path | None = None
 
     def run(self) -> None:
         """Raises typer.Exit for every status but 0."""
@@ -75,10 +77,11 @@ class TuneSession:
 
     def _announce(self, err: Console) -> None:
         grid = "recorded, the most expensive first" if self.recorded is not None else "quick grid" if self.request.quick else "full grid"
-        grid = "in doubt, the most doubtful first" if self.request.doubtful else grid
+        among = f" of {self.from_file}" if self.from_file is not None else ""
+        grid = f"in doubt{among}, the most doubtful first" if self.request.doubtful else grid
         say(
             err,
-            f"{self.machine.name}: {units.amount(len(self.request.buckets), 'bucket')} planned ({grid}), into {_path(self.request, self.machine)}",
+            f"{self.machine.name}: {numbers.amount(len(self.request.buckets), 'bucket')} planned ({grid}), into {_path(self.request, self.machine)}",
             "dim",
         )
         for said in self.recorded.left_out if self.recorded is not None else ():
@@ -97,9 +100,9 @@ class TuneSession:
         self._show_coverage(report)
         say(out, NOTHING)
         if self.request.doubtful and not report.rows:
-            say(out, _no_doubt(report.path))
+            say(out, _no_doubt(report.path, self.from_file))
             return
-        current = units.amount(len(report.rows), "bucket is", "buckets are")
+        current = numbers.amount(len(report.rows), "bucket is", "buckets are")
         say(out, f"all {current} current in {report.path}" if len(report.rows) != 1 else f"the bucket is current in {report.path}")
         facts(out, [("see them", f"titans-backends cache show{_file(self.request)}"), ("measure again", f"{self.again} --force")])
 
@@ -127,16 +130,19 @@ class TuneSession:
     def _ended(self, to: Console, report: TuneReport) -> None:
         measured = sum(row.measured for row in report.rows)
         rows = any(row.entry is not None for row in report.rows)
-        say(to, f"measured {units.amount(measured, 'bucket')} in {units.seconds(report.seconds)}; {'the winners are in' if rows else 'nothing won'}")
+        say(
+            to,
+            f"measured {numbers.amount(measured, 'bucket')} in {numbers.seconds(report.seconds)}; {'the winners are in' if rows else 'nothing won'}",
+        )
         if rows:
             command(to, str(report.path))
         without = [row for row in report.rows if row.entry is None and row.bucket not in report.remaining]
         if without:
             slow = any("no answer within" in row.reason for row in without)
             what = f"the same with --force and a --timeout above {self.request.timeout_s:g}" if slow else "titans-backends doctor"
-            say(to, Text(f"{units.amount(len(without), 'bucket')} without a winner; the table says why. What to do: {what}", "yellow"))
+            say(to, Text(f"{numbers.amount(len(without), 'bucket')} without a winner; the table says why. What to do: {what}", "yellow"))
         if report.remaining:
-            say(to, Text(f"the budget ended with {units.amount(len(report.remaining), 'bucket')} left. Go on with:", "yellow"))
+            say(to, Text(f"the budget ended with {numbers.amount(len(report.remaining), 'bucket')} left. Go on with:", "yellow"))
             command(to, self.again + self._budget())
             return
         if not rows:
@@ -149,14 +155,17 @@ class TuneSession:
 
     def _interrupted(self, err: Console, report: TuneReport) -> None:
         kept = sum(row.entry is not None for row in report.rows)
-        say(err, f"interrupted: {kept} of {units.amount(len(self.request.buckets), 'bucket')} have a row in {report.path}, and are kept. Go on with:")
+        say(
+            err,
+            f"interrupted: {kept} of {numbers.amount(len(self.request.buckets), 'bucket')} have a row in {report.path}, and are kept. Go on with:",
+        )
         command(err, self.again + self._budget())
 
     def _budget(self) -> str:
         return f" --budget {self.request.budget_s:g}" if self.request.budget_s is not None else ""
 
 
-def show_dry_run(request: TuneRequest, machine: Machine, as_json: bool) -> None:
+def show_dry_run(request: TuneRequest, machine: Machine, as_json: bool, from_file: Path | None = None) -> None:
     """What would be measured, by whom, and where it would be written."""
     racing = request.backends or tuple(b.name for b in registry.known().values() if b.quick or not request.quick)
     if as_json:
@@ -164,18 +173,19 @@ def show_dry_run(request: TuneRequest, machine: Machine, as_json: bool) -> None:
         return
     out = console()
     if request.doubtful and not request.buckets:
-        say(out, _no_doubt(_path(request, machine)))
+        say(out, _no_doubt(_path(request, machine), from_file))
         return
     show_plan(out, request, machine, racing)
-    say(out, f"\n{units.amount(len(request.buckets), 'bucket')} would be measured on {machine.name}, and written to {_path(request, machine)}")
+    say(out, f"\n{numbers.amount(len(request.buckets), 'bucket')} would be measured on {machine.name}, and written to {_path(request, machine)}")
 
 
 def _path(request: TuneRequest, machine: Machine) -> Path:
     return request.output if request.output is not None else user_cache_path(machine.slug)
 
 
-def _no_doubt(path: Path) -> str:
-    return f"no row of {path} is in doubt: nobody may save more than 5 % of a winner's time"
+def _no_doubt(path: Path, among: Path | None) -> str:
+    of_them = f" that {among} asks for" if among is not None else ""
+    return f"no row of {path}{of_them} is in doubt: nobody may save more than 5 % of a winner's time"
 
 
 def _file(request: TuneRequest) -> str:

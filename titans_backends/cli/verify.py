@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from titans_backends import registry
-from titans_backends.cli import exit_codes, units, words
+from titans_backends.cli import exit_codes, words
 from titans_backends.cli.examiner import Examiner
 from titans_backends.cli.show import Column, Group, Json, console, heading, print_json, say, status_console, table
 from titans_backends.conformance import Item, Result, items
 from titans_backends.machine import Machine, detect
+from titans_backends.reporting import numbers
 from titans_backends.signature import Regime
 
 __all__ = ["verify"]
@@ -73,8 +74,9 @@ def verify(
     Exit status: 0 when everything is right, 1 when something is not or nothing could run.
     """
     target = words.device_named(device)
+    words.seconds("--timeout", timeout)
     machine = detect(target)
-    asked = words.names(backend)
+    asked, wanted = words.names(backend), words.op_names(op)
     dtypes = words.one_of("--dtype", dtype, words.DTYPES) or (["float32"] if machine.kind == "cpu" else ["bfloat16", "float32"])
     regimes = cast("list[Regime]", words.one_of("--regime", regime, ("inference", "training")) or ["inference", "training"])
     chosen = [registry.get(name).name for name in asked] if asked is not None else list(registry.known())
@@ -82,7 +84,9 @@ def verify(
     work: list[Item] = []
     for name in chosen:
         if name not in unavailable:
-            ops = [one for one in (words.op_names(op) or registry.get(name).ops) if one in registry.get(name).ops]
+            ops = [one for one in (wanted or registry.get(name).ops) if one in registry.get(name).ops]
+            if asked is not None and not ops:
+                unavailable[name] = f"it has no {' or '.join(wanted or ())}; its ops: {', '.join(sorted(registry.get(name).ops))}"
             work += items(name, ops=ops, dtypes=[words.dtype_named(one) for one in dtypes], regimes=regimes, device=target)
     started = time.monotonic()
     tallies = _tallies(_examined(work, timeout))
@@ -143,8 +147,8 @@ def _row(tally: Tally) -> dict[str, Json]:
 
 
 def _show(out: Console, machine: Machine, tallies: Sequence[Tally], unavailable: dict[str, str], seconds: float) -> None:
-    numbers = [Column(title, "right") for title in ("candidates", "right", "refused", "worst error", "allowed")]
-    columns = [Column("regime"), Column("dtype"), *numbers, Column("")]
+    figures = [Column(title, "right") for title in ("candidates", "right", "refused", "worst error", "allowed")]
+    columns = [Column("regime"), Column("dtype"), *figures, Column("")]
     groups: dict[tuple[str, str], list[list[str | Text]]] = {}
     for tally in tallies:
         groups.setdefault((tally.op, tally.backend), []).append(_cells(tally))
@@ -169,7 +173,7 @@ def _show(out: Console, machine: Machine, tallies: Sequence[Tally], unavailable:
         say(out, Text(f"not run: {name}: {reason}", "dim"))
     total = sum(tally.count("passed") + tally.count("failed") for tally in tallies)
     passed = sum(tally.count("passed") for tally in tallies)
-    told = f"{passed} of {units.amount(total, 'case')} right on {machine.name}, in {units.seconds(seconds)}"
+    told = f"{passed} of {numbers.amount(total, 'case')} right on {machine.name}, in {numbers.seconds(seconds)}"
     say(out, Text(told, "green" if passed == total and total else "red"))
 
 

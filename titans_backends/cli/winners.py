@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.text import Text
 
 from titans_backends.cache.schema import Entry
-from titans_backends.cli import units
 from titans_backends.cli.show import Column
+from titans_backends.reporting import numbers
 
 __all__ = ["is_narrow", "winner_cells", "winner_columns"]
 
@@ -35,7 +35,7 @@ def winner_cells(to: Console, entry: Entry) -> list[str | Text]:
 def _runner_up(entry: Entry) -> str:
     if entry.next is None:
         return ""
-    return _lines(entry.next) + (f" {units.time_us(entry.next_us)}" if entry.next_us is not None else "")
+    return _lines(entry.next) + (f" {numbers.time_us(entry.next_us)}" if entry.next_us is not None else "")
 
 
 def _lines(label: str) -> str:

@@ -179,9 +179,9 @@ def _results(outputs: Outputs, owners: Sequence[Tensor], given: int) -> tuple[Ou
         if index is None:
             index = next(i for i, owner in enumerate(owners) if i >= given and _same_memory(owner, out))
         owner = owners[index]
-        whole = out.shape == owner.shape and out.stride() == owner.stride() and out.dtype == owner.dtype
-        if not whole and out.dtype != owner.dtype:
+        if out.dtype != owner.dtype:
             return None
+        whole = out.shape == owner.shape and out.stride() == owner.stride()
         results.append(Output(index, tuple(out.shape), out.stride(), int(out.storage_offset()), whole))
     return tuple(results)
 

@@ -1,11 +1,14 @@
-"""Numbers as the report's page and charts write them: three significant digits and a unit that fits. Exact ones stand in the command's `--json`."""
+"""Numbers as people read them, in the terminal and on the report's page: three significant digits and a unit that fits. Exact ones stand in `--json`."""
 
 from __future__ import annotations
 
-__all__ = ["amount", "error", "factor", "length", "mib", "percent", "rate", "time_us"]
+__all__ = ["amount", "error", "factor", "gain", "length", "mib", "percent", "rate", "seconds", "time_us"]
 
 
 def _three(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value == 0:
+        return "0"
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{digits}f}"
 
@@ -19,9 +22,25 @@ def time_us(us: float | None) -> str:
     return f"{_three(us / 1e3)} ms" if us < 999.5e3 else f"{_three(us / 1e6)} s"
 
 
+def gain(slower_us: float | None, faster_us: float | None) -> str:
+    """How many times as fast: `2.31×`; nothing where either is unknown."""
+    return factor(slower_us / faster_us) if slower_us and faster_us else ""
+
+
 def factor(value: float | None) -> str:
     """How many times: `2.31×`; nothing for None."""
     return "" if value is None else f"{_three(value)}×"
+
+
+def seconds(value: float) -> str:
+    """A wait: `0.4 s`, `12 s`, `2 min 05 s`, `1 h 04 min`."""
+    if value < 9.95:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def percent(part: float | None) -> str:

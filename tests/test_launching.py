@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from titans_backends.backend import Candidate
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.fused_uw import FusedUW
+from titans_backends.launching.ahead import arriving
 from titans_backends.launching.remember import Remember, Run, remembering, remembering_backward
 from titans_backends.launching.scratch import places as placed
 from titans_backends.launching.tape import Taped, Taping
+from titans_backends.tuning.suite import chunk_starts
 
 ANY = Candidate("any", "any")
 Three = tuple[Tensor, Tensor, Tensor]
@@ -207,3 +211,32 @@ def test_what_is_collected_is_neither_launched_nor_remembered(device: Device) ->
     assert not device.launched
     assert list(forms) == ["4 arguments", "3 arguments"]
     assert device.taping.current is None
+
+
+@pytest.mark.parametrize("op", [name for name, made in CONTRACTS.items() if made.differentiable])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_backward_is_compiled_for_is_what_arrives(op: str, dtype: torch.dtype) -> None:
+    made = CONTRACTS[op]
+    first = made.variants[0]
+    call = build(made, Case("any", T=made.max_tokens or 70, options=first.options, given=first.given, dtype=dtype))
+    found, states, needs = arriving(op, call, Candidate("any", "any", direction="backward"))
+    assert states is None
+    assert needs == frozenset(made.differentiable) & set(made.tensors(call))
+    for output, got, want in zip(made.outputs, found, made.reference(call), strict=True):
+        assert (got is None) == (want is None), output.name
+        if got is not None and want is not None:
+            assert (got.shape, got.dtype) == (want.shape, dtype if output.like else torch.float32), output.name
+
+
+@pytest.mark.parametrize("op", ["slow_core", "gated_delta_rule"])
+def test_the_saved_states_that_arrive_have_a_place_for_every_chunk(op: str) -> None:
+    made = CONTRACTS[op]
+    call = build(made, Case("any", B=2, T=70, H=4, K=16, V=32))
+    states = arriving(op, call, Candidate("any", "any", direction="backward", saves_states=True))[1]
+    starts = chunk_starts(made, made.to(call, torch.float64))
+    assert states is not None
+    assert starts is not None
+    assert states.shape == starts.shape == (2, 2, 4, 16, 32)
+    assert (
+        arriving("fused_uw", build(CONTRACTS["fused_uw"], Case("any")), Candidate("any", "any", direction="backward", saves_states=True))[1] is None
+    )

@@ -84,6 +84,25 @@ def test_a_later_call_launches_the_same_with_its_own_addresses(device: Device) -
         assert (o.shape, o.dtype) == ((4, 4), torch.float32)
 
 
+def test_every_number_and_every_place_in_the_scratch_is_its_own(device: Device) -> None:
+    def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
+        o, scratch = torch.empty(4, 4), torch.empty(8, 8)
+        device(call.attn_const, 5, 7, scratch, 9, 5)
+        device(scratch[1], 11, scratch[3], call.v_beta, scratch[6], o)
+        return o, None
+
+    _, again = device.remembering(run)(FusedUW(*three()), ANY)
+    assert again is not None
+    device.launched.clear()
+    x, y, z = three()
+    o = again((x, y, z))[0]
+    first, second = device.launched
+    (scratch,) = first[4:5]
+    assert isinstance(scratch, int)
+    assert first == (3, x.data_ptr(), 5, 7, scratch, 9, 5)
+    assert second == (3, scratch + 32, 11, scratch + 96, y.data_ptr(), scratch + 192, o.data_ptr())
+
+
 def test_scratch_that_is_needed_one_after_the_other_shares_its_place(device: Device) -> None:
     def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
         o, first, second, third = torch.empty(4, 4), torch.empty(64), torch.empty(64), torch.empty(64)

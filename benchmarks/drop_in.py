@@ -88,7 +88,8 @@ class Bench:
         torch.manual_seed(0)
         with torch.device(asked.device):
             self.model = Qwen3_5ForCausalLM(config).to(self.dtype).eval()
-        self.report = Report(before="FLA" if _fla() else "transformers, plain torch")
+        self.fla = _fla()
+        self.report = Report(before="FLA" if self.fla else "transformers, plain torch")
         self.report.facts = {
             "device": torch.cuda.get_device_name() if asked.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
@@ -113,6 +114,12 @@ class Bench:
         self.report.swapped = [f"{entry.path}: {entry.new}" for entry in report.swapped]
         return report.undo
 
+    def exact(self) -> Callable[[], None]:
+        """Plain torch: transformers' own where FLA is not installed; with FLA its kernels would compile anew for float32, for minutes, so ours on eager."""
+        import titans_backends as tb
+
+        return tb.accelerate(self.model, backend="eager").undo if self.fla else lambda: None
+
     def check(self, tokens: int = 192) -> None:
         """The last logits of both ways against the model in float32, and that ours ran at all."""
         ids, found = self.ids(tokens), {}
@@ -126,7 +133,9 @@ class Bench:
                 self.report.wrong.append(f"{way}: the ops were called {calls.count} times")
         with torch.no_grad():
             self.model.float()
+            undo = self.exact()
             truth = self.model(ids).logits
+            undo()
             self.model.to(self.dtype)
         self.report.errors = {way: float((x - truth).norm() / truth.norm()) for way, x in found.items()}
         between = float((found["after"] - found["before"]).norm() / truth.norm())

@@ -1,6 +1,6 @@
 """FLA's layers and models against themselves on our ops, and our functions of FLA's signatures against FLA's in time.
 
-    python benchmarks/fla_check.py [--device cuda] [--parts layers,decode,models,compiled,times] [--seconds 900] [--json FILE]
+    python benchmarks/fla_check.py [--device cuda] [--parts layers,decode,models,compiled,times] [--only PATTERN,...] [--seconds 900] [--json FILE]
 
 Small random weights, nothing downloaded. layers: values and gradients against the float64 layer, FLA's own forward beside it, then with its calls
 registered on our ops and swapped by `accelerate` on each backend; within 2e-3 in float32 and 2e-2 in bfloat16. decode: a prompt and single tokens
@@ -8,6 +8,9 @@ through FLA's cache, dense and padded on the left, and caches handed from FLA's 
 transformers' Qwen3Next, registered and accelerated. compiled: `torch.compile(fullgraph=True)`. times: medians of interleaved calls, eager (events on
 the stream, and the host's clock) and from a CUDA graph. OK and BAD are checks; LEFT is what the time did not reach, and what FLA itself refuses.
 Exit status 1 where a check is BAD; a time is no failure. FLA's kernels compile and tune themselves at their first call, which takes most of the time.
+`--only` takes what matches a shell pattern, so that processes side by side can share the work: a layer with its dtype in layers ("DeltaNet float32"),
+a layer in decode and compiled, GatedDeltaNet, DeltaNet and Qwen3Next in models, a case in times ("fused_recurrent*"). `--untuned` leaves FLA's kernels
+in their first configuration: as right, soon there, not fast, so not with times.
 On a CPU, where they do not run, small layers are compared with the float64 layer alone.
 """
 
@@ -46,11 +49,21 @@ def names(text: str) -> list[str]:
     return given
 
 
+def untuned() -> None:
+    """Triton's autotuner, which FLA uses, gets one configuration of each kernel."""
+    from triton.runtime.autotuner import Autotuner
+
+    pruned = Autotuner.prune_configs
+    Autotuner.prune_configs = lambda self, given, *more: pruned(self, given, *more)[:1]
+
+
 def main() -> int:
     """Runs the parts, tells and writes what they found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--parts", type=names, default=list(PARTS))
+    parser.add_argument("--only", type=lambda text: text.split(","), default=["*"], metavar="PATTERN,...")
+    parser.add_argument("--untuned", action="store_true", help="FLA's kernels in their first configuration")
     parser.add_argument("--seconds", type=float, default=900.0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -63,15 +76,21 @@ def main() -> int:
 
     warnings.simplefilter("ignore")  # FLA's, of deprecated torch names
     torch.backends.cuda.matmul.allow_tf32 = False
-    found = Found(torch.device(asked.device), asked.seconds)
+    if asked.untuned:
+        if "times" in asked.parts:
+            parser.error("--untuned makes FLA slow: name the --parts without times")
+        untuned()
+    found = Found(torch.device(asked.device), asked.seconds, asked.only)
     place = torch.cuda.get_device_name() if found.gpu else platform.machine()
     told = {"device": place, "torch": torch.__version__, "fla": importlib.import_module("fla").__version__, "titans_backends": tb.__version__}
-    for name in asked.parts:
-        if found.left < 10:
-            found.say(None, f"{name}: no time left")
-            continue
-        found.attempt(name, part(name), found)
-        print(f"{name} done at {found.passed:.0f} s", flush=True)
+    try:
+        for name in asked.parts:
+            if found.left < 10:
+                found.say(None, f"{name}: no time left")
+                continue
+            found.attempt(name, part(name), found)
+            print(f"{name} done at {found.passed:.0f} s", flush=True)
+    finally:  # of an interrupted run what there is
         if asked.json is not None:
             asked.json.write_text(json.dumps({**told, "checks": found.checks, "times": found.times}, indent=1) + "\n", encoding="utf-8")
     print(

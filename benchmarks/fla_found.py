@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Found:
 
     device: torch.device
     seconds: float
+    only: Sequence[str] = ("*",)
     started: float = field(default_factory=time.monotonic)
     checks: list[dict[str, Figure]] = field(default_factory=list)
     times: list[dict[str, object]] = field(default_factory=list)
@@ -39,6 +41,10 @@ class Found:
     def left(self) -> float:
         """Seconds of the budget that remain."""
         return self.seconds - self.passed
+
+    def wants(self, name: str) -> bool:
+        """Whether this layer, model or case was asked for."""
+        return any(fnmatchcase(name, pattern) for pattern in self.only)
 
     def say(self, right: bool | None, what: str, **figures: Figure) -> None:
         """One check: right, wrong, or (None) neither."""

@@ -1,6 +1,6 @@
 """The LAM layer before and after `accelerate`: values and gradients on every backend, a compiled graph, a device map, times.
 
-    PYTHONPATH=. python benchmarks/lam_check.py [--device cuda] [--backends eager,triton,cupy] [--seconds 600] [--json FILE]
+    PYTHONPATH=. python benchmarks/lam_check.py [--device cuda] [--parts values,times,graph,map,forced] [--backends eager,triton,cupy] [--seconds 600] [--json FILE]
 
 The layer is tests/lam_layer.py's stand-in for the original, written from its formulas: LamAfter is the current version, LamBefore the earlier one. On
 a GPU 12 heads and width 384, float32. Values (three lengths, output and slow state) and gradients are compared with the old layer in float64, within
@@ -20,6 +20,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ import titans_backends as tb
 from tests.lam_layer import LamAfter, LamBefore, LamLayer, randomized
 
 VALUES, GRADIENTS = 2e-4, 2e-3
+PARTS = ("values", "times", "graph", "map", "forced")
 PAIRS = 30
 Kind = type[LamLayer]
 
@@ -199,39 +202,58 @@ class Check:
         wait()
         return (time.perf_counter() - begin) * 1e3
 
-    def run(self, backends: list[str]) -> None:
-        """Everything, the first the most wanted."""
+    def run(self, parts: list[str], backends: list[str]) -> None:
+        """What was asked for, the most wanted first."""
+        for part in filter(parts.__contains__, PARTS):
+            match part:
+                case "values":
+                    self.both(None)
+                case "times":
+                    for kind, tokens in product((LamAfter, LamBefore), (512, 2048, 8192) if self.gpu else (256,)):
+                        self.attempt(f"{kind.__name__} {tokens} tokens", partial(self.timed, kind, tokens))
+                case "graph":
+                    for kind in (LamAfter, LamBefore):
+                        self.attempt(f"{kind.__name__} compiled", partial(self.graph, kind))
+                case "map":
+                    self.attempt("device map", self.placed)
+                case "forced":
+                    for backend in backends:
+                        self.both(backend)
+
+    def both(self, backend: str | None) -> None:
+        """Values of both versions, gradients of the current one."""
         for kind in (LamAfter, LamBefore):
-            self.attempt(f"{kind.__name__} None values", lambda kind=kind: self.values(kind, None))
-        self.attempt("LamAfter None gradients", lambda: self.gradients(None))
-        for kind in (LamAfter, LamBefore):
-            for tokens in (512, 2048, 8192) if self.gpu else (256,):
-                self.attempt(f"{kind.__name__} {tokens} tokens", lambda kind=kind, tokens=tokens: self.timed(kind, tokens))
-        for kind in (LamAfter, LamBefore):
-            self.attempt(f"{kind.__name__} compiled", lambda kind=kind: self.graph(kind))
-        self.attempt("device map", self.placed)
-        for backend in backends:
-            for kind in (LamAfter, LamBefore):
-                self.attempt(f"{kind.__name__} {backend} values", lambda kind=kind, backend=backend: self.values(kind, backend))
-            self.attempt(f"LamAfter {backend} gradients", lambda backend=backend: self.gradients(backend))
+            self.attempt(f"{kind.__name__} {backend} values", partial(self.values, kind, backend))
+        self.attempt(f"LamAfter {backend} gradients", partial(self.gradients, backend))
+
+
+def names(text: str) -> list[str]:
+    """Parts, as they were typed."""
+    given = [name for name in text.split(",") if name]
+    if strange := [name for name in given if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(strange)} is not among {', '.join(PARTS)}")
+    return given
 
 
 def main() -> int:
     """Checks, tells, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", type=names, default=list(PARTS), help="what to do (default: everything)")
     parser.add_argument("--backends", type=lambda text: [name for name in text.split(",") if name])
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     check = Check(asked.device, asked.seconds)
-    check.run(asked.backends if asked.backends is not None else ["eager", "triton", "cupy"] if check.gpu else ["eager"])
     place = torch.cuda.get_device_name() if check.gpu else platform.machine()
     told = {"device": place, "torch": torch.__version__, "titans_backends": tb.__version__}
+    try:
+        check.run(asked.parts, asked.backends if asked.backends is not None else ["eager", "triton", "cupy"] if check.gpu else ["eager"])
+    finally:  # of an interrupted run what there is
+        if asked.json is not None:
+            asked.json.write_text(json.dumps({**told, "checks": check.checks, "times": check.times}, indent=1) + "\n", encoding="utf-8")
     right = sum(bool(found["ok"]) for found in check.checks)
     print(f"{', '.join(f'{key} {value}' for key, value in told.items())}: {right} OK of {len(check.checks)}")
-    if asked.json is not None:
-        asked.json.write_text(json.dumps({**told, "checks": check.checks, "times": check.times}, indent=1) + "\n", encoding="utf-8")
     return 0 if right == len(check.checks) else 1
 
 

@@ -1,7 +1,7 @@
 """What race.py measured, for people: tables in the terminal and on docs/race.md, and the README's picture. Measures nothing.
 
     python benchmarks/race_page.py [--json FILE]            prints the tables
-    python benchmarks/race_page.py --draw [--json FILE]     writes docs/race.md between its marks, and docs/pictures/race.svg (--png FILE: that picture to look at)
+    python benchmarks/race_page.py --draw [--json FILE]     writes docs/race.md between its marks, docs/pictures/race.svg and race-narrow.svg (--png FILE: to look at)
     python benchmarks/race_page.py --check                  writes nothing; status 1 where the page's tables are not what the file says
 
 FILE is benchmarks/results/race.json.
@@ -12,101 +12,45 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from race_cells import CASES, GROUPS, Case
-from race_results import Entrant, Results, Standings, Way, chosen_of, standings
+from race_cells import GROUPS
+from race_lines import (
+    BAND,
+    CHOICES,
+    MODES,
+    PEERS,
+    TITLES,
+    WAYS,
+    Line,
+    columns,
+    cost,
+    device_of,
+    in_order,
+    kept,
+    lines_of,
+    missing,
+    number,
+    partial,
+    said,
+    whose,
+    won,
+)  # fmt: skip
+from race_results import Entrant, Results, Way, standings
 
-__all__ = ["Line", "compact", "lines_of", "page_of"]
+__all__ = ["compact", "page_of"]
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE, PAGE, PICTURE = ROOT / "benchmarks/results/race.json", ROOT / "docs/race.md", ROOT / "docs/pictures/race.svg"
-PEERS = ("fla", "flash_qla", "flashinfer")
-TITLES = {
-    "triton": "Triton", "cupy": "CuPy", "two": "two of them", "fla": "FLA", "flash_qla": "FlashQLA", "flashinfer": "FlashInfer",
-    "eager": "eager", "inductor": "Inductor", "numba": "Numba", "numba_cpu": "Numba",
-}  # fmt: skip
 ENOUGH = 12
 """Cases from which on there is a picture."""
-_PICTURE = "![the time of each backend over the fastest, a row for each case](pictures/race.svg)"
-BAND = 0.05
-"""What a choice may cost over the best."""
-MODES = {"forward": "Forward", "training": "Forward and backward"}
-WAYS: Mapping[Way, str] = {"graph": "in a CUDA graph, from a cold cache", "wall": "called eagerly, back to back"}
+_PICTURE = """<picture>
+<source media="(max-width: 640px)" srcset="pictures/race-narrow.svg">
+<img src="pictures/race.svg" alt="A row for each case: the time of each backend over the fastest, who that is, and what get_op costs over it">
+</picture>"""
 BEGIN, END = "<!-- race: written by benchmarks/race_page.py -->", "<!-- race: end -->"
 COMMAND = "python benchmarks/race.py --warm --with fla=SITE1 --with flashinfer=SITE2 --json benchmarks/results/race.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One case for a table. `choices`: by what is chosen from, the choice's label and its regret: dispatch's, tuned here, and that without the peers."""
-
-    case: Case
-    way: Way
-    found: Standings
-    winner: Entrant
-    choices: Mapping[str, tuple[str, float | None]]
-
-    def best(self, who: str) -> Entrant | None:
-        """A backend's fastest; a pair of two backends stands under `two`."""
-        timed = [one for one in self.found.timed(self.way) if one.kind == "backend"]
-        return next((one for one in timed if (one.who == who or (who == "two" and "+" in one.who))), None)
-
-    def own(self, who: str) -> Entrant | None:
-        """A peer's own function."""
-        return next((one for one in self.found.entrants if one.who == who and one.kind != "backend" and one.us(self.way) is not None), None)
-
-
-def lines_of(results: Results, way: Way, names: Sequence[str] | None = None) -> list[Line]:
-    """The cases that were measured, in the order of the race."""
-    known = {str(case): case for case in CASES}
-    found = []
-    for name in names if names is not None else [*known, *(name for name in results.cases if name not in known)]:
-        if name not in results.cases:
-            continue
-        stands = standings(results.cases[name])
-        winner = None if stands is None else stands.winner(way)
-        if stands is None or winner is None:
-            continue
-        labels = {"here": chosen_of(stands, way), "ours": chosen_of(stands, way, PEERS)}
-        if way in stands.dispatch:
-            labels["dispatch"] = stands.dispatch[way].label
-        choices = {what: (label, stands.regret(label, way)) for what, label in labels.items() if label}
-        found.append(Line(known.get(name) or _case(name), way, stands, winner, choices))
-    return found
-
-
-def _case(name: str) -> Case:
-    """A case that is not in the table, from its name."""
-    from against_fla import Cell
-
-    sizes, heads, dim, mode = name.split()
-    return Case(Cell(*map(int, sizes.split("x")), *map(int, heads.split("/")), int(dim[1:])), mode)  # type: ignore[arg-type]
-
-
-def columns(lines: Sequence[Line]) -> list[str]:
-    """The backends that have a time anywhere."""
-    return [who for who in TITLES if any(line.best(who) for line in lines)]
-
-
-def whose(found: Standings, label: str) -> str:
-    """Whose a choice is, in a word or two."""
-    entrant = next((one for one in (*found.entrants, *found.contenders) if one.label == label), None)
-    who = label.split("/")[0] if entrant is None else entrant.who
-    said = " + ".join(TITLES.get(one, one) for one in who.split("+"))
-    return f"{said}, own call" if isinstance(entrant, Entrant) and entrant.kind == "own" else said
-
-
-def number(us: float | None) -> str:
-    """Microseconds, three digits."""
-    return "" if us is None else f"{us:.3g}" if us < 1000 else f"{us:.0f}"
-
-
-def cost(regret: float | None) -> str:
-    """A choice's cost over the best."""
-    return "?" if regret is None else f"+{100 * regret:.1f} %" if regret > 0 else "0"
 
 
 def compact(results: Results, names: Sequence[str] | None = None) -> str:
@@ -116,7 +60,9 @@ def compact(results: Results, names: Sequence[str] | None = None) -> str:
         return "nothing was measured"
     shorts = {"triton": "tri", "cupy": "cu", "two": "2", "flash_qla": "qla", "flashinfer": "fi", "inductor": "ind", "numba": "nu", "numba_cpu": "nc"}
     who = columns(graph)
-    said = ["us in a graph by backend (o: a peer's own call) | winner | dispatch, tuned here, tuned here without peers: cost over the best | eagerly"]
+    listed = [
+        "us in a graph by backend (o: a peer's own call) | winner | dispatch, tuned here, tuned here without peers: cost over the best | eagerly"
+    ]
     for line in graph:
         times = " ".join(f"{shorts.get(one, one)} {number(best.us('graph'))}" for one in who if (best := line.best(one)))
         own = " ".join(f"o.{shorts.get(one, one)} {number(mine.us('graph'))}" for one in (*PEERS, "fla_ungated") if (mine := line.own(one)))
@@ -126,48 +72,35 @@ def compact(results: Results, names: Sequence[str] | None = None) -> str:
             f"{what[:4]} {cost(regret)}" for what, (_, regret) in eager.choices.items()
         )  # fmt: skip
         name = str(line.case).replace(" forward", " f").replace(" training", " fb")
-        said.append(f"{name} [{number(line.found.floor_us)}] {times} {own} | {whose(line.found, line.winner.label)[:13]} | {told} | {more}")
-    return "\n".join(
-        [*partial(results), *said, *summary(graph, listed=False), *summary(list(wall.values()), listed=False), *list(missing(results))[:12]]
-    )
+        listed.append(f"{name} [{number(line.found.floor_us)}] {times} {own} | {whose(line.found, line.winner.label)[:13]} | {told} | {more}")
+    return "\n".join([*partial(results), *listed, *summary(graph), *summary(list(wall.values())), *list(missing(results))[:12]])
 
 
-def summary(lines: Sequence[Line], *, listed: bool = True) -> Iterator[str]:
-    """How good each choice was over the cases; `listed`: with those where it costs too much."""
+def summary(lines: Sequence[Line]) -> Iterator[str]:
+    """How good each choice was over the cases, for a terminal."""
     way = lines[0].way if lines else "graph"
-    names = {"dispatch": "`get_op` with what is shipped", "here": "tuned here, with the peers installed", "ours": "tuned here, without them"}
-    for what, title in names.items():
-        regrets = {str(line.case): regret for line in lines if (regret := line.choices.get(what, ("", None))[1]) is not None}
-        if not regrets:
-            continue
-        over = sorted((name for name in regrets if regrets[name] > BAND), key=lambda name: -regrets[name])
-        worst = max(regrets, key=lambda name: regrets[name])
-        told = f": {', '.join(f'{name} {cost(regrets[name])}' for name in over)}" if over and listed else ""
-        within = len(regrets) - len(over)
-        beside = [line.found.regret(line.choices[what][0], way, backends=True) for line in lines if what in line.choices]
-        alone = [regret for regret in beside if regret is not None]
+    for what, one in kept(lines).items():
         yield (
-            f"{title}, {WAYS[way]}: at most 5 % over the best in {within} of {len(regrets)} cases; "
-            f"mean {cost(statistics.mean(regrets.values()))}, worst {cost(regrets[worst])} ({worst}){told}; "
-            f"over the best backend, without the peers' own functions: {sum(one <= BAND for one in alone)} of {len(alone)}, worst {cost(max(alone))}"
+            f"{CHOICES[what]}, {WAYS[way]}: at most 5 % over the best in {len(one.costs) - len(one.over)} of {len(one.costs)} cases; "
+            f"mean {cost(statistics.mean(one.costs.values()))}, worst {cost(one.costs[one.worst])} ({one.worst}); "
+            f"over the best backend, without the peers' own functions: {sum(cost <= BAND for cost in one.beside)} of {len(one.beside)}, "
+            f"worst {cost(max(one.beside))}"
         )
 
 
-def missing(results: Results) -> Iterator[str]:
-    """Cases that have no time, what was wrong, and runs that could not be put on the first one's scale."""
-    absent = [str(case) for case in CASES if not any(part.entrants for part in results.cases.get(str(case), {}).values())]
-    if absent and len(absent) < len(CASES):
-        yield f"not measured: {', '.join(absent)}"
-    for name, parts in results.cases.items():
-        for group, part in parts.items():
-            for one in part.entrants:
-                if one.failed:
-                    yield f"{name}: {one.label[:80]}: {one.failed[:200]}"
-            if part.failed:
-                yield f"{name}, {group}: {part.failed[:300]}"
-        stands = standings(parts)
-        if stands is not None and stands.adrift:
-            yield f"{name}: nothing in common with the first run, left out: {', '.join(stands.adrift)}"
+def _kept_table(lines: Sequence[Line]) -> str:
+    """The same for the page; below it the cases where the choice of this machine's tuner costs too much."""
+    found = kept(lines)
+    head = ["choice", "at most 5 % over the fastest", "mean", "worst", "in", "at most 5 % over the fastest backend, peers' own calls left out"]
+    rows = [_row(head), _row(["---"] * len(head))]
+    for what, one in found.items():
+        within, beside = len(one.costs) - len(one.over), sum(regret <= BAND for regret in one.beside)
+        mean, most = cost(statistics.mean(one.costs.values())), cost(one.costs[one.worst])
+        rows.append(_row([CHOICES[what], f"{within} of {len(one.costs)}", mean, most, said(one.worst), f"{beside} of {len(one.beside)}"]))
+    text = "\n".join(rows)
+    over = found["here"].over if "here" in found else []
+    listed = ", ".join(f"{said(name)} {cost(found['here'].costs[name])}" for name in over)
+    return f"{text}\n\nTuned here, more than 5 % over the fastest: {listed}." if over else text
 
 
 def markdown(results: Results) -> str:
@@ -181,38 +114,28 @@ def markdown(results: Results) -> str:
         if not lines:
             continue
         parts.append(f"## {title[0].upper()}{title[1:]}")
-        parts.append("\n".join(f"- {one}" for one in summary(lines)))
+        parts.append(f"Fastest of all: {won(lines)}, of {len(lines)} cases.")
+        parts.append(_kept_table(lines))
+        parts.append(
+            "Times in microseconds. Bold: the fastest of its row, which may be a peer's own function; the peers' columns have their backends here."
+        )
         for mode, heading in MODES.items():
-            some = [line for line in lines if line.case.mode == mode]
+            some = in_order(line for line in lines if line.case.mode == mode)
             if some:
                 parts.append(f"### {heading}, {'graph' if way == 'graph' else 'eager'}\n\n{_table(some)}")
         if way == "graph":
-            own = [line for line in lines if any(line.own(who) for who in (*PEERS, "fla_ungated"))]
+            own = in_order(line for line in lines if any(line.own(who) for who in (*PEERS, "fla_ungated")))
             if own:
-                parts.append(f"### The peers by their own functions, in a graph\n\n{_own_table(own)}")
+                parts.append(f"### The peers by their own functions, in a graph\n\n{_through(own)}{_own_table(own)}")
     left = list(missing(results))
     if left:
         parts.append("## What failed, and what was not reached\n\n" + "\n".join(f"- {one}" for one in left[:40]))
     return "\n\n".join(parts)
 
 
-def partial(results: Results) -> Iterator[str]:
-    """A sentence where the race is not over: how many cases were reached, and which peers have no time at all."""
-    measured = {str(line.case) for line in lines_of(results, "graph")}
-    there = {one.who for parts in results.cases.values() for part in parts.values() for one in part.entrants if one.graph_us is not None}
-    absent = [TITLES[who] for who in PEERS if who not in there]
-    reached = sum(str(case) in measured for case in CASES)
-    if reached < len(CASES) or absent:
-        without = f", and {' and '.join(absent)} in none" if absent else ""
-        yield (
-            f"**Partial: {reached} of {len(CASES)} cases have been measured{without}.** What stands here says nothing about the others, "
-            f"and `fastest` is the fastest of who was there; the same command with the same file goes on."
-        )
-
-
 def _facts(results: Results) -> str:
     """Who ran on what."""
-    said = []
+    runs = []
     for name in (name for name in GROUPS if name in results.runs):
         run = results.runs[name]
         versions = run.get("versions")
@@ -221,7 +144,7 @@ def _facts(results: Results) -> str:
             if isinstance(versions, dict)
             else ""
         )
-        said.append(f"run `{name}` on {run['date']}: {run['device']}, torch {run['torch']}, {told}, candidates: {run.get('candidates', 'all')}")
+        runs.append(f"run `{name}` on {run['date']}: {run['device']}, torch {run['torch']}, {told}, candidates: {run.get('candidates', 'all')}")
     scales = [
         scale["graph"]
         for parts in results.cases.values()
@@ -230,7 +153,7 @@ def _facts(results: Results) -> str:
         if "graph" in scale
     ]
     more = f" Later runs' times were multiplied by {min(scales):.3f} to {max(scales):.3f} to stand on the first one's scale." if scales else ""
-    return f"{'; '.join(said)}.{more} Every time: [race.json](../benchmarks/results/race.json)."
+    return f"{'; '.join(runs)}.{more} Every time: [race.json](../benchmarks/results/race.json)."
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -256,8 +179,25 @@ def _table(lines: Sequence[Line]) -> str:
             chosen.append(f"{whose(line.found, label)}: {cost(regret)}" if label else "")
         cell = line.case.cell
         name = f"{cell.B}×{cell.T} {cell.G}/{cell.H} D{cell.D}"
-        rows.append(_row([name, *([number(line.found.floor_us)] if floor else []), *times, whose(line.found, line.winner.label), *chosen]))
+        own = f" **{number(line.winner.us(line.way))}**" if line.winner.kind == "own" else ""
+        rows.append(_row([name, *([number(line.found.floor_us)] if floor else []), *times, f"{whose(line.found, line.winner.label)}{own}", *chosen]))
     return "\n".join(rows)
+
+
+def _through(lines: Sequence[Line]) -> str:
+    """What the way through this library costs a peer, where both were timed."""
+    told = []
+    for who in PEERS:
+        pairs = [(mine, own) for line in lines if (mine := _us(line.best(who), line.way)) and (own := _us(line.own(who), line.way))]
+        ratios = [mine / own for mine, own in pairs]
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            told.append(f"{TITLES[who]} {mean:.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} cases)")
+    return f"A peer's time as a backend here over that of its own function, geometric mean: {'; '.join(told)}.\n\n" if told else ""
+
+
+def _us(one: Entrant | None, way: Way) -> float | None:
+    return None if one is None else one.us(way)
 
 
 def _own_table(lines: Sequence[Line]) -> str:
@@ -277,7 +217,7 @@ def _own_table(lines: Sequence[Line]) -> str:
                 if mine or behind
                 else ""
             )
-        rows.append(_row([str(line.case), *cells]))
+        rows.append(_row([said(str(line.case)), *cells]))
     return "\n".join(rows)
 
 
@@ -318,7 +258,7 @@ def main(given: list[str] | None = None) -> int:
 
         asked.page.write_text(after, encoding="utf-8")
         lines = lines_of(results, "graph")
-        print(asked.page, *(written(lines, asked.picture, asked.png) if len(lines) >= ENOUGH else []), sep="\n")
+        print(asked.page, *(written(lines, asked.picture, device_of(results), asked.png) if len(lines) >= ENOUGH else []), sep="\n")
         return 0
     print(compact(results))
     return 0

@@ -9,9 +9,10 @@ from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import Device, Entry, Environment, WhenValue, canonical_when
 from titans_backends.cache.timings import Measurement
 from titans_backends.contracts.contract import Work
-from titans_backends.reporting.facts import Ceilings, Facts, FileFacts, MachineFacts, Measured, Refusal, State
+from titans_backends.reporting.facts import Ceilings, Facts, FileFacts, MachineFacts, Measured, RaceFacts, Refusal, State
+from titans_backends.reporting.race_file import Chosen, Entrant, Part, Picked, Race
 
-__all__ = ["CEILINGS", "ENVIRONMENT", "GPU", "bucket", "cell", "facts", "machine", "timed"]
+__all__ = ["CEILINGS", "ENVIRONMENT", "GPU", "bucket", "cell", "facts", "machine", "race", "timed"]
 
 GPU = Device("cuda", "made_up_gpu", "Made-up GPU", sm=90, sms=10)
 ENVIRONMENT = Environment("0.1", "2.11.0", triton="3.6.0", date="2026-01-01")
@@ -70,4 +71,43 @@ def facts() -> Facts:
     gone = State("ignored", "triton/scan is no longer there", "titans-backends tune --seq-lens 8192 --op gated_delta_rule")
     bare = cell(8192, measurements=(), default=None, default_reason="its timings are not kept here", state=gone)
     mine = machine(cell(), cell(2048, state=stale), bare, training(), cell(1, bucket=bucket(1, "gated_delta_step")))
-    return Facts((mine,), "2026-01-02", "0.1", (FileFacts("user", "~/x.yaml", "", f"~/{'long_name_' * 9}/x.yaml:3: <b>not</b> a table"),))
+    raced = (RaceFacts("benchmarks/results/race.json", race()),)
+    return Facts((mine,), "2026-01-02", "0.1", (FileFacts("user", "~/x.yaml", "", f"~/{'long_name_' * 9}/x.yaml:3: <b>not</b> a table"),), raced)
+
+
+def entrant(label: str, us: float, kind: Literal["backend", "own", "other"] = "backend") -> Entrant:
+    """Eagerly it takes twice as long as in a graph; its name begins with whose it is."""
+    who = "+".join(dict.fromkeys(one.partition("/")[0] for one in label.partition(",")[0].split(" + ")))
+    return Entrant(label, who, kind, us, 0.01, 2 * us, 0.02, pick_us=2 * us, pick_spread=0.0, errors={"o": 2e-3})
+
+
+def race() -> Race:
+    """Three cases. 16/32 at 512 forward: Triton 300, CuPy 280; FlashInfer, where all take half as long, 110, its own function 100. At 2048 twice of all that.
+
+    Eight sequences, trained: a pair of CuPy's forward and Triton's backward 90, Triton 100, eager 4000; FlashQLA fails.
+    """
+
+    def forward(factor: float) -> dict[str, Part]:
+        first = (entrant("triton/scan", 300 * factor), entrant("cupy/walk", 280 * factor), entrant("fla_ungated, own call", 9.0, "other"))
+        later = (
+            entrant("triton/scan", 150 * factor),
+            entrant("flashinfer/prefill", 110 * factor),
+            entrant("flashinfer, own call", 100 * factor, "own"),
+        )
+        chosen = {way: Chosen("cupy/walk", "tuned", "a row") for way in ("graph", "wall")}
+        refused = {"flashinfer": "not installed", "numba_cpu": "it does not run on cuda"}
+        return {
+            "fla": Part(first, _picked(first), chosen, refused, "triton/scan", floor_us=70 * factor),
+            "flashinfer": Part(later, _picked(later)),
+        }
+
+    trained = (entrant("triton/scan + triton/again", 100.0), entrant("cupy/walk + triton/again", 90.0), entrant("eager/plain + eager/plain", 4000.0))
+    failed = Entrant("flash_qla/chunked + flash_qla/chunked", "flash_qla", failed="wrong: dg is off by 0.2")
+    whole = Part((*trained, failed), _picked(trained), {}, {}, "triton/scan + triton/again", floor_us=30.0)
+    facts: dict[str, object] = {"device": "Made-up GPU", "date": "2026-01-01", "torch": "2.11.0", "versions": {"triton": "3.6.0"}}
+    cases = {"1x512 16/32 D128 forward": forward(1.0), "1x2048 16/32 D128 forward": forward(2.0), "8x1024 2/8 D128 training": {"fla": whole}}
+    return Race({"fla": facts, "flashinfer": facts}, cases)
+
+
+def _picked(entrants: tuple[Entrant, ...]) -> tuple[Picked, ...]:
+    return tuple(Picked(one.label, one.who, one.graph_us or 0.0, 0.001, 3, index) for index, one in enumerate(entrants) if one.kind == "backend")

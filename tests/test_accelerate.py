@@ -10,6 +10,8 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -22,6 +24,7 @@ from torch.nn.utils import parametrize
 
 import titans_backends as tb
 from tests.lam_layer import LamAfter, LamBefore, LamModel, randomized
+from titans_backends import registry, switches
 from titans_backends.integrations import known
 from titans_backends.integrations.lam_forward import LamForward
 from titans_backends.integrations.report import Entry
@@ -158,6 +161,115 @@ def test_a_shared_layer_is_swapped_once_under_all_its_names_and_a_model_may_be_t
     report = tb.accelerate(root)
     assert report.entries[0].paths == ("",)
     assert repr(report) == "<Doubled: 1 swapped>"  # its name before
+
+
+def test_threads_that_accelerate_one_model_swap_each_layer_once() -> None:
+    def slow(module: nn.Module, backend: str | None) -> known.Conversion:
+        time.sleep(0.1)  # long enough for the other to plan the same
+        return tb.Conversion(Added, {"marks": []})
+
+    tb.register_layer(tb.KnownLayer("slow", "Doubled", lambda module: isinstance(module, Doubled), slow))
+    model, reports = nn.Sequential(Doubled()), []
+    threads = [threading.Thread(target=lambda: reports.append(tb.accelerate(model))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(entry.status for report in reports for entry in report.entries) == ["already", "swapped"]
+    for report in reports:
+        report.undo()
+    assert type(model[0]) is Doubled
+
+
+@pytest.mark.parametrize("how", ["copied", "from a file"])
+def test_a_report_that_a_model_holds_is_copied_with_it_as_a_record_that_undoes_nothing(how: str) -> None:
+    model = model_of()
+    model.report = tb.accelerate(model)
+    other = copy.deepcopy(model) if how == "copied" else pickle.loads(pickle.dumps(model))
+    assert str(other.report) == str(model.report)
+    assert other.report.swapped == model.report.swapped
+    with pytest.raises(RuntimeError, match=r"this report is a copy and undoes nothing.*undo the report that accelerate returned"):
+        other.report.undo()
+    assert all(isinstance(layer, LamForward) for layer in (*model.layers, *other.layers))
+    model.report.undo()
+    assert [type(layer) is LamAfter for layer in (*model.layers, *other.layers)] == [True, True, False, False]
+
+
+def test_a_swap_in_inference_mode_leaves_parameters_that_train() -> None:
+    model, want = model_of(), model_of()
+    with torch.inference_mode():
+        tb.accelerate(model)
+        model(X)
+    assert not [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    model(X).sum().backward()
+    want(X).sum().backward()
+    for got, was in zip(model.parameters(), want.parameters(), strict=True):
+        assert (got.grad is None) == (was.grad is None)
+        if got.grad is not None:
+            assert (got.grad - was.grad).norm() <= 1e-4 * was.grad.norm() + 1e-6
+    with torch.no_grad():
+        model.layers[0].q_proj.weight.mul_(0.5)
+
+
+def test_replicas_as_data_parallel_makes_them_run_on_our_ops_with_parameters_of_their_own() -> None:
+    model = model_of().eval()
+    want = model(X)
+    tb.accelerate(model)
+    model(X)
+    modules = list(model.modules())
+    made = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:  # as torch.nn.parallel.replicate does, which wants GPUs
+        replica = made[id(module)]
+        for name, child in module._modules.items():
+            setattr(replica, name, made[id(child)])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.detach().clone())
+    ran = old_calls(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    same(made[id(model)](X), want)
+    assert old_calls(model) == ran
+
+
+def test_a_graph_compiled_while_swapped_runs_the_old_forward_after_undo() -> None:
+    model = model_of().eval()
+    want, report = model(X), tb.accelerate(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        same(compiled(X), want)
+        ran = old_calls(model)
+        report.undo()
+        same(compiled(X), want)
+    assert old_calls(model) == ran + 2
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_a_swapped_model_says_what_to_type() -> None:
+    model = model_of().eval()
+    report = tb.accelerate(model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record this call.*Use torch\.export.*after report\.undo\(\)"):
+        torch.jit.trace(model, X, check_trace=False)
+    report.undo()
+    with torch.no_grad():  # what it says
+        assert torch.equal(torch.jit.trace(model, X, check_trace=False)(X), model(X))
+
+
+def test_a_projection_whose_bias_is_no_tensor_is_told() -> None:
+    class Quantized(nn.Identity):
+        out_features = 32
+
+        def bias(self) -> None:
+            """A method, as of torch's dynamically quantized Linear."""
+
+    model = model_of().eval()
+    tb.accelerate(model)
+    model.layers[0].g_proj = Quantized()
+    with pytest.raises(TypeError, match=r"g_proj is a .*Quantized, whose bias is no tensor but a method; leave the layer's projections"):
+        model(X)
 
 
 def test_a_layer_that_got_another_class_since_is_not_undone_and_neither_are_the_others() -> None:
@@ -315,6 +427,47 @@ def test_a_layer_forced_past_the_switch_is_swapped(force: Callable[[str], None],
     assert tb.accelerate(nn.Sequential(Doubled()), backend="eager").swapped  # a call's own backend goes before the switch
 
 
+@pytest.mark.parametrize(
+    ("backend", "lost", "told"),
+    [
+        ("fla", "packages", "the package fla is not installed: pip install 'fla-core"),
+        ("cupy", "device", "it runs on cuda alone, and torch sees no such device here"),
+        ("numba_cpu", "switch", "it is disabled by TITANS_BACKENDS_DISABLE"),
+        ("eager", "module", "importing titans_backends.backends.eager"),
+    ],
+)
+def test_a_backend_that_no_call_could_run_on_is_refused_at_the_swap(monkeypatch: pytest.MonkeyPatch, backend: str, lost: str, told: str) -> None:
+    monkeypatch.setattr(registry, "_installed", lambda package: lost != "packages")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: lost != "device")
+    if lost == "module":
+        monkeypatch.setattr(registry, "_import", lambda name: (None, f"importing {name} raised ImportError: half of it is missing", ""))
+    if lost == "switch":
+        monkeypatch.setenv("TITANS_BACKENDS_DISABLE", backend)
+        switches.reload()
+    try:
+        model = nn.Sequential(Doubled())
+        tb.register_layer(doubled([], ops=("gated_delta_rule",)))
+        with pytest.raises(tb.AccelerateError) as raised:
+            tb.accelerate(model[0], backend=backend)
+        assert f"backend {backend!r} cannot run here: {told}" in str(raised.value)
+        assert "name another that could (" in str(raised.value)
+        assert not tb.accelerate(model[0], backend=backend, strict=False).swapped
+        assert type(model[0]) is Doubled
+    finally:
+        monkeypatch.undo()
+        switches.reload()
+
+
+def test_a_switch_that_names_what_is_not_there_is_told_at_the_swap(monkeypatch: pytest.MonkeyPatch, force: Callable[[str], None]) -> None:
+    tb.register_layer(doubled([], ops=("gated_delta_rule",)))
+    force("fla")
+    monkeypatch.setattr(registry, "_installed", lambda package: package != "einops")
+    told = "TITANS_BACKENDS_FORCE=fla forces every op, and 'fla' cannot run here: .*the package einops is not installed.*; unset it"
+    with pytest.raises(tb.AccelerateError, match=told):
+        tb.accelerate(nn.Sequential(Doubled()))
+    assert tb.accelerate(nn.Sequential(Doubled()), backend="eager").swapped  # its only op goes before the switch
+
+
 def test_training_on_a_backend_without_a_backward_says_what_to_type() -> None:
     pytest.importorskip("numba", reason="numba is not installed")
     model = model_of()
@@ -421,6 +574,37 @@ def test_what_the_new_forward_would_overwrite_or_could_not_be_is_refused(marks: 
 
 
 # --- what stays: hooks, parameters, copies, dtypes
+
+
+def test_odd_classes_are_swapped_or_refused_and_never_half(marks: list[str]) -> None:
+    class Aside(Doubled):
+        def __call__(self, x: Tensor) -> Tensor:
+            return Doubled.forward(self, x)
+
+    class Around(Doubled):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x)
+
+    class Final(Doubled):
+        def __init_subclass__(cls) -> None:
+            raise RuntimeError("nobody derives from me")
+
+    class Frozen(Doubled):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "__class__":
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(Aside(), Around(), Final(), Frozen())
+    report = tb.accelerate(model, strict=False)
+    assert [(entry.path, entry.status) for entry in report.entries] == [("0", "refused"), ("1", "swapped"), ("2", "refused"), ("3", "swapped")]
+    (aside,), (final,) = report.entries[0].reasons, report.entries[2].reasons
+    assert re.search(r"a `__call__` of its own, .*Aside\.__call__, which does not go through .*super\(\)\.__call__", aside)
+    assert "RuntimeError: nobody derives from me" in final
+    assert model(torch.ones(())) == 16
+    assert len(marks) == 2
+    report.undo()
+    assert [type(layer) for layer in model] == [Aside, Around, Final, Frozen]
 
 
 def test_hooks_on_the_layer_stay_and_run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,35 @@ def test_show_prints_every_row_with_its_state(own_cache: Path) -> None:
     rows = json.loads(run(app, ["cache", "show", "--device", "cpu", "--json"]).stdout)
     assert [(row["seq_len"], row["median_us"], row["state"]) for row in rows] == [(64, 100.0, "fresh"), (128, 2000.0, "ignored")]
     assert json.loads(run(app, ["cache", "show", "--device", "cpu", "--json", "--op", "slow_core"]).stdout) == []
+
+
+def test_rows_for_traced_graphs_that_repeat_another_are_counted_not_listed(own_cache: Path) -> None:
+    def of(bucket: Bucket, **given: object) -> Bucket:
+        return bucket._replace(when=canonical_when({**dict(bucket.when), **given}, defaults_of(bucket.op)))  # type: ignore[arg-type]
+
+    trained = replace(entry(), backward="eager/back", source="0123456789ab+0123456789ab")
+    short, long = of(SHORT, regime="training"), of(LONG, regime="training")
+    write(own_cache, {short: trained, of(short, saves="inputs"): trained, long: trained, of(long, saves="inputs"): replace(trained, us=50.0)})
+    shown = run(app, ["cache", "show", "--device", "cpu"]).stdout
+    assert shown.count("saves=inputs") == 3, "a title, the command that renews, and the count"
+    assert "not listed: 1 row for traced graphs (saves=inputs) with the choice of the row beside; --json has all" in shown
+    assert len(json.loads(run(app, ["cache", "show", "--device", "cpu", "--json"]).stdout)) == 4
+
+
+def test_show_marks_what_noise_decided_and_says_how_to_settle_it(own_cache: Path) -> None:
+    write(own_cache, {SHORT: entry(), LONG: entry(2000.0)})
+    assert "doubt" not in run(app, ["cache", "show", "--device", "cpu"]).stdout
+    write(own_cache, {LONG: replace(entry(2000.0), doubt=0.123)})
+    result = run(app, ["cache", "show", "--device", "cpu"])
+    assert [("? 12 %" in line) for line in result.stdout.splitlines() if "eager/" in line] == [False, True]
+    assert "doubt: noise decided; the share of the winner's time that another candidate may save" in result.stdout
+    assert "--doubtful" not in result.stdout, "without timings nothing says who the others are"
+    common = {"device": device_of(detect("cpu")), "environment": current_environment("cpu"), "defaults_of": defaults_of}
+    file.update_timings(paths.timings_path(own_cache), changes={LONG: [Measurement("eager/chunked", us=3.0)]}, **common)  # type: ignore[arg-type]
+    assert "titans-backends tune --doubtful --device cpu" in run(app, ["cache", "show", "--device", "cpu"]).stdout
+    assert f"titans-backends tune --doubtful --output {own_cache}" in run(app, ["cache", "show", str(own_cache)]).stdout
+    rows = json.loads(run(app, ["cache", "show", "--device", "cpu", "--json"]).stdout)
+    assert [row["doubt"] for row in rows] == [None, 0.123]
 
 
 def test_another_torch_is_stale(own_cache: Path) -> None:

@@ -69,6 +69,10 @@ def test_json_holds_every_row_and_every_candidate() -> None:
     assert {one["label"] for one in first["candidates"]} >= {"triton/scan block=32", "cupy/bad"}
     assert one_machine["summary"]["wins"] == {"triton": 4, "cupy + triton": 1}
     assert {one["kind"] for one in one_machine["renewals"]} == {"stale", "ignored", "noisy"}
+    (raced,) = json.loads(result.stdout)["races"]
+    assert [(row["heads"], row["seq_len"], row["fastest"]["median_us"], row["costs_over_fastest"]["tuned"]) for row in raced["rows"][:2]] == [
+        ("16/32 × 128", 512, 200.0, pytest.approx(0.1)), ("16/32 × 128", 2048, 400.0, pytest.approx(0.1))
+    ]  # fmt: skip
 
 
 def test_the_page_and_the_pictures_are_written_where_they_were_asked_for(tmp_path: Path) -> None:
@@ -112,9 +116,13 @@ def test_an_op_that_does_not_exist_lists_those_that_do(made_up: list[Edge]) -> N
 
 def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the package matplotlib is not installed: pip install 'titans-backends[report]'")
-    result = run(app, ["report", "--output", str(tmp_path / "no folder" / "report.html")])
+    (tmp_path / "file").write_text("")
+    result = run(app, ["report", "--output", str(tmp_path / "file" / "report.html")])
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
+    made = tmp_path / "new folder" / "report.html"
+    assert run(app, ["report", "--output", str(made)]).exit_code == 0
+    assert made.is_file()  # as `tune` and `record` make the folders of what they write
 
 
 def test_ceilings_are_measured_where_that_was_asked_for(made_up: list[Edge], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ import titans_backends as tb
 from titans_backends import dispatch
 from titans_backends.buckets import Bucket, bucket_of, defaults_of
 from titans_backends.cache import file, paths
+from titans_backends.cache.lookup import Hit
+from titans_backends.cache.neighbour import silent
 from titans_backends.cache.schema import Device, Entry, device_of
 from titans_backends.dispatch import choose
 from titans_backends.machine import Machine
@@ -166,3 +168,60 @@ def test_a_damaged_cache_warns_once_and_loses_nothing(user: Path) -> None:
     with pytest.warns(UserWarning, match="damaged-1"):
         assert kernel() == "eager/chunked inverse=blocks"
     assert user.with_name(f"{user.name}.damaged-1").read_text() == "ops: {["
+
+
+def captured(us: float = 100.0, **changes: object) -> dispatch.Choice:
+    """The choice of the call in a graph, where the user's table has an eager row of that time."""
+    write(paths.user_cache_path(tb.detect().slug), us=us, **changes)
+    return choose(replace(signature(), launch="graph"), tb.detect())
+
+
+def test_for_a_graph_without_a_row_the_eager_row_speaks_and_is_named_as_a_neighbour() -> None:
+    found = captured()
+    assert (found.origin, found.pair.label) == ("neighbour", "eager/chunked inverse=solve")
+    assert "neighbour (eager row): exact row, seq_len 70" in found.reason
+    told = [asked.answer for asked in found.consulted if asked.source.kind == "user"]
+    assert told[0] == "no row with this key"  # the graph's own row is asked for first
+    assert dict(found.bucket.when)["launch"] == "graph"
+
+
+def test_an_eager_row_that_is_mostly_the_hosts_time_is_told_and_passed_over() -> None:
+    found = captured(99.0)
+    assert (found.origin, found.pair.label) == ("default", "eager/chunked inverse=blocks")
+    assert "passed over: below 100 us an eager time is mostly the host's" in found.consulted[-1].answer
+
+
+def test_a_graphs_own_row_comes_before_the_eager_one_and_answers_no_eager_call(user: Path) -> None:
+    graph = bucket_of(replace(signature(), launch="graph"))
+    write(user, "blocks", bucket=graph, us=5.0)
+    assert choose(signature(), tb.detect()).origin == "default"
+    found = captured()
+    assert (found.origin, found.pair.label) == ("tuned", "eager/chunked inverse=blocks")
+
+
+def test_a_stale_neighbour_is_marked_and_one_whose_source_changed_is_ignored() -> None:
+    found = captured(environment={"torch": "1.0.0"})
+    assert found.answered is not None
+    assert found.answered.staleness is not None
+    assert (found.origin, found.answered.staleness.kind) == ("neighbour", "stale")
+    ignored = captured(source="000000000000")
+    assert ignored.origin == "default"
+    assert "ignored: eager/chunked" in ignored.consulted[-1].answer
+
+
+def test_a_relatives_eager_row_is_no_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another card and another launch at once: nobody measured what that costs."""
+    relative, machine = tmp_path / "relative.yaml", replace(tb.detect(), sm=90)
+    write(relative, device=Device(machine.kind, "another", "Another", sm=90), us=500.0)
+    monkeypatch.setattr(paths, "shipped_paths", lambda: (relative,))
+    tb.reset()
+    assert choose(signature(), machine).origin == "borrowed"
+    assert choose(replace(signature(), launch="graph"), machine).origin == "default"
+
+
+def test_a_pair_speaks_from_twice_the_time() -> None:
+    entry = Entry("eager/chunked", 199.0, 0.0, 0.0, backward="eager/chunked")
+    bucket = bucket_of(signature())
+    assert silent(Hit("exact", bucket, entry)).startswith("below 200 us")
+    assert not silent(Hit("exact", bucket, replace(entry, us=200.0)))
+    assert not silent(Hit("exact", bucket, replace(entry, backward=None)))

@@ -57,7 +57,8 @@ def test_contributings_backend_passes_conformance(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_point_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    for target in [*re.findall(r"\]\(([^)#]+)", text), *re.findall(r'<\w+ [^>]*?src(?:set)?="([^"]+)"', text)]:
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
@@ -77,6 +78,18 @@ def test_every_page_has_its_place_in_the_sites_navigation() -> None:
     assert written - listed == set()
     made = {"index.md", "contributing.md", "changelog.md", "benchmarks.md", "reference/commands.md", "reference/api.md", "reference/backends.md"}
     assert listed - written - made == set()
+
+
+def test_every_result_and_every_benchmark_is_in_the_contents_of_what_was_measured() -> None:
+    page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    contents = page.partition("## All measurements\n")[2].partition("\n## ")[0]
+    named = {name for line in contents.splitlines()[2:] for name in re.findall(r"`([\w.]+\.(?:json|txt|yaml))`", line)}
+    kept = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    linked = {name for path in PAGES for name in re.findall(r"benchmarks/results/([\w.]+)\)", path.read_text(encoding="utf-8"))}
+    assert kept - named - linked == set(), "a line for each under docs/measured.md, All measurements"
+    assert named - kept <= {"recorded.json"}, "not there"
+    for command in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)", page):
+        assert (ROOT / command).exists(), command
 
 
 def test_no_page_has_a_placeholder() -> None:

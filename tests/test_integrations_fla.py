@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from titans_backends.integrations import fla as ours
+from titans_backends.integrations.fla import rule
 from titans_backends.integrations.fla.functions import READERS
 from titans_backends.integrations.fla.rule import op_for
 
@@ -164,6 +165,26 @@ def test_dtypes_come_out_as_flas(name: str, q: torch.dtype, v: torch.dtype, out:
     assert state.dtype == torch.float32
     expected, _ = recurrence(x["q"], x["k"], x["v"], x["beta"], x["g"] if g else None, state=x["state"])
     assert (o - expected).norm() / expected.norm() < 1e-2
+
+
+def test_a_state_handed_back_v_first_reaches_the_step_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, seen = tensors(torch.float32, tokens=1), []
+    original = rule.get_op
+
+    def watched(name: str) -> object:
+        def call(*given: object, state: Tensor, **more: object) -> object:
+            seen.append(state)
+            return original(name)(*given, state=state, **more)
+
+        return call
+
+    monkeypatch.setattr(rule, "get_op", watched)
+    given = {name: x[name] for name in ("q", "k", "v", "g", "beta")}
+    _, state = ours.fused_recurrent_gated_delta_rule(**given, output_final_state=True, state_v_first=True)
+    assert state is not None
+    ours.fused_recurrent_gated_delta_rule(**given, initial_state=state, output_final_state=True, state_v_first=True)
+    assert seen[1].data_ptr() == state.data_ptr()
+    assert seen[1].is_contiguous(), "each token would copy the state into the other layout"
 
 
 def test_up_to_eight_tokens_without_gradients_are_a_step() -> None:

@@ -19,6 +19,7 @@ import torch
 
 import titans_backends as tb
 from tests import fla_likeness
+from titans_backends import registry
 from titans_backends.integrations import fla as ours
 
 OWN = "chunk_gated_delta_rule"
@@ -114,6 +115,18 @@ def test_a_backend_that_refuses_leaves_the_call_to_fla(fla: dict[str, object], p
     with pytest.raises(ValueError, match="undo"):
         ours.register_with_fla(backend="eager")
     assert ours.register_with_fla(backend="picky") is registration
+
+
+def test_a_backend_that_could_take_no_call_is_refused_at_once(fla: dict[str, object], monkeypatch: pytest.MonkeyPatch, plugin_backend) -> None:
+    plugin_backend("other", ops=("gated_rms_norm",))
+    with pytest.raises(
+        tb.BackendRefusedError, match=r"'other' can take none of FLA's calls here: it has neither .* \(it has gated_rms_norm\).*name another"
+    ):
+        ours.register_with_fla(backend="other")
+    monkeypatch.setattr(registry, "_installed", lambda package: package != "cupy")
+    with pytest.raises(tb.BackendRefusedError, match=r"'cupy' .*the package cupy is not installed: pip install"):
+        ours.register_with_fla(backend="cupy")
+    assert flas() == OWN, "FLA is asked nothing after the refusal"
 
 
 def test_a_verdict_runs_nothing(fla: dict[str, object], plugin_backend) -> None:

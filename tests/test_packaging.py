@@ -281,6 +281,10 @@ def test_metadata_states_licence_version_extras_and_script(wheels: dict[str, Pat
     assert set(metadata.get_all("Provides-Extra", [])) == {"triton", "cuda12", "cuda13", "numba", "report", "test", "docs", "all"}
     assert "Apache License" in archive.read(f"{info}licenses/LICENSE").decode()
     assert "titans-backends = titans_backends.cli:main" in archive.read(f"{info}entry_points.txt").decode()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    shown = metadata.get_payload()
+    assert "titans-backends tune" in shown
+    assert "](docs/" not in shown  # where an index shows it, a relative link leads nowhere
 
 
 def test_the_script_and_the_module_list_the_same_commands(from_wheel: Way) -> None:

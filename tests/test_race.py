@@ -25,6 +25,7 @@ from titans_backends.verdict import ACCEPTED
 race = script("benchmarks/race.py")
 cells = script("benchmarks/race_cells.py")
 results = script("benchmarks/race_results.py")
+lines = script("benchmarks/race_lines.py")
 page = script("benchmarks/race_page.py")
 reach = script("benchmarks/race_reach.py")
 measure = script("benchmarks/race_measure.py")
@@ -127,6 +128,20 @@ def test_the_choice_is_the_tuners_rule() -> None:
     assert results.rule_of([]) == ""
 
 
+def test_rows_stand_by_heads_then_by_length() -> None:
+    names = [
+        "1x8192 12/12 D32 forward",
+        "8x1024 16/32 D128 forward",
+        "1x8192 16/32 D128 forward",
+        "1x512 16/32 D128 forward",
+        "1x512 2/8 D128 forward",
+    ]
+    told = results.Results(two_runs().runs, {name: two_runs().cases[CASE] for name in names})
+    assert [str(line.case) for line in lines.in_order(lines.lines_of(told, "graph"))] == [
+        "1x512 2/8 D128 forward", "1x512 16/32 D128 forward", "1x8192 16/32 D128 forward", "8x1024 16/32 D128 forward", "1x8192 12/12 D32 forward"
+    ]  # fmt: skip
+
+
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     told = two_runs()
     told.begun["plain"] = CASE
@@ -153,7 +168,12 @@ def test_the_tables_say_who_won_and_what_choices_cost() -> None:
     assert "disp Triton +50.0 %" in text
     assert "here FlashInfer +10.0 %" in text
     filled = page.page_of(f"# Race\n\n{page.BEGIN}\n{page.END}\n", told)
-    assert "| 1×8192 16/32 D128 | 70 | 300 | 280 | 220 | FlashInfer, own call | Triton: +50.0 % | FlashInfer: +10.0 % | CuPy: +40.0 % |" in filled
+    row = "| 1×8192 16/32 D128 | 70 | 300 | 280 | 220 | FlashInfer, own call **200** | Triton: +50.0 % | FlashInfer: +10.0 % | CuPy: +40.0 % |"
+    assert row in filled
+    assert "Fastest of all: FlashInfer in 1 (1 by its own function), of 1 cases." in filled
+    assert "| tuned here, with the peers installed | 0 of 1 | +10.0 % | +10.0 % | 1×8192 16/32 D128 forward | 1 of 1 |" in filled
+    assert "Tuned here, more than 5 % over the fastest: 1×8192 16/32 D128 forward +10.0 %." in filled
+    assert "over that of its own function, geometric mean: FlashInfer 1.100 (1.100 to 1.100, 1 cases)." in filled
     assert page.page_of(filled, told) == filled
     assert "Not measured yet" in page.page_of(filled, results.Results())
     with pytest.raises(ValueError, match="lacks the marks"):
@@ -163,14 +183,24 @@ def test_the_tables_say_who_won_and_what_choices_cost() -> None:
 def test_the_picture_is_a_file_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib")
     picture = script("benchmarks/race_picture.py")
-    [path] = picture.written(page.lines_of(two_runs(), "graph"), tmp_path / "race.svg")
-    root = xml.etree.ElementTree.fromstring(path.read_text(encoding="utf-8"))
-    said = "".join(root.itertext())
-    assert "16/32 of 128, 1×8192" in said
-    assert "FlashInfer" in said
-    assert "prefers-color-scheme:dark" in said
+    wide, narrow = picture.written(lines.lines_of(two_runs(), "graph"), tmp_path / "race.svg", "a card")
+    assert narrow == tmp_path / "race-narrow.svg"
+    for path in (wide, narrow):
+        text = path.read_text(encoding="utf-8")
+        said = [element.text for element in xml.etree.ElementTree.fromstring(text).iter() if element.text]
+        assert {
+            "16/32 of 128",
+            "8192",
+            "FlashInfer",
+            "hollow: a peer’s own function, where it differs",
+            "200 µs",
+            "+10.0 %",
+            "+50.0 %",
+            "a card, in a CUDA graph from a cold cache. Left is better. 1 of 37 cases.",
+        } <= set(said)
+        assert "prefers-color-scheme:dark" in text
     with pytest.raises(ValueError, match="no case with a time"):
-        picture.drawn([])
+        picture.drawn([], "a card")
 
 
 def test_the_page_says_what_the_results_say() -> None:

@@ -205,6 +205,20 @@ def test_recordings_that_end_at_the_same_time_add_up_in_one_file(shapes: Path) -
     assert only(shapes)[1] == Count(8, 0)
 
 
+def test_what_names_no_file_is_refused_at_once_with_what_is_wanted() -> None:
+    for wrong, said in (
+        (None, r"got None \(NoneType\)"),
+        (3, r"got 3 \(int\)"),
+        (b"x.yaml", r"got b'x.yaml' \(bytes\)"),
+        (recording.read, "got the function read"),
+    ):
+        with pytest.raises(TypeError, match=rf'record: it wants the file to write, as a str or a path, {said}; type: with .*record\("shapes.yaml"\)'):
+            tb.record(wrong)  # type: ignore[arg-type]
+    for wrong in ("", "a\0b"):
+        with pytest.raises(ValueError, match=r"record: it wants the file to write, got '.*', which names none; type: with"):
+            tb.record(wrong)
+
+
 def test_a_file_that_cannot_be_written_or_is_none_of_ours_is_said_before_anything_runs(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:

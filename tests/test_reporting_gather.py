@@ -219,6 +219,16 @@ def test_only_the_ops_that_are_asked_for() -> None:
     assert gather(Edge(HERE, row_state, lambda bucket: "", ops=["slow_core"])).machines == ()
 
 
+def test_a_race_lies_in_the_results_and_one_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "race.json").write_text('{"runs": {}, "cases": {}}')
+    assert [Path(one.path).name for one in found(tmp_path).races] == ["race.json"]
+    assert gather(Edge(HERE, row_state, lambda bucket: "", tmp_path, ops=["slow_core"])).races == ()
+    (tmp_path / "race.json").write_text('{"runs": {}}')
+    broken = found(tmp_path)
+    assert broken.races == ()
+    assert [one.problem for one in broken.problems] == ["it is no race: KeyError: 'cases'"]
+
+
 def test_ceilings_are_the_best_that_any_file_saw(tmp_path: Path) -> None:
     for name, content in (
         ("a.json", {"device": "Another GPU", "ceilings": {"copy": 1e12, "bf16": 2e14}}),

@@ -98,6 +98,8 @@ def test_places_are_told_by_what_is_no_default() -> None:
     place = place_of(bucket(512, g=True, launch="graph", group=2, head_dim=(16, 32)))
     assert (place.setting, place.size, place.seq_len) == ("inference · graph · bfloat16 · g", "4 × 16x32, group 2", 512)
     assert place_of(bucket(512, regime="training", saves="inputs")).setting == "training · bfloat16 · saves=inputs"
+    eager, graph = (place_of(bucket(512, regime="training", launch=launch)) for launch in ("eager", "graph"))
+    assert (eager.setting, graph.setting) == ("training · bfloat16", "training · graph · bfloat16"), "one curve for each"
     assert place_of(bucket(64, "fused_uw", streams=1)).size == "16"
     later = place_of(bucket(8)._replace(op="an op of tomorrow"))
     assert (later.op, later.size) == ("an op of tomorrow", "4 × 16")

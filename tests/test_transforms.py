@@ -160,3 +160,34 @@ def test_gradients_for_each_sample_of_a_layer() -> None:
     for index in range(2):
         for name, want in grad(of_sample)(parameters, x[index]).items():
             torch.testing.assert_close(found[name][index], want, atol=1e-5, rtol=1e-4)
+
+
+def test_explain_inside_a_transform_tells_the_slices_call(given: tuple[Tensor, ...]) -> None:
+    """As without the transform, in any nesting and for any mapped dimension; the signature is that of the call that runs."""
+    op, told = tb.get_op("gated_delta_rule"), []
+
+    def asked(*tensors: Tensor) -> Tensor:
+        told.append(op.explain(*tensors))
+        return tensors[0].sum()
+
+    q, k, v, beta = given
+    vmap(asked)(*given)
+    vmap(asked, in_dims=(2, None, 0, 0))(q.movedim(0, 2), k[0], v, beta)
+    vmap(grad(asked))(*given)
+    grad(lambda q: vmap(asked)(q, k, v, beta).sum())(q)
+    vmap(vmap(asked))(*(x[None] for x in given))
+    grad(asked)(*(x[0] for x in given))
+    plain = op.explain(*(x[0] for x in given))
+    assert len(told) == 6
+    assert {found.kernel for found in told} == {plain.kernel}
+    assert {found.signature.dims for found in told} == {plain.signature.dims}
+    with pytest.raises(ValueError, match=r"gated_delta_rule: torch\.func\.vmap over a dimension of size 0"):
+        vmap(asked)(*(x[:0] for x in given))
+
+
+def test_bind_inside_a_transform_says_to_bind_outside(given: tuple[Tensor, ...]) -> None:
+    op = tb.get_op("gated_delta_rule")
+    with pytest.raises(RuntimeError, match=r"inside torch\.func .* nothing can be bound; bind it outside"):
+        vmap(lambda *x: op.bind(*x)(*x)[0])(*given)
+    bound = op.bind(*(x[0] for x in given))
+    assert torch.equal(vmap(lambda *x: bound(*x)[0])(*given), vmap(rule)(*given))  # as the sentence says

@@ -232,6 +232,10 @@ def test_the_command_writes_the_figures_with_the_machine_and_shows_them(tmp_path
     assert "worst cost" not in run(app, [*words, "--output", str(path)]).stdout  # the second has no flip
     for wrong, why in (
         ([*words, "--output", "x.yaml"], "--output must end in .json"),
+        (
+            [*words, "--output", "/dev/null/x.json"],
+            "--assess: the result could not be written: /dev/null, on the way to /dev/null/x.json, is not a folder",
+        ),
         ([*words, "--force"], "leave out --force"),
         (["tune", "--limit", "3", "--device", "cpu"], "stand with --assess"),
     ):

@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,6 +244,52 @@ def test_a_recording_in_a_tables_place_is_named_and_left_as_it_is(tmp_path: Path
     assert "left as it is" in told.consulted[0].answer
     assert sorted(one.name for one in tmp_path.iterdir() if one.is_file()) == ["shapes.yaml"]
     tb.reset()
+
+
+@pytest.mark.parametrize("name", ["out.yaml", "out.timings.yaml"])
+def test_an_output_that_is_a_recording_is_refused_before_anything_is_read_or_measured(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the table's place, or in that of the timings beside it."""
+    path = write(tmp_path / "shapes.yaml", {problem(bucket()): Count(1)})
+    place = write(tmp_path / name, {problem(bucket()): Count(1)})
+    before = place.read_text()
+    for more in ((), ("--dry-run",), ("--doubtful",)):
+        monkeypatch.setattr(importlib.import_module("titans_backends.cli.tune"), "read_problems", lambda *_: pytest.fail("it was read"))
+        result, seen = ended(monkeypatch, path, "--output", str(tmp_path / "out.yaml"), *more)
+        assert (result.exit_code, seen) == (2, [])
+        said = f"--output {tmp_path / 'out.yaml'}: no table can be written there: {place}: the problems of a model, not a tuned table"
+        assert said in result.stderr
+    assert place.read_text() == before
+
+
+def test_an_output_named_as_timings_or_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "shapes.yaml", {problem(bucket()): Count(1)})
+    result, seen = ended(monkeypatch, path, "--output", "x.timings.yaml")
+    assert (result.exit_code, seen) == (2, [])
+    assert "name the table: --output x.yaml" in result.stderr
+    for folder in (str(tmp_path), ".", "/"):
+        result, seen = ended(monkeypatch, path, "--output", folder)
+        assert (result.exit_code, seen) == (2, [])
+        assert "it is no file but a folder" in result.stderr
+
+
+def test_the_doubtful_among_a_recordings_are_those_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, other = bucket(64), bucket(128), bucket(256)
+    path = write(tmp_path / "shapes.yaml", {problem(first): Count(5), problem(second): Count(1)})
+    store = SimpleNamespace(table=True, timings=True, path=tmp_path / "t.yaml")
+    doubtful = importlib.import_module("titans_backends.cli.tune_doubtful")
+    monkeypatch.setattr(doubtful, "Store", SimpleNamespace(opened=lambda *_: store))
+    monkeypatch.setattr(doubtful, "doubtful", lambda *_: ((other, 0.9), (second, 0.5), (first, 0.1)))
+    result, (request,) = ended(monkeypatch, path, "--doubtful")
+    assert request.buckets == (second, first), "the most doubtful first, not the most expensive"
+    assert request.doubtful
+    assert f"2 buckets planned (in doubt of {path}, the most doubtful first)" in result.stderr
+    assert "tuned rows cover" not in result.stdout  # of the doubtful rows alone it would mean nothing
+    assert f"titans-backends tune --from {path} --device cpu --doubtful" in ended(monkeypatch, path, "--doubtful", done=1)[0].stdout
+    monkeypatch.setattr(doubtful, "doubtful", lambda *_: ((other, 0.9),))
+    nothing = ended(monkeypatch, path, "--doubtful", "--dry-run")[0]
+    assert f"that {path} asks for is in doubt" in nothing.stdout
 
 
 def test_every_recorded_bucket_is_tuned_for_real_and_chosen_afterwards(

@@ -1,4 +1,4 @@
-"""Which kernel serves a signature, and why: scope, verdicts, tuned tables, defaults, in that order.
+"""Which kernel serves a signature, and why: scope, verdicts, tuned tables, for a graph the rows of eager calls, defaults, in that order.
 
 Nothing is measured and nothing is run here. A choice carries everything that `explain` prints; a refusal carries every reason.
 """
@@ -6,13 +6,14 @@ Nothing is measured and nothing is run here. A choice carries everything that `e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from titans_backends import registry
 from titans_backends.buckets import bucket_of, defaults_of
 from titans_backends.cache.beside import displaces
 from titans_backends.cache.lookup import Hit, Miss, lookup
+from titans_backends.cache.neighbour import NEIGHBOUR, eager_bucket, silent
 from titans_backends.cache.schema import Bucket, Entry
 from titans_backends.cache.source_hash import join_hashes, source_hash
 from titans_backends.cache.staleness import Staleness, grade
@@ -46,13 +47,16 @@ class Consulted:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What runs, and why. `origin`: forced by name, tuned here, borrowed from a relative's table, or the untuned default. `answered`: the table that decided."""
+    """What runs, and why. `answered`: the table that decided.
+
+    `origin`: forced by name, tuned here, borrowed from a relative's table, by the row of eager calls for a graph, or the untuned default.
+    """
 
     signature: Signature
     machine: Machine
     bucket: Bucket
     pair: Pair
-    origin: Literal["forced", "tuned", "borrowed", "default"]
+    origin: Literal["forced", "tuned", "borrowed", "neighbour", "default"]
     reason: str
     offers: tuple[Offer, ...]
     consulted: tuple[Consulted, ...]
@@ -106,6 +110,29 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
     if not staleness.usable:
         return Consulted(source, f"{where}; ignored: {staleness.reason}", hit=found, staleness=staleness), None
     return Consulted(source, where, hit=found, staleness=staleness), pair
+
+
+def _decided(
+    tables: Sequence[Source], bucket: Bucket, available: Sequence[Pair], kind: str, consulted: list[Consulted], *, launched: bool = True
+) -> tuple[Consulted, Pair] | None:
+    """The answer that decides, with its pair; every table that was asked is written down. `launched`: False where the call's launch is not the bucket's."""
+    decided: tuple[Consulted, Pair] | None = None
+    for source in tables:
+        if decided is not None and not _beside(source, decided[0].source):
+            break
+        answer, pair = consult(source, bucket, available, kind)
+        if not launched:
+            answer, pair = _as_neighbour(answer, pair)
+        consulted.append(answer)
+        if pair is not None and (decided is None or _displaces(answer, decided[0])):
+            decided = answer, pair
+    return decided
+
+
+def _as_neighbour(answer: Consulted, pair: Pair | None) -> tuple[Consulted, Pair | None]:
+    """An eager row's answer to a call in a graph."""
+    why = silent(answer.hit) if answer.hit is not None and pair is not None else ""
+    return replace(answer, answer=f"{NEIGHBOUR}: {answer.answer}" + (f"; passed over: {why}" if why else "")), None if why else pair
 
 
 def _reasons(given: Sequence[Offer], signature: Signature) -> str:
@@ -170,17 +197,18 @@ def choose(
     bucket = bucket_of(signature)
     consulted: list[Consulted] = []
     decided: tuple[Consulted, Pair] | None = None
+    origin: Literal["tuned", "borrowed", "neighbour"] = "tuned"
     if not signature.batch_invariant:  # one candidate whatever the batch and length: no row by streams or length can say which
-        for source in sources(machine):
-            if decided is not None and not _beside(source, decided[0].source):
-                break
-            answer, pair = consult(source, bucket, available, machine.kind)
-            consulted.append(answer)
-            if pair is not None and (decided is None or _displaces(answer, decided[0])):
-                decided = answer, pair
+        decided = _decided(sources(machine), bucket, available, machine.kind, consulted)
+        origin = "borrowed" if decided is not None and decided[0].source.kind == "borrowed" else "tuned"
+        eager = eager_bucket(bucket, defaults_of(bucket.op)) if decided is None else None
+        if eager is not None:
+            asked: list[Consulted] = []
+            decided = _decided([s for s in sources(machine) if s.kind != "borrowed"], eager, available, machine.kind, asked, launched=False)
+            consulted += [one for one in asked if one.hit is not None]
+            origin = "neighbour"
     if decided is not None:
         answer, pair = decided
-        origin: Literal["tuned", "borrowed"] = "borrowed" if answer.source.kind == "borrowed" else "tuned"
         return Choice(signature, machine, bucket, pair, origin, f"{answer.source.described}: {answer.answer}", given, tuple(consulted), answer)
     pair = available[0]
     if forced is not None:

@@ -28,6 +28,10 @@ from titans_backends.watching import watched
 __all__ = ["NAMESPACE", "call", "gradients", "planner", "register"]
 
 NAMESPACE = "titans_backends"
+_NO_TRACE = (
+    "torch.jit.trace cannot record this call: TorchScript has no outputs that may be None. Use torch.export or torch.compile; "
+    "of a swapped model, trace it after report.undo()"
+)
 _PLANNERS = {name: Planner(op) for name, op in CONTRACTS.items()}
 _library: torch.library.Library | None = None
 
@@ -44,6 +48,8 @@ def call(op: Contract, values: Sequence[object], backend: str | None, batch_inva
     if "inplace" in op.parameters and values[op.parameters.index("inplace")]:
         o = getattr(namespace, f"{op.name}_")(*flatten(op, values, in_place=True), backend)
         return o, *(values[op.parameters.index(name)] for name in op.rewritten)
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(f"{op.name}: {_NO_TRACE}")
     flat = (*flatten(op, values), backend, batch_invariant, training, may_save)
     if torch._C._are_functorch_transforms_active():
         if torch.compiler.is_compiling():

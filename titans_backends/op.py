@@ -96,16 +96,31 @@ class Op:
         return self._planner.execute(plan, call)
 
     def bind(self, *args: object, backend: str | None = None, **kwargs: object) -> BoundOp:
-        """Chooses once for these tensors' dtype, shape, stride and alignment; the bound op skips policy and lookup."""
+        """Chooses once for these tensors' dtype, shape, stride and alignment; the bound op skips policy and lookup.
+
+        RuntimeError inside a transform of `torch.func`: bind outside, the bound op may be called inside.
+        """
         call = self._call(args, kwargs)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{self.name}: inside torch.func (vmap, grad, ...) nothing can be bound; bind it outside, or call the op, which chooses itself"
+            )
         asked = request(self.backend if backend is None else backend, training=asks_gradient(self._planner.tensors(call)))
         return BoundOp(self, self._planner.plan(call, asked), call, asked.training)
 
     def explain(self, *args: object, backend: str | None = None, **kwargs: object) -> Explanation:
-        """Which kernel would run and why: every backend's answer, every table asked, every timing known. Runs nothing."""
+        """Which kernel would run and why: every backend's answer, every table asked, every timing known. Runs nothing.
+
+        Inside a transform of `torch.func` it is the forward call of one slice that is explained.
+        """
         from titans_backends.explain import explain
 
         call = self._call(args, kwargs)
+        if torch._C._are_functorch_transforms_active():
+            from titans_backends.transforms import one_slice
+
+            call = self.contract.with_tensors(call, {name: one_slice(self.name, tensor) for name, tensor in self.contract.tensors(call).items()})
+            return explain(self._planner, call, request(self.backend if backend is None else backend, training=False))
         asked = request(self.backend if backend is None else backend, training=asks_gradient(self._planner.tensors(call)))
         return explain(self._planner, call, asked)
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 from titans_backends.buckets import bucket_of, defaults_of
@@ -124,8 +124,19 @@ def record(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Re
 
     A file that is there is added to, under a lock: processes may record to one file. CacheError where it cannot be written, SchemaError with file and line
     where it is no such file: both before anything is recorded. A replayed CUDA graph runs no Python: its calls count once, at the capture.
+    TypeError and ValueError for what names no file.
     """
-    return _Context(Path(path))
+    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(name, str):
+        told = f"the function {path.__name__}" if isinstance(path, FunctionType) else f"{path!r} ({type(path).__name__})"
+        raise TypeError(
+            f'record: it wants the file to write, as a str or a path, got {told}; type: with titans_backends.record("shapes.yaml"): model(batch)'
+        )
+    if not name or "\0" in name:
+        raise ValueError(
+            f'record: it wants the file to write, got {name!r}, which names none; type: with titans_backends.record("shapes.yaml"): model(batch)'
+        )
+    return _Context(Path(name))
 
 
 @contextlib.contextmanager
@@ -152,10 +163,11 @@ def read(path: Path) -> tuple[Met, ...]:
     """The lines of a file, none where there is no file; SchemaError with file and line, CacheError where it cannot be read."""
     from titans_backends.cache.nodes import SchemaError
     from titans_backends.cache.problems import parse_problems
+    from titans_backends.cache.reading import read_text
     from titans_backends.cache.writing import CacheError
 
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         return ()
     except OSError as error:

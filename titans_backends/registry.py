@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Literal, cast
 
+import torch
+
 from titans_backends import switches
 from titans_backends.backend import (
     CONTRACT_VERSION,
@@ -45,6 +47,7 @@ __all__ = [
     "module",
     "order",
     "probe",
+    "reachable",
     "remembering",
     "remembering_backward",
     "reset",
@@ -174,15 +177,31 @@ def _installed(package: str) -> bool:
 
 def availability(backend: Backend, machine: Machine) -> Verdict:
     """Whether it is switched on, serves this kind of device and has its packages; imports nothing."""
-    verdict = ACCEPTED
-    if backend.name in switches.current().disable:
-        verdict &= refused(f"it is disabled by {switches.PREFIX}DISABLE")
+    verdict = _switched_on(backend)
     if machine.kind not in backend.rank and "*" not in backend.rank:
         verdict &= refused(f"it does not run on {machine.kind} (it runs on {', '.join(backend.rank)})")
-    for package in backend.requires:
-        if not _installed(package):
-            verdict &= refused(f"the package {package} is not installed{f': {backend.install}' if backend.install else ''}")
-    return verdict
+    return verdict & _packages(backend)
+
+
+def reachable(backend: Backend) -> Verdict:
+    """Whether any call of this process could run on it, wherever its tensors will lie: switched on, a device that it serves, its packages; imports nothing.
+
+    Only a backend of CUDA alone is refused for want of a device: what torch sees of other kinds is asked of nobody.
+    """
+    verdict = _switched_on(backend)
+    if set(backend.rank) == {"cuda"} and not torch.cuda.is_available():
+        verdict &= refused("it runs on cuda alone, and torch sees no such device here")
+    return verdict & _packages(backend)
+
+
+def _switched_on(backend: Backend) -> Verdict:
+    return refused(f"it is disabled by {switches.PREFIX}DISABLE") if backend.name in switches.current().disable else ACCEPTED
+
+
+def _packages(backend: Backend) -> Verdict:
+    missing = [package for package in backend.requires if not _installed(package)]
+    cure = f": {backend.install}" if backend.install else ""
+    return refused(*(f"the package {package} is not installed{cure}" for package in missing)) if missing else ACCEPTED
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,10 +11,25 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["NO_FORWARD_MODE", "transformable"]
+__all__ = ["NO_FORWARD_MODE", "one_slice", "transformable"]
 
 Outputs = tuple[Tensor | None, ...]
+_NO_SLICE = "{}: torch.func.vmap over a dimension of size 0 has nothing to run; leave the call out there"
 NO_FORWARD_MODE = "{}: it has no forward-mode derivative (dual tensors, jvp, jacfwd); use reverse mode: torch.autograd.grad, torch.func.grad, jacrev"
+
+
+def one_slice(op: str, tensor: Tensor) -> Tensor:
+    """What a kernel would be given of a tensor that transforms have wrapped: the first slice of what is mapped, without what tracks its gradient.
+
+    ValueError where there is no slice.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        inner, place = functorch.get_unwrapped(tensor), functorch.maybe_get_bdim(tensor) if functorch.is_batchedtensor(tensor) else None
+        if place is not None and not inner.shape[place]:
+            raise ValueError(_NO_SLICE.format(op))
+        tensor = inner if place is None else inner.select(place, 0)
+    return tensor
 
 
 class _Mapped(Protocol):
@@ -34,7 +49,7 @@ def transformable(name: str, setup: Callable[..., None], backward: Callable[...,
 
     def vmap(info: _Mapped, in_dims: Sequence[object], *flat: object) -> tuple[Outputs, tuple[int | None, ...]]:
         if not info.batch_size:
-            raise ValueError(f"{told}: torch.func.vmap over a dimension of size 0 has nothing to run; leave the call out there")
+            raise ValueError(_NO_SLICE.format(told))
         slices: list[Outputs] = [made.apply(*_slice(flat, in_dims, index)) for index in range(info.batch_size)]
         outputs = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*slices, strict=True))  # None in all, or in none
         return outputs, tuple(None if output is None else 0 for output in outputs)

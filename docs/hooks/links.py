@@ -17,7 +17,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "benchmarks/README.md": "benchmarks.md"}
 """Where the repository's own pages stand on the site."""
-_LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)")
+_LINK = re.compile(r'(!?\[[^\]]*\]\(|<(?:img|source) [^>]*?src(?:set)?=")([^)#\s"]+)')
+"""A link or a picture of Markdown, or a picture written as HTML."""
 _RESULTS = "benchmarks/results/"
 
 

@@ -16,11 +16,13 @@ from typing import Generic, Literal, TypeVar
 
 from titans_backends.cache.document import ForeignDevice, FutureSchema, OtherFile
 from titans_backends.cache.nodes import SchemaError
+from titans_backends.cache.paths import timings_path
+from titans_backends.cache.reading import read_text
 from titans_backends.cache.schema import Bucket, DefaultsOf, Device, Entry, Environment, Table, canonical_when, merge
 from titans_backends.cache.table_text import dump_table, parse_table
 from titans_backends.cache.timings import Measurement, Timings, dump_timings, merge_timings, parse_timings
 from titans_backends.cache.writing import CacheError, CacheLocked, locked, permission, real_path, replace_text, try_writing, world_writable
-from titans_backends.verdict import Verdict, refused
+from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 __all__ = [
     "CacheError",
@@ -112,12 +114,14 @@ def read_timings(path: Path | str, defaults_of: DefaultsOf, device: Device | Non
 
 
 def check_writable(path: Path | str, *, device: Device, defaults_of: DefaultsOf) -> Verdict:
-    """Whether `update` would be let in, with every reason against it; `tune` asks before it measures."""
+    """Whether `update` and, beside it, `update_timings` would be let in, with every reason against it; `tune` asks before it measures."""
+    beside = timings_path(path)
     verdict = try_writing(path)
-    problem = read(path, defaults_of, device).problem
-    if problem is not None and problem.kind != "damaged":
-        verdict &= refused(problem.message)
-    return verdict if verdict else verdict & refused(_ELSEWHERE)
+    verdict &= permission(beside) if verdict else ACCEPTED  # of the same folder, so that it would say the same again
+    for problem in (read(path, defaults_of, device).problem, read_timings(beside, defaults_of, device).problem):
+        if problem is not None and problem.kind != "damaged" and not any(reason in problem.message for reason in verdict.reasons):
+            verdict &= refused(problem.message)
+    return verdict if verdict else verdict & refused(_ELSEWHERE.replace("To", "to", 1))
 
 
 def update(
@@ -172,9 +176,7 @@ def _canonical(bucket: Bucket, defaults_of: DefaultsOf) -> Bucket:
 def _examine(form: _Format[Content], path: Path, defaults_of: DefaultsOf, device: Device | None) -> Loaded[Content]:
     table, problem = None, None
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(f"it is no file but a {'folder' if path.is_dir() else 'device or pipe'}")
-        text = path.read_bytes().decode("utf-8")
+        text = read_text(path)
         known = form.written.get(real_path(path))
         if known is not None and known[:2] == (text, defaults_of) and (device is None or known[2].device.same(device)):
             table = known[2]

@@ -20,6 +20,10 @@ _RESOLVER = Resolver()
 _CONSTRUCT = SafeConstructor()
 _CANDIDATE = re.compile(r"[^\s/]+/\S+\Z")
 _TAG = "tag:yaml.org,2002:"
+_LARGE = 2**20
+_SCHEMA = re.compile(r"^schema:", re.MULTILINE)
+_DEEPEST = 64
+"""Our files have eight levels; the parsers recurse, and a hundred thousand brackets would end the process."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -29,6 +33,20 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     @functools.lru_cache(maxsize=16384)
     def resolve(kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool] | bool) -> str:
         return str(_RESOLVER.resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
+
+    depth = 0
+
+    def descend_resolver(self, parent: yaml.Node | None, index: object) -> None:
+        """Called at each level on the way down, where nothing is resolved by its path."""
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.composer.ComposerError(
+                None, None, f"it nests more than {_DEEPEST} levels deep", parent.start_mark if parent is not None else None
+            )
+
+    def ascend_resolver(self) -> None:
+        """Called on the way up."""
+        self.depth -= 1
 
 
 class SchemaError(ValueError):
@@ -135,7 +153,9 @@ class Cursor:
         """A whole number of at least `least`."""
         value = self.scalar()
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.error(f"expected a whole number of at least {least}, found {self.found}")
+            raise self.error(f"expected a whole number{f' of at least {least}' if least >= 0 else ''}, found {self.found}")
+        if value >= 2**63:
+            raise self.error(f"expected a whole number below 2**63, found {self.found}")
         return value
 
     def number(self) -> float:
@@ -173,6 +193,8 @@ class Cursor:
 
 def compose(text: str, origin: str) -> Cursor:
     """The root of a YAML document; SchemaError where the text is none, or is cut off."""
+    if len(text) > _LARGE and _SCHEMA.search(text) is None:  # a large file is slow to parse: half a minute for 40 MB that are none of ours
+        raise SchemaError(f"{origin}: no line of its {len(text) / 2**20:.0f} MiB begins with `schema:`, as all files of titans_backends have one")
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["SHIPPED_PACKAGE", "shipped_paths", "tables_in", "timings_path", "user_cache_path"]
+__all__ = ["SHIPPED_PACKAGE", "TIMINGS_SUFFIX", "shipped_paths", "tables_in", "timings_path", "user_cache_path"]
 
 SHIPPED_PACKAGE = "titans_backends.autotune_cache"
-_TIMINGS_SUFFIX = ".timings.yaml"
+TIMINGS_SUFFIX = ".timings.yaml"
 
 
 def user_cache_path(slug: str) -> Path:
@@ -22,7 +22,7 @@ def timings_path(path: Path | str) -> Path:
     """The timings beside a table: `x.timings.yaml` for `x.yaml`, and for `x` too."""
     path = Path(path)
     stem = path.name.removesuffix(".yaml").removesuffix(".yml")
-    return path.with_name(stem + _TIMINGS_SUFFIX)
+    return (path.parent if path.name else path) / (stem + TIMINGS_SUFFIX)  # "." and "/" have no name
 
 
 def shipped_paths() -> tuple[Path, ...]:
@@ -36,4 +36,4 @@ def shipped_paths() -> tuple[Path, ...]:
 
 def tables_in(folder: Path) -> tuple[Path, ...]:
     """Every table of a folder, sorted, without the timings beside them."""
-    return tuple(sorted(item for item in folder.iterdir() if item.name.endswith(".yaml") and not item.name.endswith(_TIMINGS_SUFFIX)))
+    return tuple(sorted(item for item in folder.iterdir() if item.name.endswith(".yaml") and not item.name.endswith(TIMINGS_SUFFIX)))

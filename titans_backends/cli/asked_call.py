@@ -18,6 +18,8 @@ from titans_backends.signature import Signature
 from titans_backends.tuning.plan import PRESENT
 from titans_backends.tuning.problem import BESIDE
 
+_MOST_PACKED = 2**20
+
 __all__ = ["AskedCall", "optional_tensors", "sized"]
 
 
@@ -88,8 +90,11 @@ def sized(
     length = seq_len if seq_len is not None else 1 if op.max_tokens else 512
     if op.max_tokens and not 1 <= length <= op.max_tokens:
         raise MisuseError(f"{op.name} takes 1 to {op.max_tokens} tokens, got --seq-len {length}; more are {op.step_of}'s")
-    if length < 0 or batch < 0:
-        raise MisuseError(f"--seq-len and --batch must not be negative, got {min(length, batch)}")
+    if not (0 <= length <= words.MOST and 0 <= batch <= words.MOST):
+        raise MisuseError(f"--seq-len and --batch must be from 0 to {words.MOST}, got {length} and {batch}")
+    words.computable(length, batch, values, max(k_dim, v_dim))
+    if packed and batch > _MOST_PACKED:
+        raise MisuseError(f"--packed takes at most {_MOST_PACKED} sequences, got --batch {batch}")
     if packed and "cu_seqlens" not in op.argument_by_name:
         raise MisuseError(f"{op.name} takes no cu_seqlens; leave out --packed")
     case = Case(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from titans_backends import registry
+from titans_backends.cache.writing import try_writing
 from titans_backends.cli import exit_codes
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import by_key, key_json, key_title
@@ -35,17 +36,23 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
     path = request.output or (_RESULTS if _RESULTS.is_dir() else Path()) / f"assess_{machine.slug}.json"
     if path.suffix != ".json":
         raise MisuseError(f"--assess writes JSON: --output must end in .json, got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    allowed = try_writing(path)
+    if not allowed:
+        raise MisuseError(f"--assess: the result could not be written: {allowed}; name another file: --output OTHER.json")
     chosen = replace(request, buckets=spread_out(request.buckets, limit), output=None)
     err = status_console()
     say(err, f"{machine.name}: {numbers.amount(len(chosen.buckets), 'bucket')} of {len(request.buckets)} to assess, into {path}", "dim")
     found = assess(chosen, budget_s, lambda said: say(err, said, "dim"))
     told = _json(found, request)
-    path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if as_json:
         print_json(told)
     else:
         _show(console(), found, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MisuseError(f"{path} cannot be written: {error.strerror or error}; what was found stands above") from error
     if found.left or not found.tuned:
         raise typer.Exit(exit_codes.FALLS_SHORT)
 

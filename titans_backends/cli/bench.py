@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from titans_backends import registry
 from titans_backends.cli import exit_codes, words
 from titans_backends.cli.asked_call import AskedCall, optional_tensors, sized
 from titans_backends.cli.bench_grid import run_grid
@@ -63,6 +64,9 @@ def bench(
     Exit status: 0 when everything was right, 1 when a kernel was wrong or every backend refuses.
     """
     target = words.device_named(device)
+    words.seconds("--budget", budget)
+    if backend is not None:
+        registry.get(backend)
     if grid is not None:
         here = {"OP": op, "--seq-len": seq_len, "--batch": batch, "--heads": heads, "--head-dim": head_dim, "--dtype": dtype, "--regime": regime}
         beside = [name for name, value in {**here, "--option": option, "--backend": backend}.items() if value is not None]
@@ -79,7 +83,15 @@ def bench(
         )
     given = words.integers("--seq-len", seq_len)
     lengths: list[int | None] = [None] if given is None else [*given]
-    sizes = (batch or 1, heads or "16", head_dim or "128", dtype or "float32", regime or "inference")
+    if batch is not None and batch < 1:
+        raise MisuseError(f"--batch must be at least 1, got {batch}: without sequences there is nothing to time")
+    sizes = (
+        1 if batch is None else batch,
+        "16" if heads is None else heads,
+        "128" if head_dim is None else head_dim,
+        "float32" if dtype is None else dtype,
+        "inference" if regime is None else regime,
+    )
     asked = [_asked(name, length, *sizes, option, target) for name in op for length in lengths]
     ceilings = measure(target, words.dtype_named(sizes[3]))
     err = status_console()

@@ -18,7 +18,8 @@ from rich.text import Text
 
 from titans_backends.buckets import Bucket
 from titans_backends.buckets import field as key_field
-from titans_backends.cli import exit_codes
+from titans_backends.cache.writing import try_writing
+from titans_backends.cli import exit_codes, words
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import by_key, key_json, key_title, place
 from titans_backends.cli.show import Column, Group, Json, console, heading, print_json, say, status_console, table
@@ -30,6 +31,7 @@ from titans_backends.tuning.benchmark import Timed, timed
 from titans_backends.tuning.fingerprint import fingerprint
 from titans_backends.tuning.grids import Cell, cells_of
 from titans_backends.tuning.problem import signature_of_bucket
+from titans_backends.verdict import refused
 
 __all__ = ["run_grid"]
 
@@ -98,11 +100,15 @@ def run_grid(grid: str, device: str, budget_s: float, within_s: float | None, li
     """Times a grid, writes and shows it; raises typer.Exit where something was wrong or was not reached. Ctrl-C keeps what is done."""
     machine = detect(device)
     cells = cells_of(grid, machine.kind)
-    for name, value in (("--within", within_s), ("--limit", limit)):
-        if value is not None and not value > 0:
-            raise MisuseError(f"{name} must be above 0, got {value:g}")
+    words.seconds("--within", within_s)
+    if limit is not None and limit < 1:
+        raise MisuseError(f"--limit must be above 0, got {limit}")
     path = output if output is not None else (_RESULTS if _RESULTS.is_dir() else Path()) / f"bench_{grid}_{machine.slug}"
-    path = path.with_name(path.name.removesuffix(".json").removesuffix(".csv"))
+    path = path.parent / path.name.removesuffix(".json").removesuffix(".csv")
+    for ending in (".json", ".csv"):
+        allowed = try_writing(path.parent / f"{path.name}{ending}") if path.name else refused(f"{output} names no file")
+        if not allowed:
+            raise MisuseError(f"--output: the results could not be written: {allowed}; name another file: --output OTHER.json")
     results = _Results(grid, device, path, fingerprint(device))
     err, begun = status_console(), time.monotonic()
     say(err, f"{machine.name}: {numbers.amount(len(cells[:limit]), 'problem')} of the grid {grid}, into {path}.json and .csv", "dim")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,12 +58,16 @@ def show(
     facts(out, [("file", str(path or paths.user_cache_path(machine.slug))), ("device", table.device.name), ("rows", str(len(table.rows)))], indent=0)
     out.print()
     show_rows(out, table, states)
+    doubtful = any(entry.doubt is not None for entry in table.rows.values())
+    if doubtful and states and paths.timings_path(path or paths.user_cache_path(machine.slug)).exists():
+        command(out, shlex.join(["titans-backends", "tune", "--doubtful", *(["--output", str(path)] if path else []), *_on(device)]))
     worn = renewals(states)
     if worn:
         out.print()
     for one in worn:
         say(out, Text(str(one), "yellow"))
-        command(out, one.command)
+        if one.command:
+            command(out, one.command)
 
 
 @cache.command("path")
@@ -187,6 +192,11 @@ def reset(
         except OSError as error:
             raise MisuseError(f"{one} cannot be removed: {error.strerror or error}") from error
     plans.invalidate()
+
+
+def _on(device: str | None) -> list[str]:
+    """The words that name the device again."""
+    return [] if device is None else ["--device", device]
 
 
 def _confirm() -> None:

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.text import Text
 
 from titans_backends.buckets import Bucket
+from titans_backends.cache.repeats import repeats
 from titans_backends.cache.schema import Change, Entry, Table
 from titans_backends.cache.staleness import Staleness
 from titans_backends.cli.keys import by_key, key_json, key_title
-from titans_backends.cli.show import Column, Group, Json
+from titans_backends.cli.show import Column, Group, Json, say
 from titans_backends.cli.show import table as show_table
 from titans_backends.cli.winners import winner_cells, winner_columns
 from titans_backends.reporting import numbers
@@ -28,14 +29,21 @@ def rows_json(table: Table, states: Mapping[Bucket, Staleness]) -> list[Json]:
 
 
 def show_rows(to: Console, table: Table, states: Mapping[Bucket, Staleness]) -> None:
-    """The rows, those of one key under one title."""
+    """The rows, those of one key under one title. Rows for traced graphs that repeat the row beside them are counted, not listed."""
+    listed = {bucket: entry for bucket, entry in table.rows.items() if not repeats(bucket, entry, table.rows)}
     winner, *second = winner_columns(to)
-    columns = [Column("seq_len", "right"), winner, Column("median", "right"), Column("±", "right"), Column("peak", "right"), *second, Column("state")]
+    figures = [Column(title, "right") for title in ("median", "±", "doubt", "peak")]
+    columns = [Column("seq_len", "right"), winner, *figures, *second, Column("state")]
     groups = [
-        Group(key_title(first), [_cells(to, bucket, entry, states.get(bucket)) for bucket, entry in found])
-        for first, found in by_key(table.rows.items())
+        Group(key_title(first), [_cells(to, bucket, entry, states.get(bucket)) for bucket, entry in found]) for first, found in by_key(listed.items())
     ]
     show_table(to, columns, groups)
+    if len(listed) < len(table.rows):
+        many = numbers.amount(len(table.rows) - len(listed), "row")
+        say(to, Text(f"not listed: {many} for traced graphs (saves=inputs) with the choice of the row beside; --json has all", "dim"))
+    if any(entry.doubt is not None for entry in table.rows.values()):
+        to.print()
+        say(to, "doubt: noise decided; the share of the winner's time that another candidate may save, as far as both intervals go", "dim")
 
 
 def changes_json(changes: Sequence[Change], old: Table, new: Table) -> list[Json]:
@@ -67,7 +75,8 @@ def _side(entry: Entry | None) -> list[str | Text]:
 def _cells(to: Console, bucket: Bucket, entry: Entry, state: Staleness | None) -> list[str | Text]:
     winner, *second = winner_cells(to, entry)
     held = Text(state.kind, {"fresh": "", "stale": "yellow", "ignored": "red"}[state.kind]) if state is not None else Text()
-    return [str(bucket.seq_len), winner, numbers.time_us(entry.us), numbers.percent(entry.spread), numbers.mib(entry.peak_mib), *second, held]
+    doubt = Text(f"? {numbers.percent(entry.doubt)}" if entry.doubt is not None else "", "yellow")
+    return [str(bucket.seq_len), winner, numbers.time_us(entry.us), numbers.percent(entry.spread), doubt, numbers.mib(entry.peak_mib), *second, held]
 
 
 def _entry_json(entry: Entry, table: Table) -> dict[str, Json]:

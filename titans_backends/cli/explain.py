@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, cast
 
@@ -63,11 +62,12 @@ def explain(
         made, seq_len=seq_len, batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, regime=regime, device=words.device_named(device),
         options=words.options_of(made, option), given=optional_tensors(made, with_), packed=packed,
     )  # fmt: skip
-    launches = cast("Sequence[Launch]", words.one_of("--launch", [launch], ("eager", "graph")))
-    if launches[0] == "graph" and torch.device(asked.device).type != "cuda":
+    if launch not in ("eager", "graph"):
+        raise MisuseError(f"--launch must be eager or graph, got {launch!r}")
+    if launch == "graph" and torch.device(asked.device).type != "cuda":
         raise MisuseError(f"--launch graph is for CUDA, and {asked.device} captures nothing; add --device cuda")
     wanted = request(backend, training=asked.training)
-    found = explain_signature(replace(asked.signature(), launch=launches[0]), detect(asked.device), wanted.forced, asked.work())
+    found = explain_signature(replace(asked.signature(), launch=cast(Launch, launch)), detect(asked.device), wanted.forced, asked.work())
     if as_json:
         print_json(found.as_dict())
     else:
@@ -108,7 +108,7 @@ def _show(out: Console, asked: AskedCall, found: Explanation) -> None:
             Column("note", flexible=True),
         )
         table(out, columns, [Group("", [_timing(one) for one in sorted(measurements, key=_by_time)])])
-    if found.choice is not None and found.choice.origin == "default":
+    if found.choice is not None and found.choice.origin in ("default", "neighbour"):
         out.print()
         _show_how_to_measure(out, asked, found)
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import typer
 from rich.text import Text
 from typer.core import TyperGroup
@@ -41,6 +42,11 @@ def fail(message: object, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """On a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 class CommandGroup(TyperGroup):
     """A group of commands whose known failures become a sentence and an exit status."""
 
@@ -52,6 +58,11 @@ class CommandGroup(TyperGroup):
             raise fail(error, exit_codes.FALLS_SHORT) from error
         except (MisuseError, *_MISUSED) as error:
             raise fail(error, exit_codes.MISUSED) from error
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            told = " ".join(str(error).split()) or "the process may have no more"
+            raise fail(f"this does not fit into the memory here; ask for less. {told[:300]}", exit_codes.FALLS_SHORT) from error
         except KeyboardInterrupt as error:
             sys.stderr.write("\ninterrupted\n")
             raise typer.Exit(exit_codes.INTERRUPTED) from error

@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
+from titans_backends.cache.writing import try_writing
 from titans_backends.cli import words
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.report_rows import report_json, show_report
@@ -51,6 +52,7 @@ def report(
     for option, needed in (("--output", ("jinja2", "matplotlib")), ("--pictures", ("matplotlib",))):
         if {"--output": output, "--pictures": pictures}[option] is not None:
             _require(option, needed)
+    _expect_writable(output, pictures)
     folder = results if results is not None else RESULTS if RESULTS.is_dir() else None
     err = status_console()
     measured = _measured(target) if ceilings else None
@@ -81,12 +83,25 @@ def _require(option: str, packages: Sequence[str]) -> None:
         raise MisuseError(f"{option} needs {' and '.join(missing)}, not installed here: pip install 'titans-backends[report]'")
 
 
+def _expect_writable(output: Path | None, pictures: Path | None) -> None:
+    """MisuseError for a place that cannot be written, before anything is read or drawn."""
+    if output is not None and not (allowed := try_writing(output)):
+        raise MisuseError(f"--output {output} cannot be written: {allowed}; name another file: --output report.html")
+    if pictures is None:
+        return
+    if pictures.exists() and not pictures.is_dir():
+        raise MisuseError(f"--pictures wants a folder, and {pictures} is a file; name another: --pictures pictures")
+    if not (allowed := try_writing(pictures / "picture.svg")):
+        raise MisuseError(f"--pictures {pictures} cannot be written: {allowed}; name another folder: --pictures pictures")
+
+
 def _write_page(facts: Facts, path: Path) -> None:
     from titans_backends.reporting.page import page
     from titans_backends.reporting.view import page_view
 
     text = page(page_view(facts))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise MisuseError(f"--output {path} cannot be written: {error.strerror or error}") from error

@@ -11,6 +11,7 @@ from titans_backends.cli.keys import key_json
 from titans_backends.cli.show import Column, Group, Json, command, heading, say, table
 from titans_backends.reporting import numbers
 from titans_backends.reporting.facts import Facts, FileFacts, MachineFacts
+from titans_backends.reporting.race_rows import RaceRow, race_headline, race_rows
 from titans_backends.reporting.rows import Row, Timed, Tried, rows_of
 from titans_backends.reporting.summary import Renewal, Summary, by_op, failures, noisy, refusals, renewals, summarize
 
@@ -26,6 +27,7 @@ def report_json(facts: Facts) -> Json:
         "titans_backends": facts.version,
         "made": facts.made,
         "machines": [_machine_json(machine) for machine in facts.machines],
+        "races": [{"path": one.path, "rows": [_race_json(row) for row in race_rows(one.race)]} for one in facts.races],
         "problems": [_file_json(one) for one in facts.problems],
     }
 
@@ -66,6 +68,10 @@ def show_report(out: Console, facts: Facts) -> None:
             "dim",
         ),
     )
+    for race in facts.races:
+        out.print()
+        for sentence in race_headline(race_rows(race.race)):
+            say(out, sentence)
     if facts.problems:
         heading(out, "files that are not used")
         for problem in facts.problems:
@@ -138,6 +144,21 @@ def _row_json(row: Row) -> Json:
         "why": row.state.reason,
         "renew": row.renew,
         "candidates": [_tried_json(one) for one in row.tried],
+    }
+
+
+def _race_json(one: RaceRow) -> Json:
+    row = one.row
+    return {
+        **key_json(row.bucket),
+        "heads": row.place.size,
+        "fastest": _timed_json(one.fastest),
+        "best_of_each_backend": [_timed_json(best) for best in row.best],
+        "tuned": _timed_json(row.winner),
+        "costs_over_fastest": {**one.costs},
+        "costs_over_fastest_backend": {**one.beside},
+        "default": _timed_json(row.default),
+        "floor_us": None if row.floor is None else row.floor.us,
     }
 
 

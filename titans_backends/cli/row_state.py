@@ -65,7 +65,7 @@ def renewals(states: Mapping[Bucket, Staleness]) -> list[Renewal]:
     for kind in ("stale", "ignored"):
         for first, rows in by_key((bucket, state) for bucket, state in states.items() if state.kind == kind):
             lengths = [bucket.seq_len for bucket, _ in rows]
-            command = tune_command(first, lengths) if first.op in CONTRACTS else ""
+            command = tune_command(first, lengths) if rows[0][1].command else ""  # a bucket that no call has cannot be measured again
             found.append(Renewal(rows[0][1].kind, len(rows), f"{first.op} {key_text(first)}", rows[0][1].reason, command))
     return found
 
@@ -83,6 +83,6 @@ def tune_command(bucket: Bucket, seq_lens: Sequence[int]) -> str:
 @functools.lru_cache(maxsize=512)
 def _standing(machine: Machine, bucket: Bucket) -> Standing:
     if bucket.op not in CONTRACTS:
-        raise KeyError(f"the op {bucket.op} is unknown")
+        raise ValueError(f"the op {bucket.op} is unknown")
     signature = signature_of_bucket(bucket, machine.kind)
     return Standing.of(bucket, signature, offers(signature, machine), ())

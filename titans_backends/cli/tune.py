@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
@@ -16,6 +17,7 @@ from titans_backends.cli.show import say, status_console
 from titans_backends.cli.tune_doubtful import doubtful_rows
 from titans_backends.cli.tune_from import from_file as read_problems
 from titans_backends.cli.tune_grid import TypedGrid
+from titans_backends.cli.tune_output import expect_table
 from titans_backends.cli.tune_session import TuneSession, show_dry_run
 from titans_backends.cli.typed import typed_again
 from titans_backends.machine import detect
@@ -60,7 +62,11 @@ def tune(
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is current.")] = False,
     doubtful: Annotated[
-        bool, typer.Option("--doubtful", help="Measure again the rows that noise decided, the most doubtful first, and those alone.")
+        bool,
+        typer.Option(
+            "--doubtful",
+            help="Measure again the rows that noise decided, the most doubtful first, and those alone; with --from those of the recording.",
+        ),
     ] = False,
     assess: Annotated[
         bool, typer.Option("--assess", help="Say how good the tuner is: two fresh tunes against every candidate timed fully. Changes no table.")
@@ -74,21 +80,26 @@ def tune(
     Only what is missing or no longer current is measured. Ctrl-C keeps every finished bucket.
     Exit status: 0 when every bucket has a row, 1 when some are left or nothing could win, 2 when it could not run, 130 on Ctrl-C.
     """
-    target = words.device_named(device or ranks.launched_device())
+    target = words.device_named(ranks.launched_device() if device is None else device)
     machine = detect(target)
+    if output is not None and not assess:
+        expect_table(output, machine)
     racing = _backends(backend)
     for one in registry.broken().values():
         say(status_console(), f"backend {one.name} is broken and does not race: {one.reason}; see: titans-backends doctor", "yellow")
     grid = TypedGrid(op, seq_lens, heads, head_dim, dtype, regime, launch, batch)
     recorded = None if from_file is None else read_problems(from_file, grid.by_option, machine, target)
     if doubtful:
-        beside = {**grid.by_option, "--from": from_file, "--force": force, "--assess": assess}
-        buckets = doubtful_rows(output, beside, machine, target)
+        among = None if recorded is None else recorded.buckets
+        buckets = doubtful_rows(output, {**grid.by_option, "--force": force, "--assess": assess}, machine, target, among)
     else:
         buckets = grid.buckets(machine.kind, quick=quick is not False) if recorded is None else recorded.buckets
     if objective not in ("time", "memory"):
         raise MisuseError(f"--objective must be time or memory, got {objective!r}")
-    _expect_positive({"--budget": budget, "--max-memory": max_memory, "--timeout": timeout})
+    words.seconds("--budget", budget)
+    words.seconds("--timeout", timeout)
+    if max_memory is not None and not 0 < max_memory < math.inf:
+        raise MisuseError(f"--max-memory must be MiB above 0, got {max_memory:g}")
     request = TuneRequest(
         buckets,
         device=target,
@@ -112,15 +123,10 @@ def tune(
         run_assessment(cheapest_first, machine, budget, limit, as_json)
     elif not dry_run:
         again = typed_again(ctx, without=("budget", "force", "as_json"))
-        TuneSession(request, machine, again, as_json, recorded).run()
+        whole = None if doubtful else recorded  # what the doubtful rows alone cover says nothing of the recording
+        TuneSession(request, machine, again, as_json, whole, from_file).run()
     elif not ranks.launched_rank():  # rank 0 shows it
-        show_dry_run(request, machine, as_json)
-
-
-def _expect_positive(given: dict[str, float | None]) -> None:
-    for name, value in given.items():
-        if value is not None and not value > 0:
-            raise MisuseError(f"{name} must be above 0, got {value:g}")
+        show_dry_run(request, machine, as_json, from_file)
 
 
 def _expect_alone(given: dict[str, bool]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from titans_backends.buckets import Bucket
@@ -15,8 +15,13 @@ from titans_backends.tuning.store import Store
 __all__ = ["doubtful_rows"]
 
 
-def doubtful_rows(output: Path | None, contradicting: Mapping[str, object], machine: Machine, device: str) -> tuple[Bucket, ...]:
-    """The buckets to measure again, the most doubtful first. MisuseError for options that would change them, and where there is no table or no timings."""
+def doubtful_rows(
+    output: Path | None, contradicting: Mapping[str, object], machine: Machine, device: str, among: Collection[Bucket] | None = None
+) -> tuple[Bucket, ...]:
+    """The buckets to measure again, the most doubtful first; `among`: of these alone.
+
+    MisuseError for options that would change them, and where there is no table or no timings.
+    """
     given = [name for name, value in contradicting.items() if value not in (None, False)]
     if given:
         raise MisuseError(f"--doubtful measures the rows of a table again as they are; leave out {', '.join(given)}, or leave out --doubtful")
@@ -30,4 +35,4 @@ def doubtful_rows(output: Path | None, contradicting: Mapping[str, object], mach
             f"--doubtful: {store.path} has no measurements beside it, in {timings_path(store.path)}, and they alone say what is in doubt. "
             "Put them there, or measure everything again with titans-backends tune --force"
         )
-    return tuple(bucket for bucket, _ in doubtful(store, machine, device))
+    return tuple(bucket for bucket, _ in doubtful(store, machine, device) if among is None or bucket in among)

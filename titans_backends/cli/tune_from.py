@@ -24,6 +24,8 @@ from titans_backends.tuning import ceilings
 from titans_backends.tuning.recorded import Cost, Coverage, covered, demands, ordered
 from titans_backends.tuning.report import TuneReport
 
+_GLANCE_BYTES = 2**20
+
 __all__ = ["Recorded", "coverage_json", "from_file", "show_coverage"]
 
 
@@ -72,9 +74,10 @@ def from_file(path: Path, contradicting: Mapping[str, object], machine: Machine,
 
 
 def _is_recording(path: Path) -> bool:
+    """Whether to name it; what is too large to be read at once is not looked into."""
     try:
-        return bool(recording.read(path))
-    except (SchemaError, CacheError):
+        return path.stat().st_size <= _GLANCE_BYTES and bool(recording.read(path))
+    except (SchemaError, CacheError, OSError):
         return False
 
 

@@ -43,15 +43,17 @@ class TypedGrid:
 
     def buckets(self, kind: str, *, quick: bool) -> tuple[Bucket, ...]:
         """The planned buckets for a kind of device; MisuseError for a word that means nothing. Says where an op cannot have a length that was typed."""
-        lengths = words.integers("--seq-lens", self.seq_lens)
+        lengths, pairs, dims = words.integers("--seq-lens", self.seq_lens), words.heads_list(self.heads), words.head_dims(self.head_dim)
+        most_heads, most_dim = (max((n for pair in given or () for n in pair), default=1) for given in (pairs, dims))
+        words.computable(max(lengths or [1]), max(self.batch or 1, 1), most_heads, most_dim)
         with user_input():
             found = plan(
                 kind,
                 quick=quick,
                 ops=words.op_names(self.op),
                 seq_lens=lengths,
-                heads=words.heads_list(self.heads),
-                head_dims=words.head_dims(self.head_dim),
+                heads=pairs,
+                head_dims=dims,
                 dtypes=words.one_of("--dtype", self.dtype, words.DTYPES),
                 regimes=cast("Sequence[Regime] | None", words.one_of("--regime", self.regime, ("inference", "training"))),
                 launches=cast("Sequence[Launch] | None", words.one_of("--launch", self.launch, ("eager", "graph"))),

@@ -40,6 +40,7 @@ class TuneSession:
     again: str
     as_json: bool
     recorded: Recorded | None = None
+    from_file: Path | None = None
 
     def run(self) -> None:
         """Raises typer.Exit for every status but 0."""
@@ -76,7 +77,8 @@ class TuneSession:
 
     def _announce(self, err: Console) -> None:
         grid = "recorded, the most expensive first" if self.recorded is not None else "quick grid" if self.request.quick else "full grid"
-        grid = "in doubt, the most doubtful first" if self.request.doubtful else grid
+        among = f" of {self.from_file}" if self.from_file is not None else ""
+        grid = f"in doubt{among}, the most doubtful first" if self.request.doubtful else grid
         say(
             err,
             f"{self.machine.name}: {numbers.amount(len(self.request.buckets), 'bucket')} planned ({grid}), into {_path(self.request, self.machine)}",
@@ -98,7 +100,7 @@ class TuneSession:
         self._show_coverage(report)
         say(out, NOTHING)
         if self.request.doubtful and not report.rows:
-            say(out, _no_doubt(report.path))
+            say(out, _no_doubt(report.path, self.from_file))
             return
         current = numbers.amount(len(report.rows), "bucket is", "buckets are")
         say(out, f"all {current} current in {report.path}" if len(report.rows) != 1 else f"the bucket is current in {report.path}")
@@ -163,7 +165,7 @@ class TuneSession:
         return f" --budget {self.request.budget_s:g}" if self.request.budget_s is not None else ""
 
 
-def show_dry_run(request: TuneRequest, machine: Machine, as_json: bool) -> None:
+def show_dry_run(request: TuneRequest, machine: Machine, as_json: bool, from_file: Path | None = None) -> None:
     """What would be measured, by whom, and where it would be written."""
     racing = request.backends or tuple(b.name for b in registry.known().values() if b.quick or not request.quick)
     if as_json:
@@ -171,7 +173,7 @@ def show_dry_run(request: TuneRequest, machine: Machine, as_json: bool) -> None:
         return
     out = console()
     if request.doubtful and not request.buckets:
-        say(out, _no_doubt(_path(request, machine)))
+        say(out, _no_doubt(_path(request, machine), from_file))
         return
     show_plan(out, request, machine, racing)
     say(out, f"\n{numbers.amount(len(request.buckets), 'bucket')} would be measured on {machine.name}, and written to {_path(request, machine)}")
@@ -181,8 +183,9 @@ def _path(request: TuneRequest, machine: Machine) -> Path:
     return request.output if request.output is not None else user_cache_path(machine.slug)
 
 
-def _no_doubt(path: Path) -> str:
-    return f"no row of {path} is in doubt: nobody may save more than 5 % of a winner's time"
+def _no_doubt(path: Path, among: Path | None) -> str:
+    of_them = f" that {among} asks for" if among is not None else ""
+    return f"no row of {path}{of_them} is in doubt: nobody may save more than 5 % of a winner's time"
 
 
 def _file(request: TuneRequest) -> str:

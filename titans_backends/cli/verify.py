@@ -74,8 +74,9 @@ def verify(
     Exit status: 0 when everything is right, 1 when something is not or nothing could run.
     """
     target = words.device_named(device)
+    words.seconds("--timeout", timeout)
     machine = detect(target)
-    asked = words.names(backend)
+    asked, wanted = words.names(backend), words.op_names(op)
     dtypes = words.one_of("--dtype", dtype, words.DTYPES) or (["float32"] if machine.kind == "cpu" else ["bfloat16", "float32"])
     regimes = cast("list[Regime]", words.one_of("--regime", regime, ("inference", "training")) or ["inference", "training"])
     chosen = [registry.get(name).name for name in asked] if asked is not None else list(registry.known())
@@ -83,7 +84,9 @@ def verify(
     work: list[Item] = []
     for name in chosen:
         if name not in unavailable:
-            ops = [one for one in (words.op_names(op) or registry.get(name).ops) if one in registry.get(name).ops]
+            ops = [one for one in (wanted or registry.get(name).ops) if one in registry.get(name).ops]
+            if asked is not None and not ops:
+                unavailable[name] = f"it has no {' or '.join(wanted or ())}; its ops: {', '.join(sorted(registry.get(name).ops))}"
             work += items(name, ops=ops, dtypes=[words.dtype_named(one) for one in dtypes], regimes=regimes, device=target)
     started = time.monotonic()
     tallies = _tallies(_examined(work, timeout))

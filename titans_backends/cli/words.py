@@ -13,6 +13,8 @@ from titans_backends.contracts.contract import Contract, Option, OptionValue
 
 __all__ = [
     "DTYPES",
+    "MOST",
+    "computable",
     "default_device",
     "device_named",
     "dtype_named",
@@ -25,8 +27,13 @@ __all__ = [
     "one_of",
     "op_names",
     "options_of",
+    "seconds",
 ]
 
+MOST = 2**31 - 1
+"""The largest size that is read: what is longer is a slip, and torch's own words for it are no help."""
+_MOST_NUMBERS = 2**48
+_LONGEST_S = 1e8
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -64,8 +71,24 @@ def integers(option: str, given: Sequence[str] | None) -> list[int] | None:
         return None
     values = [_positive(text) for text in found]
     if None in values:
-        raise MisuseError(f"{option} must be whole numbers above 0, like 512 or 512,2048, got {found[values.index(None)]!r}")
+        raise MisuseError(f"{option} must be whole numbers from 1 to {MOST}, like 512 or 512,2048, got {found[values.index(None)]!r}")
     return [value for value in values if value is not None]
+
+
+def seconds(option: str, value: float | None) -> None:
+    """MisuseError for what is no time to wait."""
+    if value is not None and not 0 < value <= _LONGEST_S:
+        raise MisuseError(f"{option} must be above 0 and at most {_LONGEST_S:g} seconds, got {value:g}")
+
+
+def computable(seq_len: int, batch: int, head_count: int, dim: int) -> None:
+    """MisuseError where one tensor of a call, or all its states, would have more numbers than any machine holds."""
+    numbers = batch * head_count * dim * max(seq_len, dim)
+    if numbers >= _MOST_NUMBERS:
+        raise MisuseError(
+            f"batch {batch} x tokens {seq_len} x heads {head_count} x head_dim {dim} come to {numbers:.1e} numbers in one tensor or state; "
+            f"below {_MOST_NUMBERS:.0e} can be asked for"
+        )
 
 
 def heads_list(given: Sequence[str] | None) -> list[tuple[int, int]] | None:
@@ -82,7 +105,7 @@ def heads(text: str) -> tuple[int, int]:
     """`16` or `16/32`: heads of q and k, then of v."""
     pair = _pair(text, "/")
     if pair is None or pair[1] % pair[0]:
-        raise MisuseError(f"--heads must be like 16, or 16/32 for 16 heads of q and k and 32 of v (a multiple), got {text!r}")
+        raise MisuseError(f"--heads must be like 16, or 16/32 for 16 heads of q and k and 32 of v (a multiple), each at most {MOST}, got {text!r}")
     return pair
 
 
@@ -90,7 +113,7 @@ def head_dim(text: str) -> tuple[int, int]:
     """`128`, or `128x64` for K = 128 and V = 64."""
     pair = _pair(text.lower(), "x")
     if pair is None:
-        raise MisuseError(f"--head-dim must be like 128, or 128x64 for K = 128 and V = 64, got {text!r}")
+        raise MisuseError(f"--head-dim must be like 128, or 128x64 for K = 128 and V = 64, each at most {MOST}, got {text!r}")
     return pair
 
 
@@ -110,15 +133,27 @@ def default_device() -> str:
 
 def device_named(text: str | None) -> str:
     """A device that torch knows and this machine has."""
-    name = text or default_device()
+    name = default_device() if text is None else text
     try:
         device = torch.device(name)
     except RuntimeError:
         raise MisuseError(f"--device must be like cpu, cuda or cuda:1, got {name!r}") from None
+    if device.type == "cpu" and device.index is not None:
+        raise MisuseError(f"--device must be like cpu, cuda or cuda:1, got {name!r}; a machine's processors are one device, cpu")
+    if device.type not in ("cpu", "cuda") and not _is_there(device):
+        raise MisuseError(f"--device {name}: torch can compute on no such device here; type --device cpu, or see: titans-backends doctor")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count()
         raise MisuseError(f"--device {name}: torch finds {count} CUDA devices here; type --device cpu, or see: titans-backends doctor")
     return name
+
+
+def _is_there(device: torch.device) -> bool:
+    """Whether a tensor on it holds numbers; on meta it does not."""
+    try:
+        return bool(torch.ones(1, device=device).item() == 1)
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError):
+        return False
 
 
 def options_of(op: Contract, given: Sequence[str] | None) -> dict[str, OptionValue]:
@@ -150,6 +185,8 @@ def _value(op: Contract, option: Option, text: str) -> OptionValue:
         raise MisuseError(f"--option {option.name}: {op.name} takes {what}{' or none' if option.nullable else ''} there, got {text!r}") from None
     if option.choices and value not in option.choices:
         raise MisuseError(f"--option {option.name}: {op.name} takes {' or '.join(option.choices)} there, got {text!r}")
+    if isinstance(value, int) and abs(value) > MOST:
+        raise MisuseError(f"--option {option.name}: {op.name} takes at most {MOST} there, got {text}")
     if option.minimum is not None and isinstance(value, (int, float)) and value < option.minimum:
         raise MisuseError(f"--option {option.name}: {op.name} takes at least {option.minimum} there, got {text}")
     return value
@@ -163,7 +200,7 @@ def _read(kind: str, text: str) -> OptionValue:
 
 
 def _positive(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() and int(text) > 0 else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(MOST)) and 0 < int(text) <= MOST else None
 
 
 def _pair(text: str, separator: str) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
-__all__ = ["is_ours", "pair_of", "swapped_class"]
+__all__ = ["is_ours", "pair_of", "portable", "swapped_class", "unpacked"]
 
 _PAIR = "_titans_backends_pair"
 _NEW = copyreg.__newobj__  # type: ignore[attr-defined]
@@ -33,6 +33,17 @@ def pair_of(module: nn.Module) -> tuple[type, type] | None:
     """The forward and the old class of a swapped module, under whatever class another library has put before ours since; None where it is not swapped."""
     pair: tuple[type, type] | None = getattr(type(module), _PAIR, None)
     return pair
+
+
+def portable(kind: type) -> type | tuple[type, type]:
+    """What a copy or a file names a class by: itself, or the pair of one that was made here; `unpacked` takes it back."""
+    pair: tuple[type, type] | None = kind.__dict__.get(_PAIR)
+    return kind if pair is None else pair
+
+
+def unpacked(kind: type | tuple[type, type]) -> type:
+    """The class that `portable` named."""
+    return swapped_class(*kind) if isinstance(kind, tuple) else kind
 
 
 def is_ours(module: nn.Module) -> bool:

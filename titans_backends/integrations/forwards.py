@@ -11,15 +11,24 @@ import types
 
 from torch import nn
 
+from titans_backends.integrations.origin import names_used
+
 __all__ = ["displaced", "rebind", "why_not"]
 
 _HELD = ("forward", "_old_forward")
+_TORCHS_CALL = frozenset(("__call__", "_call_impl", "_wrapped_call_impl"))
 
 
 def why_not(module: nn.Module) -> tuple[str, ...]:
     """The reasons why another class's forward would not be what a call of this module runs; none where it would."""
     held = module.__dict__
     found = []
+    call = type(module).__call__
+    if call is not nn.Module.__call__ and not names_used(call) & _TORCHS_CALL:
+        found.append(
+            f"its class has a `__call__` of its own, {_told(call)}, which does not go through torch.nn.Module's, so that it may never run a new forward; "
+            "let it end in super().__call__(...), or move it into forward"
+        )
     for name in _HELD:
         if name in held and not _is_bound(module, held[name], type(module)) and not (name == "forward" and _is_accelerates(module)):
             found.append(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
+from titans_backends.integrations.classes import portable, unpacked
 from titans_backends.integrations.swapped import Swapped, lost, overlooked, undone
 
 __all__ = ["Entry", "Report", "places"]
@@ -37,15 +38,39 @@ class Entry:
         """The first of its names; empty for the model itself."""
         return self.paths[0]
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """A swapped class has no place that it could be imported from: its pair goes in its stead."""
+        new = None if self.new is None else portable(self.new)
+        return _entry, (self.paths, self.status, self.layer, portable(self.old), new, self.reasons, self.notes)
+
+
+def _entry(
+    paths: tuple[str, ...],
+    status: Status,
+    layer: str,
+    old: type | tuple[type, type],
+    new: type | tuple[type, type] | None,
+    reasons: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> Entry:
+    return Entry(paths, status, layer, unpacked(old), None if new is None else unpacked(new), reasons, notes)
+
 
 class Report:
-    """The entries of one call of `accelerate`, and `undo()`. As a context manager it undoes at the end. Holds no module alive."""
+    """The entries of one call of `accelerate`, and `undo()`. As a context manager it undoes at the end. Holds no module alive.
+
+    A copy, or one from a file (of a model that held its report, say), has the entries and no way back: its `undo()` raises RuntimeError.
+    """
 
     def __init__(self, model: type, entries: Sequence[Entry], swaps: Sequence[Swapped]) -> None:
         self.model = model
         self.entries = tuple(entries)
         self._swaps = tuple(swaps)
         self._undone = False
+        self._copied = False
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _copied, (portable(self.model), self.entries)
 
     @property
     def swapped(self) -> tuple[Entry, ...]:
@@ -76,8 +101,13 @@ class Report:
     def undo(self) -> None:
         """Gives back the class and the forward of every layer that this call swapped; a second time it does nothing.
 
-        RuntimeError, before anything is undone, where a layer has got another class since: then undo that first.
+        RuntimeError, before anything is undone, where a layer has got another class since: then undo that first; and of a copy.
         """
+        if self._copied:
+            raise RuntimeError(
+                "undo: this report is a copy and undoes nothing: neither the model that it was made for nor a copy of that; "
+                "undo the report that accelerate returned, and copy or save the model after that"
+            )
         if not self._undone:
             undone(self._swaps)
             self._undone, self._swaps = True, ()
@@ -107,6 +137,13 @@ class Report:
         kinds = (("swapped", self.swapped), ("lost since", self.lost), ("already", self.already), ("refused", self.refused))
         counts = [f"{len(found)} {what}" for what, found in kinds if found]
         return f"{self.model.__name__}: {', '.join(counts) or 'nothing swapped'}{', undone' if self._undone else ''}"
+
+
+def _copied(model: type | tuple[type, type], entries: Sequence[Entry]) -> Report:
+    """A report that tells and undoes nothing."""
+    made = Report(unpacked(model), entries, ())
+    made._copied = True
+    return made
 
 
 def places(entries: Sequence[Entry]) -> str:

@@ -22,7 +22,7 @@ from titans_backends.integrations.calling import expect_known
 from titans_backends.integrations.classes import is_ours, pair_of, swapped_class
 from titans_backends.integrations.known import Conversion, KnownLayer, known_layers
 from titans_backends.integrations.report import Entry, Report, places
-from titans_backends.integrations.swapped import BACKEND, swap, undone
+from titans_backends.integrations.swapped import BACKEND, LOCK, swap, undone
 from titans_backends.verdict import Verdict
 
 __all__ = ["accelerate"]
@@ -62,6 +62,12 @@ def accelerate(model: nn.Module, *misplaced: object, strict: bool = True, backen
     if backend is not None:
         registry.get(backend)
     layers = known_layers()
+    with LOCK:
+        return _accelerated(model, layers, strict, backend)
+
+
+def _accelerated(model: nn.Module, layers: Sequence[KnownLayer], strict: bool, backend: str | None) -> Report:
+    """What `accelerate` does, one caller at a time: two that plan the same layer would swap it twice."""
     modules = _modules(model)
     asked = [answer for found in modules if (answer := _asked(found, layers, backend)) is not None]
     if strict:
@@ -148,7 +154,7 @@ def _planned(found: _Found, layer: KnownLayer, answer: Conversion | Verdict, bac
         raise TypeError(
             f"accelerate: {layer.name}'s convert returned {answer!r} for {old.__name__}; it returns a Conversion, or refused(...) with its reasons"
         )
-    reasons = (*forwards.why_not(module), *_switched_away(answer.ops, backend))
+    reasons = (*forwards.why_not(module), *_out_of_reach(answer.ops, backend), *_switched_away(answer.ops, backend))
     if parametrize.is_parametrized(module):
         reasons += ("it has parametrizations, which gave it a class of its own; remove them, accelerate, and register them again",)
     taken = [name for name in answer.attributes if hasattr(module, name)]
@@ -156,8 +162,8 @@ def _planned(found: _Found, layer: KnownLayer, answer: Conversion | Verdict, bac
         reasons += (f"it has attributes of its own under the names that the new forward uses: {', '.join(taken)}",)
     try:
         new = swapped_class(answer.forward, old)
-    except TypeError as error:
-        return (*reasons, f"no class can be both {answer.forward.__name__} and {old.__name__}: {error}")
+    except Exception as error:  # Python's, or whatever a stranger's __init_subclass__ raises
+        return (*reasons, f"no class can be both {answer.forward.__name__} and {old.__name__}: {type(error).__name__}: {error}")
     lacking = () if backend is None else _lacking(backend, answer.ops)
     notes = (*answer.notes, *([f"backend {backend!r} has no {', '.join(lacking)}: those are chosen as ever"] if lacking else ()))
     return reasons or _Planned(found, answer, Entry(found.paths, "swapped", layer.name, old, new, notes=notes), new)
@@ -168,14 +174,32 @@ def _lacking(backend: str, ops: Sequence[str]) -> tuple[str, ...]:
     return tuple(op for op in ops if op not in registry.get(backend).ops)
 
 
+def _out_of_reach(ops: Sequence[str], backend: str | None) -> tuple[str, ...]:
+    """Why each call would raise on the backend that the layer is forced to: what it needs is not there, or its module for an op cannot be imported."""
+    if backend is None:
+        return ()
+    made = registry.get(backend)
+    verdict = registry.reachable(made)
+    for op in (one for one in ops if verdict and one in made.ops):
+        verdict &= registry.module(made, op)[1]
+    if verdict:
+        return ()
+    others = ", ".join(name for name, one in sorted(registry.known().items()) if name != backend and registry.reachable(one))
+    cure = f"install or switch on what it lacks, name another that could ({others}), or none, to have each call chosen"
+    return (f"backend {backend!r} cannot run here: {verdict}; {cure}",)
+
+
 def _switched_away(ops: Sequence[str], backend: str | None) -> tuple[str, ...]:
-    """Why the switch that forces every call of the process would make this layer's raise: the ops that its backend lacks, and `backend` does not serve."""
+    """Why the switch that forces every call of the process would make this layer's raise: its backend cannot run, or lacks ops that `backend` does not serve."""
     force = switches.current().force
     held = registry.known().get(force or "")
     if held is None:  # no switch, or an unknown name, which every call tells
         return ()
-    lacking = _lacking(held.name, ops if backend is None else _lacking(backend, ops))
-    name = f"{switches.PREFIX}FORCE"
+    name, served = f"{switches.PREFIX}FORCE", ops if backend is None else _lacking(backend, ops)
+    reached = registry.reachable(held)
+    if served and not reached:
+        return (f"{name}={force} forces every op, and {force!r} cannot run here: {reached}; unset it, or install or switch on what it lacks",)
+    lacking = _lacking(held.name, served)
     cure = f"unset it, and type accelerate(model, backend={force!r}): that forces those that it has"
     return (f"{name}={force} forces every op, and {force!r} has no {', '.join(lacking)}, which this layer calls; {cure}",) if lacking else ()
 

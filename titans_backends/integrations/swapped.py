@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import ref
@@ -12,10 +13,12 @@ from titans_backends.integrations import forwards
 from titans_backends.integrations.bypassed import bypassed
 from titans_backends.integrations.known import Conversion
 
-__all__ = ["BACKEND", "Swapped", "lost", "overlooked", "swap", "undone"]
+__all__ = ["BACKEND", "LOCK", "Swapped", "lost", "overlooked", "swap", "undone"]
 
 BACKEND = "_titans_backends_forced"
 """Where a swapped module keeps the backend that it was forced to."""
+LOCK = threading.RLock()
+"""Held while layers are swapped or undone; a layer's own `convert` or `settle` may accelerate again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ def swap(module: nn.Module, path: str, conversion: Conversion, new: type, backen
     done = Swapped(ref(module), path, type(module), new, tuple(attributes), conversion.bypasses)
     module.__dict__.update(attributes)
     try:
-        module.__class__ = new
+        object.__setattr__(module, "__class__", new)  # past a __setattr__ of the module's own, which may refuse it
         forwards.rebind(module, done.old, new)
         if conversion.settle is not None:
             conversion.settle(module)
@@ -63,6 +66,11 @@ def overlooked(done: Swapped) -> tuple[str, ...]:
 
 def undone(swaps: Sequence[Swapped]) -> None:
     """Undoes them all, the last first, or none: RuntimeError where a module's class is another by now. A module that is gone, or was undone, is passed over."""
+    with LOCK:
+        _undone(swaps)
+
+
+def _undone(swaps: Sequence[Swapped]) -> None:
     alive = [(module, done) for done in reversed(swaps) if (module := done.module()) is not None and type(module) is not done.old]
     foreign = [(done, type(module)) for module, done in alive if type(module) is not done.new]
     if foreign:
@@ -77,7 +85,7 @@ def undone(swaps: Sequence[Swapped]) -> None:
 
 
 def _restore(module: nn.Module, done: Swapped) -> None:
-    module.__class__ = done.old
+    object.__setattr__(module, "__class__", done.old)
     forwards.rebind(module, done.new, done.old)
     for name in done.attributes:
         module.__dict__.pop(name, None)

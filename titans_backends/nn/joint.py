@@ -55,7 +55,7 @@ class Standing:
         if any(w.untyped_storage().nbytes() != w.nbytes for w in weights):
             self.joint = None
             return
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # in inference mode the parameters would get memory that no later training could write
             rows, columns = sum(len(w) for w in weights), first.shape[1]
             self.joint = torch.zeros(_rounded(rows), columns, dtype=first.dtype, device=first.device)
             held, begin = self.joint.untyped_storage(), 0

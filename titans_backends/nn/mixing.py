@@ -94,7 +94,13 @@ class Mixing(nn.Module):
         """x's projections without their biases by name, views of one product: a head's width apart, `[B, T, H, K]`, the wide ones; `b_proj` has the gates behind it."""
         modules = [cast(nn.Linear, self._modules[name]) for name in names]
         for name, module in zip(names, modules, strict=True):
-            if name not in _DECAYS and getattr(module, "bias", None) is not None:
+            bias = getattr(module, "bias", None)
+            if bias is not None and not isinstance(bias, Tensor):
+                raise TypeError(
+                    f"{type(self).__name__}: {name} is a {type(module).__module__}.{type(module).__qualname__}, whose bias is no tensor but a "
+                    f"{type(bias).__name__}; leave the layer's projections as they are (of a quantization: exclude them), or undo() the swap"
+                )
+            if name not in _DECAYS and bias is not None:
                 raise ValueError(
                     f"{type(self).__name__}: {name} has a bias, which the layer does not have and its one product leaves out; give it bias=False"
                 )

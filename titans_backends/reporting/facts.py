@@ -12,8 +12,9 @@ from typing import Literal
 from titans_backends.cache.schema import Bucket, Device, Entry, Environment, Params
 from titans_backends.cache.timings import Measurement
 from titans_backends.contracts.contract import Work
+from titans_backends.reporting.race_file import Race
 
-__all__ = ["Ceilings", "Facts", "FileFacts", "Identity", "MachineFacts", "Measured", "Origin", "Refusal", "State"]
+__all__ = ["Ceilings", "Facts", "FileFacts", "Identity", "MachineFacts", "Measured", "Origin", "RaceFacts", "Refusal", "State"]
 
 Origin = Literal["named", "user", "shipped", "results"]
 """Where a row comes from: the file that TITANS_BACKENDS_CACHE names, the user's cache, a shipped table, or timings without a table."""
@@ -120,6 +121,14 @@ class MachineFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class RaceFacts:
+    """A race of all backends and peers, and the file that it was read from."""
+
+    path: str
+    race: Race
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """Everything. `problems` are files that belong to no machine: damaged, foreign, of a later version."""
 
@@ -127,3 +136,4 @@ class Facts:
     made: str
     version: str
     problems: tuple[FileFacts, ...] = field(default=())
+    races: tuple[RaceFacts, ...] = field(default=())

@@ -13,14 +13,17 @@ from pathlib import Path
 from titans_backends import __version__, switches
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file, paths
+from titans_backends.cache.repeats import repeats, twin_of
 from titans_backends.cache.schema import Device, Entry, Table, device_of
 from titans_backends.cache.staleness import Staleness
 from titans_backends.cache.timings import Measurement, Timings
 from titans_backends.machine import Machine
 from titans_backends.reporting.answers import Answers, answers, machine_of
 from titans_backends.reporting.ceilings import ceilings_in
-from titans_backends.reporting.facts import Ceilings, Facts, FileFacts, MachineFacts, Measured, Origin, State
+from titans_backends.reporting.facts import Ceilings, Facts, FileFacts, MachineFacts, Measured, Origin, RaceFacts, State
 from titans_backends.reporting.floors import work_of_bucket
+from titans_backends.reporting.race_file import read_race
+from titans_backends.reporting.race_rows import OP
 
 __all__ = ["Edge", "gather"]
 
@@ -65,7 +68,19 @@ def gather(edge: Edge) -> Facts:
     machines = [_machine(edge, one, measured) for one in found.values()]
     machines = [one for one in machines if one.cells or any(seen.problem for seen in one.files)]
     machines.sort(key=lambda one: (not one.here, all(cell.origin == "results" for cell in one.cells), one.device.name))
-    return Facts(tuple(machines), datetime.date.today().isoformat(), __version__, tuple(problems))
+    races = tuple(_races(edge, problems))
+    return Facts(tuple(machines), datetime.date.today().isoformat(), __version__, tuple(problems), races)
+
+
+def _races(edge: Edge, problems: list[FileFacts]) -> Iterator[RaceFacts]:
+    """The race of all backends and peers, where the results hold one and its op is asked for."""
+    path = None if edge.results is None else edge.results / "race.json"
+    if path is None or not path.exists() or (edge.ops is not None and OP not in edge.ops):
+        return
+    try:
+        yield RaceFacts(_shown("results", path), read_race(path))
+    except (OSError, ValueError) as error:
+        problems.append(FileFacts("results", _shown("results", path), "", str(error)))
 
 
 def _tables() -> Iterator[tuple[Origin, Path]]:
@@ -179,7 +194,7 @@ def _race(timings: Timings | None, bucket: Bucket, entry: Entry) -> tuple[Measur
     """The measurements that the row was chosen from: those of the bucket, if the winner is among them with the row's own source."""
     if timings is None:
         return ()
-    found = timings.rows.get(bucket) or tuple(one for one in timings.rows.get(_saving(bucket), ()) if not one.saves_states)
+    found = timings.rows.get(bucket) or tuple(one for one in timings.rows.get(twin_of(bucket), ()) if not one.saves_states)
     sources = entry.source.split("+")
     names = [(entry.use, entry.params, "forward"), (entry.backward, entry.backward_params, "backward")][: 1 if entry.backward is None else 2]
     for (name, params, direction), source in zip(names, sources, strict=False):
@@ -189,17 +204,10 @@ def _race(timings: Timings | None, bucket: Bucket, entry: Entry) -> tuple[Measur
     return found
 
 
-def _saving(bucket: Bucket) -> Bucket:
-    """The bucket of the same call where states may be saved: both rows of a training call come from its measurements."""
-    return bucket._replace(when=tuple((name, value) for name, value in bucket.when if name != "saves"))
-
-
 def _repeats(cell: Measured, cells: Mapping[Bucket, Measured]) -> bool:
     """Whether it is the row for traced graphs, which save inputs only, and says what the row beside it says."""
-    if dict(cell.bucket.when).get("saves") != "inputs" or cell.entry is None:
-        return False
-    twin = cells.get(_saving(cell.bucket))
-    return twin is not None and twin.entry is not None and (twin.entry.label, twin.entry.us) == (cell.entry.label, cell.entry.us)
+    rows = {bucket: one.entry for bucket in (twin_of(cell.bucket),) if (one := cells.get(bucket)) is not None and one.entry is not None}
+    return cell.entry is not None and repeats(cell.bucket, cell.entry, rows)
 
 
 def _shown(origin: Origin, path: Path) -> str:

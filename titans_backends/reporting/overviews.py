@@ -18,8 +18,12 @@ from titans_backends.reporting.summary import by_op, summarize
 __all__ = ["gains", "shares", "winners"]
 
 
-def gains(rows: Sequence[Row]) -> Chart:
-    """What tuning bought: per op a mark for each bucket whose default was replaced, at its default's time over its winner's."""
+Groups = Callable[[Sequence[Row]], Mapping[str, Sequence[Row]]]
+"""Rows in lines of a chart, by the line's name."""
+
+
+def gains(rows: Sequence[Row], groups: Groups = by_op) -> Chart:
+    """What tuning bought: per op, or other group, a mark for each bucket whose default was replaced, at its default's time over its winner's."""
     shown = [row for row in rows if row.over_default is not None]
     replaced = [row for row in shown if not row.kept_default]
     limits = (min([1.0, *(row.over_default or 1.0 for row in replaced)]) / 1.05, max([2.0, *(row.over_default or 1.0 for row in replaced)]) * 1.1)
@@ -29,7 +33,7 @@ def gains(rows: Sequence[Row]) -> Chart:
         return factor(found.over_default), f"{found.kept} of {found.compared}"
 
     figure, axes = _swarm(
-        by_op(shown), lambda row: None if row.kept_default else row.over_default, told, ("mean", "kept"),
+        groups(shown), lambda row: None if row.kept_default else row.over_default, told, ("mean", "kept"),
         "untuned default’s time over the tuned choice’s", limits, log=True,
     )  # fmt: skip
     span, ticks = math.log(limits[1] / limits[0]), [1.0]
@@ -41,8 +45,8 @@ def gains(rows: Sequence[Row]) -> Chart:
     return Chart(figure, "What tuning bought: the untuned default's time over the tuned choice's, by op")
 
 
-def shares(rows: Sequence[Row]) -> Chart:
-    """Share of the floor per op. Hollow marks: eager calls and training where there are graph launches, else training."""
+def shares(rows: Sequence[Row], groups: Groups = by_op, hollow: Callable[[Row], bool] | None = None) -> Chart:
+    """Share of the floor per op, or other group. Hollow marks, unless said: eager calls where there are graph launches, else training."""
     shown = [row for row in rows if row.share is not None]
     graphs = any(row.place.launch == "graph" for row in rows)
 
@@ -50,13 +54,13 @@ def shares(rows: Sequence[Row]) -> Chart:
         return (percent(max((row.share or 0.0 for row in of), default=None)),)
 
     figure, axes = _swarm(
-        by_op(shown),
+        groups(shown),
         lambda row: 100 * (row.share or 0.0),
         told,
         ("largest",),
         "floor over the winner’s time",
         (-3, 102),
-        hollow=lambda row: row.place.launch != "graph" if graphs else row.place.regime == "training",
+        hollow=hollow or (lambda row: row.place.launch != "graph" if graphs else row.place.regime == "training"),
     )
     axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
     return Chart(figure, "Share of the floor: the least time that the machine's ceilings allow over the winner's, by op")
@@ -86,7 +90,7 @@ def winners(rows: Sequence[Row]) -> Chart:
         if index == 0 or op != lines[index - 1][0]:
             axes.text(8, tops[index] - 7, op, fontsize=TEXT, color=INK, weight="bold")
         axes.text(8, tops[index] + 15, size, fontsize=8.5, color=INK)
-        axes.text(92, tops[index] + 15, setting, fontsize=8.5, color=MUTED)
+        axes.text(104, tops[index] + 15, setting, fontsize=8.5, color=MUTED)
     for row in rows:
         if row.winner is not None:
             x, top = left + across * lengths.index(row.place.seq_len), tops[lines.index(row.place.line)]

@@ -7,9 +7,10 @@ backends keep their distance for red-blind and green-blind eyes as well, and the
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["INKS", "PALETTE", "Style", "style_of", "styles"]
+__all__ = ["INKS", "PALETTE", "Style", "key_of", "style_of", "styles"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ PALETTE: dict[str, Style] = {
     "numba_cpu": Style("numba_cpu", "#925911", "#e6ae3f", "P"),
     "fla": Style("fla", "#602146", "#d64e7d", "X"),
     "flash_qla": Style("flash_qla", "#5ca03c", "#b5f097", "*"),
-    "flashinfer": Style("flashinfer", "#2979a3", "#b5f2f6", "p"),
+    "flashinfer": Style("flashinfer", "#009cb4", "#b5f2f6", "p"),
 }
 """The backends that this library knows by name."""
 
@@ -40,6 +41,8 @@ _SPARE = (
     Style("other-b", "#3d4a66", "#b7c4e0", "<"),
     Style("other-c", "#9b1c31", "#f4929f", ">"),
 )
+
+_SIGNS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "*": "★", "p": "⬟", "h": "⬢", "<": "◀", ">": "▶"}
 
 INKS: dict[str, Style] = {
     "ink": Style("ink", "#1c2530", "#e3e8ee"),
@@ -53,6 +56,11 @@ INKS: dict[str, Style] = {
 def style_of(backend: str) -> Style:
     """A backend's colour and mark; one that is not known by name always gets the same spare one."""
     return PALETTE.get(backend) or _SPARE[zlib.crc32(backend.encode()) % len(_SPARE)]
+
+
+def key_of(backends: Iterable[str]) -> tuple[tuple[str, str, str], ...]:
+    """A chart's key: each backend's name, its role, and a letter that looks like its mark."""
+    return tuple((name, style_of(name).role, _SIGNS[style_of(name).mark]) for name in backends)
 
 
 def styles() -> list[Style]:

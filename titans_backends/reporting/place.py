@@ -27,8 +27,8 @@ class Place:
 
     @property
     def setting(self) -> str:
-        """For people: `inference · graph · bfloat16 · g`."""
-        return " · ".join([self.regime, *([self.launch] if self.regime == "inference" else []), self.dtype, *self.options])
+        """For people: `inference · graph · bfloat16 · g`. Training is measured as it is called, eagerly, unless its key says otherwise."""
+        return " · ".join([self.regime, *([self.launch] if self.regime == "inference" or self.launch != "eager" else []), self.dtype, *self.options])
 
     @property
     def line(self) -> tuple[str, str, str]:

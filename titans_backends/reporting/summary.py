@@ -108,7 +108,7 @@ def summarize(rows: Sequence[Row]) -> Summary:
         most_behind=max(behind, default=None),
         share_graph=_median(rows, "inference", "graph"),
         share_eager=_median(rows, "inference", "eager"),
-        share_training=_median(rows, "training", "eager"),
+        share_training=_median(rows, "training"),
     )
 
 
@@ -188,6 +188,6 @@ def _mean(rows: Iterable[Row], value: Callable[[Row], float | None]) -> float | 
     return geometric_mean(found for row in rows if (found := value(row)) is not None)
 
 
-def _median(rows: Iterable[Row], regime: str, launch: str) -> float | None:
-    shares = [row.share for row in rows if row.share is not None and (row.place.regime, row.place.launch) == (regime, launch)]
+def _median(rows: Iterable[Row], regime: str, launch: str | None = None) -> float | None:
+    shares = [row.share for row in rows if row.share is not None and row.place.regime == regime and launch in (None, row.place.launch)]
     return statistics.median(shares) if shares else None

@@ -14,6 +14,9 @@ from titans_backends.reporting.rows import EAGER, Row, Timed
 
 __all__ = ["panels", "strips", "times"]
 
+_FAR = 8.0
+"""A backend that takes so many times the fastest's time at every length may leave the chart."""
+
 
 def times(rows: Sequence[Row]) -> Chart:
     """Time over sequence length, both logarithmic: a line per backend through its fastest, every candidate a faint dot, a ring where a row decides."""
@@ -77,6 +80,8 @@ def _draw(axes: Axes, rows: Sequence[Row]) -> dict[str, list[str]]:
     lengths = sorted({row.place.seq_len for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    chosen = [(row.place.seq_len, row.winner.us) for row in rows if row.winner is not None and row.decided]
+    highest, choice_at = _highest(rows), dict(chosen)
     ends: list[tuple[float, str, str]] = []
     for backend in _backends(rows):
         style = style_of(backend)
@@ -89,28 +94,28 @@ def _draw(axes: Axes, rows: Sequence[Row]) -> dict[str, list[str]]:
             [x for x, _ in points], [one.us for _, one in points], marker=style.mark, ms=5.5, lw=1.8, color=style.light, mec=PAPER, mew=0.7, gid=gid
         )
         notes[gid] = [f"{backend}, {x} tokens: {time_us(one.us)}{_spread(one)}, {one.label}" for x, one in points]
-        ends.append((points[-1][1].us, backend, style.light))
-    highest = _highest(rows)
+        x, last = points[-1]
+        above = last.us > highest * 1.5 and x in choice_at
+        ends.append((last.us, f"{backend} ↑ {last.us / choice_at[x]:.0f}×" if above else backend, style.light))
     floors = [(row.place.seq_len, row.floor.us) for row in rows if row.floor is not None]
     if floors:
         axes.plot([x for x, _ in floors], [us for _, us in floors], ls=(0, (4, 3)), lw=1.2, color=MUTED)
         ends.append((floors[-1][1], "floor", MUTED))
-    chosen = [(row.place.seq_len, row.winner.us) for row in rows if row.winner is not None and row.decided]
     axes.plot([x for x, _ in chosen], [us for _, us in chosen], ls="", marker="o", ms=11, mfc="none", mec=INK, mew=1.2)
     axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.25)
     lowest = min([us for _, us in floors] + [us for _, us in chosen] + [one.us for row in rows for one in row.best])
     axes.set_ylim(lowest / 1.4, highest * 1.5)
     length_axis(axes, lengths)
     time_axis(axes)
-    last = next((us for x, us in reversed(chosen) if x == lengths[-1]), None)
-    _label_ends(axes, [(us, name if us <= highest * 1.5 or last is None else f"{name} ↑ {us / last:.0f}×", colour) for us, name, colour in ends])
+    _label_ends(axes, ends)
     axes.set_xlabel("sequence length, tokens", fontsize=SMALL, color=MUTED, labelpad=3)
     return notes
 
 
 def _highest(rows: Sequence[Row]) -> float:
-    """The slowest fastest of a backend, plain torch left out where there is another: it may be a hundred times the others."""
-    found = [one.us for row in rows for one in row.best if one.backends != (EAGER,)] or [one.us for row in rows for one in row.best]
+    """The slowest fastest of a backend. Plain torch is left out where there is another, and who is far behind everywhere: it may be a hundred times the others."""
+    near = {one.backends for row in rows for one in row.best if one.backends != (EAGER,) and one.us <= _FAR * row.best[0].us}
+    found = [one.us for row in rows for one in row.best if one.backends in near] or [one.us for row in rows for one in row.best]
     return max([*found, *(row.winner.us for row in rows if row.winner is not None)])
 
 

@@ -9,21 +9,22 @@ from titans_backends.cache.schema import Environment
 from titans_backends.reporting import numbers, overviews
 from titans_backends.reporting.facts import Ceilings, Facts, FileFacts, MachineFacts
 from titans_backends.reporting.op_view import Bar, OpView, bars, drawn, op_view
-from titans_backends.reporting.palette import style_of
+from titans_backends.reporting.palette import key_of
+from titans_backends.reporting.race_view import RaceView, race_view
 from titans_backends.reporting.rows import Row, rows_of
 from titans_backends.reporting.summary import Failure, Renewal, Summary, by_op, failures, noisy, refusals, renewals, summarize
 
 __all__ = ["MachineView", "PageView", "page_view", "sentences"]
 
 _VERSIONS = ("titans_backends", "torch", "triton", "cupy", "numba", "numba_cuda", "cuda", "driver", "python", "date")
-_SIGNS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖", "*": "★", "p": "⬟", "h": "⬢", "<": "◀", ">": "▶"}
 
 
 @dataclass(frozen=True, slots=True)
 class MachineView:
-    """One machine."""
+    """One machine. `here`: it is this one."""
 
     name: str
+    here: bool
     anchor: str
     about: str
     headline: tuple[str, ...]
@@ -45,13 +46,14 @@ class MachineView:
 
 @dataclass(frozen=True, slots=True)
 class PageView:
-    """The whole page. `backends`: name, role and the marker's sign of everything that is drawn."""
+    """The whole page. `backends`: name, role and the marker's sign of everything that is drawn of the machines."""
 
     made: str
     version: str
     machines: tuple[MachineView, ...]
     problems: tuple[FileFacts, ...]
     backends: tuple[tuple[str, str, str], ...]
+    races: tuple[RaceView, ...] = ()
 
 
 def page_view(facts: Facts) -> PageView:
@@ -59,9 +61,8 @@ def page_view(facts: Facts) -> PageView:
     rows = {index: rows_of(machine) for index, machine in enumerate(facts.machines)}
     machines = tuple(_machine(machine, f"m{index}", rows[index]) for index, machine in enumerate(facts.machines))
     seen = dict.fromkeys(one.backends[0] for found in rows.values() for row in found for one in row.best)
-    return PageView(
-        facts.made, facts.version, machines, facts.problems, tuple((name, style_of(name).role, _SIGNS[style_of(name).mark]) for name in seen)
-    )
+    races = tuple(view for one in facts.races if (view := race_view(one.race, one.path)) is not None)
+    return PageView(facts.made, facts.version, machines, facts.problems, key_of(seen), races)
 
 
 def sentences(found: Summary, decided: bool) -> list[str]:
@@ -112,6 +113,7 @@ def _machine(machine: MachineFacts, anchor: str, rows: Sequence[Row]) -> Machine
         headline.append(f"{numbers.amount(machine.repeated, 'row')} for traced graphs repeat the choice beside them and are not counted.")
     return MachineView(
         name=device.name,
+        here=machine.here,
         anchor=anchor,
         about=" · ".join(word for word in about if word),
         headline=tuple(headline),

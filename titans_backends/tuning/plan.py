@@ -181,6 +181,8 @@ def _check(
     sizes = [*(seq_lens or ()), *(n for pair in (*(heads or ()), *(head_dims or ())) for n in pair), *(() if batch is None else (batch,))]
     if any(size < 1 for size in sizes):
         raise ValueError(f"tune: seq_lens, heads, head_dim and batch must be at least 1, got {min(sizes)}")
+    if any(size >= 2**31 for size in sizes):
+        raise ValueError(f"tune: seq_lens, heads, head_dim and batch must be below 2**31, got {max(sizes)}")
     for keys, values in heads or ():
         if values % keys:
             raise ValueError(f"tune: the heads of q and k must divide those of v, got {keys}/{values}")

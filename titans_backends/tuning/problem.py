@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 
-from titans_backends.buckets import Bucket, defaults_of, field
+from titans_backends.buckets import Bucket, WhenValue, defaults_of, field
 from titans_backends.contracts import contract
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Contract, OptionValue
-from titans_backends.contracts.validate import validate
+from titans_backends.contracts.validate import check_option, validate
 from titans_backends.facts import signature_of
 from titans_backends.signature import Signature
 
@@ -39,6 +39,7 @@ BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """The optional tensors that timed inputs have although the key does not name them."""
 
 _MOST_HEADS = 64
+_MOST_NUMBERS, _MOST_PACKED = 2**56, 2**20
 
 
 def integer(bucket: Bucket, name: str) -> int:
@@ -75,12 +76,11 @@ def present(bucket: Bucket) -> tuple[str, ...]:
 
 def _heads(streams: int, group: int, hint: int | None) -> int:
     """The number of v heads of one sequence: the hint where it divides, else as many as a layer has."""
-    divisors = [count for count in range(group, streams + 1, group) if streams % count == 0]
-    if not divisors:
+    if streams < group or streams % group:
         raise ValueError(f"streams = {streams} is not a multiple of group = {group}")
-    if hint in divisors:
+    if hint is not None and group <= hint <= streams and hint % group == 0 and streams % hint == 0:
         return hint
-    return max((count for count in divisors if count <= _MOST_HEADS), default=min(divisors))
+    return max((count for count in range(group, min(streams, _MOST_HEADS) + 1, group) if streams % count == 0), default=group)
 
 
 def _lengths(sequences: int, seq_len: int) -> tuple[int, ...]:
@@ -97,12 +97,34 @@ def ends_in_a_state(made: Contract, options: Mapping[str, OptionValue]) -> bool:
     return "output_final_state" in made.option_by_name and options.get("memory") != "flat" and not options.get("lookahead")
 
 
-def case_of(bucket: Bucket, heads: int | None = None) -> Case:
-    """The timed case of a bucket; `heads` says how many v heads a sequence has, where that divides the streams."""
-    made = contract(bucket.op)
-    head_dim = field(bucket, "head_dim")
+def _expect_possible(bucket: Bucket, made: Contract, head_dim: WhenValue) -> None:
+    """ValueError where a file's key is one that no call has, or no machine has the memory for."""
     if not isinstance(head_dim, tuple) or len(head_dim) != 2:
         raise ValueError(f"{bucket.op}: the bucket's head_dim must be [K, V], got {head_dim!r}")
+    dtype = getattr(torch, str(field(bucket, "dtype")), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{bucket.op}: the bucket's dtype must be one of torch's floating ones, got {field(bucket, 'dtype')!r}")
+    for option in made.options:
+        if option.in_key:
+            try:
+                check_option(made, option, field(bucket, option.name))
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+    streams = integer(bucket, "streams")
+    for name in ("group", *(["chunk_size"] if bucket.op == "fused_uw" else [])):
+        if integer(bucket, name) < 1:
+            raise ValueError(f"{bucket.op}: the bucket's {name} must be at least 1, got {integer(bucket, name)}")
+    wide = max(1, *(size for size in head_dim if isinstance(size, int)))
+    if streams * wide * max(bucket.seq_len, wide) >= _MOST_NUMBERS or (field(bucket, "packed") and streams >= _MOST_PACKED):
+        raise ValueError(f"{bucket.op}: no machine holds a call of {streams} streams of {bucket.seq_len} tokens with head_dim {list(head_dim)}")
+
+
+def case_of(bucket: Bucket, heads: int | None = None) -> Case:
+    """The timed case of a bucket; `heads` says how many v heads a sequence has, where that divides the streams. ValueError where no call is such a bucket's."""
+    made = contract(bucket.op)
+    head_dim = field(bucket, "head_dim")
+    _expect_possible(bucket, made, head_dim)
+    assert isinstance(head_dim, tuple)
     dtype = getattr(torch, str(field(bucket, "dtype")))
     view: Literal["contiguous", "misaligned"] = "contiguous" if field(bucket, "aligned") else "misaligned"
     base = Case(f"{bucket.op} at {bucket.seq_len}", K=head_dim[0], V=head_dim[1], dtype=dtype, view=view)

@@ -39,7 +39,7 @@ class Store:
         return cls(path, device, current_environment(machine.kind), table, timings)
 
     def require_writable(self) -> None:
-        """CacheError with every reason where a write would be refused."""
+        """CacheError with every reason where a write of the rows, or of the timings beside them, would be refused."""
         verdict = file.check_writable(self.path, device=self.device, defaults_of=defaults_of)
         if not verdict:
             raise CacheError(f"tune: the result could not be written: {verdict}")

@@ -16,11 +16,13 @@ from types import FunctionType, TracebackType
 from torch import Tensor
 
 from titans_backends import registry
+from titans_backends.errors import BackendRefusedError
 from titans_backends.integrations.calling import expect_known
 from titans_backends.integrations.fla.functions import READERS
 from titans_backends.integrations.fla.rule import compute
 from titans_backends.integrations.fla.verdicts import verdict_of
 from titans_backends.scope import use_backend
+from titans_backends.verdict import refused
 
 __all__ = ["Registration", "register_with_fla"]
 
@@ -95,7 +97,8 @@ _ACTIVE: Registration | None = None
 def register_with_fla(*misplaced: object, backend: str | None = None, **unknown: object) -> Registration:
     """Makes our ops the first backend that FLA asks, until `undo()`; `backend` forces one of ours. While one is active, the same is returned.
 
-    ImportError without FLA 0.6 or later, RuntimeError where FLA's dispatch is switched off, ValueError for another `backend` than the active one's.
+    ImportError without FLA 0.6 or later, RuntimeError where FLA's dispatch is switched off, ValueError for another `backend` than the active one's,
+    BackendRefusedError for one that could take no call here: FLA would run each on its own kernels, and nobody be told.
     """
     global _ACTIVE
     expect_known("register_with_fla", (), misplaced, tuple(unknown), ("backend",))
@@ -107,7 +110,7 @@ def register_with_fla(*misplaced: object, backend: str | None = None, **unknown:
         _ACTIVE.holders += 1
         return _ACTIVE
     if backend is not None:
-        registry.get(backend)
+        _expect_able(backend)
     operations = dict(_operations())
     if not operations:
         raise RuntimeError(
@@ -120,6 +123,19 @@ def register_with_fla(*misplaced: object, backend: str | None = None, **unknown:
     for operation in dict.fromkeys(operations.values()):
         fla.register(operation)(adapter)
     return made
+
+
+def _expect_able(backend: str) -> None:
+    """BackendRefusedError for a backend that is not there, or has neither of the ops that FLA's functions become."""
+    made = registry.get(backend)
+    verdict = registry.reachable(made)
+    if not any(op in made.ops for op in ("gated_delta_rule", "gated_delta_step")):
+        verdict &= refused(f"it has neither gated_delta_rule nor gated_delta_step (it has {', '.join(sorted(made.ops))})")
+    if not verdict:
+        raise BackendRefusedError(
+            f"register_with_fla: backend {backend!r} can take none of FLA's calls here: {verdict}; "
+            "install or switch on what it lacks, name another (titans-backends doctor lists them), or none, to have each call chosen"
+        )
 
 
 def _adapter(base: type, registration: Registration) -> type:

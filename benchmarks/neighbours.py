@@ -1,0 +1,134 @@
+"""What it costs a call in a graph to take the eager row's winner instead of the untuned default, from timings that lie in benchmarks/results. Measures nothing.
+
+    python benchmarks/neighbours.py [TIMINGS.yaml ...] [--regime training] [--least-us N]
+
+For every bucket of a regime with timings of both launches: the graph time of eager's winner over that of the default, and over the graph's own winner's.
+`cache.neighbour.LEAST_US` and the figures of docs/cache.md come from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from titans_backends import registry
+from titans_backends.buckets import Bucket, defaults_of, field
+from titans_backends.cache import file
+from titans_backends.cache.neighbour import LEAST_US, eager_bucket
+from titans_backends.cache.timings import Timings
+from titans_backends.machine import Machine
+from titans_backends.offers import Offer, pairs
+from titans_backends.tuning.problem import signature_of_bucket
+from titans_backends.tuning.select import Contender, combined, select
+from titans_backends.tuning.standing import measurement_of, members
+from titans_backends.verdict import ACCEPTED
+
+__all__ = ["Neighbour", "neighbours", "told"]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_SHARED_MEMORY = 232_448
+"""Bytes that a block of Hopper may have, which decides what some backends offer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """One bucket of a graph: the eager winner's eager time, and the times in the graph of that winner, of the default and of the graph's winner."""
+
+    bucket: Bucket
+    eager_us: float
+    us: float
+    default_us: float
+    best_us: float
+
+    @property
+    def over_default(self) -> float:
+        """How many times the default's time the eager winner takes; 1 where it is the default."""
+        return self.us / self.default_us
+
+
+def _contenders(bucket: Bucket, timings: Timings, machine: Machine) -> tuple[Contender, ...]:
+    """The candidates that are offered today and have passed, the default first; none where the default has not passed."""
+    signature, known = signature_of_bucket(bucket, machine.kind), {one.identity: one for one in timings.rows[bucket]}
+    offered: list[Offer] = []
+    for backend in registry.order(machine.kind):
+        module, _ = registry.module(backend, bucket.op)
+        if module is not None and module.supports(signature, machine):
+            training = registry.trainable(module) if signature.regime == "training" else None
+            backward = () if training is None else tuple(training.backward_candidates(signature, machine))
+            offered.append(Offer(backend, ACCEPTED, module, tuple(module.candidates(signature, machine)), backward))
+    found: list[Contender] = []
+    for order, pair in enumerate(pairs(offered, signature)):
+        measured = [known.get(measurement_of(candidate).identity) for candidate in members(pair)]
+        if all(one is not None and one.us is not None and one.status == "ok" for one in measured):
+            us, spread = combined([(one.us or 0.0, one.spread or 0.0) for one in measured if one is not None])
+            simplicity = max(registry.get(candidate.backend).simplicity for candidate in members(pair))
+            found.append(Contender(pair, us, spread, 0.0, simplicity, order))
+    return tuple(found) if found and found[0].order == 0 else ()
+
+
+def neighbours(timings: Timings, regime: str = "inference") -> list[Neighbour]:
+    """Every bucket of the regime that has both launches; in training a time is of a pair."""
+    device = timings.device
+    machine = Machine(device.kind, device.name, device.slug, device.sm, device.sms, _SHARED_MEMORY)
+    found = []
+    for bucket in timings.rows:
+        eager = eager_bucket(bucket, defaults_of(bucket.op))
+        if eager is None or eager not in timings.rows or field(bucket, "regime") != regime:
+            continue
+        eagerly, captured = _contenders(eager, timings, machine), _contenders(bucket, timings, machine)
+        winner, best = select(eagerly).winner, select(captured).winner
+        again = next((one for one in captured if winner is not None and one.pair == winner.pair), None)
+        if winner is not None and best is not None and again is not None:
+            found.append(Neighbour(bucket, winner.us, again.us, captured[0].us, best.us))
+    return sorted(found, key=lambda one: one.eager_us)
+
+
+def told(found: Sequence[Neighbour], least_us: float) -> str:
+    """The figures in one line."""
+    speak = [one for one in found if one.eager_us >= least_us]
+    if not speak:
+        return f"from {least_us:g} us: none of {len(found)} buckets"
+    ratios = [one.over_default for one in speak]
+    return (
+        f"from {least_us:g} us: {len(speak)} of {len(found)} buckets, {sum(ratio != 1 for ratio in ratios)} where eager's winner is not the default; "
+        f"over the default {_mean(ratios):.3f} (geometric mean), {statistics.fmean(ratios):.3f} (mean), {max(ratios):.3f} (worst); "
+        f"over the graph's winner {_mean([one.us / one.best_us for one in speak]):.3f} and {max(one.us / one.best_us for one in speak):.3f}, "
+        f"the default {_mean([one.default_us / one.best_us for one in speak]):.3f} and {max(one.default_us / one.best_us for one in speak):.3f}"
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Prints each bucket where the two differ, then the figures with and without the limit."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("timings", nargs="*", type=Path, default=sorted(RESULTS.glob("*.timings.yaml")))
+    parser.add_argument("--regime", choices=("inference", "training"), default="inference")
+    parser.add_argument("--least-us", type=float, help=f"default: {LEAST_US:g}, in training twice that")
+    given = parser.parse_args(words)
+    limit = given.least_us if given.least_us is not None else LEAST_US * (2 if given.regime == "training" else 1)
+    for path in given.timings:
+        loaded = file.read_timings(path, defaults_of)
+        if loaded.table is None:
+            print(f"{path}: {loaded.reason or 'there is no such file'}", file=sys.stderr)
+            return 1
+        found = neighbours(loaded.table, given.regime)
+        print(f"{loaded.table.device.name} ({path.name})")
+        for one in found:
+            if one.over_default != 1:
+                key = ", ".join(f"{name}={value}" for name, value in one.bucket.when if name not in ("launch", "streams"))
+                print(f"  {one.bucket.op} {one.bucket.seq_len} {key}: eager {one.eager_us:.4g} us; graph {one.us:.4g}, default {one.default_us:.4g}")
+        for least in dict.fromkeys((0.0, limit)):
+            print(f"  {told(found, least)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

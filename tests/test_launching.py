@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from titans_backends.backend import Candidate
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.fused_uw import FusedUW
+from titans_backends.launching.ahead import arriving
 from titans_backends.launching.remember import Remember, Run, remembering, remembering_backward
 from titans_backends.launching.scratch import places as placed
 from titans_backends.launching.tape import Taped, Taping
+from titans_backends.tuning.suite import chunk_starts
 
 ANY = Candidate("any", "any")
 Three = tuple[Tensor, Tensor, Tensor]
@@ -78,6 +82,25 @@ def test_a_later_call_launches_the_same_with_its_own_addresses(device: Device) -
         assert second[1] == first[4] + 8 * 4  # the second row of the scratch
         assert second[2:4] == (z.data_ptr(), o.data_ptr())
         assert (o.shape, o.dtype) == ((4, 4), torch.float32)
+
+
+def test_every_number_and_every_place_in_the_scratch_is_its_own(device: Device) -> None:
+    def run(call: FusedUW, candidate: Candidate) -> tuple[Tensor | None, ...]:
+        o, scratch = torch.empty(4, 4), torch.empty(8, 8)
+        device(call.attn_const, 5, 7, scratch, 9, 5)
+        device(scratch[1], 11, scratch[3], call.v_beta, scratch[6], o)
+        return o, None
+
+    _, again = device.remembering(run)(FusedUW(*three()), ANY)
+    assert again is not None
+    device.launched.clear()
+    x, y, z = three()
+    o = again((x, y, z))[0]
+    first, second = device.launched
+    (scratch,) = first[4:5]
+    assert isinstance(scratch, int)
+    assert first == (3, x.data_ptr(), 5, 7, scratch, 9, 5)
+    assert second == (3, scratch + 32, 11, scratch + 96, y.data_ptr(), scratch + 192, o.data_ptr())
 
 
 def test_scratch_that_is_needed_one_after_the_other_shares_its_place(device: Device) -> None:
@@ -207,3 +230,32 @@ def test_what_is_collected_is_neither_launched_nor_remembered(device: Device) ->
     assert not device.launched
     assert list(forms) == ["4 arguments", "3 arguments"]
     assert device.taping.current is None
+
+
+@pytest.mark.parametrize("op", [name for name, made in CONTRACTS.items() if made.differentiable])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_backward_is_compiled_for_is_what_arrives(op: str, dtype: torch.dtype) -> None:
+    made = CONTRACTS[op]
+    first = made.variants[0]
+    call = build(made, Case("any", T=made.max_tokens or 70, options=first.options, given=first.given, dtype=dtype))
+    found, states, needs = arriving(op, call, Candidate("any", "any", direction="backward"))
+    assert states is None
+    assert needs == frozenset(made.differentiable) & set(made.tensors(call))
+    for output, got, want in zip(made.outputs, found, made.reference(call), strict=True):
+        assert (got is None) == (want is None), output.name
+        if got is not None and want is not None:
+            assert (got.shape, got.dtype) == (want.shape, dtype if output.like else torch.float32), output.name
+
+
+@pytest.mark.parametrize("op", ["slow_core", "gated_delta_rule"])
+def test_the_saved_states_that_arrive_have_a_place_for_every_chunk(op: str) -> None:
+    made = CONTRACTS[op]
+    call = build(made, Case("any", B=2, T=70, H=4, K=16, V=32))
+    states = arriving(op, call, Candidate("any", "any", direction="backward", saves_states=True))[1]
+    starts = chunk_starts(made, made.to(call, torch.float64))
+    assert states is not None
+    assert starts is not None
+    assert states.shape == starts.shape == (2, 2, 4, 16, 32)
+    assert (
+        arriving("fused_uw", build(CONTRACTS["fused_uw"], Case("any")), Candidate("any", "any", direction="backward", saves_states=True))[1] is None
+    )

@@ -20,6 +20,7 @@ from titans_backends.cache.schema import canonical_when
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call
+from titans_backends.errors import BackendError, BackendRefusedError
 from titans_backends.library import planner
 from titans_backends.machine import detect
 from titans_backends.offers import offers, pairs
@@ -106,6 +107,35 @@ def test_a_backward_is_chosen_by_what_arrives(keeper: Callable[..., Handed]) -> 
             found = library.gradients(OP, grads, values, saved, [True] * len(OP.differentiable), None, False, residual)
             assert len(handed) == count
             assert found[0] is not None
+
+
+def test_a_backward_that_reads_something_else_is_not_taken_for_it(keeper: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the forward's own partner is gone by the time of the backward, another residual's backward must not read what it kept."""
+    keeper(plain=False)
+    module = registry.module(registry.get("keeper"), OP.name)[0]
+    call = build(OP, case(), "cpu", requires_grad=True)
+    o = tb.get_op(OP.name)(**{name: getattr(call, name) for name in OP.parameters}, backend="keeper")[0]
+    for side, direction in (("candidates", "forward"), ("backward_candidates", "backward")):
+        other = Candidate("keeper", "kept", direction=direction, saves_states=True, residual="keeper's other")  # type: ignore[arg-type]
+        monkeypatch.setattr(module, side, lambda signature, machine, other=other: [other])
+    planner(OP.name).clear()
+    with pytest.raises(BackendRefusedError, match=r"the forward kept .* but no backward that reads it"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [lambda call: (), lambda call: (None,), lambda call: ([call.k],)])
+def test_a_call_refuses_a_residual_that_is_no_tensor(keeper: Callable[..., Handed], wrong: Callable[[Call], tuple[Tensor, ...]]) -> None:
+    handed = keeper(wrong)
+    with pytest.raises(BackendError, match=r"tensors of its residual .* but returned (none|NoneType|list)"):
+        step(build(OP, case(), "cpu", requires_grad=True), backend="keeper")
+    assert handed == []
+
+
+def test_the_gate_names_a_residual_that_is_an_input(keeper: Callable[..., Handed]) -> None:
+    keeper(lambda call: (call.k,))  # type: ignore[attr-defined]
+    module = registry.module(registry.get("keeper"), OP.name)[0]
+    result = gate(bucket(), module.candidates(None, None)[0], module, detect("cpu"), "cpu")  # type: ignore[union-attr, arg-type]
+    assert "its residual shares the memory of k" in result.reason
 
 
 def bucket() -> object:

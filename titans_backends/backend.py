@@ -71,11 +71,11 @@ Param = int | float | str | bool
 class Candidate:
     """One way to run one direction of one op: a backend's variant with its parameters.
 
-    `saves_states`: a forward that also returns the state at each chunk's start, `[B, M, H, K, V]` on the grid of
-    `contract.grid(call)`; a backward that needs them. With a `residual`, a name, these are instead tensors of the backend's own, one or
-    more, of any dtype and shape, which backwards with that residual alone are handed, as a tuple. `deterministic`: the same bits twice. `batch_invariant`: neither
-    its parameters nor its order of summation depend on the batch size or the length. `sources`: modules beside its own whose code it runs,
-    and for other people's code a distribution at its version, as `tilelang==0.1.15`.
+    `saves_states`: a forward that also returns the state at each chunk's start, `[B, M, H, K, V]` on the grid of `contract.grid(call)`; a backward that
+    needs them. With a `residual`, a name, these are instead tensors of the backend's own, one or more, of any dtype and shape, aliasing no input, which
+    backwards with that residual alone are handed, as a tuple. `deterministic`: the same bits twice. `batch_invariant`: neither its parameters nor its
+    order of summation depend on the batch size or the length. `sources`: modules beside its own whose code it runs, and for other people's code a
+    distribution at its version, as `tilelang==0.1.15`.
     """
 
     backend: str

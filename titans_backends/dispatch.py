@@ -187,6 +187,12 @@ def choose(
     available = pairs(given, signature, mixed=forced is None)
     if must_save is not None:
         available = [pair for pair in available if pair.forward.saves_states and pair.forward.residual == must_save]
+    if not available and must_save:
+        raise BackendRefusedError(
+            f"{signature.op}: the forward kept {must_save!r} for its backward, but no backward that reads it is offered to the call as it is now; "
+            "deterministic algorithms, disabled backends and what saved-tensor hooks give back must be in the backward as they were in the forward. "
+            f"{_reasons(given, signature)}. See: titans-backends explain {signature.op}"
+        )
     if not available:
         raise _refuse(signature, machine, forced, given)
     if warmed is not None:

@@ -45,7 +45,7 @@ def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Ca
         raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not a tuple of {expected}{more}, on {where}")
     names = [spec.name for spec in made.outputs]
     own = {tensor.untyped_storage().data_ptr(): name for name, tensor in given.items() if tensor.numel() and name not in writes}
-    for name, tensor in zip([*names, *["what is saved"] * (len(found) - len(names))], found, strict=True):
+    for name, tensor in zip([*names, *["its residual" if candidate.residual else "states"] * (len(found) - len(names))], found, strict=True):
         if tensor is not None and tensor.numel() and tensor.untyped_storage().data_ptr() in own:
             raise Rejected(f"{name} shares the memory of {own[tensor.untyped_storage().data_ptr()]} on {where}")
     for name in writes:

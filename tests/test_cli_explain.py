@@ -121,3 +121,8 @@ def test_the_command_that_it_names_measures_this_call() -> None:
     assert "tune --op" not in said
     assert "titans-backends tune --op dual_core" in how_to_measure("dual_core")
     assert "(it would measure chunk_size 128, not 32; or " in how_to_measure("dual_core", chunk_size=32)
+
+
+def test_no_tokens_name_a_command_that_tune_takes() -> None:
+    out = CliRunner().invoke(app, ["explain", "gated_delta_rule", "--seq-len", "0", "--heads", "2", "--head-dim", "16"]).output
+    assert "tune --op gated_delta_rule --seq-lens 1 " in " ".join(out.split())

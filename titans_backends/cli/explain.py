@@ -144,7 +144,7 @@ def _tune_words(asked: AskedCall, found: Explanation) -> str:
     case = asked.case
     heads = f"{case.G}/{case.H}" if case.G != case.H else str(case.H)
     head_dim = f"{case.K}x{case.V}" if case.K != case.V else str(case.K)
-    told = f"--op {asked.op.name} --seq-lens {case.T} --heads {heads} --head-dim {head_dim} --dtype {str(case.dtype).removeprefix('torch.')}"
+    told = f"--op {asked.op.name} --seq-lens {max(case.T, 1)} --heads {heads} --head-dim {head_dim} --dtype {str(case.dtype).removeprefix('torch.')}"
     launch = " --launch graph" if found.signature.launch == "graph" else ""
     return told + f" --regime {found.signature.regime}{launch}" + (f" --batch {case.B}" if case.B > 1 else "")
 

@@ -194,7 +194,7 @@ def test_the_backward_makes_again_what_the_peers_autograd_would_keep(on_cpu: Pat
     expected = {
         ("fla", ()): ["chunk_gated_delta_rule_fwd_intra"],
         ("fla", ("gate",)): ["chunk_gated_delta_rule_fwd"],
-        ("flash_qla", ()): [],  # its forward hands on the inverses
+        ("flash_qla", ()): [],  # its forward hands on what FlashQLA's autograd keeps
         ("flash_qla", ("gate",)): ["chunk_gated_delta_rule_fwd"],
     }
     for (backend, gates), again in expected.items():
@@ -203,6 +203,7 @@ def test_the_backward_makes_again_what_the_peers_autograd_would_keep(on_cpu: Pat
         seen().clear()
         o.sum().backward()
         assert ran() == [*again, "chunk_gated_delta_rule_bwd"], (backend, gates)
+        assert backend == "fla" or seen()[-1]["cached"] is True
 
 
 def test_a_backward_that_flash_qla_handed_nothing_computes_it(on_cpu: Path) -> None:

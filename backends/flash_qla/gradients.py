@@ -1,8 +1,7 @@
 """The backward of gated_delta_rule by FlashQLA's `chunk_gated_delta_rule_bwd`.
 
-FlashQLA's own autograd keeps the inverse of each chunk's triangle, the running decay and, where it cuts sequences, what the segments begin with. `kept` is handed
-the inverses by our forward of that name; what else it wants, and all of it in `chunked`, is computed again here, and that time counts; with an output gate the
-whole forward is.
+FlashQLA's own autograd keeps the inverse of each chunk's triangle, the running decay and, where it cuts sequences, what the segments begin with; so does `kept`.
+`chunked` is handed nothing: all is computed again here, and that time counts. With an output gate the whole forward is, in both.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
 from ..peers import dense, sources
-from .inputs import Inputs, cuts, keeping, kernels, made
+from .inputs import Inputs, cache_of, cuts, keeping, kernels, made
 from .serving import DISTRIBUTIONS
 
 __all__ = ["backward_candidates", "run_backward"]
@@ -34,17 +33,17 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
 def run_backward(
     call: GatedDeltaRule, grads: tuple[Tensor | None, ...], kept: tuple[Tensor, ...] | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, beta, g, gate and initial_state, in that order; `kept` are the inverses of the forward of that name."""
+    """Gradients of q, k, v, beta, g, gate and initial_state, in that order; `kept` is what the forward of that name handed on."""
     (d_o, d_state), x, auto = grads, made(call), bool(candidate.param("auto_cp"))
     d_y = torch.zeros_like(x.shared["v"]) if d_o is None else dense(d_o)
     found: dict[str, Tensor | None] = {}
-    running, inverse = _again(x, auto, kept)
+    running, inverse, *cut = _again(x, auto) if kept is None else kept
     if call.gate is not None:
         o = kernels().chunk_gated_delta_rule_fwd(g=x.g, output_final_state=False, auto_cp=auto, **x.shared)[2]
         found["gate"] = (d_y.float() * o.float()).sum(-1)
         d_y = (d_y * call.gate.unsqueeze(-1)).to(d_y.dtype)
     q, k, v, beta, g, state = kernels().chunk_gated_delta_rule_bwd(
-        g=running, A=inverse, do=d_y, dht=x.of_filled(d_state), auto_cp=auto, cp_cache=None, **x.shared
+        g=running, A=inverse, do=d_y, dht=x.of_filled(d_state), auto_cp=auto, cp_cache=cache_of(cut), **x.shared
     )
     if call.qk_l2norm:
         q, k = kernels().l2norm_bwd(x.shared["q"], x.q_norm, q), kernels().l2norm_bwd(x.shared["k"], x.k_norm, k)
@@ -54,13 +53,13 @@ def run_backward(
     return tuple(_as(found.get(name), getattr(call, name)) if name in needs else None for name in _INPUTS)
 
 
-def _again(x: Inputs, auto: bool, kept: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
-    """The running decay and the inverses, computed again but for what was kept."""
+def _again(x: Inputs, auto: bool) -> tuple[Tensor, Tensor]:
+    """The running decay and the inverses, computed again."""
     functions, k = kernels(), x.shared["k"]
     grid = {"cu_seqlens": x.shared["cu_seqlens"], "chunk_size": functions.CHUNK_SIZE}
     if auto and grid["cu_seqlens"] is None:  # as its forward has it, so that one kernel serves both
         grid["cu_seqlens"] = functions._auto_intra_cp_context(k, x.shared["v"], None, functions.CHUNK_SIZE, True, True).cu_seqlens
-    return functions.chunk_local_cumsum(g=x.g, **grid), functions.kkt_solve(k=k, b=x.shared["beta"], **grid) if kept is None else kept[0]
+    return functions.chunk_local_cumsum(g=x.g, **grid), functions.kkt_solve(k=k, b=x.shared["beta"], **grid)
 
 
 def _as(gradient: Tensor | None, given: Tensor) -> Tensor | None:

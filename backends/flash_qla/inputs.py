@@ -5,6 +5,7 @@ FlashQLA numbers the sequences of a packed call by their first chunks and so cou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -19,9 +20,10 @@ from titans_backends.signature import Signature
 
 from ..peers import dense, load, own_offsets
 
-__all__ = ["Inputs", "cuts", "keeping", "kernels", "made"]
+__all__ = ["Inputs", "cache_of", "cuts", "keeping", "kernels", "made", "segments"]
 
 _FILLED = WeakTensorKeyDictionary()
+_CACHED = ("h0", "mt", "fallback_bwd", "num_warmup_bwd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,22 @@ def cuts(signature: Signature) -> tuple[bool, ...]:
 
 
 def keeping(candidate: Candidate) -> Candidate:
-    """One direction of the pair that hands on the inverse of each chunk's triangle, `[B, T, H, 64]` in the dtype of k."""
-    name = "flash_qla/inverses of segments" if candidate.param("auto_cp") else "flash_qla/inverses"
+    """One direction of the pair that hands on what FlashQLA's autograd keeps: the running decay, the inverse of each chunk's triangle `[B, T, H, 64]` and,
+    where sequences are cut, what the segments begin with."""
+    name = "flash_qla/cut" if candidate.param("auto_cp") else "flash_qla/whole"
     return replace(candidate, variant="kept", saves_states=True, residual=name)
+
+
+def segments(cache: Any) -> tuple[Tensor, ...]:
+    """The tensors of FlashQLA's cache of a cut call, none of a whole one's."""
+    return () if cache is None else tuple(getattr(cache, name) for name in _CACHED)
+
+
+def cache_of(tensors: Sequence[Tensor]) -> Any:
+    """FlashQLA's cache again."""
+    if not tensors:
+        return None
+    return load("flash_qla", "flash_qla.ops.gated_delta_rule.chunk.cp").CPCache(**dict(zip(_CACHED, tensors, strict=True)))
 
 
 def kernels() -> ModuleType:

@@ -88,6 +88,10 @@ class Candidate:
     sources: tuple[str, ...] = ()
     residual: str = ""
 
+    def __post_init__(self) -> None:
+        if self.residual and not self.saves_states:
+            raise ValueError(f"{self.label} names a residual, {self.residual!r}, without saves_states=True: nothing would be handed on")
+
     @property
     def name(self) -> str:
         """`backend/variant`, as the cache file writes it."""

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from titans_backends.verdict import Verdict
 
     Outputs = tuple[torch.Tensor | None, ...]
-    Handed = torch.Tensor | tuple[torch.Tensor, ...] | None
 
 __all__ = [
     "CONTRACT_VERSION",

@@ -269,3 +269,8 @@ def test_a_measurement_comes_back_as_it_was_written(path, one):
     file._TIMINGS.written.clear()
     ((found,),) = read_timings(path, defaults_of, DEVICE).table.rows.values()
     assert replace(found, env="") == one
+
+
+def test_a_file_of_comments_is_not_called_empty(written):
+    written.write_text("# titans_backends\n# cut here")
+    assert "the file is empty, or comments alone" in read(written, defaults_of).problem.message

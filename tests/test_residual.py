@@ -138,6 +138,11 @@ def test_the_gate_names_a_residual_that_is_an_input(keeper: Callable[..., Handed
     assert "its residual shares the memory of k" in result.reason
 
 
+def test_a_residual_without_saving_is_no_candidate() -> None:
+    with pytest.raises(ValueError, match="without saves_states=True"):
+        Candidate("keeper", "kept", residual=NAME)
+
+
 def bucket() -> object:
     values = {"dtype": "float32", "head_dim": (8, 4), "streams": 2, "g": True, "regime": "training"}
     return bucket_of(planner(OP.name).plan(build(OP, case(), "cpu", requires_grad=True), request(None, training=True)).choice.signature)._replace(

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from titans_backends.verdict import Verdict
 
     Outputs = tuple[torch.Tensor | None, ...]
-    Handed = torch.Tensor | tuple[torch.Tensor, ...] | None
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -87,6 +86,10 @@ class Candidate:
     batch_invariant: bool = True
     sources: tuple[str, ...] = ()
     residual: str = ""
+
+    def __post_init__(self) -> None:
+        if self.residual and not self.saves_states:
+            raise ValueError(f"{self.label} names a residual, {self.residual!r}, without saves_states=True: nothing would be handed on")
 
     @property
     def name(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,14 +19,11 @@ from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.fakes import fake_backward, fake_forward
 from titans_backends.op_schema import flatten, schema_of, unflatten
-from titans_backends.plan import Outputs, Plan
+from titans_backends.plan import Handed, Outputs, Plan
 from titans_backends.plans import Planner
 from titans_backends.request import Request, request
 from titans_backends.transforms import NO_FORWARD_MODE, transformable
 from titans_backends.watching import watched
-
-if TYPE_CHECKING:
-    from titans_backends.backend import Handed
 
 __all__ = ["NAMESPACE", "call", "gradients", "planner", "register"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,12 +16,11 @@ from titans_backends.errors import BackendRefusedError
 from titans_backends.in_place import announce_change, expect_apart
 from titans_backends.recording import count, listening
 
-if TYPE_CHECKING:
-    from titans_backends.backend import Handed
-
-__all__ = ["Outputs", "Plan"]
+__all__ = ["Handed", "Outputs", "Plan"]
 
 Outputs = tuple[Tensor | None, ...]
+Handed = Tensor | tuple[Tensor, ...] | None
+"""What a forward hands to its backward: chunk-start states, the tensors of a residual, or nothing."""
 _BACKWARDS_LIMIT = 64
 
 

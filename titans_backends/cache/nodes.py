@@ -206,5 +206,5 @@ def compose(text: str, origin: str) -> Cursor:
     finally:
         loader.dispose()
     if node is None:
-        raise SchemaError(f"{origin}:1: the file is empty")
+        raise SchemaError(f"{origin}:1: the file is empty, or comments alone")
     return Cursor(origin, node)

@@ -7,7 +7,7 @@ where a candidate says that it is deterministic, two runs must give the same bit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 
@@ -17,15 +17,13 @@ from titans_backends.contracts import contract as contract_of
 from titans_backends.contracts.contract import Call, Contract, state_dtype
 from titans_backends.contracts.tolerance import Tolerance
 from titans_backends.machine import Machine
+from titans_backends.plan import Handed
 from titans_backends.signature import Signature
 from titans_backends.tuning.guarded_run import run_backward, run_forward
 from titans_backends.tuning.ledger import Ledger, Rejected, gradient_floor, limits
 from titans_backends.tuning.problem import signature_of_case
 from titans_backends.tuning.slices import Part
 from titans_backends.tuning.suite import Exam, Outputs, suite, suite_key
-
-if TYPE_CHECKING:
-    from titans_backends.backend import Handed
 
 __all__ = ["GateResult", "check_backward", "check_backward_part", "check_forward", "check_forward_part", "failure", "gate", "offered"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +12,9 @@ from torch import Tensor
 from titans_backends import registry
 from titans_backends.backend import Candidate, OpModule, TrainableOpModule
 from titans_backends.contracts.contract import Call, Contract
+from titans_backends.plan import Handed
 from titans_backends.tuning.ledger import Rejected
 from titans_backends.tuning.suite import Outputs
-
-if TYPE_CHECKING:
-    from titans_backends.backend import Handed
 
 __all__ = ["run_backward", "run_forward"]
 

@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from titans_backends.contracts.contract import Call, state_dtype
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import with_sizes
 from titans_backends.machine import detect
+from titans_backends.plan import Handed
 from titans_backends.tuning.gate import GateResult, check_backward_part, check_forward_part, failure, gate
 from titans_backends.tuning.guarded_run import run_backward, run_forward
 from titans_backends.tuning.ledger import Ledger, Rejected, limits
@@ -32,9 +33,6 @@ from titans_backends.tuning.problem import case_of, set_torch
 from titans_backends.tuning.sampler import Sampler, sampler_for
 from titans_backends.tuning.slices import Part, group_part, heads_part
 from titans_backends.tuning.suite import Outputs, suite, suite_key, wanted_gradients
-
-if TYPE_CHECKING:
-    from titans_backends.backend import Handed
 
 __all__ = ["Checked", "Session"]
 

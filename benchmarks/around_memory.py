@@ -23,7 +23,8 @@ from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call, Work
 from titans_backends.contracts.tolerance import tolerance
-from titans_backends.tuning.gate import Ledger, check_backward, check_forward
+from titans_backends.tuning.gate import check_backward, check_forward
+from titans_backends.tuning.ledger import Ledger
 from titans_backends.tuning.problem import BESIDE
 from titans_backends.tuning.suite import exam_of
 

@@ -20,7 +20,8 @@ from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call
 from titans_backends.contracts.tolerance import tolerance
-from titans_backends.tuning.gate import Ledger, check_backward, check_forward
+from titans_backends.tuning.gate import check_backward, check_forward
+from titans_backends.tuning.ledger import Ledger
 from titans_backends.tuning.suite import exam_of
 
 LARGE = Case("1x8192 16/32x128", B=1, T=8192, G=16, H=32, K=128, V=128, dtype=torch.bfloat16, given=("g", "gate"))

@@ -20,7 +20,8 @@ from titans_backends.contracts.tolerance import compare, tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.machine import detect
-from titans_backends.tuning.gate import Ledger, Rejected, check_backward
+from titans_backends.tuning.gate import check_backward
+from titans_backends.tuning.ledger import Ledger, Rejected
 from titans_backends.tuning.suite import exam_of
 
 

@@ -11,16 +11,7 @@ from torch import Tensor
 
 import titans_backends as tb
 
-__all__ = ["op_core", "ops_of"]
-
-
-def ops_of(plan: Plan) -> tuple[str, ...]:
-    """The ops that `op_core` calls for a plan."""
-    if plan.normalize == "chunk":
-        return ("uw_transform", "coupled_core")
-    if plan.fast == "state":
-        return ("uw_transform", "slow_core")
-    return ("uw_transform", "slow_core", "dual_core") if plan.fast_state else ("uw_transform", "dual_core")
+__all__ = ["op_core"]
 
 
 def op_core(plan: Plan, x: Inputs, flux: Flux) -> Tensor:

@@ -31,7 +31,7 @@ from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.machine import detect
 from titans_backends.offers import offer
-from titans_backends.plans import Outputs
+from titans_backends.plan import Outputs
 
 BACKENDS = ("eager", "numba_cpu")
 DEFAULT_CELLS = (

@@ -50,8 +50,9 @@ class Asked:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """The keys of both launches."""
-        return [bucket_of(replace(self.signature, launch=launch)) for launch in ("graph", "eager")]  # type: ignore[arg-type]
+        """The keys of both launches, in training also those of a backward that was handed no states."""
+        saves = (True, False) if self.signature.regime == "training" else (self.signature.may_save,)
+        return [bucket_of(replace(self.signature, launch=launch, may_save=save)) for launch in ("graph", "eager") for save in saves]  # type: ignore[arg-type]
 
 
 def asked_of(subject: Problem, training: bool) -> Asked:
@@ -118,7 +119,10 @@ def user_of(subject: Problem, pair: Pair, training: bool) -> Run:
     op, given = tb.get_op(RULE), leaves(subject, training)
     arguments = _arguments(subject, given)
     if training:
-        _expect(op.bind(**arguments).choice, pair)
+        choice = op.bind(**arguments).choice
+        _expect(choice, pair)
+        if not pair.forward.saves_states:  # its backward is chosen again, for a call that saved nothing
+            _expect(dispatch.choose(replace(choice.signature, may_save=False), choice.machine), pair)
         return step(subject, lambda x: op(**{**arguments, **x}), given)
     bound = op.bind(**arguments)
     _expect(bound.choice, pair)

@@ -29,7 +29,8 @@ from titans_backends.contracts.tolerance import tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.signature import Regime
-from titans_backends.tuning.gate import Ledger, Rejected, check_backward, check_forward
+from titans_backends.tuning.gate import check_backward, check_forward
+from titans_backends.tuning.ledger import Ledger, Rejected
 from titans_backends.tuning.suite import exam_of
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":

@@ -10,7 +10,7 @@ import warnings
 import pytest
 
 from titans_backends.cache import file, writing
-from titans_backends.cache.file import CacheError, check_writable, edit, load, load_timings, read, read_timings, update, update_timings
+from titans_backends.cache.file import CacheError, check_writable, edit, load, read, read_timings, update, update_timings
 from titans_backends.cache.schema import Bucket, Device, Entry, Environment, prune
 from titans_backends.cache.timings import Measurement
 
@@ -241,4 +241,4 @@ def test_timings_are_merged_and_graded_alike(path):
     ]
     assert read(path, defaults_of).problem.kind == "damaged"  # no table of winners
     path.write_text("schema: 9\n")
-    assert load_timings(path, defaults_of).problem.kind == "future"
+    assert read_timings(path, defaults_of).problem.kind == "future"

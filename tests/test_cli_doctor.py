@@ -49,7 +49,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     titans_backends.reset()
 
 
-def test_usable_means_that_every_op_ran_and_was_right() -> None:
+def test_usable_means_that_every_op_ran_and_was_right(eager_first: None) -> None:  # no other backend is tried before it
     eager = next(one for one in check_backends("cpu", run=True) if one.name == "eager")
     assert (eager.state, eager.reason) == ("usable", "")
     assert eager.right == eager.ops == tuple(titans_backends.ops())

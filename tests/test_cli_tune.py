@@ -28,7 +28,7 @@ from titans_backends.tuning.plan import plan
 from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
 
 TINY = ["tune", "--op", "fused_uw", "--seq-lens", "64", "--heads", "1/1", "--head-dim", "16", "--device", "cpu"]
-MODULE = importlib.import_module("titans_backends.cli.tune")
+MODULE = importlib.import_module("titans_backends.cli.tune_session")
 run = CliRunner().invoke
 
 Tuner = Callable[[TuneRequest, OnEvent], TuneReport]

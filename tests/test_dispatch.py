@@ -18,7 +18,7 @@ from titans_backends.cache.schema import Device, Entry, device_of
 from titans_backends.dispatch import choose
 from titans_backends.machine import Machine
 from titans_backends.offers import Pair
-from titans_backends.plans import PLAIN
+from titans_backends.request import PLAIN
 from titans_backends.tables import current_environment
 
 pytestmark = pytest.mark.usefixtures("eager_first")

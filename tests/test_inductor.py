@@ -24,7 +24,8 @@ from titans_backends.facts import signature_of
 from titans_backends.machine import Machine, detect
 from titans_backends.offers import offer
 from titans_backends.signature import Signature
-from titans_backends.tuning.gate import Ledger, check_forward
+from titans_backends.tuning.gate import check_forward
+from titans_backends.tuning.ledger import Ledger
 from titans_backends.tuning.suite import exam_of
 
 compiled = import_module("titans_backends.backends.inductor.compiled")

@@ -15,6 +15,7 @@ from titans_backends import op as ops
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import build, cases
 from titans_backends.contracts.tolerance import compare
+from titans_backends.op_schema import flatten
 
 
 def small(name: str, *, requires_grad: bool = False, **changes: object) -> tuple[object, dict[str, object]]:
@@ -26,7 +27,7 @@ def small(name: str, *, requires_grad: bool = False, **changes: object) -> tuple
 
 def registered_arguments(name: str, call: object, *, training: bool) -> tuple[object, ...]:
     contract = CONTRACTS[name]
-    return (*library._flatten(contract, library.planner(name).values(call)), None, False, training, False)
+    return (*flatten(contract, library.planner(name).values(call)), None, False, training, False)
 
 
 @pytest.mark.parametrize("name", CONTRACTS)
@@ -43,7 +44,7 @@ def test_opcheck_of_the_backward_op(name: str) -> None:
     outputs = tb.get_op(name)(**keywords)
     needs = [isinstance(getattr(call, n), torch.Tensor) for n in contract.differentiable]
     grads = [None if o is None else torch.ones_like(o) for o in outputs]
-    arguments = (*grads, *library._flatten(contract, library.planner(name).values(call)), None, needs, None, False)
+    arguments = (*grads, *flatten(contract, library.planner(name).values(call)), None, needs, None, False)
     torch.library.opcheck(getattr(torch.ops.titans_backends, f"{name}_backward").default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -51,7 +52,7 @@ def test_opcheck_of_the_backward_op(name: str) -> None:
 def test_opcheck_of_the_in_place_step(name: str) -> None:
     made = CONTRACTS[name]
     call, _ = small(name)
-    arguments = (*library._flatten(made, library.planner(name).values(call), in_place=True), None)
+    arguments = (*flatten(made, library.planner(name).values(call), in_place=True), None)
     torch.library.opcheck(getattr(torch.ops.titans_backends, f"{name}_").default, arguments)
 
 

@@ -271,3 +271,17 @@ def test_a_case_is_checked_and_timed_and_what_is_wrong_has_no_time(mode: str, mo
         later = measure.measured(case, cells.GROUPS["compiled"], {}, replace(part, entrants=()), rules, "cpu", None)
         assert later.entrants == ()
         assert later.seconds > 0
+
+
+def test_the_backward_of_the_named_pair_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = measure._posed(cells.Case(cells.Cell(1, 70, 1, 2, 16), "training"), "cpu")
+    asked = measure.asked_of(subject, True)
+    named = [pair for pair in measure.pairs(asked.offers, asked.signature) if pair.backward.backend == "eager"]
+    backward, ran = measure.module_of(named[0].backward), list[Candidate]()
+    run = backward.run_backward
+    monkeypatch.setattr(backward, "run_backward", lambda *given: (ran.append(given[-1]), run(*given))[1])
+    for pair in named:
+        with measure.running(asked, pair):
+            measure.user_of(subject, pair, True)()
+    assert ran == [pair.backward for pair in named]
+    assert len(set(ran)) > 1

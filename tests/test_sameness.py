@@ -18,7 +18,7 @@ import titans_backends as tb
 from titans_backends import precision, sameness
 from titans_backends.contracts.fast_core import FastCore
 from titans_backends.errors import BoundCallMismatchError
-from titans_backends.plans import Plan
+from titans_backends.plan import Plan
 
 
 def values() -> tuple[object, ...]:

@@ -17,7 +17,7 @@ from titans_backends.backends.triton.ahead import collected
 from titans_backends.backend import Candidate
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.contracts.uw_transform import UWTransform
-from titans_backends.plans import Plan
+from titans_backends.plan import Plan
 
 SCAN = {"block": 64, "prepare_warps": 4, "value_tile": 32, "warps": 4, "stages": 3, "dot": "tf32"}
 SEGMENTS = {"segment": 16, "map_tile": 32, "map_warps": 4, "chain_tile": 16, "chain_warps": 4, "chain_stages": 3}

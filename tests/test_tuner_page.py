@@ -11,7 +11,8 @@ from tests.scripts import script
 from titans_backends.buckets import field
 from titans_backends.cli.assess import _json
 from titans_backends.recording import read
-from titans_backends.tuning.assess import Assessment, in_order, spread_out
+from titans_backends.tuning.assess import Assessment
+from titans_backends.tuning.assess_order import in_order, spread_out
 from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import FirstUse
 from titans_backends.tuning.plan import plan

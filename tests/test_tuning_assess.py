@@ -25,7 +25,8 @@ from titans_backends.offers import Pair, offers, pairs
 from titans_backends.tuning import assess as assessing
 from titans_backends.tuning import first_use
 from titans_backends.tuning.ahead import Job, Limits, Target
-from titans_backends.tuning.assess import Assessment, assess, in_order, midpoints, spread_out
+from titans_backends.tuning.assess import Assessment, assess
+from titans_backends.tuning.assess_order import in_order, midpoints, spread_out
 from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import FirstUse
 from titans_backends.tuning.plan import plan

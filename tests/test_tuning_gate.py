@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from titans_backends import registry
 from titans_backends.backend import Candidate, TrainableOpModule
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import WhenValue, canonical_when
@@ -19,8 +20,10 @@ from titans_backends.contracts.case import Case
 from titans_backends.contracts.fused_uw import FusedUW
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.machine import detect
-from titans_backends.tuning import gate as gate_module
-from titans_backends.tuning.gate import GateResult, gate
+from titans_backends.tuning import guarded_run
+from titans_backends.tuning.gate import GateResult, check_backward, gate
+from titans_backends.tuning.ledger import Ledger, Rejected
+from titans_backends.tuning.suite import Exam
 
 Run = Callable[..., GateResult]
 
@@ -129,8 +132,8 @@ def test_what_a_module_remembered_runs_on_poisoned_memory_and_not_on_its_first_r
         def remember(self, call: FusedUW, candidate: Candidate) -> object:
             return self.run(call, candidate), lambda later: self.run(FusedUW(*later), candidate)
 
-    monkeypatch.setattr(gate_module, "_poison", lambda shapes, like: done.append("poison"))
-    gate_module.run_forward(contract, Candidate("any", "any"), Module(), call, "here", repeated=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(guarded_run, "_poison", lambda shapes, like: done.append("poison"))
+    guarded_run.run_forward(contract, Candidate("any", "any"), Module(), call, "here", repeated=True)  # type: ignore[arg-type]
     assert done == ["run", "poison", "run"]
 
 
@@ -152,7 +155,7 @@ def test_what_repeats_its_first_gradients_is_rejected_also_where_bits_may_differ
     made = CONTRACTS["fused_uw"]
     call = made.make_call(torch.eye(4), torch.ones(4, 4), torch.ones(4, 4))
     grads = (torch.ones(4, 4), None)
-    exam = gate_module.Exam(
+    exam = Exam(
         Case("any", B=1, T=4, G=1, H=1, K=4, V=4),
         call,
         made.reference(call),
@@ -170,5 +173,24 @@ def test_what_repeats_its_first_gradients_is_rejected_also_where_bits_may_differ
 
     for deterministic in (True, False):
         candidate = Candidate("any", "any", direction="backward", deterministic=deterministic)
-        with pytest.raises(gate_module.Rejected, match="two runs differ" if deterministic else "called again"):
-            gate_module.check_backward(made, candidate, Module(), exam, tolerance(torch.float32), gate_module.Ledger(), "here")  # type: ignore[arg-type]
+        with pytest.raises(Rejected, match="two runs differ" if deterministic else "called again"):
+            check_backward(made, candidate, Module(), exam, tolerance(torch.float32), Ledger(), "here")  # type: ignore[arg-type]
+
+
+def test_a_gradient_below_what_float32_holds_may_be_zero_but_not_anything_else() -> None:
+    values: dict[str, WhenValue] = {"dtype": "float32", "head_dim": (8, 8), "streams": 2, "g": True, "initial_state": True, "regime": "training"}
+    bucket = Bucket("deep_core", canonical_when(values, defaults_of("deep_core")), 40)
+    module, _ = registry.module(registry.get("eager"), "deep_core")
+    assert module is not None
+    candidate = Candidate("eager", "blocks", direction="backward")
+
+    class Spoiled:
+        def __getattr__(self, name: str) -> object:
+            return getattr(module, name)
+
+        def run_backward(self, *arguments: object) -> object:
+            found = module.run_backward(*arguments)  # type: ignore[attr-defined]
+            return (*found[:-1], found[-1] + 1e-3)
+
+    assert gate(bucket, candidate, module, detect("cpu"), "cpu").reason == ""
+    assert "is off by" in gate(bucket, candidate, Spoiled(), detect("cpu"), "cpu").reason  # type: ignore[arg-type]

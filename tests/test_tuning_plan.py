@@ -7,7 +7,7 @@ import pytest
 from titans_backends.buckets import bucket_of, field
 from titans_backends.contracts import CONTRACTS
 from titans_backends.errors import UnknownNameError
-from titans_backends.tuning.plan import DEFAULT_GRIDS, parse_head_dim, parse_heads, plan
+from titans_backends.tuning.plan import DEFAULT_GRIDS, plan
 from titans_backends.tuning.problem import signature_of_bucket
 
 
@@ -66,13 +66,3 @@ def test_what_no_op_accepts_is_refused_with_its_name(options: dict[str, object],
 def test_an_unknown_op_lists_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match="slow_core"):
         plan("cpu", ops=["slowcore"])
-
-
-def test_heads_and_head_dims_are_read_as_people_write_them() -> None:
-    assert (parse_heads("16"), parse_heads("16/32"), parse_head_dim("128"), parse_head_dim("128,64")) == ((16, 16), (16, 32), (128, 128), (128, 64))
-    for text in ("", "0", "16/24", "a/b", "1/2/3"):
-        with pytest.raises(ValueError, match="heads must be like"):
-            parse_heads(text)
-    for text in ("", "x", "1,2,3"):
-        with pytest.raises(ValueError, match="head_dim must be like"):
-            parse_head_dim(text)

@@ -26,7 +26,7 @@ from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.recorded import Demand, covered, demands, ordered, table_us
 from titans_backends.tuning.run import Row, TuneReport, TuneRequest
 
-MODULE = importlib.import_module("titans_backends.cli.tune")
+MODULE = importlib.import_module("titans_backends.cli.tune_session")
 run = CliRunner().invoke
 
 

@@ -58,7 +58,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Device, CudaSamp
         device = Device()
         found = object.__new__(CudaSampler)
         found._flush, found._device, found._launch = device, torch.device("cpu"), "graph"  # type: ignore[assignment]
-        found._graphs, found._flushes = {"k": (device, None)}, 1  # type: ignore[dict-item]
+        found._graphs, found._flushes = {"k": device}, 1  # type: ignore[dict-item]
         monkeypatch.setattr(sampler, "_events", lambda: (Event(device), Event(device)))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda _: device.synchronize())
         return device, found

@@ -27,7 +27,8 @@ from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
-from titans_backends.tuning.gate import Ledger, check_forward, failure
+from titans_backends.tuning.gate import check_forward, failure
+from titans_backends.tuning.ledger import Ledger
 from titans_backends.tuning.suite import exam_of
 
 if os.environ.get("TRITON_INTERPRET") != "1":

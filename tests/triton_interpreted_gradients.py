@@ -26,7 +26,8 @@ from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.tolerance import Tolerance
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
-from titans_backends.tuning.gate import Ledger, check_backward, failure
+from titans_backends.tuning.gate import check_backward, failure
+from titans_backends.tuning.ledger import Ledger
 from titans_backends.tuning.suite import Exam, exam_of, wanted_gradients
 
 __all__ = ["every_size", "poisoned_memory"]  # fixtures for every test of this file

@@ -15,7 +15,7 @@ from torch import Tensor
 from titans_backends import library
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call
-from titans_backends.plans import Outputs, Plan
+from titans_backends.plan import Outputs, Plan
 
 __all__ = ["differentiated"]
 

@@ -22,7 +22,8 @@ from titans_backends.dispatch import Choice, Consulted, Forced, choose
 from titans_backends.errors import BackendRefusedError
 from titans_backends.machine import Machine, detect
 from titans_backends.offers import Offer, offers, pairs
-from titans_backends.plans import Planner, Request
+from titans_backends.plans import Planner
+from titans_backends.request import Request
 from titans_backends.signature import Signature
 from titans_backends.tables import Source, sources
 

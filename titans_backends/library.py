@@ -7,8 +7,7 @@ dispatcher. The forward op's last output are the chunk-start states that its bac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +15,12 @@ from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from titans_backends.contracts import CONTRACTS
-from titans_backends.contracts.chunks import chunk_rows
-from titans_backends.contracts.contract import Call, Contract, Option, state_dtype
-from titans_backends.contracts.validate import check_devices
-from titans_backends.plans import Outputs, Plan, Planner, Request, request
+from titans_backends.contracts.contract import Call, Contract
+from titans_backends.fakes import fake_backward, fake_forward
+from titans_backends.op_schema import flatten, schema_of, unflatten
+from titans_backends.plan import Outputs, Plan
+from titans_backends.plans import Planner
+from titans_backends.request import Request, request
 from titans_backends.transforms import NO_FORWARD_MODE, transformable
 from titans_backends.watching import watched
 
@@ -35,74 +36,14 @@ def planner(name: str) -> Planner:
     return _PLANNERS[name]
 
 
-# --- schemas: a call's fields in order, then what the request needs
-
-
-def _default(option: Option) -> str:
-    return "None" if option.default is None else f'"{option.default}"' if option.kind == "str" else str(option.default)
-
-
-def _parameters(op: Contract, *, mutates: tuple[str, ...] = ()) -> list[str]:
-    """The schema of each field; a tensor that may also be a number is two."""
-    alias = dict(zip(mutates, "abcdefgh", strict=False))
-    parts: list[str] = []
-    for field in fields(op.make_call):  # type: ignore[arg-type]  # a dataclass by contract
-        argument, option = op.argument_by_name.get(field.name), op.option_by_name.get(field.name)
-        if argument is not None:
-            kind = f"Tensor({alias[field.name]}!)" if field.name in alias else "Tensor?" if argument.optional else "Tensor"
-            parts.append(f"{kind} {field.name}")
-            if argument.fill == "mixing":
-                parts.append(f"float {field.name}_number")
-        elif option is not None:
-            kind = {"int": "SymInt" if option.name in ("chunk_offset", "block_offset") else "int"}.get(option.kind, option.kind)
-            parts.append(f"{kind}{'?' if option.nullable else ''} {field.name}")
-    return parts
-
-
-def _flatten(op: Contract, values: Sequence[object], *, in_place: bool = False) -> list[object]:
-    """A call's field values as the schema wants them; that of the op in place has no `inplace`."""
-    flat: list[object] = []
-    for name, value in zip(op.parameters, values, strict=True):
-        if in_place and name == "inplace":
-            continue
-        argument = op.argument_by_name.get(name)
-        if argument is not None and argument.fill == "mixing":
-            flat += (value, 0.0) if isinstance(value, Tensor) else (None, value)
-        else:
-            flat.append(value)
-    return flat
-
-
-def _unflatten(op: Contract, flat: Sequence[object], *, in_place: bool = False) -> Call:
-    """The call of a schema's arguments."""
-    given: dict[str, object] = {}
-    rest = iter(flat)
-    for name in op.parameters:
-        if in_place and name == "inplace":
-            given[name] = True
-            continue
-        value = next(rest)
-        argument = op.argument_by_name.get(name)
-        if argument is not None and argument.fill == "mixing":
-            number = next(rest)
-            value = number if value is None else value
-        given[name] = value
-    return op.make_call(**given)
-
-
-@functools.lru_cache(maxsize=64)
-def _width(op_name: str) -> int:
-    return len(_parameters(CONTRACTS[op_name]))
-
-
 def call(op: Contract, values: Sequence[object], backend: str | None, batch_invariant: bool, training: bool, may_save: bool) -> Outputs:
     """The registered op, for autograd and tracers to see; returns the contract's outputs without the saved states."""
     _refuse_duals(op, values)
     namespace = torch.ops.titans_backends
     if "inplace" in op.parameters and values[op.parameters.index("inplace")]:
-        o = getattr(namespace, f"{op.name}_")(*_flatten(op, values, in_place=True), backend)
+        o = getattr(namespace, f"{op.name}_")(*flatten(op, values, in_place=True), backend)
         return o, *(values[op.parameters.index(name)] for name in op.rewritten)
-    flat = (*_flatten(op, values), backend, batch_invariant, training, may_save)
+    flat = (*flatten(op, values), backend, batch_invariant, training, may_save)
     if torch._C._are_functorch_transforms_active():
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=f"{op.name}: its torch.func transforms run eagerly; leave fullgraph=True out, or put the transform outside")
@@ -144,7 +85,7 @@ def _asked(backend: object, batch_invariant: object, *, training: bool, may_save
 def _forward(op: Contract) -> Callable[..., Outputs]:
     def run(*flat: object) -> Outputs:
         *inputs, backend, batch_invariant, training, may_save = flat
-        made = _unflatten(op, inputs)
+        made = unflatten(op, inputs)
         plan = _plan(op, made, _asked(backend, batch_invariant, training=bool(training), may_save=bool(may_save)))
         outputs = _PLANNERS[op.name].execute(plan, made)
         return (*outputs, None) if len(outputs) == len(op.outputs) else outputs
@@ -157,7 +98,7 @@ def _backward(op: Contract) -> Callable[..., Outputs]:
 
     def run(*flat: object) -> Outputs:
         grads, inputs, (states, needs, backend, batch_invariant) = flat[:count], flat[count:-4], flat[-4:]
-        return _run_backward(op, _unflatten(op, inputs), grads, states, needs, backend, batch_invariant)  # type: ignore[arg-type]  # the schema has checked them
+        return _run_backward(op, unflatten(op, inputs), grads, states, needs, backend, batch_invariant)  # type: ignore[arg-type]  # the schema has checked them
 
     return run
 
@@ -180,7 +121,7 @@ def gradients(
     compiled autograd traces it, and where torch must see it for what arrives or comes back from saved tensors."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched((*grads, *values, states)):
         registered: Outputs = getattr(torch.ops.titans_backends, f"{op.name}_backward")(
-            *grads, *_flatten(op, values), states, needs, backend, batch_invariant
+            *grads, *flatten(op, values), states, needs, backend, batch_invariant
         )
         return registered
     return _run_backward(op, op.make_call(**dict(zip(op.parameters, values, strict=True))), grads, states, needs, backend, batch_invariant)
@@ -189,77 +130,13 @@ def gradients(
 def _in_place(op: Contract) -> Callable[..., Tensor]:
     def run(*flat: object) -> Tensor:
         *inputs, backend = flat
-        made = _unflatten(op, inputs, in_place=True)
+        made = unflatten(op, inputs, in_place=True)
         plan = _plan(op, made, _asked(backend, False, training=False, may_save=False))
         o = _PLANNERS[op.name].execute(plan, made)[0]
         assert o is not None
         return o
 
     return run
-
-
-# --- fakes: shapes only
-
-
-def _sizes(op: Contract, tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """The contract's letters, symbolic or not."""
-    sizes: dict[str, object] = {}
-    for name, tensor in tensors.items():
-        layout = next(d for d in op.argument_by_name[name].dims if d.startswith("*") or len(d.split()) == tensor.dim())
-        letters = layout.split()
-        if letters and letters[0] == "*":
-            sizes.setdefault("*", tuple(tensor.shape[: 1 - len(letters)]))
-            letters = letters[1:]
-        tail = tuple(tensor.shape)[tensor.dim() - len(letters) :]
-        for letter, size in zip(letters, tail, strict=True):
-            sizes.setdefault(letter, size)
-    sizes["N"] = tensors["cu_seqlens"].shape[0] - 1 if "cu_seqlens" in tensors else sizes.get("B")
-    return sizes
-
-
-def _shape(layout: str, sizes: Mapping[str, object]) -> list[int]:
-    shape: list[int] = []
-    for letter in layout.split():
-        size = sizes[letter]
-        if isinstance(size, tuple):
-            shape.extend(size)
-        else:
-            shape.append(size)  # type: ignore[arg-type]  # an int, or a tracer's SymInt
-    return shape
-
-
-def _fake_forward(op: Contract) -> Callable[..., Outputs]:
-    def fake(*flat: object) -> Outputs:
-        made = _unflatten(op, flat[:-4])
-        tensors = op.tensors(made)
-        check_devices(op, tensors)  # one tensor on meta among others brings the call here, and nothing would be computed
-        sizes, first = _sizes(op, tensors), tensors[op.operands[0]]
-        if any("Z" in output.dims.split() for output in op.outputs):
-            sizes["Z"] = chunk_rows(first.shape[1], made.chunk_size, sizes["N"] if "cu_seqlens" in tensors else None)  # type: ignore[attr-defined, arg-type]
-        outputs: list[Tensor | None] = []
-        for output, asked in zip(op.outputs, op.asked(made), strict=True):
-            dtype = tensors[output.like].dtype if output.like else state_dtype(first.dtype)
-            if output.like is None and output.name in tensors:
-                dtype = tensors[output.name].dtype
-            outputs.append(first.new_empty(_shape(output.dims, sizes), dtype=dtype) if asked else None)
-        return (*outputs, None)
-
-    return fake
-
-
-def _fake_backward(op: Contract) -> Callable[..., Outputs]:
-    count = len(op.outputs)
-
-    def fake(*flat: object) -> Outputs:
-        made, needs = _unflatten(op, flat[count:-4]), flat[-3]
-        assert isinstance(needs, (list, tuple))
-        tensors = op.tensors(made)
-        return tuple(
-            torch.empty_like(tensors[name], memory_format=torch.contiguous_format) if need and name in tensors else None
-            for name, need in zip(op.differentiable, needs, strict=True)
-        )
-
-    return fake
 
 
 # --- autograd
@@ -280,8 +157,8 @@ def _setup_context(op: Contract) -> Callable[..., None]:
 
 def _autograd(op: Contract, backward_op: Callable[..., Outputs] | None = None) -> Callable[..., tuple[Tensor | None, ...]]:
     """The formula; `backward_op` stands in for the registered backward."""
-    width = _width(op.name)
-    position = {p.split()[-1]: index for index, p in enumerate(_parameters(op))}
+    schema = schema_of(op)
+    width, position = len(schema), {field.split()[-1]: index for index, field in enumerate(schema)}
 
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, states = ctx.saved_tensors  # type: ignore[attr-defined]
@@ -326,23 +203,23 @@ def register() -> None:
         return
     library = _library = torch.library.Library(NAMESPACE, "DEF")
     for op in CONTRACTS.values():
-        parameters = _parameters(op)
+        schema = schema_of(op)
         results = ", ".join(["Tensor" if o.when is None else "Tensor?" for o in op.outputs] + ["Tensor?"])
         tail = ["str? backend", "bool batch_invariant", "bool training", "bool may_save"]
-        library.define(f"{op.name}({', '.join(parameters + tail)}) -> ({results})")
+        library.define(f"{op.name}({', '.join(schema + tail)}) -> ({results})")
         library.impl(op.name, _forward(op), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{op.name}", _fake_forward(op), lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{op.name}", fake_forward(op), lib=library)
         torch.library.register_autograd(f"{NAMESPACE}::{op.name}", _autograd(op), setup_context=_setup_context(op), lib=library)
 
         grads = [f"Tensor? grad_{o.name}" for o in op.outputs]
         tail = ["Tensor? states", "bool[] needs", "str? backend", "bool batch_invariant"]
         back = f"{op.name}_backward"
-        library.define(f"{back}({', '.join(grads + parameters + tail)}) -> ({', '.join(['Tensor?'] * len(op.differentiable))})")
+        library.define(f"{back}({', '.join(grads + schema + tail)}) -> ({', '.join(['Tensor?'] * len(op.differentiable))})")
         library.impl(back, _backward(op), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{back}", _fake_backward(op), lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{back}", fake_backward(op), lib=library)
         torch.library.register_autograd(f"{NAMESPACE}::{back}", _second_order(op), setup_context=lambda ctx, inputs, output: None, lib=library)
         if "inplace" in op.parameters:
-            kept = [p for p in _parameters(op, mutates=op.rewritten) if p.split()[-1] != "inplace"]
+            kept = [p for p in schema_of(op, mutates=op.rewritten) if p.split()[-1] != "inplace"]
             library.define(f"{op.name}_({', '.join([*kept, 'str? backend'])}) -> Tensor")
             library.impl(f"{op.name}_", _in_place(op), "CompositeExplicitAutograd")
             torch.library.register_fake(

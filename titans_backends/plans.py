@@ -6,182 +6,39 @@ On a hit nothing is validated but the values of index tensors that lie on the CP
 
 from __future__ import annotations
 
-import functools
 import operator
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from titans_backends import registry, scope, switches
-from titans_backends.backend import OpModule, TrainableOpModule
+from titans_backends import switches
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import check_indices, validate
-from titans_backends.dispatch import Choice, Forced, choose
-from titans_backends.errors import BackendRefusedError, SwitchError
+from titans_backends.dispatch import Choice, choose
+from titans_backends.errors import BackendRefusedError
 from titans_backends.facts import signature_of
+from titans_backends.in_place import announce_change, expect_apart
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, run_modules
+from titans_backends.plan import Outputs, Plan
 from titans_backends.precision import float32_precision
 from titans_backends.recording import count, listening
+from titans_backends.request import PLAIN, Request, request
 from titans_backends.sameness import same_as
-from titans_backends.signature import Launch, Signature
+from titans_backends.signature import Signature
 
-__all__ = ["PLAIN", "Outputs", "Plan", "Planner", "Request", "announce_change", "invalidate", "request"]
+__all__ = ["Planner", "invalidate"]
 
-Outputs = tuple[Tensor | None, ...]
 _MEMO_LIMIT = 4096
 _RECENT = 4
 """Calls that are told from one another without a key: the shapes of a model's layers."""
-_BACKWARDS_LIMIT = 64
 _LENGTHS = frozenset("BTNMEPZ*")
 _LONGEST_CHUNK = 512
 _PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a choice depends on beside the call. `must_save`: a backward was handed chunk-start states, so its pair saves them."""
-
-    backend: str | None = None
-    by: str = "backend="
-    batch_invariant: bool = False
-    training: bool = False
-    may_save: bool = True
-    must_save: bool = False
-    tune_budget_s: float | None = None
-    launch: Launch | None = None
-
-    @property
-    def forced(self) -> Forced | None:
-        """The backend asked for by name."""
-        return None if self.backend is None else Forced(self.backend, self.by)
-
-
-PLAIN = Request()
-
-
-@functools.lru_cache(maxsize=64)
-def _named(backend: str) -> Request:
-    """The request that names a backend and nothing else: one object, so that two calls' settings compare by identity."""
-    return Request(backend)
-
-
-def request(backend: str | None, *, training: bool, may_save: bool = True) -> Request:
-    """The request of a call: its own `backend=`, then `use_backend`, then the switch; and the scoped policy."""
-    scoped, force = scope.current(), switches.current().force
-    if not training and scoped is scope.DEFAULT and (backend is not None or force is None):
-        return PLAIN if backend is None else _named(backend)
-    by = "backend="
-    if backend is None and scoped.forced is not None:
-        backend, by = scoped.forced, "use_backend"
-    if backend is None and force is not None:
-        backend, by = force, f"{switches.PREFIX}FORCE"
-        if force not in registry.known() and force not in registry.broken():
-            raise SwitchError(f"{by} names an unknown backend {force!r}; known: {', '.join(sorted(registry.known()))}")
-    return Request(backend, by, scoped.batch_invariant, training, may_save, False, scoped.tune_budget_s, scoped.launch)
-
-
-@dataclass(slots=True)
-class Plan:
-    """A frozen choice with the modules that run it. `ran` says that its kernels are loaded, which graph capture needs to know.
-
-    `values` gives a call's, `outputs` counts the contract's, `written` are the places of what the call changes.
-    `again` is what the module remembered of the first call: every call of a plan has the same facts. `tries`: how often it may still be asked, since a call
-    with one tensor for two inputs cannot be remembered and the next one can. `again_backward`
-    holds the same of backwards, by what was needed and the facts of what arrived; None: that cannot be repeated.
-    """
-
-    choice: Choice
-    forward_module: OpModule
-    backward_module: TrainableOpModule | None
-    checks_indices: bool
-    device: torch.device
-    values: Callable[[Call], tuple[object, ...]]
-    outputs: int = field(default=0)
-    written: tuple[int, ...] = field(default=())
-    ran: bool = field(default=False)
-    again: Callable[[tuple[object, ...]], Outputs] | None = field(default=None)
-    tries: int = field(default=3)
-    again_backward: dict[object, tuple[Callable[[tuple[object, ...], Outputs, Tensor | None], Outputs] | None]] = field(default_factory=dict)
-
-    def run(self, call: Call) -> Outputs:
-        """The forward kernel, on the current stream of the inputs' device, outside autocast."""
-        if self.needs_guard():
-            return self._guarded(lambda: self._run(call))
-        return self._run(call)
-
-    def _run(self, call: Call) -> Outputs:
-        """What the module remembered of this plan's first call, or its `run`."""
-        again = self.again
-        if again is not None:
-            return again(self.values(call))
-        candidate = self.choice.pair.forward
-        module = registry.remembering(self.forward_module) if self.tries else None
-        if module is None:
-            return self.forward_module.run(call, candidate)
-        outputs, again = module.remember(call, candidate)
-        self.tries -= 1  # a call that raised, for want of memory perhaps, is no try
-        if again is not None:
-            self.again = again
-        return outputs
-
-    def repeated(self, values: tuple[object, ...]) -> Outputs | None:
-        """What the module remembered, of values that are like those of the plan's first call; None where it remembered nothing or a call has to do more."""
-        again = self.again
-        if again is None or self.checks_indices or self.needs_guard():
-            return None
-        if len(self.written) > 1:
-            _expect_apart(self.choice.signature.op, [values[place] for place in self.written])  # type: ignore[misc]  # tensors, as in the first call
-        for place in self.written:
-            announce_change(self.choice.signature.op, values[place])  # type: ignore[arg-type]
-        outputs = again(values)[: self.outputs]
-        if listening:
-            count(self.choice.signature)
-        return outputs
-
-    def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
-        """The backward kernel, where and as the forward's; the gradients follow `contract.differentiable`."""
-        guarded = self.needs_guard()
-        found = self._guarded(lambda: self._run_backward(call, grads, states, needs)) if guarded else self._run_backward(call, grads, states, needs)
-        if listening:
-            count(self.choice.signature, backward=True)
-        return found
-
-    def _run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
-        """What the module remembered of a backward like this, or its `run_backward`."""
-        backward, module = self.choice.pair.backward, self.backward_module
-        if backward is None or module is None:
-            raise BackendRefusedError(f"{self.choice.signature.op}: {self.choice.pair.label} has no backward")
-        remembering = registry.remembering_backward(module)
-        if remembering is None:
-            return module.run_backward(call, grads, states, needs, backward)
-        key = (needs, *[None if x is None else (x.stride(), x.dtype, x.data_ptr() & 15) for x in (*grads, states)])
-        known = self.again_backward.get(key)
-        if known is None:
-            found, again = remembering.remember_backward(call, grads, states, needs, backward)
-            if len(self.again_backward) >= _BACKWARDS_LIMIT:
-                self.again_backward.clear()
-            self.again_backward[key] = (again,)
-            return found
-        (again,) = known
-        return module.run_backward(call, grads, states, needs, backward) if again is None else again(self.values(call), grads, states)
-
-    def needs_guard(self) -> bool:
-        """Whether autocast is on, or another device than the inputs' is current."""
-        return torch._C._is_any_autocast_enabled() or (self.device.type == "cuda" and self.device.index != torch._C._cuda_getDevice())
-
-    def _guarded(self, kernel: Callable[[], Outputs]) -> Outputs:
-        """Runs with the inputs' device current and autocast off: a kernel sees the dtypes that it was promised."""
-        with torch.autocast(self.device.type, enabled=False):
-            if self.device.type == "cuda":
-                with torch.cuda.device(self.device):
-                    return kernel()
-            return kernel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +126,7 @@ class Planner:
                 f"{self.contract.name}: a graph is being captured, and this bound op has not run yet; call it once before the capture"
             )
         if self._may_change and call.inplace:  # type: ignore[attr-defined]
-            _expect_apart(self.contract.name, [getattr(call, name) for name in self.contract.rewritten])
+            expect_apart(self.contract.name, [getattr(call, name) for name in self.contract.rewritten])
             for name in self.contract.rewritten:
                 announce_change(self.contract.name, getattr(call, name), name)
         outputs = plan.run(call)
@@ -356,23 +213,6 @@ class Planner:
         changed = self.contract.rewritten if self._may_change and call.inplace else ()  # type: ignore[attr-defined]
         written = tuple(self.contract.parameters.index(name) for name in changed)
         return Plan(choice, forward, backward, checks, device, self.values, len(self.contract.outputs), written)
-
-
-def announce_change(op: str, state: Tensor, name: str = "state") -> None:
-    """Tells autograd that a kernel writes this tensor, which it cannot see: what was saved of it for a backward is refused there."""
-    if not state.is_inference():
-        torch.autograd.graph.increment_version(state)
-    elif not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{op}: inplace=True would change an inference tensor outside torch.inference_mode(); pass {name}.clone(), or inplace=False"
-        )
-
-
-def _expect_apart(op: str, states: list[Tensor]) -> None:
-    """ValueError where two tensors that a call rewrites begin at one place, or one that is dense reaches into another. Interleaved slices may."""
-    spans = sorted((state.data_ptr(), state.data_ptr() + (state.nbytes if state.is_contiguous() else 1)) for state in states if state.numel())
-    if any(later < end for (_, end), (later, _) in pairwise(spans)):
-        raise ValueError(f"{op}: two of the tensors that inplace=True would rewrite share memory; pass clones, or inplace=False")
 
 
 def _settings(asked: Request, on_cuda: bool) -> tuple[object, ...]:

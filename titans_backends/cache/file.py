@@ -32,7 +32,6 @@ __all__ = [
     "edit",
     "edit_timings",
     "load",
-    "load_timings",
     "read",
     "read_timings",
     "update",
@@ -95,17 +94,21 @@ def read(path: Path | str, defaults_of: DefaultsOf, device: Device | None = None
 
 def load(path: Path | str, defaults_of: DefaultsOf, device: Device | None = None) -> Loaded[Table]:
     """`read`, and damaged content renamed to `<name>.damaged-N` with one warning, where the folder allows it."""
-    return _load(_TABLE, Path(path), defaults_of, device)
+    file = Path(path)
+    loaded = _examine(_TABLE, file, defaults_of, device)
+    if loaded.problem is None or loaded.problem.kind != "damaged" or not loaded.writable:
+        return loaded
+    try:
+        with locked(real_path(file), _READER_LOCK_TIMEOUT_S):
+            now = _examine(_TABLE, file, defaults_of, device)  # another process may have begun a fresh one
+            return _set_aside(now)
+    except CacheError:
+        return loaded  # a writer is at it, or no lock is to be had: the problem is reported all the same
 
 
 def read_timings(path: Path | str, defaults_of: DefaultsOf, device: Device | None = None) -> Loaded[Timings]:
     """`read` for a timings file."""
     return _examine(_TIMINGS, Path(path), defaults_of, device)
-
-
-def load_timings(path: Path | str, defaults_of: DefaultsOf, device: Device | None = None) -> Loaded[Timings]:
-    """`load` for a timings file."""
-    return _load(_TIMINGS, Path(path), defaults_of, device)
 
 
 def check_writable(path: Path | str, *, device: Device, defaults_of: DefaultsOf) -> Verdict:
@@ -190,18 +193,6 @@ def _examine(form: _Format[Content], path: Path, defaults_of: DefaultsOf, device
     except SchemaError as error:
         problem = Problem("damaged", str(error))
     return Loaded(path, table, problem, bool(permission(path)), world_writable(path))
-
-
-def _load(form: _Format[Content], path: Path, defaults_of: DefaultsOf, device: Device | None) -> Loaded[Content]:
-    loaded = _examine(form, path, defaults_of, device)
-    if loaded.problem is None or loaded.problem.kind != "damaged" or not loaded.writable:
-        return loaded
-    try:
-        with locked(real_path(path), _READER_LOCK_TIMEOUT_S):
-            now = _examine(form, path, defaults_of, device)  # another process may have begun a fresh one
-            return _set_aside(now)
-    except CacheError:
-        return loaded  # a writer is at it, or no lock is to be had: the problem is reported all the same
 
 
 def _edit(

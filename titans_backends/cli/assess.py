@@ -17,10 +17,11 @@ from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, console, facts, heading, print_json, say, status_console, table
 from titans_backends.machine import Machine
-from titans_backends.tuning.assess import Assessment, assess, spread_out
+from titans_backends.tuning.assess import Assessment, assess
+from titans_backends.tuning.assess_order import spread_out
 from titans_backends.tuning.fingerprint import fingerprint
 from titans_backends.tuning.regret import Assessed
-from titans_backends.tuning.run import TuneRequest
+from titans_backends.tuning.request import TuneRequest
 
 __all__ = ["run_assessment"]
 

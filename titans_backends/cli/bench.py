@@ -20,7 +20,7 @@ from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, console, print_json, say, status_console, table
 from titans_backends.contracts import contract
-from titans_backends.plans import request
+from titans_backends.request import request
 from titans_backends.tuning.benchmark import Timed, timed
 from titans_backends.tuning.ceilings import Ceilings, measure
 from titans_backends.tuning.grids import BENCH_GRIDS

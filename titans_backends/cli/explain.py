@@ -26,7 +26,7 @@ from titans_backends.dispatch import Consulted
 from titans_backends.explain import Explanation, explain_signature
 from titans_backends.machine import detect
 from titans_backends.offers import Offer, pairs
-from titans_backends.plans import request
+from titans_backends.request import request
 from titans_backends.signature import Launch
 from titans_backends.tuning.plan import plan
 

@@ -14,7 +14,7 @@ from titans_backends.cli.show import Column, Group, Json, heading, table
 from titans_backends.machine import Machine
 from titans_backends.offers import Offer, offers, pairs
 from titans_backends.tuning.problem import signature_of_bucket
-from titans_backends.tuning.run import TuneRequest
+from titans_backends.tuning.request import TuneRequest
 
 __all__ = ["plan_json", "show_plan"]
 

@@ -22,7 +22,7 @@ from titans_backends.cli.show import Column, Group, Json, say, table
 from titans_backends.machine import Machine
 from titans_backends.tuning import ceilings
 from titans_backends.tuning.recorded import Cost, Coverage, covered, demands, ordered
-from titans_backends.tuning.run import TuneReport
+from titans_backends.tuning.report import TuneReport
 
 __all__ = ["Recorded", "coverage_json", "from_file", "show_coverage"]
 

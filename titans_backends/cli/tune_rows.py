@@ -12,7 +12,7 @@ from titans_backends.cli import units
 from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, say, table
 from titans_backends.cli.winners import is_narrow, winner_cells, winner_columns
-from titans_backends.tuning.run import Row
+from titans_backends.tuning.report import Row
 
 __all__ = ["rows_json", "show_rows"]
 

@@ -22,9 +22,10 @@ from titans_backends.dispatch import Choice
 from titans_backends.errors import BackendRefusedError
 from titans_backends.library import planner
 from titans_backends.op import get_op
-from titans_backends.plans import request
 from titans_backends.precision import float32_precision
-from titans_backends.tuning.gate import Ledger, Rejected, check_backward, check_forward, failure
+from titans_backends.request import request
+from titans_backends.tuning.gate import check_backward, check_forward, failure
+from titans_backends.tuning.ledger import Ledger, Rejected
 from titans_backends.tuning.suite import Exam, exam_of
 
 __all__ = ["Result", "examine"]

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 from titans_backends.backend import Candidate
@@ -23,6 +22,7 @@ from titans_backends.machine import Machine, detect
 from titans_backends.offers import Pair, offers
 from titans_backends.tables import Source, sources
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
+from titans_backends.tuning.assess_order import in_order
 from titans_backends.tuning.bench import Bench
 from titans_backends.tuning.doubt import deciding, room
 from titans_backends.tuning.events import CompiledAhead
@@ -30,11 +30,13 @@ from titans_backends.tuning.first_use import FirstUse, first_use
 from titans_backends.tuning.host import Host, OpenFailed
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.regret import Assessed, Summary, flip_of, judged, summary
-from titans_backends.tuning.run import AHEAD_S, TuneInterrupted, TuneReport, TuneRequest, tune
+from titans_backends.tuning.report import TuneInterrupted, TuneReport
+from titans_backends.tuning.request import TuneRequest
+from titans_backends.tuning.run import AHEAD_S, tune
 from titans_backends.tuning.standing import Standing, measurement_of, members
 from titans_backends.tuning.timing import RaceRules
 
-__all__ = ["Assessment", "FirstUse", "Progress", "assess", "in_order", "midpoints", "spread_out"]
+__all__ = ["Assessment", "FirstUse", "Progress", "assess"]
 
 Progress = Callable[[str], None]
 _AHEAD_SHARE, _TUNE_SHARE, _AGAIN_SHARE = 0.35, 0.4, 0.5
@@ -64,54 +66,6 @@ class Assessment:
     def summary(self) -> Summary:
         """Its figures."""
         return summary(self.tuned, self.midpoints)
-
-
-def spread_out(buckets: Sequence[Bucket], limit: int | None) -> tuple[Bucket, ...]:
-    """The first buckets of a plan, the lengths of one key together and one key of each op in turn, so that few of them show much."""
-    groups: dict[str, dict[object, list[Bucket]]] = {}
-    for bucket in buckets:
-        groups.setdefault(bucket.op, {}).setdefault(bucket.when, []).append(bucket)
-    keys = {op: list(by_when.values()) for op, by_when in groups.items()}
-    turns = max(map(len, keys.values()), default=0)
-    ordered = [bucket for turn in range(turns) for by_op in keys.values() if turn < len(by_op) for bucket in by_op[turn]]
-    return tuple(ordered[:limit])
-
-
-def midpoints(buckets: Sequence[Bucket]) -> tuple[tuple[Bucket, tuple[int, int]], ...]:
-    """The lengths in the middle, in log2, of neighbours that differ in nothing else; where there is a whole number between them."""
-    lengths: dict[tuple[str, object], list[Bucket]] = {}
-    for bucket in buckets:
-        lengths.setdefault((bucket.op, bucket.when), []).append(bucket)
-    found = []
-    for group in lengths.values():
-        ordered = sorted(group, key=lambda bucket: bucket.seq_len)
-        for shorter, longer in pairwise(ordered):
-            middle = _middle(shorter, longer)
-            if shorter.seq_len < middle < longer.seq_len:
-                found.append((shorter._replace(seq_len=middle), (shorter.seq_len, longer.seq_len)))
-    return tuple(found)
-
-
-def in_order(buckets: Sequence[Bucket]) -> list[tuple[Bucket, tuple[int, int] | None]]:
-    """The buckets of each key, then the midpoints between them, so that a budget that ends early has seen both."""
-    groups: dict[tuple[str, object], list[Bucket]] = {}
-    for bucket in buckets:
-        groups.setdefault((bucket.op, bucket.when), []).append(bucket)
-    found: list[tuple[Bucket, tuple[int, int] | None]] = []
-    for group in groups.values():
-        found += [(bucket, None) for bucket in group]
-        found += midpoints(group)
-    return found
-
-
-def _middle(shorter: Bucket, longer: Bucket) -> int:
-    """For `fused_uw` a whole number of matrices."""
-    middle = round(math.sqrt(shorter.seq_len * longer.seq_len))
-    if shorter.op != "fused_uw":
-        return middle
-    chunk = dict(shorter.when).get("chunk_size", defaults_of("fused_uw")["chunk_size"])
-    assert isinstance(chunk, int)
-    return max(1, round(middle / chunk)) * chunk
 
 
 def assess(request: TuneRequest, budget_s: float | None = None, progress: Progress = lambda said: None) -> Assessment:

@@ -14,7 +14,7 @@ from titans_backends.cache.schema import canonical_when
 from titans_backends.contracts import CONTRACTS, contract
 from titans_backends.signature import Launch, Regime
 
-__all__ = ["DEFAULT_GRIDS", "FLAT", "LAM", "PRESENT", "SMALL", "STREAMED", "Cells", "buckets_of", "grid", "parse_head_dim", "parse_heads", "plan"]
+__all__ = ["DEFAULT_GRIDS", "FLAT", "LAM", "PRESENT", "SMALL", "STREAMED", "Cells", "buckets_of", "grid", "plan"]
 
 Heads = tuple[int, int]
 HeadDim = tuple[int, int]
@@ -119,24 +119,6 @@ DEFAULT_GRIDS: Mapping[tuple[str, bool], tuple[Cells, ...]] = MappingProxyType(
     }
 )
 """What `tune` measures by default, by (kind of device, quick). A kind without an entry of its own takes the CPU's."""
-
-
-def parse_heads(text: str) -> Heads:
-    """`16/32` as 16 heads of q and k and 32 of v; `16` as 16 of each. ValueError says what would do."""
-    parts = text.split("/")
-    if len(parts) in (1, 2) and all(part.isdecimal() and int(part) for part in parts):
-        keys, values = int(parts[0]), int(parts[-1])
-        if values % keys == 0:
-            return keys, values
-    raise ValueError(f"heads must be like 16 or 16/32 (heads of q and k / heads of v, the first dividing the second), got {text!r}")
-
-
-def parse_head_dim(text: str) -> HeadDim:
-    """`128` as K = V = 128; `128,64` as K = 128 and V = 64. ValueError says what would do."""
-    parts = text.split(",")
-    if len(parts) in (1, 2) and all(part.isdecimal() and int(part) for part in parts):
-        return int(parts[0]), int(parts[-1])
-    raise ValueError(f"head_dim must be like 128, or 128,64 for K = 128 and V = 64, got {text!r}")
 
 
 def grid(kind: str, *, quick: bool = True) -> tuple[Cells, ...]:

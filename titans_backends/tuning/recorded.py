@@ -24,7 +24,7 @@ from titans_backends.machine import Machine
 from titans_backends.tables import sources
 from titans_backends.tuning.ceilings import Ceilings
 from titans_backends.tuning.problem import case_of, signature_of_bucket
-from titans_backends.tuning.run import Row
+from titans_backends.tuning.report import Row
 
 __all__ = ["Cost", "Coverage", "Demand", "covered", "demands", "ordered", "table_us"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from titans_backends import registry
 from titans_backends.backend import Candidate
@@ -34,7 +33,8 @@ from titans_backends.tuning.events import (
 )
 from titans_backends.tuning.host import ChildAnswerError, ChildDied, Host, OpenFailed
 from titans_backends.tuning.problem import signature_of_bucket
-from titans_backends.tuning.select import Objective
+from titans_backends.tuning.report import Row, TuneInterrupted, TuneReport
+from titans_backends.tuning.request import TuneRequest
 from titans_backends.tuning.standing import REFERENCE, Standing, entry_of, is_training, measurement_of, members, rescaled, without_states
 from titans_backends.tuning.store import Store
 from titans_backends.tuning.timing import RaceRules
@@ -46,89 +46,10 @@ QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 QUICK_S, QUICK_GPU_S = 110.0, 300.0
 """What a quick tune's measurements aim to take as a whole, after what is compiled ahead: on a slow or busy machine races are shorter, none is left out."""
 _RACE_SHARE = 0.3
-TIMEOUT_S = 60.0
-"""What one candidate's compilation and check may take."""
 _DECIDING = 2
 """How often a bucket's contested candidates race again at most."""
 AHEAD_S = 180.0
 """How long compiling ahead may take; with a budget no more than half of what is left of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class TuneRequest:
-    """What to tune. `buckets` come from `plan.plan`.
-
-    `backends` limits what is measured (None: all; with `quick` those whose manifest says quick); the default always is. `budget_s` limits
-    the whole, `bucket_s` one race, `timeout_s` one candidate's compilation and check. `output` names another file than the user's cache.
-    `force` measures what is current too, `doubtful` those alone whom current measurements leave open. `heads`: v heads of a sequence,
-    where that divides a bucket's streams; `heads_by_bucket` has them for some buckets. `ahead`: compiles side by side first.
-    """
-
-    buckets: tuple[Bucket, ...]
-    device: str = "cpu"
-    quick: bool = True
-    backends: tuple[str, ...] | None = None
-    objective: Objective = "time"
-    max_memory_mib: float | None = None
-    budget_s: float | None = None
-    bucket_s: float | None = None
-    timeout_s: float = TIMEOUT_S
-    output: Path | None = None
-    force: bool = False
-    doubtful: bool = False
-    heads: int | None = None
-    heads_by_bucket: Mapping[Bucket, int] = field(default_factory=dict)
-    ahead: bool = True
-
-    def heads_of(self, bucket: Bucket) -> int | None:
-        """The v heads of a bucket's sequences, where somebody said."""
-        return self.heads_by_bucket.get(bucket, self.heads)
-
-    def asks(self, backend: str) -> bool:
-        """Whether a backend's candidates are to race."""
-        if self.backends is not None:
-            return backend in self.backends
-        return not self.quick or registry.get(backend).quick
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One bucket of a report: its entry (None where it has none, with the reason), and what there is to compare it with."""
-
-    bucket: Bucket
-    entry: Entry | None
-    default_us: float | None = None
-    reference_us: float | None = None
-    measured: bool = False
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TuneReport:
-    """What came of a tune, in the order of the request; `path` is the file that holds the rows, `remaining` what the budget did not reach."""
-
-    path: Path
-    rows: tuple[Row, ...]
-    remaining: tuple[Bucket, ...]
-    seconds: float
-
-    @property
-    def complete(self) -> bool:
-        """Whether every planned bucket has a row: exit status 0."""
-        return not self.remaining and all(row.entry is not None for row in self.rows)
-
-    @property
-    def nothing_to_do(self) -> bool:
-        """Whether everything was current already."""
-        return self.complete and not any(row.measured for row in self.rows)
-
-
-class TuneInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a tune: the child is gone, every finished bucket is in the file and in `report`."""
-
-    def __init__(self, report: TuneReport) -> None:
-        super().__init__("tuning was interrupted; every finished bucket is kept")
-        self.report = report
 
 
 def tune(request: TuneRequest, on_event: OnEvent = ignore) -> TuneReport:

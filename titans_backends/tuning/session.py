@@ -23,18 +23,9 @@ from titans_backends.contracts.contract import Call, state_dtype
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import with_sizes
 from titans_backends.machine import detect
-from titans_backends.tuning.gate import (
-    GateResult,
-    Ledger,
-    Rejected,
-    check_backward_part,
-    check_forward_part,
-    failure,
-    gate,
-    limits,
-    run_backward,
-    run_forward,
-)
+from titans_backends.tuning.gate import GateResult, check_backward_part, check_forward_part, failure, gate
+from titans_backends.tuning.guarded_run import run_backward, run_forward
+from titans_backends.tuning.ledger import Ledger, Rejected, limits
 from titans_backends.tuning.peak import peak_mib
 from titans_backends.tuning.problem import case_of, set_torch
 from titans_backends.tuning.sampler import Sampler, sampler_for

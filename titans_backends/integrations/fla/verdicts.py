@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from titans_backends import library
+from titans_backends.autocasting import autocast
 from titans_backends.contracts import contract
 from titans_backends.contracts.contract import Call
 from titans_backends.dispatch import Choice
 from titans_backends.errors import BackendRefusedError, UnknownNameError
 from titans_backends.integrations.fla.gates import wide
 from titans_backends.integrations.fla.rule import DeltaRule, op_for
-from titans_backends.op import autocast
-from titans_backends.plans import request
+from titans_backends.request import request
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 from titans_backends.watching import watched
 

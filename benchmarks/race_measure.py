@@ -196,7 +196,7 @@ class _Run:
 
     def alone(self, forward: Sequence[Candidate], backward: Sequence[Candidate]) -> dict[Candidate, tuple[float, float]]:
         """Every candidate by itself, checked and raced as the tuner does: median and spread."""
-        states: dict[bool, Tensor] = {}
+        states: dict[tuple[bool, str], Tensor] = {}
         times: dict[Candidate, tuple[float, float]] = {}
         for some in (forward, backward):
             race, entered = self.race(), dict[str, Candidate]()
@@ -217,9 +217,9 @@ class _Run:
                         raise ValueError(why)
                     race.add(name, lambda result=result: result(self.subject))  # type: ignore[misc]
                     entered[name] = candidate
-                    if candidate.saves_states and candidate.direction == "forward" and not states:
+                    if candidate.saves_states and candidate.direction == "forward" and (True, candidate.residual) not in states:
                         for of in (self.truth.subject, self.subject):
-                            states[of is self.subject] = module_of(candidate).run(of.call, candidate)[-1]  # type: ignore[assignment]
+                            states[of is self.subject, candidate.residual] = module_of(candidate).run(of.call, candidate)[-1]  # type: ignore[assignment]
             rough = race.samples(list(entered), self.rules.alone_s / 3, least=5, most=9)
             medians = {name: statistics.median(found) for name, found in rough.items()}
             hopeful = [name for name, us in medians.items() if self._hopeful(name, us, medians, entered)]
@@ -239,14 +239,15 @@ class _Run:
         ]
         return us <= 1.15 * min(medians.values()) or us <= 1.03 * min(mine) or name == "0"
 
-    def found(self, candidate: Candidate, of: Problem, states: Mapping[bool, Tensor]) -> Found:
+    def found(self, candidate: Candidate, of: Problem, states: Mapping[tuple[bool, str], Tensor]) -> Found:
         """One run of a candidate, its results by name."""
         module = module_of(candidate)
         if candidate.direction == "forward":
             return {spec.name: o for spec, o in zip(CONTRACT.outputs, module.run(of.call, candidate), strict=False) if o is not None}
-        if candidate.saves_states and not states:
-            raise ValueError("it wants saved states, but no forward that saves them was right")
-        given = states[of is self.subject] if candidate.saves_states else None
+        place = (of is self.subject, candidate.residual)
+        if candidate.saves_states and place not in states:
+            raise ValueError(f"it wants {candidate.residual or 'saved states'}, but no forward that saves them was right")
+        given = states[place] if candidate.saves_states else None
         gradients = module.run_backward(of.call, of.grads, given, arriving(RULE, of.call)[2], candidate)  # type: ignore[union-attr]
         return {f"d{name}": x for name, x in zip(CONTRACT.differentiable, gradients, strict=True) if x is not None}
 

@@ -91,15 +91,16 @@ def alone(
     needs = arriving(subject.op, subject.call)[2]
     named = {str(index): candidate for index, candidate in enumerate((*forward, *backward))}
     failed: list[Line] = []
-    states: dict[bool, Tensor | None] = {}
+    states: dict[tuple[bool, str], Tensor | None] = {}
 
     def result(candidate: Candidate, of: Problem) -> Found:
         if candidate.direction == "forward":
             found = module.run(of.call, candidate)
             return {spec.name: o for spec, o in zip(contract.outputs, found, strict=False) if o is not None}
-        if candidate.saves_states and not states:
-            raise RuntimeError("it wants saved states, but no forward that saves them was right")
-        given = states[of is subject] if candidate.saves_states else None
+        place = (of is subject, candidate.residual)
+        if candidate.saves_states and place not in states:
+            raise RuntimeError(f"it wants {candidate.residual or 'saved states'}, but no forward that saves them was right")
+        given = states[place] if candidate.saves_states else None
         gradients = module.run_backward(of.call, of.grads, given, needs, candidate)
         return {f"d{name}": x for name, x in zip(contract.differentiable, gradients, strict=True) if x is not None}
 
@@ -110,8 +111,8 @@ def alone(
             check(line, truth, result(candidate, truth.subject))
             if not line.failed:
                 race.add(name, lambda: result(candidate, subject))
-            if not line.failed and candidate.saves_states and candidate.direction == "forward" and not states:
-                states.update({of is subject: module.run(of.call, candidate)[-1] for of in (truth.subject, subject)})
+            if not line.failed and candidate.saves_states and candidate.direction == "forward" and (True, candidate.residual) not in states:
+                states.update({(of is subject, candidate.residual): module.run(of.call, candidate)[-1] for of in (truth.subject, subject)})
 
         if not attempted(line, admit):
             failed.append(line)
@@ -132,7 +133,7 @@ def pairs_of(subject: Problem, truth: Truth, asked: str, budget_s: float) -> tup
     stores = any(one.saves_states for one in backward)
     for saves, name in ((False, AGAIN if stores else "best"), (True, STORED)):
         ends = [min((c for c in some if c in times and c.saves_states == saves), key=times.__getitem__, default=None) for some in (forward, backward)]
-        if asked == "best" and ends[0] is not None and ends[1] is not None:
+        if asked == "best" and ends[0] is not None and ends[1] is not None and ends[0].agrees(ends[1]):
             pair = Pair(ends[0], ends[1])
             named[pair] = f"{named[pair]}, {name}" if pair in named else name
     return named, times, failed
@@ -221,7 +222,7 @@ def memories(subject: Problem, truth: Truth, others: Sequence[Entrant]) -> list[
     entrants = list(others)
     for saves, name in ((False, AGAIN), (True, STORED)):
         first = next((one for one in offer.forward if one.saves_states == saves), None)
-        found = [one for one in offer.backward if first is not None and one.saves_states == saves]
+        found = [one for one in offer.backward if first is not None and one.agrees(first)]
         entrants += [Entrant(f"{name} {index}", subject, truth, ours, Pair(first, one)) for index, one in enumerate(found) if first is not None]
     lines = []
     for entrant in entrants:

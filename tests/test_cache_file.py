@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import warnings
+from dataclasses import replace
 
 import pytest
 
@@ -242,3 +243,29 @@ def test_timings_are_merged_and_graded_alike(path):
     assert read(path, defaults_of).problem.kind == "damaged"  # no table of winners
     path.write_text("schema: 9\n")
     assert read_timings(path, defaults_of).problem.kind == "future"
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        Measurement(
+            "triton/scan",
+            (("rows", 64), ("warps", 4)),
+            saves_states=True,
+            us=1.5,
+            spread=0.01,
+            samples=40,
+            peak_mib=2.0,
+            compile_s=0.25,
+            source="1a2b",
+        ),
+        Measurement("eager/a", direction="backward", us=2.0, errors=(("o", 1e-6), ("dq", float("inf")))),
+        Measurement("cupy/b", status="refused", reason='no card: it says "never"'),
+    ],
+    ids=["timed", "with errors", "refused"],
+)
+def test_a_measurement_comes_back_as_it_was_written(path, one):
+    update_timings(path, device=DEVICE, environment=ENVIRONMENT, changes={bucket(): [one]}, defaults_of=defaults_of)
+    file._TIMINGS.written.clear()
+    ((found,),) = read_timings(path, defaults_of, DEVICE).table.rows.values()
+    assert replace(found, env="") == one

@@ -57,6 +57,7 @@ measurements = st.builds(
     params=params.map(tuple),
     direction=st.sampled_from(["forward", "backward"]),
     saves_states=st.booleans(),
+    residual=texts,
     status=st.sampled_from(["ok", "failed", "refused"]),
     reason=texts,
     us=st.none() | microseconds,

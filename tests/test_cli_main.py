@@ -96,9 +96,17 @@ def test_a_backend_that_refuses_is_status_1(monkeypatch: pytest.MonkeyPatch) -> 
         switches.reload()
 
 
-def test_the_library_does_not_import_its_command_line() -> None:
+HEAVY = (
+    *("titans_backends.cli", "titans_backends.tuning", "titans_backends.nn", "titans_backends.integrations", "typer", "rich", "jinja2", "matplotlib"),
+    *("triton", "cupy", "numba", "cuda", "fla", "flash_qla", "flashinfer", "tilelang", "transformers", "accelerate"),
+)
+"""What the library does without until it is asked for something."""
+
+
+def test_the_library_imports_neither_its_command_line_nor_a_kernel_package() -> None:
     code = (
-        "import sys, titans_backends as tb; tb.get_op('slow_core'); print([m for m in ('titans_backends.cli', 'typer', 'rich') if m in sys.modules])"
+        "import sys, torch; before = set(sys.modules); import titans_backends as tb; tb.get_op('slow_core'); "
+        f"print([name for name in {HEAVY} if name in set(sys.modules) - before])"
     )
     result = fresh.run(code)
     assert result.stdout.strip() == "[]", result.stderr

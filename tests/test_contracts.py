@@ -176,10 +176,8 @@ def test_every_case_is_valid_and_its_sizes_are_what_the_letters_say(name: str) -
             dims = validate(made, call)
             expected = case_dims(case)
             assert all(expected[letter] == size for letter, size in dims.items() if letter in "BTGHKVN")
-            work = work_of(made, call, dims)
-            assert work.flop >= 0
-            assert work.bytes >= 0
-            assert work.floor_us(1e12, 1e11) == pytest.approx(1e6 * max(work.flop / 1e12, work.bytes / 1e11))
+            work = work_of(made, call, dims)  # its numbers: test_contracts_work.py
+            assert min(work.flop, work.bytes) >= 0
 
 
 @pytest.mark.parametrize("name", CONTRACTS)

@@ -326,6 +326,18 @@ def test_no_sequences_and_no_tokens_are_a_result_too(form: str) -> None:
             assert [state.shape for state in states] == [(batch, 2, 12, 24)] * 2
 
 
+def test_expand_says_how_wide_keys_and_values_are() -> None:
+    layer = TitansDualCore(24, 3, chunk_size=16, expand_k=0.5, expand_v=2.0)
+    assert [getattr(layer, f"{name}_proj").weight.shape for name in "qkv"] == [(12, 24), (12, 24), (48, 24)]
+    assert layer(torch.zeros(1, 20, 24)).shape == (1, 20, 24)
+    for arguments, told in (
+        ({"expand_k": 0.01}, "expand_k=0.01 gives 0 channels"),
+        ({"expand_v": 0.75}, "expand_v=0.75 gives 18 channels, which num_heads=4"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            TitansDualCore(24, 4, **arguments)
+
+
 def test_a_learned_merge_begins_at_alpha() -> None:
     x, fixed = tokens(1, 20), layer_of("recurrent", alpha=0.3)
     for merge in ("scalar", "head"):

@@ -35,8 +35,10 @@ from titans_backends.contracts.case import Case, build, cases
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.integrations.fla import register_with_fla
+from titans_backends.library import planner
 from titans_backends.machine import Machine
 from titans_backends.offers import offer, offers, source_modules
+from titans_backends.request import request
 from titans_backends.signature import Signature
 from titans_backends.tables import current_environment
 
@@ -189,14 +191,31 @@ def test_which_of_flas_functions_runs(on_cpu: Path) -> None:
 
 def test_the_backward_makes_again_what_the_peers_autograd_would_keep(on_cpu: Path) -> None:
     op, made = tb.get_op("gated_delta_rule"), contract("gated_delta_rule")
-    for backend, kept in (("fla", "chunk_gated_delta_rule_fwd_intra"), ("flash_qla", "kkt_solve")):
-        for gates in ((), ("gate",)):
-            call = build(made, case(given=("g", *gates)), "cpu", requires_grad=True)
-            o, _ = op(**{name: getattr(call, name) for name in made.parameters}, backend=backend)
-            seen().clear()
-            o.sum().backward()
-            again = ["chunk_gated_delta_rule_fwd"] if gates and backend == "fla" else [kept, "chunk_gated_delta_rule_fwd"] if gates else [kept]
-            assert ran() == [*again, "chunk_gated_delta_rule_bwd"], (backend, gates)
+    expected = {
+        ("fla", ()): ["chunk_gated_delta_rule_fwd_intra"],
+        ("fla", ("gate",)): ["chunk_gated_delta_rule_fwd"],
+        ("flash_qla", ()): [],  # its forward hands on the inverses
+        ("flash_qla", ("gate",)): ["chunk_gated_delta_rule_fwd"],
+    }
+    for (backend, gates), again in expected.items():
+        call = build(made, case(given=("g", *gates)), "cpu", requires_grad=True)
+        o, _ = op(**{name: getattr(call, name) for name in made.parameters}, backend=backend)
+        seen().clear()
+        o.sum().backward()
+        assert ran() == [*again, "chunk_gated_delta_rule_bwd"], (backend, gates)
+
+
+def test_a_backward_without_flash_qlas_inverses_computes_them(on_cpu: Path) -> None:
+    made = contract("gated_delta_rule")
+    call = build(made, case(dtype=torch.bfloat16), "cpu", requires_grad=True)
+    asked = request("flash_qla", training=True, may_save=False)
+    pair = planner("gated_delta_rule").plan(call, asked).choice.pair
+    assert pair.saves is None
+    seen().clear()
+    grads = (torch.ones_like(call.v), None)
+    with torch.no_grad():
+        planner("gated_delta_rule").plan(call, asked).run_backward(call, grads, None, frozenset({"q", "k"}))
+    assert ran() == ["kkt_solve", "chunk_gated_delta_rule_bwd"]
 
 
 # FLA's own dispatch, and ours
@@ -372,7 +391,8 @@ def test_flas_decode_refuses_a_pool(site: Path) -> None:
 
 def test_context_parallelism_is_offered_where_it_can_cut(site: Path) -> None:
     both = ["flash_qla/chunked auto_cp=True", "flash_qla/chunked auto_cp=False"]
-    assert labels("flash_qla", regime="training") == (both, both)
+    kept = [label.replace("chunked", "kept") for label in both]
+    assert labels("flash_qla", regime="training") == ([*kept, *both], [*kept, *both])
     assert labels("flash_qla", lengths=(3, 4)) == (both, [])
     assert labels("flash_qla", B=2) == (both[1:], [])
 

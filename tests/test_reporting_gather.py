@@ -18,8 +18,9 @@ from titans_backends.cli.row_state import row_state, tune_command
 from titans_backends.contracts import CONTRACTS
 from titans_backends.machine import detect
 from titans_backends.offers import offers, source_modules
+from titans_backends.reporting.answers import answers
 from titans_backends.reporting.ceilings import ceilings_in
-from titans_backends.reporting.facts import Facts, MachineFacts
+from titans_backends.reporting.facts import Facts, MachineFacts, Refusal
 from titans_backends.reporting.floors import work_of_bucket
 from titans_backends.reporting.gather import Edge, gather
 from titans_backends.reporting.rows import rows_of
@@ -243,3 +244,13 @@ def test_the_work_of_a_bucket_is_its_contracts() -> None:
     with pytest.raises((KeyError, ValueError)):
         work_of_bucket(SHORT._replace(op="op_of_tomorrow"))
     assert OP in CONTRACTS
+
+
+def test_who_refuses_here_leaves_the_default_known_and_elsewhere_not() -> None:
+    """On this machine a refusal is an answer; of another machine's race it is only this installation's."""
+    raced = [measurement(5.0), Measurement("triton/any", us=1.0)]  # triton serves no CPU
+    assert answers(SHORT, HERE, True).default(raced)[0] == (raced[0].identity,)
+    assert answers(SHORT, HERE, False).default(raced[:1])[0] == (raced[0].identity,)
+    refusing = replace(answers(SHORT, HERE, False), unasked=(Refusal("triton", "it is not there"),))
+    assert refusing.default(raced) == (None, "triton was in the race and cannot be asked for its default here: it is not there")
+    assert replace(refusing, here=True).default(raced)[0] == (raced[0].identity,)

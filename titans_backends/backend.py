@@ -70,7 +70,8 @@ class Candidate:
     """One way to run one direction of one op: a backend's variant with its parameters.
 
     `saves_states`: a forward that also returns the state at each chunk's start, `[B, M, H, K, V]` on the grid of
-    `contract.grid(call)`; a backward that needs them. `deterministic`: the same bits twice. `batch_invariant`: neither
+    `contract.grid(call)`; a backward that needs them. With a `residual`, a name, it is instead one tensor of the backend's own, of any dtype and shape
+    but five dimensions, which backwards with that residual alone are handed. `deterministic`: the same bits twice. `batch_invariant`: neither
     its parameters nor its order of summation depend on the batch size or the length. `sources`: modules beside its own whose code it runs,
     and for other people's code a distribution at its version, as `tilelang==0.1.15`.
     """
@@ -83,6 +84,7 @@ class Candidate:
     deterministic: bool = True
     batch_invariant: bool = True
     sources: tuple[str, ...] = ()
+    residual: str = ""
 
     @property
     def name(self) -> str:
@@ -100,6 +102,10 @@ class Candidate:
             if key == name:
                 return value
         raise KeyError(f"{self.label} has no parameter {name!r}")
+
+    def agrees(self, other: Candidate) -> bool:
+        """Whether what one direction hands on is what the other one takes."""
+        return (self.saves_states, self.residual) == (other.saves_states, other.residual)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from titans_backends.cache.source_hash import join_hashes, source_hash
 from titans_backends.cache.staleness import Staleness, grade
 from titans_backends.errors import BackendRefusedError
 from titans_backends.machine import Machine
-from titans_backends.offers import Offer, Pair, offers, pairs, source_modules
+from titans_backends.offers import Offer, Pair, Saved, offers, pairs, source_modules
 from titans_backends.signature import Signature
 from titans_backends.tables import Source, current_environment, sources
 
@@ -147,16 +147,16 @@ def choose(
     forced: Forced | None = None,
     warmed: Sequence[Pair] | None = None,
     *,
-    must_save: bool = False,
+    must_save: Saved | None = None,
 ) -> Choice:
     """The choice for a signature; BackendRefusedError where nothing is left.
 
-    `warmed`, under graph capture, limits it to pairs that have run; `must_save`, in a backward that was handed states, to pairs that save them.
+    `warmed`, under graph capture, limits it to pairs that have run; `must_save`, in a backward that was handed something, to pairs that save that.
     """
     if forced is not None:
         registry.get(forced.backend)
     given = tuple(offers(signature, machine, None if forced is None else [forced.backend]))
-    available = [pair for pair in pairs(given, signature, mixed=forced is None) if pair.forward.saves_states or not must_save]
+    available = [pair for pair in pairs(given, signature, mixed=forced is None) if must_save in (None, pair.saves)]
     if not available:
         raise _refuse(signature, machine, forced, given)
     if warmed is not None:

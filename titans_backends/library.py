@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.fakes import fake_backward, fake_forward
+from titans_backends.offers import Saved
 from titans_backends.op_schema import flatten, schema_of, unflatten
 from titans_backends.plan import Outputs, Plan
 from titans_backends.plans import Planner
@@ -73,7 +74,7 @@ def _plan(op: Contract, made: Call, asked: Request) -> Plan:
     return _PLANNERS[op.name].plan(made, asked)
 
 
-def _asked(backend: object, batch_invariant: object, *, training: bool, may_save: bool, must_save: bool = False) -> Request:
+def _asked(backend: object, batch_invariant: object, *, training: bool, may_save: bool, must_save: Saved | None = None) -> Request:
     """The request of a registered op: what its arguments say, and below that the scope at run time."""
     scoped = request(backend if isinstance(backend, str) else None, training=training, may_save=may_save)
     invariant = scoped.batch_invariant or bool(batch_invariant)
@@ -107,8 +108,8 @@ def _run_backward(
     op: Contract, made: Call, grads: Outputs, states: Tensor | None, needs: Sequence[bool], backend: str | None, batch_invariant: bool
 ) -> Outputs:
     """By the plan of the call as it is now: what saved tensors come back as is their hooks' affair."""
-    saved = states is not None
-    plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=saved, must_save=saved))
+    saved: Saved | None = None if states is None else "states" if states.dim() == 5 else "residual"
+    plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=states is not None, must_save=saved))
     wanted = frozenset(name for name, need in zip(op.differentiable, needs, strict=True) if need)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         return plan.run_backward(made, grads, states, wanted)

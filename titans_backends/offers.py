@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from titans_backends import registry
 from titans_backends.backend import Backend, Candidate, OpModule, TrainableOpModule
@@ -16,7 +17,10 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["Offer", "Pair", "first_pair", "offer", "offers", "pairs", "source_modules"]
+__all__ = ["Offer", "Pair", "Saved", "first_pair", "offer", "offers", "pairs", "run_modules", "source_modules"]
+
+Saved = Literal["states", "residual"]
+"""What a forward may hand on to its backward: chunk-start states, or a tensor of its backend's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,11 @@ class Pair:
     def label(self) -> str:
         """For people: `eager/chunked chunk_size=32`, with the backward behind a `+`."""
         return self.forward.label if self.backward is None else f"{self.forward.label} + {self.backward.label}"
+
+    @property
+    def saves(self) -> Saved | None:
+        """What its forward hands on."""
+        return None if not self.forward.saves_states else "residual" if self.forward.residual else "states"
 
 
 def source_modules(candidate: Candidate, op: str) -> tuple[str, ...]:
@@ -100,7 +109,7 @@ def pairs(given: Sequence[Offer], signature: Signature, *, mixed: bool = True) -
     if signature.regime == "inference":
         return [Pair(candidate) for candidate in forward]
     backward = [candidate for entry in given for candidate in entry.backward]
-    found = [Pair(f, b) for f in forward for b in backward if f.saves_states == b.saves_states and (mixed or f.backend == b.backend)]
+    found = [Pair(f, b) for f in forward for b in backward if f.agrees(b) and (mixed or f.backend == b.backend)]
     return sorted(found, key=lambda pair: pair.forward.backend != (pair.backward or pair.forward).backend)  # unmixed first; the sort is stable
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from titans_backends import registry, scope, switches
 from titans_backends.dispatch import Forced
 from titans_backends.errors import SwitchError
+from titans_backends.offers import Saved
 from titans_backends.signature import Launch
 
 __all__ = ["PLAIN", "Request", "asks_gradient", "request"]
@@ -18,14 +19,14 @@ __all__ = ["PLAIN", "Request", "asks_gradient", "request"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a choice depends on beside the call. `must_save`: a backward was handed chunk-start states, so its pair saves them."""
+    """What a choice depends on beside the call. `must_save`: what a backward was handed, so its pair saves that."""
 
     backend: str | None = None
     by: str = "backend="
     batch_invariant: bool = False
     training: bool = False
     may_save: bool = True
-    must_save: bool = False
+    must_save: Saved | None = None
     tune_budget_s: float | None = None
     launch: Launch | None = None
 
@@ -56,7 +57,7 @@ def request(backend: str | None, *, training: bool, may_save: bool = True) -> Re
         backend, by = force, f"{switches.PREFIX}FORCE"
         if force not in registry.known() and force not in registry.broken():
             raise SwitchError(f"{by} names an unknown backend {force!r}; known: {', '.join(sorted(registry.known()))}")
-    return Request(backend, by, scoped.batch_invariant, training, may_save, False, scoped.tune_budget_s, scoped.launch)
+    return Request(backend, by, scoped.batch_invariant, training, may_save, None, scoped.tune_budget_s, scoped.launch)
 
 
 def asks_gradient(tensors: tuple[object, ...]) -> bool:

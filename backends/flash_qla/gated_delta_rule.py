@@ -15,7 +15,7 @@ from titans_backends.signature import Signature
 
 from ..peers import gated, sources
 from .gradients import backward_candidates, run_backward
-from .inputs import kernels, made
+from .inputs import cuts, keeping, kernels, made
 from .serving import DISTRIBUTIONS
 from .serving import serves as supports
 
@@ -23,15 +23,19 @@ __all__ = ["backward_candidates", "candidates", "run", "run_backward", "supports
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """With context parallelism, as its users have it, and where that can cut anything without."""
-    cut = (True, False) if signature.packed or signature.dim("B") == 1 else (False,)
-    return [Candidate("flash_qla", "chunked", (("auto_cp", auto),), batch_invariant=False, sources=sources(*DISTRIBUTIONS)) for auto in cut]
+    """With context parallelism, as its users have it, and where that can cut anything without; in training also what hands its backward the inverses."""
+    shared = {"batch_invariant": False, "sources": sources(*DISTRIBUTIONS)}
+    plain = [Candidate("flash_qla", "chunked", (("auto_cp", auto),), **shared) for auto in cuts(signature)]
+    if signature.regime == "inference":
+        return plain
+    return [*map(keeping, plain), *plain]
 
 
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
-    """o and the final state."""
+    """o, the final state and, by `kept`, the inverses."""
     x = made(call)
-    _, _, o, _, state, _ = kernels().chunk_gated_delta_rule_fwd(
+    _, inverse, o, _, state, _ = kernels().chunk_gated_delta_rule_fwd(
         g=x.g, output_final_state=call.output_final_state, auto_cp=candidate.param("auto_cp"), **x.shared
     )
-    return gated(o, call.gate), x.of_all(state, call.initial_state) if call.output_final_state else None
+    outputs = gated(o, call.gate), x.of_all(state, call.initial_state) if call.output_final_state else None
+    return (*outputs, inverse) if candidate.saves_states else outputs

@@ -1,7 +1,8 @@
 """The backward of gated_delta_rule by FlashQLA's `chunk_gated_delta_rule_bwd`.
 
-FlashQLA's own autograd keeps the inverse of each chunk's triangle, the running decay and, where it cuts sequences, the segments' states. A contract hands on
-inputs and, by choice, chunk-start states, so all are computed again here, and their time counts; with an output gate the whole forward is.
+FlashQLA's own autograd keeps the inverse of each chunk's triangle, the running decay and, where it cuts sequences, the segments' states. `kept` is handed the
+inverses by our forward of that name; what else it wants, and all of it in `chunked`, is computed again here, and that time counts; with an output gate the
+whole forward is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
 from ..peers import dense, sources
-from .inputs import Inputs, kernels, made
+from .inputs import Inputs, cuts, keeping, kernels, made
 from .serving import DISTRIBUTIONS
 
 __all__ = ["backward_candidates", "run_backward"]
@@ -24,23 +25,20 @@ _INPUTS = ("q", "k", "v", "beta", "g", "gate", "initial_state")
 
 
 def backward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """With context parallelism, and where that can cut anything without."""
-    cut = (True, False) if signature.packed or signature.dim("B") == 1 else (False,)
-    return [_candidate(auto) for auto in cut]
-
-
-def _candidate(auto: bool) -> Candidate:
-    return Candidate("flash_qla", "chunked", (("auto_cp", auto),), direction="backward", batch_invariant=False, sources=sources(*DISTRIBUTIONS))
+    """With context parallelism, and where that can cut anything without; each with the inverses from the forward, and with all computed again."""
+    shared = {"direction": "backward", "batch_invariant": False, "sources": sources(*DISTRIBUTIONS)}
+    plain = [Candidate("flash_qla", "chunked", (("auto_cp", auto),), **shared) for auto in cuts(signature)]
+    return [*map(keeping, plain), *plain]
 
 
 def run_backward(
     call: GatedDeltaRule, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, beta, g, gate and initial_state, in that order."""
+    """Gradients of q, k, v, beta, g, gate and initial_state, in that order; `states` are the inverses of `kept`."""
     (d_o, d_state), x, auto = grads, made(call), bool(candidate.param("auto_cp"))
     d_y = torch.zeros_like(x.shared["v"]) if d_o is None else dense(d_o)
     found: dict[str, Tensor | None] = {}
-    running, inverse = _kept(x, auto)
+    running, inverse = _kept(x, auto, states)
     if call.gate is not None:
         o = kernels().chunk_gated_delta_rule_fwd(g=x.g, output_final_state=False, auto_cp=auto, **x.shared)[2]
         found["gate"] = (d_y.float() * o.float()).sum(-1)
@@ -56,13 +54,13 @@ def run_backward(
     return tuple(_as(found.get(name), getattr(call, name)) if name in needs else None for name in _INPUTS)
 
 
-def _kept(x: Inputs, auto: bool) -> tuple[Tensor, Tensor]:
-    """What FlashQLA's autograd would have kept, computed again: the running decay and the inverses."""
+def _kept(x: Inputs, auto: bool, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What FlashQLA's autograd would have kept: the running decay, computed again, and the inverses, those too where the forward handed on none."""
     functions, k = kernels(), x.shared["k"]
     grid = {"cu_seqlens": x.shared["cu_seqlens"], "chunk_size": functions.CHUNK_SIZE}
     if auto and grid["cu_seqlens"] is None:  # as its forward has it, so that one kernel serves both
         grid["cu_seqlens"] = functions._auto_intra_cp_context(k, x.shared["v"], None, functions.CHUNK_SIZE, True, True).cu_seqlens
-    return functions.chunk_local_cumsum(g=x.g, **grid), functions.kkt_solve(k=k, b=x.shared["beta"], **grid)
+    return functions.chunk_local_cumsum(g=x.g, **grid), functions.kkt_solve(k=k, b=x.shared["beta"], **grid) if inverse is None else inverse
 
 
 def _as(gradient: Tensor | None, given: Tensor) -> Tensor | None:

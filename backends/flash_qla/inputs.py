@@ -5,7 +5,7 @@ FlashQLA numbers the sequences of a packed call by their first chunks and so cou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from titans_backends.backend import Candidate
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
+from titans_backends.signature import Signature
 
 from ..peers import dense, load, own_offsets
 
-__all__ = ["Inputs", "kernels", "made"]
+__all__ = ["Inputs", "cuts", "keeping", "kernels", "made"]
 
 _FILLED = WeakTensorKeyDictionary()
 
@@ -47,6 +49,17 @@ class Inputs:
         found = states.new_zeros(self.sequences, *states.shape[1:]) if others is None else others.to(states.dtype, copy=True).contiguous()
         found[self.filled] = states
         return found
+
+
+def cuts(signature: Signature) -> tuple[bool, ...]:
+    """Context parallelism, as FlashQLA's users have it, and without, where that can cut anything."""
+    return (True, False) if signature.packed or signature.dim("B") == 1 else (False,)
+
+
+def keeping(candidate: Candidate) -> Candidate:
+    """One direction of the pair that hands on the inverse of each chunk's triangle, `[B, T, H, 64]` in the dtype of k."""
+    name = "flash_qla/inverses of segments" if candidate.param("auto_cp") else "flash_qla/inverses"
+    return replace(candidate, variant="kept", saves_states=True, residual=name)
 
 
 def kernels() -> ModuleType:

@@ -27,7 +27,7 @@ _HEADER = (
     "in MiB; compile_s: seconds to the first result; errors: per output, the error against the reference as the gate measured it.",
 )
 _FIELDS = (
-    *("candidate", "params", "direction", "saves_states", "status", "reason"),
+    *("candidate", "params", "direction", "saves_states", "residual", "status", "reason"),
     *("us", "spread", "samples", "peak_mib", "compile_s", "errors", "env", "source"),
 )
 _REQUIRED = ("candidate", "direction", "status", "env")
@@ -54,6 +54,7 @@ class Measurement:
     errors: tuple[tuple[str, float], ...] = ()
     env: str = ""
     source: str = ""
+    residual: str = ""
 
     def __post_init__(self) -> None:
         for name in ("us", "spread", "peak_mib", "compile_s"):
@@ -165,6 +166,7 @@ def _parse(cursor: Cursor, environments: Mapping[str, Environment]) -> Measureme
         errors=tuple((key.text(), value.number()) for key, value in found["errors"].mapping()) if "errors" in found else (),
         env=found["env"].choice(environments),
         source=found["source"].text() if "source" in found else "",
+        residual=found["residual"].text() if "residual" in found else "",
     )
 
 
@@ -176,6 +178,7 @@ def _dump(one: Measurement, _params: str) -> str:
         ("params", dump_params(one.params) if one.params else ""),
         ("direction", one.direction),
         ("saves_states", "true" if one.saves_states else ""),
+        ("residual", emit.scalar(one.residual) if one.residual else ""),
         ("status", one.status),
         ("reason", emit.scalar(one.reason) if one.reason else ""),
         *_numbers([("us", one.us), ("spread", one.spread)]),

@@ -20,7 +20,7 @@ from titans_backends.tables import current_environment
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.standing import REFERENCE, Standing
 
-__all__ = ["Renewal", "measurement_state", "renewals", "row_state"]
+__all__ = ["Renewal", "measurement_state", "renewals", "row_state", "tune_command"]
 
 
 @dataclass(frozen=True, slots=True)

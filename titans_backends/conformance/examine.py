@@ -68,8 +68,11 @@ def examine(item: Item) -> Result:
                 module, verdict = registry.module(offer.backend, item.op)
                 if module is None:
                     raise Rejected(str(verdict))
-                check = check_forward if candidate.direction == "forward" else check_backward
-                check(made, candidate, module, exam, bound, ledger, where)
+                if candidate.direction == "forward":
+                    check_forward(made, candidate, module, exam, bound, ledger, where)
+                else:
+                    maker = next((one for one in offer.forward if one.agrees(candidate)), None)
+                    check_backward(made, candidate, module, exam, bound, ledger, where, maker=maker)
     except Rejected as reason:
         return Result(item, "failed", f"{item}: {reason}", max(ledger.errors.values(), default=0.0), limit, tuple(ran))
     except Exception as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from titans_backends.contracts.case import Variant
 
-__all__ = ["Argument", "Call", "Contract", "Option", "Output", "Role", "Work", "arithmetic_dtype", "state_dtype"]
+__all__ = ["Argument", "Call", "Contract", "Option", "OptionValue", "Output", "Role", "Work", "arithmetic_dtype", "state_dtype"]
 
 Role = Literal["operand", "gate", "state", "index"]
 """operand: one shared dtype; gate: that dtype or float32; state: float32, or float64 with float64 operands; index: int32 or int64."""

@@ -18,7 +18,7 @@ from titans_backends.contracts.case import Variant
 from titans_backends.contracts.contract import Argument, Contract, Option, Output, arithmetic_dtype
 from titans_backends.contracts.gated_delta_rule import delta_rule
 
-__all__ = ["CONTRACT", "MAX_TOKENS", "GatedDeltaStep"]
+__all__ = ["CONTRACT", "MAX_TOKENS", "GatedDeltaStep", "overlaps"]
 
 MAX_TOKENS = 8
 

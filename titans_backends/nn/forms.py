@@ -12,7 +12,7 @@ from typing import Literal
 from titans_backends.errors import UnknownNameError
 from titans_backends.nn.level import Level
 
-__all__ = ["Form", "resolve"]
+__all__ = ["Chunking", "Convolution", "Coupling", "Decay", "Form", "Merge", "Mode", "Transform", "resolve"]
 
 Mode = Literal["flat", "loop", "dual", "recurrent"]
 Chunking = Literal["regular", "original"]

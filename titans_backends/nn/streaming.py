@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DualCoreCache"]
+__all__ = ["DualCoreCache", "stored"]
 
 
 @dataclass(slots=True, eq=False)

@@ -182,7 +182,7 @@ def _pairs(timed: Collection[Measurement]) -> list[Timed]:
     """Every forward with every backward that reads what it saves. Each direction is timed once, so a pair's time is their sum."""
     forward = [one for one in timed if one.direction == "forward"]
     backward = [one for one in timed if one.direction == "backward"]
-    return [_choice([f, b]) for f in forward for b in backward if f.saves_states == b.saves_states]
+    return [_choice([f, b]) for f in forward for b in backward if (f.saves_states, f.residual) == (b.saves_states, b.residual)]
 
 
 def _best(choices: Collection[Timed]) -> list[Timed]:

@@ -217,7 +217,7 @@ class _Run:
         refused = {one.candidate.partition("/")[0] for found in rows.values() for one in found if one.status == "refused"}
         racing = [c for c in standing.racing(self.request.asks) if measurement_of(c).identity not in lost and c.backend not in refused]
         measured = {c: replace(passed[measurement_of(c).identity], env="") for c in racing if measurement_of(c).identity in passed}
-        bench.saver = next((c for c in measured if c.direction == "forward" and c.saves_states), None)
+        bench.savers = [c for c in measured if c.direction == "forward" and c.saves_states]
         measured |= bench.check([c for c in racing if c not in measured], standing.hashes)
         for direction in ("forward", "backward"):
             measured |= bench.again([c for c in racing if c.direction == direction and measured[c].status == "ok"], measured, bench.rules)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from titans_backends.backend import Candidate
@@ -27,13 +27,13 @@ Told = Callable[[Candidate, Measurement], None]
 
 @dataclass(slots=True)
 class Bench:
-    """One bucket, open in the child. `saver` is a forward that passed and saves states, which backwards may need."""
+    """One bucket, open in the child. `savers` are forwards that passed and save what backwards may need."""
 
     host: Host
     bucket: Bucket
     rules: RaceRules
     timeout_s: float
-    saver: Candidate | None = None
+    savers: list[Candidate] = field(default_factory=list)
 
     def open(self, heads: int | None, *, references: bool = True) -> None:
         """Makes the inputs and, where there is something to check, the references; OpenFailed where that cannot be."""
@@ -73,7 +73,7 @@ class Bench:
         return Measurement(REFERENCE, us=us, samples=1) if isinstance(us, float) else None
 
     def _request(self, kind: str, candidate: Candidate) -> wire.Message:
-        states_from = self.saver if candidate.direction == "backward" and candidate.saves_states else None
+        states_from = next((one for one in self.savers if one.agrees(candidate)), None) if candidate.direction == "backward" else None
         return {"do": kind, "candidate": wire.candidate_to(candidate), "states_from": None if states_from is None else wire.candidate_to(states_from)}
 
     def _check(self, candidate: Candidate) -> Measurement:
@@ -86,8 +86,8 @@ class Bench:
         reason, peak, compile_s = str(answer["reason"]), cast("float | None", answer["peak_mib"]), cast("float | None", answer["compile_s"])
         if reason:
             return replace(base, status="failed", reason=reason, errors=errors, compile_s=compile_s)
-        if candidate.direction == "forward" and candidate.saves_states and self.saver is None:
-            self.saver = candidate
+        if candidate.direction == "forward" and candidate.saves_states:
+            self.savers.append(candidate)
         return replace(base, errors=errors, peak_mib=peak, compile_s=compile_s)
 
     def _race(self, runners: Sequence[Candidate], checked: Mapping[Candidate, Measurement], rules: RaceRules) -> dict[Candidate, Measurement]:

@@ -115,12 +115,12 @@ def timed(
         runners.setdefault(pair, []).append("backend")
     session = Session(bucket, signature.device, heads)
     floor = None if signature.regime == "training" else floor_us(bucket, heads, ceilings)
-    saver = next((pair.forward for pair in runners if pair.forward.saves_states), None)
-    checked = {candidate: session.check(candidate, saver) for pair in runners for candidate in members(pair)}
+    maker = {pair.backward: pair.forward for pair in runners}
+    checked = {candidate: session.check(candidate, maker.get(candidate)) for pair in runners for candidate in members(pair)}
 
     def sample(candidate: Candidate) -> float:
         try:
-            return session.sample(candidate, saver)
+            return session.sample(candidate, maker.get(candidate))
         except RuntimeError as error:
             raise Withdrawn(str(error)) from error
 

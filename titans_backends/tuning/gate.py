@@ -23,15 +23,7 @@ from titans_backends.tuning.problem import signature_of_case
 from titans_backends.tuning.slices import Part
 from titans_backends.tuning.suite import Exam, Outputs, suite, suite_key
 
-__all__ = [
-    "GateResult",
-    "check_backward",
-    "check_backward_part",
-    "check_forward",
-    "check_forward_part",
-    "failure",
-    "gate",
-]
+__all__ = ["GateResult", "check_backward", "check_backward_part", "check_forward", "check_forward_part", "failure", "gate", "offered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +54,8 @@ def gate(bucket: Bucket, candidate: Candidate, module: OpModule | TrainableOpMod
             if candidate.direction == "forward":
                 check_forward(made, candidate, module, exam, limit, ledger, where)
             else:
-                check_backward(made, candidate, module, exam, limit, ledger, where)
+                maker = next((one for one in module.candidates(signature, machine) if one.agrees(candidate)), None)
+                check_backward(made, candidate, module, exam, limit, ledger, where, maker=maker)
         except Rejected as reason:
             return GateResult(str(reason), tuple(ledger.errors.items()), tuple(skipped))
         except Exception as error:  # a candidate's own failure is its result
@@ -92,23 +85,26 @@ def check_forward(
 ) -> None:
     """One exam of a forward candidate: layout, outputs, saved states, bits. Rejected says what is wrong. `again` False: called once, so no bits."""
     first = run_forward(made, candidate, module, exam.call, where)
-    _compare_forward(made, first, exam, limit, ledger, where)
+    _compare_forward(made, candidate, first, exam, limit, ledger, where)
     if not again:
         return
     second = run_forward(made, candidate, module, exam.call, where, repeated=True)
     if candidate.deterministic:
         _same_bits(first, second, where)
     else:
-        _compare_forward(made, second, exam, limit, ledger, f"{where}, called again")
+        _compare_forward(made, candidate, second, exam, limit, ledger, f"{where}, called again")
 
 
-def _compare_forward(made: Contract, found: Outputs, exam: Exam, limit: Tolerance, ledger: Ledger, where: str) -> None:
+def _compare_forward(made: Contract, candidate: Candidate, found: Outputs, exam: Exam, limit: Tolerance, ledger: Ledger, where: str) -> None:
     outputs, states = found[: len(made.outputs)], found[len(made.outputs) :]
     check_layout(made, exam.call, outputs, exam.outputs, where)
     for spec, got, want in zip(made.outputs, outputs, exam.outputs, strict=True):
         if got is not None and want is not None:
             ledger.compare(spec.name, got, want, limit.outputs, where)
-    if states and states[0] is not None and exam.states is not None and exam.states.numel():
+    if states and candidate.residual:
+        if states[0] is None or states[0].dim() == 5:
+            raise Rejected(f"its residual is {'missing' if states[0] is None else 'of five dimensions, as saved states are'}, on {where}")
+    elif states and states[0] is not None and exam.states is not None and exam.states.numel():
         if states[0].shape != exam.states.shape:
             raise Rejected(f"the saved states have shape {tuple(states[0].shape)}, not {tuple(exam.states.shape)}, on {where}")
         ledger.compare("states", states[0], exam.states, limit.outputs, where)
@@ -140,11 +136,19 @@ def check_backward(
     ledger: Ledger,
     where: str,
     *,
+    maker: Candidate | None = None,
     again: bool = True,
 ) -> None:
-    """One exam of a backward candidate: every gradient, with all cotangents and with that of o alone. `again` False: called once for each, so no bits."""
+    """One exam of a backward candidate: every gradient, with all cotangents and with that of o alone. `again` False: called once for each, so no bits.
+
+    Where it takes a residual, `maker` is the forward of its backend that makes it.
+    """
     states = None
-    if candidate.saves_states:
+    if candidate.residual:
+        if maker is None:
+            raise Rejected(f"it wants {candidate.residual}, but no forward of its backend makes that")
+        states = run_forward(made, maker, module, exam.call, where)[-1]
+    elif candidate.saves_states:
         if exam.states is None:
             raise Rejected("it wants saved states, but the op saves none")
         states = exam.states.to(state_dtype(made.tensors(exam.call)[made.operands[0]].dtype))

@@ -39,7 +39,7 @@ from titans_backends.tuning.standing import REFERENCE, Standing, entry_of, is_tr
 from titans_backends.tuning.store import Store
 from titans_backends.tuning.timing import RaceRules
 
-__all__ = ["Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_call"]
+__all__ = ["AHEAD_S", "Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_call"]
 
 QUICK_BUCKET_S, FULL_BUCKET_S = 1.5, 4.0
 """How long the rounds of one race may take, beyond the least number of rounds."""
@@ -222,7 +222,7 @@ class _Run:
         self.say(BucketStarted(bucket, index, tuple(c.label for c in todo if c not in refused), refusals))
         for candidate, one in refused.items():
             self._tell(bucket, candidate, one)
-        bench = Bench(self.host, bucket, RaceRules(budget_s=race_s), self.request.timeout_s, self._known_saver(standing))
+        bench = Bench(self.host, bucket, RaceRules(budget_s=race_s), self.request.timeout_s, self._known_savers(standing))
         older, measured = dict(standing.current), dict(refused)
         try:
             wanted = [candidate for candidate in todo if candidate not in refused]
@@ -267,10 +267,9 @@ class _Run:
             standing = standing.with_measured(found)
         return found
 
-    def _known_saver(self, standing: Standing) -> Candidate | None:
-        """A forward that passed earlier and saves states."""
-        found = (c for c, one in standing.current.items() if c.direction == "forward" and c.saves_states and one.status == "ok")
-        return next(found, None)
+    def _known_savers(self, standing: Standing) -> list[Candidate]:
+        """Forwards that passed earlier and save what backwards may need."""
+        return [c for c, one in standing.current.items() if c.direction == "forward" and c.saves_states and one.status == "ok"]
 
     def _entries(self, standing: Standing) -> dict[Bucket, Entry]:
         """The bucket's row, and in training the one for calls that may save no states."""

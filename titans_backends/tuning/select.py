@@ -13,7 +13,7 @@ from typing import Literal
 
 from titans_backends.offers import Pair
 
-__all__ = ["GAIN", "NOISE", "TIE", "Contender", "Selection", "combined", "select"]
+__all__ = ["GAIN", "NOISE", "TIE", "Contender", "Objective", "Selection", "combined", "select"]
 
 GAIN = 0.03
 """What a challenger must save of the default's time."""

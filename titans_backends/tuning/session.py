@@ -72,7 +72,7 @@ class Session:
         self.training = field(bucket, "regime") == "training"
         self.dtype = self.contract.tensors(self.call)[self.contract.operands[0]].dtype
         self._grads: Outputs | None = None
-        self._states: Tensor | None = None
+        self._saved: dict[str, Tensor] = {}
         self._warm: set[Candidate] = set()
         if references:
             self._references()
@@ -120,9 +120,12 @@ class Session:
 
     def _held_mib(self, candidate: Candidate) -> float:
         """What is in memory for a backward's sake alone before it begins: the states that its forward saved."""
-        if candidate.direction == "forward" or not candidate.saves_states or self._states is None:
-            return 0.0
-        return self._states.nbytes / 2**20
+        saved = self._handed(candidate) if candidate.direction == "backward" else None
+        return 0.0 if saved is None else saved.nbytes / 2**20
+
+    def _handed(self, candidate: Candidate) -> Tensor | None:
+        """What a backward is handed by a forward, by the name of what it takes."""
+        return self._saved.get(candidate.residual) if candidate.saves_states else None
 
     def sample(self, candidate: Candidate, states_from: Candidate | None) -> float:
         """One cold run in microseconds; a process that was started anew warms the candidate up first."""
@@ -157,7 +160,8 @@ class Session:
     def close(self) -> None:
         """Frees the inputs."""
         del self.call, self.timed, self.sampler
-        self._grads = self._states = None
+        self._grads = None
+        self._saved.clear()
         gc.collect()
         if torch.device(self.device).type == "cuda":
             torch.cuda.empty_cache()
@@ -183,11 +187,14 @@ class Session:
 
     def _prepare(self, candidate: Candidate, states_from: Candidate | None) -> None:
         """A backward that reads saved states gets those of a forward that passed its own check."""
-        if candidate.direction == "backward" and candidate.saves_states and self._states is None:
+        if candidate.direction == "backward" and candidate.saves_states and candidate.residual not in self._saved:
             if states_from is None:
-                raise Rejected("it wants saved states, but no forward that passed saves them")
+                raise Rejected(f"it wants {'saved states' if not candidate.residual else candidate.residual}, but no forward that passed saves them")
             with torch.no_grad():
-                self._states = self._module(states_from).run(self.timed, states_from)[-1]
+                saved = self._module(states_from).run(self.timed, states_from)[-1]
+            if saved is None:
+                raise Rejected(f"it wants what {states_from.label} saves, but that saved nothing")
+            self._saved[candidate.residual] = saved
 
     def _kernel(self, candidate: Candidate) -> Callable[[], object]:
         module, call = self._module(candidate), self.timed
@@ -203,7 +210,7 @@ class Session:
                     return module.run(call, candidate) if again is None else again(values)
 
             return forward
-        grads, states, needs = self._cotangents(), self._states if candidate.saves_states else None, self._needs()
+        grads, states, needs = self._cotangents(), self._handed(candidate), self._needs()
         trainable = registry.trainable(module)
         assert trainable is not None
         repeating, repeat = registry.remembering_backward(trainable), None
@@ -240,7 +247,7 @@ class Session:
         if candidate.direction == "forward":
             found = run_forward(self.contract, candidate, module, self.call, where)
         else:
-            states = self._states if candidate.saves_states else None
+            states = self._handed(candidate)
             found = run_backward(self.contract, candidate, module, self.call, self._cotangents(), states, where)
         self.sampler.synchronize()
         return found

@@ -28,7 +28,7 @@ _YARDSTICK_SAMPLES = 3
 
 def measurement_of(candidate: Candidate, source: str = "") -> Measurement:
     """A measurement of a candidate, without its numbers yet."""
-    return Measurement(candidate.name, candidate.params, candidate.direction, candidate.saves_states, source=source)
+    return Measurement(candidate.name, candidate.params, candidate.direction, candidate.saves_states, source=source, residual=candidate.residual)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ def chunk_gated_delta_rule_fwd(
     _checked(q, k, v, g, beta, cu_seqlens)
     contiguous(initial_state)
     o, state = forward(q, k, v, g, beta, scale or 128**-0.5, initial_state, cu_seqlens)
-    return running(g, 64, 1.0, cu_seqlens), inverse(k, beta, cu_seqlens), o, None, state if output_final_state else None, None
+    grid = _auto_intra_cp_context(k, v, cu_seqlens, 64, auto_cp, False).cu_seqlens if k.shape[0] == 1 else cu_seqlens
+    return running(g, 64, 1.0, grid), inverse(k, beta, grid), o, None, state if output_final_state else None, None
 
 
 def chunk_gated_delta_rule_bwd(

@@ -1,0 +1,142 @@
+"""What a backend's forward hands on to its own backward in place of chunk-start states: it arrives there, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import titans_backends as tb
+from tests.loopback import install
+from titans_backends import library, registry
+from titans_backends.backend import Candidate
+from titans_backends.buckets import bucket_of, defaults_of
+from titans_backends.cache.schema import canonical_when
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.case import Case, build
+from titans_backends.contracts.contract import Call
+from titans_backends.library import planner
+from titans_backends.machine import detect
+from titans_backends.offers import offers, pairs
+from titans_backends.request import request
+from titans_backends.tuning.gate import gate
+from titans_backends.tuning.session import Session
+
+OP, NAME = CONTRACTS["gated_delta_rule"], "keeper's norms"
+
+
+def case() -> Case:
+    return Case("small", B=1, T=20, G=1, H=2, K=8, V=4, dtype=torch.float32, given=("g",))
+
+
+def norms(call: Call) -> Tensor:
+    return call.k.norm(dim=-1)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Tensor | None]]]:
+    """`keeper()` installs a backend whose forward keeps the keys' norms, and returns what its backwards were handed; `residual` is what it keeps instead."""
+
+    def make(residual: Callable[[Call], Tensor] = norms, *, plain: bool = True) -> list[Tensor | None]:
+        install(monkeypatch, "keeper", ops=(OP.name,))
+        module: ModuleType = registry.module(registry.get("keeper"), OP.name)[0]  # type: ignore[assignment]
+        run, run_backward, handed = module.run, module.run_backward, list[Tensor | None]()
+
+        def offered(direction: str) -> list[Candidate]:
+            kept = Candidate("keeper", "kept", direction=direction, saves_states=True, residual=NAME)  # type: ignore[arg-type]
+            return [kept, *[Candidate("keeper", "loop", direction=direction)] * plain]  # type: ignore[arg-type]
+
+        def backward(call: Call, grads: object, states: Tensor | None, needs: frozenset[str], candidate: Candidate) -> object:
+            handed.append(states)
+            assert (states is None) == (candidate.variant == "loop")
+            assert states is None or torch.equal(states, residual(call)), "what another call kept"
+            return run_backward(call, grads, states, needs, candidate)
+
+        monkeypatch.setattr(module, "candidates", lambda signature, machine: offered("forward"))
+        monkeypatch.setattr(module, "backward_candidates", lambda signature, machine: offered("backward"))
+        monkeypatch.setattr(
+            module, "run", lambda call, candidate: (*run(call, candidate), residual(call)) if candidate.residual else run(call, candidate)
+        )
+        monkeypatch.setattr(module, "run_backward", backward)
+        return handed
+
+    yield make
+    monkeypatch.undo()
+    tb.reset()
+
+
+def step(call: Call, **options: object) -> None:
+    o = tb.get_op(OP.name)(**{name: getattr(call, name) for name in OP.parameters}, **options)[0]
+    o.sum().backward()
+
+
+def test_a_backward_is_handed_what_its_own_forward_kept(keeper: Callable[..., list[Tensor | None]]) -> None:
+    handed = keeper()
+    for seed in (0, 1):
+        call = build(OP, replace(case(), seed=seed), "cpu", requires_grad=True)
+        step(call, backend="keeper")
+        assert torch.equal(handed[-1], norms(call))  # type: ignore[arg-type]
+    assert len(handed) == 2
+
+
+def test_no_other_backends_backward_gets_it(keeper: Callable[..., list[Tensor | None]]) -> None:
+    keeper()
+    call = build(OP, case(), "cpu", requires_grad=True)
+    signature = planner(OP.name).plan(call, request(None, training=True)).choice.signature
+    found = pairs(offers(signature, detect("cpu"), ["keeper", "eager"]), signature)
+    kept = [pair for pair in found if NAME in (pair.forward.residual, pair.backward.residual if pair.backward else "")]
+    assert [(pair.forward.backend, pair.backward.backend) for pair in kept if pair.backward] == [("keeper", "keeper")]
+    assert {pair.saves for pair in found} == {None, "states", "residual"}
+
+
+def test_a_backward_is_chosen_by_what_arrives(keeper: Callable[..., list[Tensor | None]]) -> None:
+    handed = keeper(plain=False)
+    call = build(OP, case(), "cpu", requires_grad=True)
+    eager = offers(planner(OP.name).plan(call, request(None, training=True)).choice.signature, detect("cpu"), ["eager"])[0]
+    with torch.no_grad():
+        states = registry.module(eager.backend, OP.name)[0].run(call, next(one for one in eager.forward if one.saves_states))[-1]  # type: ignore[union-attr]
+        grads, values = (torch.ones_like(call.v), None), [getattr(call, name) for name in OP.parameters]  # type: ignore[attr-defined]
+        for saved, count in ((states, 0), (norms(call), 1), (None, 1)):
+            found = library.gradients(OP, grads, values, saved, [True] * len(OP.differentiable), None, False)
+            assert len(handed) == count
+            assert found[0] is not None
+
+
+def bucket() -> object:
+    values = {"dtype": "float32", "head_dim": (8, 4), "streams": 2, "g": True, "regime": "training"}
+    return bucket_of(planner(OP.name).plan(build(OP, case(), "cpu", requires_grad=True), request(None, training=True)).choice.signature)._replace(
+        when=canonical_when(values, defaults_of(OP.name))
+    )
+
+
+def test_the_gate_hands_a_backward_what_its_backends_forward_makes(keeper: Callable[..., list[Tensor | None]]) -> None:
+    handed = keeper()
+    module = registry.module(registry.get("keeper"), OP.name)[0]
+    backward = module.backward_candidates(None, None)[0]  # type: ignore[union-attr]
+    result = gate(bucket(), backward, module, detect("cpu"), "cpu")  # type: ignore[arg-type]
+    assert result.reason == ""
+    assert handed
+    assert all(one is not None for one in handed)
+
+
+def test_the_gate_refuses_a_residual_that_looks_like_states(keeper: Callable[..., list[Tensor | None]]) -> None:
+    keeper(lambda call: call.k.new_zeros(1, 1, 2, 8, 4))  # type: ignore[attr-defined]
+    module = registry.module(registry.get("keeper"), OP.name)[0]
+    result = gate(bucket(), module.candidates(None, None)[0], module, detect("cpu"), "cpu")  # type: ignore[union-attr, arg-type]
+    assert "its residual is of five dimensions, as saved states are" in result.reason
+
+
+def test_a_session_keeps_states_and_residuals_apart(keeper: Callable[..., list[Tensor | None]]) -> None:
+    keeper()
+    session = Session(bucket(), "cpu", 2)  # type: ignore[arg-type]
+    given = offers(planner(OP.name).plan(session.call, request(None, training=True)).choice.signature, session.machine, ["keeper", "eager"])
+    forward, backward = ([c for offer in given for c in getattr(offer, side) if c.saves_states] for side in ("forward", "backward"))
+    for candidate in backward:
+        maker = next(one for one in forward if one.agrees(candidate))
+        assert session.check(candidate, maker).result.reason == ""
+    assert set(session._saved) == {"", NAME}
+    session.close()

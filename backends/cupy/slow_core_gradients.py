@@ -23,7 +23,7 @@ from .strides import unit_stride
 __all__ = ["backward_candidates", "run_backward"]
 
 SOURCE, VECTORS_SOURCE = "slow_core_gradients.cu", "slow_core_vectors.cu"
-GRADIENTS, VECTORS = Kernel(SOURCE, "slow_core_gradients", "4P3P4P3P3P21qP11if"), Kernel(VECTORS_SOURCE, "slow_core_vectors", "3P3PP10i")
+GRADIENTS, VECTORS = Kernel(SOURCE, "slow_core_gradients", "4P3P4P4P3P21qP11if"), Kernel(VECTORS_SOURCE, "slow_core_vectors", "4P3PP10i")
 _LONGEST = 128
 _WALKS = ((64, 3, 2), (32, 3, 4), (32, 4, 2), (32, 3, 2), (64, 3, 1), (32, 3, 1), (32, 2, 2), (16, 3, 2), (16, 2, 1))
 """Tokens of a piece, pieces in shared memory, warps."""
@@ -119,12 +119,12 @@ def _run_parallel(x: Walks, macros: Macros, d_o: Tensor, left: tuple[Tensor | No
     def sums(name: str, each: int) -> Tensor | None:
         return torch.empty(slices * x.places * each, dtype=torch.float32, device=x.u.device) if name in into else None
 
-    told, bent, pulled = sums("gate", x.side), sums("g", x.side), sums("chunk_decay", 1)
+    told, bent, left_behind, pulled = sums("gate", x.side), sums("g", x.side), sums("g", x.side), sums("chunk_decay", 1)
     tiles = (("KEY_SLICE", key_slice), ("VALUE_SLICE", value_slice), ("DECAYED", call.g is not None), ("GROUPED", x.group > 1))
     GRADIENTS(
         (x.slots.count * (heads // x.group) * slices, 1, 1), 2 * x.side, (*macros, *tiles),
         (
-            x.q, x.k, x.w, d_o, call.g, call.chunk_decay, call.gate, *left, told, bent, pulled, into.get("q"), into.get("k"), into.get("w"),
+            x.q, x.k, x.w, d_o, call.g, call.chunk_decay, call.gate, *left, told, bent, left_behind, pulled, into.get("q"), into.get("k"), into.get("w"),
             *three_strides(x.q), *three_strides(x.k), *three_strides(x.w), *three_strides(d_o), *x.strides,
             x.bounds, *x.grid, x.places, *x.wide, float(call.scale),
         ),
@@ -133,5 +133,5 @@ def _run_parallel(x: Walks, macros: Macros, d_o: Tensor, left: tuple[Tensor | No
     if into.keys() & {"g", "gate", "chunk_decay"}:
         VECTORS(
             (x.places, 1, 1), 32, (("DTYPE", DTYPES[x.u.dtype]), ("SIDE", x.side), ("KEY_SLICES", slices)),
-            (told, bent, pulled, into.get("g"), into.get("gate"), into.get("chunk_decay"), x.bounds, *x.grid[:-1], x.places, *x.wide),
+            (told, bent, left_behind, pulled, into.get("g"), into.get("gate"), into.get("chunk_decay"), x.bounds, *x.grid[:-1], x.places, *x.wide),
         )  # fmt: skip

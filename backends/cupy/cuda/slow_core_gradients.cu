@@ -3,8 +3,9 @@
 //   slow_core_gradients: X = scale tril(dO U'^T) * Gamma:   dq / gate = scale e^G d (dO S^T) + X k,   dw = -d (dU' S^T),
 //                        dk = e^(G_C - G) (U' E^T) + (gate X)^T q
 // and for slow_core_vectors.cu: q_i . (dq / gate)_i, which is dgate_i;   dG_i = q_i . dq_i - k_i . dk_i of one v head, and of a chunk's last token also
-//                        <k, e^(G_C - G) U' E^T> + e^G_C <S, E>;   dd = <S, E> + <dq, q> - <w, dU' S^T> of S
-// dG is without the diagonal of X, which would cancel, but not its rounding: that is larger than all the rest where gates forget within a few tokens.
+//                        e^G_C <S, E>;   left_i = k_i . e^(G_C - G) (U' E^T)_i;   dd = <S, E> + <dq, q> - <w, dU' S^T> of S
+// dG is without the diagonal of X and without left, which would cancel, but not their rounding: it is larger than all the rest where gates forget within a
+// few tokens.
 // A token and v head costs C (2 K + V) + 6 K V FLOP and moves 3 V + 2 K V / C and a share of 4 K + K (dw) numbers: bound by memory
 // (H100, bf16, 1 x 8192, 16/32 heads of 128, chunks of 64: 0.65 GB, 210 us).
 // A block has a chunk, a q/k head and KEY_SLICE columns of keys, and goes through the v heads of that head in order: what they share is summed in registers.
@@ -23,7 +24,7 @@ struct Params {
     const DTYPE *q, *k, *w, *d_o;
     const void *g, *decay, *gate;  // may be absent
     const DTYPE *states, *leaving, *updates, *errors;  // fragments of S and E, rows of U' and dU'
-    float *told, *bent, *pulled;  // [KEY_SLICES, places, SIDE] twice, [KEY_SLICES, places]; places: slots and v heads
+    float *told, *bent, *left, *pulled;  // [KEY_SLICES, places, SIDE] three times, [KEY_SLICES, places]; places: slots and v heads
     DTYPE *dq, *dk, *dw;
     int64_t q_b, q_t, q_h, k_b, k_t, k_h, w_b, w_t, w_h, do_b, do_t, do_h, g_b, g_t, g_h, decay_b, decay_m, decay_h, gate_b, gate_t, gate_h;
     const void* cu_seqlens;
@@ -166,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
         float own[2];
         take_diagonal(own, scored, warp);
         if (writes) store_scores(scores, scored, gates, warp);
-        float told[2] = {}, past[2] = {}, taken[2] = {}, extra = DECAYED ? exp_log(logs[SIDE - 1]) * meeting : meeting;
+        float told[2] = {}, past[2] = {}, taken[2] = {}, gone[2] = {}, extra = DECAYED ? exp_log(logs[SIDE - 1]) * meeting : meeting;
         if (reads) {
 #pragma unroll
             for (int n = 0; n < KEY_SLICE / 8; n++)
@@ -228,11 +229,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
                 for (int n = 0; n < KEY_SLICE / 8; n++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) written[n][e] *= exp_between(logs[SIDE - 1], logs[16 * warp + r + e / 2 * 8]);
-                row_products(taken, keys, written, warp);
-                extra += taken[0] + taken[1];
+                row_products(gone, keys, written, warp);
             }
-            add_turned(written, scores, queries, warp, length);
-            row_products(taken, keys, written, warp);
+            float inner[KEY_SLICE / 8][4] = {};
+            add_turned(inner, scores, queries, warp, length);
+            row_products(taken, keys, inner, warp);
+#pragma unroll
+            for (int n = 0; n < KEY_SLICE / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) written[n][e] += inner[n][e];
             add_diagonal(written, queries, gates[0] * own[0], gates[1] * own[1], warp);
             if constexpr (GROUPED) {
 #pragma unroll
@@ -254,9 +259,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE) slow_core_gradien
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int token = 16 * warp + 8 * half + r;
-            const float asked = quad_sum(told[half]), bent = gates[half] * quad_sum(past[half]) - quad_sum(taken[half]);
+            const float asked = quad_sum(told[half]), bent = gates[half] * quad_sum(past[half]) - quad_sum(taken[half]), left = quad_sum(gone[half]);
             if (c == 0 && p.told) p.told[at * SIDE + token] = asked;
             if (c == 0 && p.bent) p.bent[at * SIDE + token] = token == length - 1 ? bent + whole : bent;
+            if (c == 0 && p.left) p.left[at * SIDE + token] = left;
         }
     }
     if constexpr (GROUPED) {

@@ -95,6 +95,8 @@ def _forward(op: Contract) -> Callable[..., Outputs]:
         made = unflatten(op, inputs)
         plan = _plan(op, made, _asked(backend, batch_invariant, training=bool(training), may_save=bool(may_save)))
         outputs = _PLANNERS[op.name].execute(plan, made)
+        if op.rewritten:  # a step's state may lie as the given one does; a graph was promised a contiguous one
+            outputs = tuple(x if x is None else x.contiguous() for x in outputs)
         return (*outputs, None) if len(outputs) == len(op.outputs) else outputs
 
     return run

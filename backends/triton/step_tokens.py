@@ -4,6 +4,8 @@ A program owns BLOCK_V value columns of one head of one sequence: it moves 8 K B
 hundred bytes of tokens, and computes 7 K BLOCK_V FLOP a token: bound by device memory, or for few heads by latency. So both reductions over K of a
 token are taken from the state before it, side by side: S'^T q = e^g S^T q + (k . q) u.
 
+64 sequences of 32 heads of 128: 268 MB, 80 us at 3.35 TB/s.
+
 The state is read and written as it lies: with values contiguous (K-first) lanes go along values, with keys contiguous (V-first) along keys.
 """
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import titans_backends as tb
 from tests.loopback import install
+from tests.test_autograd import Seen
 from titans_backends import library, registry
 from titans_backends.backend import Candidate
 from titans_backends.buckets import bucket_of, defaults_of
@@ -19,6 +20,7 @@ from titans_backends.cache.schema import canonical_when
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call
+from titans_backends.errors import BackendError, BackendRefusedError
 from titans_backends.library import planner
 from titans_backends.machine import detect
 from titans_backends.offers import offers, pairs
@@ -26,6 +28,7 @@ from titans_backends.request import request
 from titans_backends.tuning.gate import gate
 from titans_backends.tuning.session import Session
 
+Handed = list[tuple[Tensor, ...] | None]
 OP, NAME = CONTRACTS["gated_delta_rule"], "keeper's norms"
 
 
@@ -33,33 +36,33 @@ def case() -> Case:
     return Case("small", B=1, T=20, G=1, H=2, K=8, V=4, dtype=torch.float32, given=("g",))
 
 
-def norms(call: Call) -> Tensor:
-    return call.k.norm(dim=-1)  # type: ignore[attr-defined]
+def norms(call: Call) -> tuple[Tensor, ...]:
+    return call.k.norm(dim=-1), call.v.new_full((1, 1, 2, 8, 4), float("nan"))  # type: ignore[attr-defined]
 
 
 @pytest.fixture
-def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Tensor | None]]]:
+def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Handed]]:
     """`keeper()` installs a backend whose forward keeps the keys' norms, and returns what its backwards were handed; `residual` is what it keeps instead."""
 
-    def make(residual: Callable[[Call], Tensor] = norms, *, plain: bool = True) -> list[Tensor | None]:
+    def make(residual: Callable[[Call], tuple[Tensor, ...]] = norms, *, plain: bool = True) -> list[tuple[Tensor, ...] | None]:
         install(monkeypatch, "keeper", ops=(OP.name,))
         module: ModuleType = registry.module(registry.get("keeper"), OP.name)[0]  # type: ignore[assignment]
-        run, run_backward, handed = module.run, module.run_backward, list[Tensor | None]()
+        run, run_backward, handed = module.run, module.run_backward, list[tuple[Tensor, ...] | None]()
 
         def offered(direction: str) -> list[Candidate]:
             kept = Candidate("keeper", "kept", direction=direction, saves_states=True, residual=NAME)  # type: ignore[arg-type]
             return [kept, *[Candidate("keeper", "loop", direction=direction)] * plain]  # type: ignore[arg-type]
 
-        def backward(call: Call, grads: object, states: Tensor | None, needs: frozenset[str], candidate: Candidate) -> object:
+        def backward(call: Call, grads: object, states: tuple[Tensor, ...] | None, needs: frozenset[str], candidate: Candidate) -> object:
             handed.append(states)
             assert (states is None) == (candidate.variant == "loop")
-            assert states is None or torch.equal(states, residual(call)), "what another call kept"
+            assert states is None or torch.equal(states[0], residual(call)[0]), "what another call kept"
             return run_backward(call, grads, states, needs, candidate)
 
         monkeypatch.setattr(module, "candidates", lambda signature, machine: offered("forward"))
         monkeypatch.setattr(module, "backward_candidates", lambda signature, machine: offered("backward"))
         monkeypatch.setattr(
-            module, "run", lambda call, candidate: (*run(call, candidate), residual(call)) if candidate.residual else run(call, candidate)
+            module, "run", lambda call, candidate: (*run(call, candidate), *residual(call)) if candidate.residual else run(call, candidate)
         )
         monkeypatch.setattr(module, "run_backward", backward)
         return handed
@@ -74,36 +77,65 @@ def step(call: Call, **options: object) -> None:
     o.sum().backward()
 
 
-def test_a_backward_is_handed_what_its_own_forward_kept(keeper: Callable[..., list[Tensor | None]]) -> None:
+def test_a_backward_is_handed_what_its_own_forward_kept(keeper: Callable[..., Handed]) -> None:
     handed = keeper()
     for seed in (0, 1):
         call = build(OP, replace(case(), seed=seed), "cpu", requires_grad=True)
         step(call, backend="keeper")
-        assert torch.equal(handed[-1], norms(call))  # type: ignore[arg-type]
+        assert torch.equal(handed[-1][0], norms(call)[0])  # type: ignore[index]
     assert len(handed) == 2
 
 
-def test_no_other_backends_backward_gets_it(keeper: Callable[..., list[Tensor | None]]) -> None:
+def test_no_other_backends_backward_gets_it(keeper: Callable[..., Handed]) -> None:
     keeper()
     call = build(OP, case(), "cpu", requires_grad=True)
     signature = planner(OP.name).plan(call, request(None, training=True)).choice.signature
     found = pairs(offers(signature, detect("cpu"), ["keeper", "eager"]), signature)
     kept = [pair for pair in found if NAME in (pair.forward.residual, pair.backward.residual if pair.backward else "")]
     assert [(pair.forward.backend, pair.backward.backend) for pair in kept if pair.backward] == [("keeper", "keeper")]
-    assert {pair.saves for pair in found} == {None, "states", "residual"}
+    assert {(pair.forward.saves_states, pair.forward.residual) for pair in found} == {(False, ""), (True, ""), (True, NAME)}
 
 
-def test_a_backward_is_chosen_by_what_arrives(keeper: Callable[..., list[Tensor | None]]) -> None:
+def test_a_backward_is_chosen_by_what_arrives(keeper: Callable[..., Handed]) -> None:
     handed = keeper(plain=False)
     call = build(OP, case(), "cpu", requires_grad=True)
     eager = offers(planner(OP.name).plan(call, request(None, training=True)).choice.signature, detect("cpu"), ["eager"])[0]
     with torch.no_grad():
         states = registry.module(eager.backend, OP.name)[0].run(call, next(one for one in eager.forward if one.saves_states))[-1]  # type: ignore[union-attr]
         grads, values = (torch.ones_like(call.v), None), [getattr(call, name) for name in OP.parameters]  # type: ignore[attr-defined]
-        for saved, count in ((states, 0), (norms(call), 1), (None, 1)):
-            found = library.gradients(OP, grads, values, saved, [True] * len(OP.differentiable), None, False)
+        for saved, residual, count in (((states,), "", 0), (norms(call), NAME, 1), ((), "", 1)):
+            found = library.gradients(OP, grads, values, saved, [True] * len(OP.differentiable), None, False, residual)
             assert len(handed) == count
             assert found[0] is not None
+
+
+def test_a_backward_that_reads_something_else_is_not_taken_for_it(keeper: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the forward's own partner is gone by the time of the backward, another residual's backward must not read what it kept."""
+    keeper(plain=False)
+    module = registry.module(registry.get("keeper"), OP.name)[0]
+    call = build(OP, case(), "cpu", requires_grad=True)
+    o = tb.get_op(OP.name)(**{name: getattr(call, name) for name in OP.parameters}, backend="keeper")[0]
+    for side, direction in (("candidates", "forward"), ("backward_candidates", "backward")):
+        other = Candidate("keeper", "kept", direction=direction, saves_states=True, residual="keeper's other")  # type: ignore[arg-type]
+        monkeypatch.setattr(module, side, lambda signature, machine, other=other: [other])
+    planner(OP.name).clear()
+    with pytest.raises(BackendRefusedError, match=r"the forward kept .* but no backward that reads it"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [lambda call: (), lambda call: (None,), lambda call: ([call.k],)])
+def test_a_call_refuses_a_residual_that_is_no_tensor(keeper: Callable[..., Handed], wrong: Callable[[Call], tuple[Tensor, ...]]) -> None:
+    handed = keeper(wrong)
+    with pytest.raises(BackendError, match=r"tensors of its residual .* but returned (none|NoneType|list)"):
+        step(build(OP, case(), "cpu", requires_grad=True), backend="keeper")
+    assert handed == []
+
+
+def test_the_gate_names_a_residual_that_is_an_input(keeper: Callable[..., Handed]) -> None:
+    keeper(lambda call: (call.k,))  # type: ignore[attr-defined]
+    module = registry.module(registry.get("keeper"), OP.name)[0]
+    result = gate(bucket(), module.candidates(None, None)[0], module, detect("cpu"), "cpu")  # type: ignore[union-attr, arg-type]
+    assert "its residual shares the memory of k" in result.reason
 
 
 def bucket() -> object:
@@ -113,7 +145,7 @@ def bucket() -> object:
     )
 
 
-def test_the_gate_hands_a_backward_what_its_backends_forward_makes(keeper: Callable[..., list[Tensor | None]]) -> None:
+def test_the_gate_hands_a_backward_what_its_backends_forward_makes(keeper: Callable[..., Handed]) -> None:
     handed = keeper()
     module = registry.module(registry.get("keeper"), OP.name)[0]
     backward = module.backward_candidates(None, None)[0]  # type: ignore[union-attr]
@@ -123,14 +155,22 @@ def test_the_gate_hands_a_backward_what_its_backends_forward_makes(keeper: Calla
     assert all(one is not None for one in handed)
 
 
-def test_the_gate_refuses_a_residual_that_looks_like_states(keeper: Callable[..., list[Tensor | None]]) -> None:
-    keeper(lambda call: call.k.new_zeros(1, 1, 2, 8, 4))  # type: ignore[attr-defined]
+def test_the_gate_refuses_a_residual_with_a_hole(keeper: Callable[..., Handed]) -> None:
+    keeper(lambda call: (call.k.norm(dim=-1), None))  # type: ignore[attr-defined, arg-type, return-value]
     module = registry.module(registry.get("keeper"), OP.name)[0]
     result = gate(bucket(), module.candidates(None, None)[0], module, detect("cpu"), "cpu")  # type: ignore[union-attr, arg-type]
-    assert "its residual is of five dimensions, as saved states are" in result.reason
+    assert "a tensor of its residual is None" in result.reason
 
 
-def test_a_session_keeps_states_and_residuals_apart(keeper: Callable[..., list[Tensor | None]]) -> None:
+def test_the_registered_op_has_no_place_for_it_and_computes_again(keeper: Callable[..., Handed]) -> None:
+    handed = keeper()
+    call = build(OP, case(), "cpu", requires_grad=True)
+    with Seen():
+        step(call, backend="keeper")
+    assert handed == [None]
+
+
+def test_a_session_keeps_states_and_residuals_apart(keeper: Callable[..., Handed]) -> None:
     keeper()
     session = Session(bucket(), "cpu", 2)  # type: ignore[arg-type]
     given = offers(planner(OP.name).plan(session.call, request(None, training=True)).choice.signature, session.machine, ["keeper", "eager"])

@@ -17,6 +17,6 @@ def test_the_states_that_a_forward_saved_count_to_its_backwards_peak(monkeypatch
     (offer,) = offers(signature_of_bucket(bucket, "cpu"), session.machine, names=["eager"])
     saves = next(one for one in offer.forward if one.saves_states)
     peaks = {one.saves_states: session.check(one, saves).peak_mib for one in (offer.backward[-1], next(c for c in offer.backward if c.saves_states))}
-    held = session._saved[""].nbytes / 2**20
+    held = session._saved[""][0].nbytes / 2**20
     assert held > 0
     assert peaks == {False: 3.0, True: pytest.approx(3.0 + held)}

@@ -42,7 +42,7 @@ def _function(op_name: str) -> type[torch.autograd.Function]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in values], *outputs[count:])  # type: ignore[arg-type]  # torch takes None
         ctx.others = [None if isinstance(x, Tensor) else x for x in values]  # type: ignore[attr-defined]
-        ctx.asked = (backend, invariant)  # type: ignore[attr-defined]
+        ctx.asked = (backend, invariant, plan.choice.pair.forward.residual)  # type: ignore[attr-defined]
         return outputs[:count]
 
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -52,9 +52,8 @@ def _function(op_name: str) -> type[torch.autograd.Function]:
             return tuple(result)
         saved = ctx.saved_tensors  # type: ignore[attr-defined]
         values = [other if tensor is None else tensor for tensor, other in zip(saved, others, strict=False)]
-        states = saved[len(others)] if len(saved) > len(others) else None
         needs = [bool(ctx.needs_input_grad[_LEADING + position[name]]) for name in op.differentiable]  # type: ignore[attr-defined]
-        found = library.gradients(op, grads, values, states, needs, *ctx.asked)  # type: ignore[attr-defined]
+        found = library.gradients(op, grads, values, saved[len(others) :], needs, *ctx.asked)  # type: ignore[attr-defined]
         for name, gradient in zip(op.differentiable, found, strict=True):
             result[_LEADING + position[name]] = gradient
         return tuple(result)

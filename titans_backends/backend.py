@@ -6,7 +6,8 @@ A backend is a folder. Its `__init__.py` holds one `BACKEND = Backend(...)` and 
     supports(signature, machine) -> Verdict              cheap, pure, every reason
     candidates(signature, machine) -> list[Candidate]    the first is the default
     run(call, candidate) -> tuple[Tensor | None, ...]    the contract's outputs, on the current stream, without synchronising,
-                                                         aliasing no input; then the chunk-start states, if `saves_states`
+                                                         aliasing no input; then, if `saves_states`, the chunk-start states or the tensors
+                                                         of its `residual`
 
 and, where it can train,
 
@@ -15,7 +16,7 @@ and, where it can train,
 
 where `grads` follows the contract's outputs (None: no gradient arrives there), `needs` names the inputs that want a
 gradient, and the result follows `contract.differentiable`, None for what `needs` leaves out. Both run below autograd: torch.autograd
-records nothing there. The states lie on the grid of `contract.grid(call)`.
+records nothing there. The states lie on the grid of `contract.grid(call)`; of a residual they are the tuple of its tensors.
 
 A module whose kernels take long to compile may also have
 
@@ -36,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from titans_backends.verdict import Verdict
 
     Outputs = tuple[torch.Tensor | None, ...]
+    Handed = torch.Tensor | tuple[torch.Tensor, ...] | None
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -69,11 +71,11 @@ Param = int | float | str | bool
 class Candidate:
     """One way to run one direction of one op: a backend's variant with its parameters.
 
-    `saves_states`: a forward that also returns the state at each chunk's start, `[B, M, H, K, V]` on the grid of
-    `contract.grid(call)`; a backward that needs them. With a `residual`, a name, it is instead one tensor of the backend's own, of any dtype and shape
-    but five dimensions, which backwards with that residual alone are handed. `deterministic`: the same bits twice. `batch_invariant`: neither
-    its parameters nor its order of summation depend on the batch size or the length. `sources`: modules beside its own whose code it runs,
-    and for other people's code a distribution at its version, as `tilelang==0.1.15`.
+    `saves_states`: a forward that also returns the state at each chunk's start, `[B, M, H, K, V]` on the grid of `contract.grid(call)`; a backward that
+    needs them. With a `residual`, a name, these are instead tensors of the backend's own, one or more, of any dtype and shape, aliasing no input, which
+    backwards with that residual alone are handed, as a tuple. `deterministic`: the same bits twice. `batch_invariant`: neither its parameters nor its
+    order of summation depend on the batch size or the length. `sources`: modules beside its own whose code it runs, and for other people's code a
+    distribution at its version, as `tilelang==0.1.15`.
     """
 
     backend: str
@@ -162,7 +164,7 @@ class TrainableOpModule(OpModule, Protocol):
         self,
         call: object,
         grads: Outputs,
-        states: torch.Tensor | None,
+        states: Any,
         needs: frozenset[str],
         candidate: Candidate,
         /,

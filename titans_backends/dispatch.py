@@ -19,7 +19,7 @@ from titans_backends.cache.source_hash import join_hashes, source_hash
 from titans_backends.cache.staleness import Staleness, grade
 from titans_backends.errors import BackendRefusedError
 from titans_backends.machine import Machine
-from titans_backends.offers import Offer, Pair, Saved, offers, pairs, source_modules
+from titans_backends.offers import Offer, Pair, offers, pairs, source_modules
 from titans_backends.signature import Signature
 from titans_backends.tables import Source, current_environment, sources
 
@@ -174,16 +174,25 @@ def choose(
     forced: Forced | None = None,
     warmed: Sequence[Pair] | None = None,
     *,
-    must_save: Saved | None = None,
+    must_save: str | None = None,
 ) -> Choice:
     """The choice for a signature; BackendRefusedError where nothing is left.
 
-    `warmed`, under graph capture, limits it to pairs that have run; `must_save`, in a backward that was handed something, to pairs that save that.
+    `warmed`, under graph capture, limits it to pairs that have run; `must_save`, in a backward that was handed something, to pairs that save that:
+    "" are chunk-start states, any other a residual's name.
     """
     if forced is not None:
         registry.get(forced.backend)
     given = tuple(offers(signature, machine, None if forced is None else [forced.backend]))
-    available = [pair for pair in pairs(given, signature, mixed=forced is None) if must_save in (None, pair.saves)]
+    available = pairs(given, signature, mixed=forced is None)
+    if must_save is not None:
+        available = [pair for pair in available if pair.forward.saves_states and pair.forward.residual == must_save]
+    if not available and must_save:
+        raise BackendRefusedError(
+            f"{signature.op}: the forward kept {must_save!r} for its backward, but no backward that reads it is offered to the call as it is now; "
+            "deterministic algorithms, disabled backends and what saved-tensor hooks give back must be in the backward as they were in the forward. "
+            f"{_reasons(given, signature)}. See: titans-backends explain {signature.op}"
+        )
     if not available:
         raise _refuse(signature, machine, forced, given)
     if warmed is not None:

@@ -32,7 +32,7 @@ class BackendRefusedError(RuntimeError):
 
 
 class BackendError(RuntimeError):
-    """A backend is broken: its module raised on import, or declares what it does not have."""
+    """A backend is broken: its module raised on import, declares what it does not have, or returns what it did not declare."""
 
 
 class BoundCallMismatchError(ValueError):

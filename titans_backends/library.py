@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
+from titans_backends.backend import Candidate
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.fakes import fake_backward, fake_forward
-from titans_backends.offers import Saved
 from titans_backends.op_schema import flatten, schema_of, unflatten
 from titans_backends.plan import Outputs, Plan
 from titans_backends.plans import Planner
 from titans_backends.request import Request, request
 from titans_backends.transforms import NO_FORWARD_MODE, transformable
 from titans_backends.watching import watched
+
+if TYPE_CHECKING:
+    from titans_backends.backend import Handed
 
 __all__ = ["NAMESPACE", "call", "gradients", "planner", "register"]
 
@@ -76,11 +80,15 @@ def _refuse_duals(op: Contract, values: Sequence[object]) -> None:
 # --- what runs below the dispatcher
 
 
+_STATES = Candidate("", "", saves_states=True)
+"""What hands on chunk-start states."""
+
+
 def _plan(op: Contract, made: Call, asked: Request) -> Plan:
     return _PLANNERS[op.name].plan(made, asked)
 
 
-def _asked(backend: object, batch_invariant: object, *, training: bool, may_save: bool, must_save: Saved | None = None) -> Request:
+def _asked(backend: object, batch_invariant: object, *, training: bool, may_save: bool, must_save: str | None = None) -> Request:
     """The request of a registered op: what its arguments say, and below that the scope at run time."""
     scoped = request(backend if isinstance(backend, str) else None, training=training, may_save=may_save)
     invariant = scoped.batch_invariant or bool(batch_invariant)
@@ -97,7 +105,8 @@ def _forward(op: Contract) -> Callable[..., Outputs]:
         outputs = _PLANNERS[op.name].execute(plan, made)
         if op.rewritten:  # a step's state may lie as the given one does; a graph was promised a contiguous one
             outputs = tuple(x if x is None else x.contiguous() for x in outputs)
-        return (*outputs, None) if len(outputs) == len(op.outputs) else outputs
+        states = outputs[len(op.outputs)] if plan.choice.pair.forward.agrees(_STATES) else None  # a residual has no place in the schema
+        return (*outputs[: len(op.outputs)], states)
 
     return run
 
@@ -113,10 +122,10 @@ def _backward(op: Contract) -> Callable[..., Outputs]:
 
 
 def _run_backward(
-    op: Contract, made: Call, grads: Outputs, states: Tensor | None, needs: Sequence[bool], backend: str | None, batch_invariant: bool
+    op: Contract, made: Call, grads: Outputs, states: Handed, needs: Sequence[bool], backend: str | None, batch_invariant: bool, residual: str = ""
 ) -> Outputs:
     """By the plan of the call as it is now: what saved tensors come back as is their hooks' affair."""
-    saved: Saved | None = None if states is None else "states" if states.dim() == 5 else "residual"
+    saved = None if states is None else residual
     plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=states is not None, must_save=saved))
     wanted = frozenset(name for name, need in zip(op.differentiable, needs, strict=True) if need)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
@@ -124,16 +133,26 @@ def _run_backward(
 
 
 def gradients(
-    op: Contract, grads: Outputs, values: Sequence[object], states: Tensor | None, needs: Sequence[bool], backend: str | None, batch_invariant: bool
+    op: Contract,
+    grads: Outputs,
+    values: Sequence[object],
+    saved: tuple[Tensor, ...],
+    needs: Sequence[bool],
+    backend: str | None,
+    batch_invariant: bool,
+    residual: str = "",
 ) -> Outputs:
     """A backward for autograd, of the call with these field values: by the registered op where its gradients are to be differentiated again, where
-    compiled autograd traces it, and where torch must see it for what arrives or comes back from saved tensors."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched((*grads, *values, states)):
+    compiled autograd traces it, and where torch must see it for what arrives or comes back from saved tensors. That takes no residual, and computes again."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched((*grads, *values, *saved)):
+        states = saved[0] if saved and not residual else None
         registered: Outputs = getattr(torch.ops.titans_backends, f"{op.name}_backward")(
             *grads, *flatten(op, values), states, needs, backend, batch_invariant
         )
         return registered
-    return _run_backward(op, op.make_call(**dict(zip(op.parameters, values, strict=True))), grads, states, needs, backend, batch_invariant)
+    handed = None if not saved else saved if residual else saved[0]
+    call = op.make_call(**dict(zip(op.parameters, values, strict=True)))
+    return _run_backward(op, call, grads, handed, needs, backend, batch_invariant, residual)
 
 
 def _in_place(op: Contract) -> Callable[..., Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from titans_backends import registry
 from titans_backends.backend import Backend, Candidate, OpModule, TrainableOpModule
@@ -17,10 +16,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["Offer", "Pair", "Saved", "first_pair", "offer", "offers", "pairs", "run_modules", "source_modules"]
-
-Saved = Literal["states", "residual"]
-"""What a forward may hand on to its backward: chunk-start states, or a tensor of its backend's own."""
+__all__ = ["Offer", "Pair", "first_pair", "offer", "offers", "pairs", "run_modules", "source_modules"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +41,6 @@ class Pair:
     def label(self) -> str:
         """For people: `eager/chunked chunk_size=32`, with the backward behind a `+`."""
         return self.forward.label if self.backward is None else f"{self.forward.label} + {self.backward.label}"
-
-    @property
-    def saves(self) -> Saved | None:
-        """What its forward hands on."""
-        return None if not self.forward.saves_states else "residual" if self.forward.residual else "states"
 
 
 def source_modules(candidate: Candidate, op: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from titans_backends.dispatch import Choice
 from titans_backends.errors import BackendRefusedError
 from titans_backends.in_place import announce_change, expect_apart
 from titans_backends.recording import count, listening
+
+if TYPE_CHECKING:
+    from titans_backends.backend import Handed
 
 __all__ = ["Outputs", "Plan"]
 
@@ -80,7 +84,7 @@ class Plan:
             count(self.choice.signature)
         return outputs
 
-    def run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
+    def run_backward(self, call: Call, grads: Outputs, states: Handed, needs: frozenset[str]) -> Outputs:
         """The backward kernel, where and as the forward's; the gradients follow `contract.differentiable`."""
         guarded = self.needs_guard()
         found = self._guarded(lambda: self._run_backward(call, grads, states, needs)) if guarded else self._run_backward(call, grads, states, needs)
@@ -88,13 +92,13 @@ class Plan:
             count(self.choice.signature, backward=True)
         return found
 
-    def _run_backward(self, call: Call, grads: Outputs, states: Tensor | None, needs: frozenset[str]) -> Outputs:
+    def _run_backward(self, call: Call, grads: Outputs, states: Handed, needs: frozenset[str]) -> Outputs:
         """What the module remembered of a backward like this, or its `run_backward`."""
         backward, module = self.choice.pair.backward, self.backward_module
         if backward is None or module is None:
             raise BackendRefusedError(f"{self.choice.signature.op}: {self.choice.pair.label} has no backward")
         remembering = registry.remembering_backward(module)
-        if remembering is None:
+        if remembering is None or isinstance(states, tuple):
             return module.run_backward(call, grads, states, needs, backward)
         key = (needs, *[None if x is None else (x.stride(), x.dtype, x.data_ptr() & 15) for x in (*grads, states)])
         known = self.again_backward.get(key)

@@ -19,7 +19,7 @@ from titans_backends import switches
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.contracts.validate import check_indices, validate
 from titans_backends.dispatch import Choice, choose
-from titans_backends.errors import BackendRefusedError
+from titans_backends.errors import BackendError, BackendRefusedError
 from titans_backends.facts import signature_of
 from titans_backends.in_place import announce_change, expect_apart
 from titans_backends.machine import detect
@@ -131,6 +131,7 @@ class Planner:
                 announce_change(self.contract.name, getattr(call, name), name)
         outputs = plan.run(call)
         if not plan.ran:
+            _expect_residual(plan, outputs)
             self._warmed.setdefault(_compiled_for(plan.choice.signature), set()).add(plan.choice.pair)
             plan.ran = True
         if listening:
@@ -239,6 +240,16 @@ def _getter(names: tuple[str, ...]) -> Callable[[Call], tuple[object, ...]]:
     if len(names) > 1:
         return operator.attrgetter(*names)
     return lambda call: tuple(getattr(call, name) for name in names)
+
+
+def _expect_residual(plan: Plan, outputs: Outputs) -> None:
+    """BackendError where a forward that names a residual hands on none, or no tensors."""
+    forward, handed = plan.choice.pair.forward, outputs[plan.outputs :]
+    if forward.residual and not (handed and all(isinstance(one, Tensor) for one in handed)):
+        raise BackendError(
+            f"{plan.choice.signature.op}: {forward.label} is to return the tensors of its residual {forward.residual!r} behind its {plan.outputs} outputs, "
+            f"but returned {', '.join(type(one).__name__ for one in handed) or 'none'}"
+        )
 
 
 def _tuned_here(choice: Choice) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor
 from titans_backends import registry, scope, switches
 from titans_backends.dispatch import Forced
 from titans_backends.errors import SwitchError
-from titans_backends.offers import Saved
 from titans_backends.signature import Launch
 
 __all__ = ["PLAIN", "Request", "asks_gradient", "request"]
@@ -19,14 +18,14 @@ __all__ = ["PLAIN", "Request", "asks_gradient", "request"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a choice depends on beside the call. `must_save`: what a backward was handed, so its pair saves that."""
+    """What a choice depends on beside the call. `must_save`: what a backward was handed, so its pair saves that; see `dispatch.choose`."""
 
     backend: str | None = None
     by: str = "backend="
     batch_invariant: bool = False
     training: bool = False
     may_save: bool = True
-    must_save: Saved | None = None
+    must_save: str | None = None
     tune_budget_s: float | None = None
     launch: Launch | None = None
 

@@ -1,7 +1,7 @@
 """The backward of gated_delta_rule by FlashQLA's `chunk_gated_delta_rule_bwd`.
 
-FlashQLA's own autograd keeps the inverse of each chunk's triangle, the running decay and, where it cuts sequences, the segments' states. `kept` is handed the
-inverses by our forward of that name; what else it wants, and all of it in `chunked`, is computed again here, and that time counts; with an output gate the
+FlashQLA's own autograd keeps the inverse of each chunk's triangle, the running decay and, where it cuts sequences, what the segments begin with. `kept` is handed
+the inverses by our forward of that name; what else it wants, and all of it in `chunked`, is computed again here, and that time counts; with an output gate the
 whole forward is.
 """
 
@@ -32,13 +32,13 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
 
 
 def run_backward(
-    call: GatedDeltaRule, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+    call: GatedDeltaRule, grads: tuple[Tensor | None, ...], kept: tuple[Tensor, ...] | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, beta, g, gate and initial_state, in that order; `states` are the inverses of `kept`."""
+    """Gradients of q, k, v, beta, g, gate and initial_state, in that order; `kept` are the inverses of the forward of that name."""
     (d_o, d_state), x, auto = grads, made(call), bool(candidate.param("auto_cp"))
     d_y = torch.zeros_like(x.shared["v"]) if d_o is None else dense(d_o)
     found: dict[str, Tensor | None] = {}
-    running, inverse = _kept(x, auto, states)
+    running, inverse = _again(x, auto, kept)
     if call.gate is not None:
         o = kernels().chunk_gated_delta_rule_fwd(g=x.g, output_final_state=False, auto_cp=auto, **x.shared)[2]
         found["gate"] = (d_y.float() * o.float()).sum(-1)
@@ -54,13 +54,13 @@ def run_backward(
     return tuple(_as(found.get(name), getattr(call, name)) if name in needs else None for name in _INPUTS)
 
 
-def _kept(x: Inputs, auto: bool, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What FlashQLA's autograd would have kept: the running decay, computed again, and the inverses, those too where the forward handed on none."""
+def _again(x: Inputs, auto: bool, kept: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+    """The running decay and the inverses, computed again but for what was kept."""
     functions, k = kernels(), x.shared["k"]
     grid = {"cu_seqlens": x.shared["cu_seqlens"], "chunk_size": functions.CHUNK_SIZE}
     if auto and grid["cu_seqlens"] is None:  # as its forward has it, so that one kernel serves both
         grid["cu_seqlens"] = functions._auto_intra_cp_context(k, x.shared["v"], None, functions.CHUNK_SIZE, True, True).cu_seqlens
-    return functions.chunk_local_cumsum(g=x.g, **grid), functions.kkt_solve(k=k, b=x.shared["beta"], **grid) if inverse is None else inverse
+    return functions.chunk_local_cumsum(g=x.g, **grid), functions.kkt_solve(k=k, b=x.shared["beta"], **grid) if kept is None else kept[0]
 
 
 def _as(gradient: Tensor | None, given: Tensor) -> Tensor | None:

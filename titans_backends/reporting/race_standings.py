@@ -47,10 +47,6 @@ class Standings:
         """By its label."""
         return next((one for one in self.entrants if one.label == label), None)
 
-    def best_of(self, who: str, way: Way) -> Entrant | None:
-        """A backend's or a peer's fastest."""
-        return next((one for one in self.timed(way) if one.who == who), None)
-
     def regret(self, label: str, way: Way, *, backends: bool = False) -> float | None:
         """What a choice takes over the fastest, as a share of that; None where it was not timed."""
         mine, best = self.entrant(label), self.winner(way, backends=backends)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from titans_backends.backend import Candidate, OpModule, TrainableOpModule
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.tuning.ledger import Rejected
 from titans_backends.tuning.suite import Outputs
+
+if TYPE_CHECKING:
+    from titans_backends.backend import Handed
 
 __all__ = ["run_backward", "run_forward"]
 
@@ -36,11 +40,12 @@ def run_forward(made: Contract, candidate: Candidate, module: OpModule, call: Ca
     with torch.no_grad(), _guarded(given, before, where):
         found = again(made.values(call)) if again is not None else module.run(call, candidate)
     expected = len(made.outputs) + candidate.saves_states
-    if not isinstance(found, tuple) or len(found) != expected:
-        raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not a tuple of {expected}, on {where}")
+    if not isinstance(found, tuple) or (len(found) < expected if candidate.residual else len(found) != expected):
+        more = " or more" if candidate.residual else ""
+        raise Rejected(f"it returned {len(found) if isinstance(found, tuple) else type(found).__name__}, not a tuple of {expected}{more}, on {where}")
     names = [spec.name for spec in made.outputs]
     own = {tensor.untyped_storage().data_ptr(): name for name, tensor in given.items() if tensor.numel() and name not in writes}
-    for name, tensor in zip([*names, "states"], found, strict=False):
+    for name, tensor in zip([*names, *["its residual" if candidate.residual else "states"] * (len(found) - len(names))], found, strict=True):
         if tensor is not None and tensor.numel() and tensor.untyped_storage().data_ptr() in own:
             raise Rejected(f"{name} shares the memory of {own[tensor.untyped_storage().data_ptr()]} on {where}")
     for name in writes:
@@ -56,7 +61,7 @@ def run_backward(
     module: OpModule | TrainableOpModule,
     call: Call,
     grads: Outputs,
-    states: Tensor | None,
+    states: Handed,
     where: str,
     *,
     repeated: bool = False,
@@ -65,12 +70,13 @@ def run_backward(
     given = made.tensors(call)
     needs = frozenset(name for name in made.differentiable if name in given)
     read = {**given, **{f"the gradient of {spec.name}": grad for spec, grad in zip(made.outputs, grads, strict=True) if grad is not None}}
-    if states is not None:
-        read["the saved states"] = states
+    read |= (
+        {"the saved states": states} if isinstance(states, Tensor) else {f"the residual's tensor {index}": x for index, x in enumerate(states or ())}
+    )
     before = {name: tensor.clone() for name, tensor in read.items()}
     assert hasattr(module, "run_backward")
     remembering, again = registry.remembering_backward(module) if repeated else None, None
-    if remembering is not None:
+    if remembering is not None and not isinstance(states, tuple):
         with torch.no_grad():
             others = _others({**given, **{f"grad {index}": grad for index, grad in enumerate((*grads, states)) if grad is not None}})
             arriving = [others.get(f"grad {index}") for index in range(len(grads) + 1)]
@@ -78,7 +84,10 @@ def run_backward(
             again = remembering.remember_backward(first, tuple(arriving[:-1]), arriving[-1], needs, candidate)[1]
     _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     with torch.no_grad(), _guarded(read, before, where):
-        found: object = module.run_backward(call, grads, states, needs, candidate) if again is None else again(made.values(call), grads, states)
+        if again is None or isinstance(states, tuple):
+            found: object = module.run_backward(call, grads, states, needs, candidate)
+        else:
+            found = again(made.values(call), grads, states)
     if not isinstance(found, tuple) or len(found) != len(made.differentiable):
         count = len(found) if isinstance(found, tuple) else type(found).__name__
         raise Rejected(f"it returned {count}, not {len(made.differentiable)} gradients, on {where}")
@@ -99,11 +108,16 @@ def _guarded(given: Mapping[str, Tensor], before: Mapping[str, Tensor], where: s
         yield
     finally:
         for name, copy in before.items():
-            if not torch.equal(given[name], copy):
+            if not _same(given[name], copy):
                 given[name].copy_(copy)
                 changed.append(name)
     if changed:
         raise Rejected(f"it changed its input {', '.join(changed)} on {where}")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Bit by bit where values say no: a residual may hold NaN where nobody reads it."""
+    return torch.equal(one, other) or torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def _others(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

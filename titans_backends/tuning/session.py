@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from titans_backends.tuning.problem import case_of, set_torch
 from titans_backends.tuning.sampler import Sampler, sampler_for
 from titans_backends.tuning.slices import Part, group_part, heads_part
 from titans_backends.tuning.suite import Outputs, suite, suite_key, wanted_gradients
+
+if TYPE_CHECKING:
+    from titans_backends.backend import Handed
 
 __all__ = ["Checked", "Session"]
 
@@ -72,7 +76,7 @@ class Session:
         self.training = field(bucket, "regime") == "training"
         self.dtype = self.contract.tensors(self.call)[self.contract.operands[0]].dtype
         self._grads: Outputs | None = None
-        self._saved: dict[str, Tensor] = {}
+        self._saved: dict[str, tuple[Tensor, ...]] = {}
         self._warm: set[Candidate] = set()
         if references:
             self._references()
@@ -120,12 +124,13 @@ class Session:
 
     def _held_mib(self, candidate: Candidate) -> float:
         """What is in memory for a backward's sake alone before it begins: the states that its forward saved."""
-        saved = self._handed(candidate) if candidate.direction == "backward" else None
-        return 0.0 if saved is None else saved.nbytes / 2**20
+        saved = self._saved.get(candidate.residual, ()) if candidate.direction == "backward" and candidate.saves_states else ()
+        return sum(one.nbytes for one in saved) / 2**20
 
-    def _handed(self, candidate: Candidate) -> Tensor | None:
+    def _handed(self, candidate: Candidate) -> Handed:
         """What a backward is handed by a forward, by the name of what it takes."""
-        return self._saved.get(candidate.residual) if candidate.saves_states else None
+        saved = self._saved.get(candidate.residual) if candidate.saves_states else None
+        return saved if saved is None or candidate.residual else saved[0]
 
     def sample(self, candidate: Candidate, states_from: Candidate | None) -> float:
         """One cold run in microseconds; a process that was started anew warms the candidate up first."""
@@ -191,10 +196,10 @@ class Session:
             if states_from is None:
                 raise Rejected(f"it wants {'saved states' if not candidate.residual else candidate.residual}, but no forward that passed saves them")
             with torch.no_grad():
-                saved = self._module(states_from).run(self.timed, states_from)[-1]
-            if saved is None:
+                saved = self._module(states_from).run(self.timed, states_from)[len(self.contract.outputs) :]
+            if not saved or any(one is None for one in saved):
                 raise Rejected(f"it wants what {states_from.label} saves, but that saved nothing")
-            self._saved[candidate.residual] = saved
+            self._saved[candidate.residual] = cast("tuple[Tensor, ...]", saved)
 
     def _kernel(self, candidate: Candidate) -> Callable[[], object]:
         module, call = self._module(candidate), self.timed
@@ -214,13 +219,15 @@ class Session:
         trainable = registry.trainable(module)
         assert trainable is not None
         repeating, repeat = registry.remembering_backward(trainable), None
-        if repeating is not None:
+        if repeating is not None and not isinstance(states, tuple):
             with torch.no_grad():
                 _, repeat = repeating.remember_backward(call, grads, states, needs, candidate)
 
         def backward() -> object:
             with torch.no_grad():
-                return trainable.run_backward(call, grads, states, needs, candidate) if repeat is None else repeat(values, grads, states)
+                if repeat is None or isinstance(states, tuple):
+                    return trainable.run_backward(call, grads, states, needs, candidate)
+                return repeat(values, grads, states)
 
         return backward
 

@@ -3,6 +3,8 @@ import types
 import torch
 from peer_math import backward, contiguous, forward, inverse, running, saw, single, unit, unit_backward
 
+from .cp import CPCache
+
 CHUNK_SIZE = 64
 
 
@@ -47,17 +49,26 @@ def chunk_gated_delta_rule_fwd(
     contiguous(initial_state)
     o, state = forward(q, k, v, g, beta, scale or 128**-0.5, initial_state, cu_seqlens)
     grid = _auto_intra_cp_context(k, v, cu_seqlens, 64, auto_cp, False).cu_seqlens if k.shape[0] == 1 else cu_seqlens
-    return running(g, 64, 1.0, grid), inverse(k, beta, grid), o, None, state if output_final_state else None, None
+    cut = enable_fwd_cp_cache and auto_cp and k.shape[0] == 1 and k.shape[1] > CHUNK_SIZE
+    cache = (
+        CPCache(*(x.double().sum().float().view(1) for x in (k, v)), None, *(x.double().sum().float().view(1) for x in (g, beta))) if cut else None
+    )
+    return running(g, 64, 1.0, grid), inverse(k, beta, grid), o, None, state if output_final_state else None, cache
 
 
 def chunk_gated_delta_rule_bwd(
     q, k, v, g, beta, A, do, dht=None, scale=None, initial_state=None, cu_seqlens=None, state_v_first=False, auto_cp=True, cp_cache=None,
     cp_context=None,
 ):  # fmt: skip
-    saw("chunk_gated_delta_rule_bwd", auto_cp=auto_cp)
+    saw("chunk_gated_delta_rule_bwd", auto_cp=auto_cp, cached=cp_cache is not None)
     _checked(q, k, v, g, beta, cu_seqlens)
     contiguous(do, dht, initial_state)
     grid = _auto_intra_cp_context(k, v, cu_seqlens, 64, auto_cp, True).cu_seqlens if k.shape[0] == 1 else cu_seqlens
     assert torch.equal(A, inverse(k, beta, grid)), "the inverses of other keys"
+    if cp_cache is not None:
+        kept = (cp_cache.h0, cp_cache.mt, cp_cache.fallback_bwd, cp_cache.num_warmup_bwd)
+        assert all(torch.equal(one, x.double().sum().float().view(1)) for one, x in zip(kept[:2], (k, v), strict=True)), (
+            "the segments of another call"
+        )
     dq, dk, dv, dg, db, dh0 = backward(q, k, v, single(g, 64, 1.0, grid), beta, scale or 128**-0.5, initial_state, cu_seqlens, do, dht)
     return dq, dk, dv, db, dg, dh0

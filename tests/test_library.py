@@ -14,8 +14,10 @@ from titans_backends import library, plans
 from titans_backends import op as ops
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import build, cases
+from titans_backends.contracts.contract import Call
 from titans_backends.contracts.tolerance import compare
 from titans_backends.op_schema import flatten
+from titans_backends.plan import Outputs, Plan
 
 
 def small(name: str, *, requires_grad: bool = False, **changes: object) -> tuple[object, dict[str, object]]:
@@ -54,6 +56,24 @@ def test_opcheck_of_the_in_place_step(name: str) -> None:
     call, _ = small(name)
     arguments = (*flatten(made, library.planner(name).values(call), in_place=True), None)
     torch.library.opcheck(getattr(torch.ops.titans_backends, f"{name}_").default, arguments)
+
+
+def test_a_graph_gets_the_contiguous_state_that_it_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel may lay the state as the given one lies, which its fake does not."""
+    name = "gated_delta_step"
+    execute = plans.Planner.execute
+
+    def turning(self: plans.Planner, plan: Plan, call: Call) -> Outputs:
+        o, state = execute(self, plan, call)
+        assert state is not None
+        return o, state.transpose(2, 3).contiguous().transpose(2, 3)
+
+    monkeypatch.setattr(plans.Planner, "execute", turning)
+    call, keywords = small(name, V=11)  # a size of its own: a repeated call runs without `execute`
+    assert not tb.get_op(name)(**keywords)[1].is_contiguous()  # it is what the kernel made
+    torch.library.opcheck(
+        getattr(torch.ops.titans_backends, name).default, registered_arguments(name, call, training=False), test_utils="test_faketensor"
+    )
 
 
 def test_an_op_can_be_traced_before_it_was_ever_called() -> None:

@@ -257,6 +257,50 @@ def test_one_products_views_and_states_of_any_strides_are_stepped(alpha: Tensor,
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
 
 
+def laid(state: Tensor, layout: str) -> Tensor:
+    """The same state with keys or values contiguous, in memory of its own or in a wider one, or with neither."""
+    if layout == "neither":
+        return state.new_empty(*state.shape, 2)[..., 0].copy_(state)
+    turned = layout.startswith("V-first")
+    x = state.transpose(2, 3) if turned else state
+    if "strided" in layout:  # one number more a row, one head more a sequence
+        x = x.new_empty(x.shape[0], x.shape[1] + 1, x.shape[2], x.shape[3] + 1)[:, 1:, :, 1:].copy_(x)
+    else:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.transpose(2, 3) if turned else x
+
+
+@pytest.mark.parametrize("layout", ["V-first", "V-first, strided", "K-first, strided", "neither"])
+@pytest.mark.parametrize("variant", ["gated", "pool", "in place"])
+def test_a_state_is_stepped_as_it_lies(variant: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, on poisoned memory, without a copy but of what is contiguous nowhere, or of a pool whole."""
+    made = CONTRACTS["gated_delta_step"]
+    module = module_of(made.name)
+    options, given = next((each.options, each.given) for each in made.variants if each.name == variant)
+    for T, K, V in ((1, 32, 32), (3, 36, 20), (1, 16, 1), (1, 1, 8)):
+        call = build(made, Case("", T=T, B=3, G=1, H=2, K=K, V=V, options=options, given=given))
+        wanted = made.reference(made.to(call, torch.float64))
+        turned = layout.startswith("V-first") and K > 1 < V
+        for candidate in distinct(offered(made, call)):
+            own = made.with_tensors(call, {"state": laid(made.tensors(call)["state"], layout)})
+            state = made.tensors(own)["state"]
+            with monkeypatch.context() as patched:
+                if layout != "neither":
+                    patched.setattr(Tensor, "contiguous", lambda x, **_: pytest.fail(f"a copy of {tuple(x.shape)}, strides {x.stride()}"))
+                found = module.run(own, candidate)
+            for name, got, want in zip(("o", "state"), found, wanted, strict=True):
+                assert got is not None
+                told = f"{name}, {candidate.label}, K {K}, V {V}, strides {got.stride()}"
+                torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-6, msg=told)
+            after = found[1]
+            if variant == "in place":
+                assert after is state
+            else:
+                assert after is not None
+                assert (after.transpose(2, 3) if turned else after).is_contiguous(), f"K {K}, V {V}: {after.stride()}"
+                assert torch.equal(state, made.tensors(call)["state"]), "the given state changed"
+
+
 @pytest.mark.parametrize("name", [f"{op}-{case}" for op, case in (("deep_core", "continued"), ("deep_core", "plain"), ("deep_core_step", "gated"))])
 def test_a_block_after_one_that_forgot_all_is_right(name: str) -> None:
     """g of -inf, and what underflows: a block's log decay begins at nought, whatever that of the block before was."""

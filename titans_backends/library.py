@@ -99,6 +99,8 @@ def _forward(op: Contract) -> Callable[..., Outputs]:
         made = unflatten(op, inputs)
         plan = _plan(op, made, _asked(backend, batch_invariant, training=bool(training), may_save=bool(may_save)))
         outputs = _PLANNERS[op.name].execute(plan, made)
+        if op.rewritten:  # a step's state may lie as the given one does; a graph was promised a contiguous one
+            outputs = tuple(x if x is None else x.contiguous() for x in outputs)
         states = outputs[len(op.outputs)] if plan.choice.pair.forward.agrees(_STATES) else None  # a residual has no place in the schema
         return (*outputs[: len(op.outputs)], states)
 

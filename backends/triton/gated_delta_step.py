@@ -1,11 +1,13 @@
 """gated_delta_step: decode in one launch, on a state for each sequence or on the slots of a pool (SPEC.md 9).
 
-Out of place, a pool's other slots must be in the result too: it is cloned, and the clone's slots are written.
+Out of place, a pool's other slots must be in the result too: it is cloned, and the clone's slots are written. A state whose keys are contiguous (a view
+of `[B, H, V, K]`) is read as it lies, and what comes back lies like it.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from titans_backends.backend import Candidate
 from titans_backends.contracts.gated_delta_step import GatedDeltaStep
@@ -48,7 +50,18 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return [Candidate("triton", "tokens", (("value_tile", tile), ("warps", warps))) for tile, warps in fitting or [(_NARROWEST, 1)]]
 
 
-def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[torch.Tensor | None, ...]:
+def _turned(state: Tensor) -> bool:
+    """Whether keys, and not values, are contiguous."""
+    return state.stride(3) != 1 and state.stride(2) == 1 and state.shape[3] > 1
+
+
+def _steps(state: Tensor, turned: bool) -> tuple[int, int, int, int]:
+    """From slot to slot, head to head, row to row, and within a row."""
+    slot, head, key, value = state.stride()
+    return (slot, head, value, key) if turned else (slot, head, key, value)
+
+
+def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o `[B, T, H, V]` and the state after the tokens: a new tensor, or the given one when in place."""
     q, k, v, beta, g, state, slots = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v), call.beta, call.g, call.state, call.state_indices
     batch, tokens, heads, values = v.shape
@@ -56,13 +69,17 @@ def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[torch.Tensor | None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if slots is not None and slots.device != v.device:
         slots = slots.to(v.device)
+    turned = _turned(state)
     if call.inplace:
         after = state
     elif slots is None:
-        state = unit_stride(state)
-        after = torch.empty(state.shape, dtype=state.dtype, device=state.device)
+        state = state if turned else unit_stride(state)
+        after = torch.empty((batch, heads, values, keys) if turned else state.shape, dtype=state.dtype, device=state.device)
+        after = after.transpose(2, 3) if turned else after
     else:
-        after = state = state.clone(memory_format=torch.contiguous_format)
+        state = state.transpose(2, 3) if turned else state
+        state = state.clone(memory_format=torch.contiguous_format)
+        after = state = state.transpose(2, 3) if turned else state
     tile = int(candidate.param("value_tile"))
     g_strides = (0, 0, 0) if g is None else g.stride()
     STEP(
@@ -70,9 +87,9 @@ def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[torch.Tensor | None
         (
             q, k, v, beta, g, state, after, slots, o,
             keys**-0.5 if call.scale is None else float(call.scale), tokens, heads, heads // groups if groups else 1, 0 if slots is None else slots.stride(0),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride(), *g_strides, *state.stride()[:3], state.stride(3), *after.stride()[:3],
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *beta.stride(), *g_strides, *_steps(state, turned), *_steps(after, turned)[:3],
         ),
-        (keys, values, tile_width(keys), tile, tokens == 1, bool(call.qk_l2norm), state.stride(3) == 1 or values == 1),
+        (keys, values, tile_width(keys), tile, tokens == 1, bool(call.qk_l2norm), state.stride(3) == 1 or values == 1, turned),
         int(candidate.param("warps")),
         2,
     )  # fmt: skip

@@ -3,6 +3,10 @@
 A program owns BLOCK_V value columns of one head of one sequence: it moves 8 K BLOCK_V bytes of float32 state (read and written once) and a few
 hundred bytes of tokens, and computes 7 K BLOCK_V FLOP a token: bound by device memory, or for few heads by latency. So both reductions over K of a
 token are taken from the state before it, side by side: S'^T q = e^g S^T q + (k . q) u.
+
+64 sequences of 32 heads of 128: 268 MB, 80 us at 3.35 TB/s.
+
+The state is read and written as it lies: with values contiguous (K-first) lanes go along values, with keys contiguous (V-first) along keys.
 """
 
 from __future__ import annotations
@@ -23,13 +27,25 @@ def _vector(x, column, K: tl.constexpr, BLOCK_K: tl.constexpr, L2NORM: tl.conste
 
 
 @triton.jit
+def _places(column, value, row, between, UNIT: tl.constexpr, TURNED: tl.constexpr):
+    """Where a state's tile `[BLOCK_K, BLOCK_V]` lies in its head."""
+    if TURNED:
+        return value[None, :].to(tl.int64) * row + column[:, None]
+    return column[:, None].to(tl.int64) * row + (value[None, :] if UNIT else value[None, :].to(tl.int64) * between)
+
+
+@triton.jit
 def _step(
     q, k, v, beta, g, state, after, slots, o,
     scale, tokens, heads, group, slot_stride,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, state_b, state_h, state_t, state_v, after_b, after_h, after_t,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ONE: tl.constexpr, L2NORM: tl.constexpr, UNIT: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
-    """A value tile of one head of one sequence. `state_t`, `after_t`: from one key's row to the next; `state_v`: between values, used in place."""
+    """A value tile of one head of one sequence. `state_t`, `after_t`: from one key's row to the next; `state_v`: between values, used in place.
+
+    TURNED: keys are contiguous, and `state_t`, `after_t` lead from one value's row to the next.
+    """
     TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     tile = program % TILES
@@ -61,7 +77,7 @@ def _step(
         state += slot * state_b + head * state_h
         after += slot * after_b + head * after_h
         whole = (column[:, None] < K) & inside[None, :]
-        at = column[:, None].to(tl.int64) * state_t + (value[None, :] if UNIT else value[None, :].to(tl.int64) * state_v)
+        at = _places(column, value, state_t, state_v, UNIT, TURNED)
         memory = tl.load(state + at, mask=whole, other=0.0) if K != BLOCK_K or V % BLOCK_V else tl.load(state + at)
         for _t in range(count):
             query = _vector(q, column, K, BLOCK_K, L2NORM)
@@ -87,7 +103,7 @@ def _step(
             v += v_t
             beta += beta_t
             o += heads * V
-        at = column[:, None].to(tl.int64) * after_t + (value[None, :] if UNIT else value[None, :].to(tl.int64) * state_v)
+        at = _places(column, value, after_t, state_v, UNIT, TURNED)
         if K != BLOCK_K or V % BLOCK_V:
             tl.store(after + at, memory, mask=whole)
         else:

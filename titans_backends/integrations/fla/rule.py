@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from titans_backends.contracts.gated_delta_step import MAX_TOKENS
-from titans_backends.integrations.fla.gates import decay_of, rate_of, wide
+from titans_backends.integrations.fla.gates import decay_of, gates_of, rate_of, wide
 from titans_backends.op import get_op
 
 __all__ = ["DeltaRule", "OpName", "compute", "op_for", "state_shape"]
@@ -69,10 +69,7 @@ def compute(rule: DeltaRule, backend: str | None = None) -> tuple[Tensor, Tensor
     """
     dtype = rule.dtype
     q, k, v = rule.q.to(dtype), rule.k.to(dtype), rule.v.to(dtype)
-    beta = v.new_ones(v.shape[:3]) if rule.beta is None else _gate(rate_of(rule.beta, rule.beta_logits, rule.doubled), dtype)
-    g = rule.g
-    if g is not None:
-        g = _gate(g if rule.A_log is None else decay_of(rule.function, g, rule.A_log, rule.dt_bias), dtype)
+    beta, g = _gates(rule, v)
     state = rule.initial_state
     if state is not None:
         state = (state.transpose(-1, -2) if rule.state_v_first else state).to(wide(dtype))
@@ -98,6 +95,18 @@ def state_shape(rule: DeltaRule) -> tuple[int, int, int, int]:
     sequences = rule.q.shape[0] if rule.cu_seqlens is None else rule.cu_seqlens.shape[0] - 1
     keys, values = rule.q.shape[-1], rule.v.shape[-1]
     return (sequences, rule.v.shape[2], values, keys) if rule.state_v_first else (sequences, rule.v.shape[2], keys, values)
+
+
+def _gates(rule: DeltaRule, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """beta and g of a rule as our ops take them beside v."""
+    if rule.beta is not None and rule.beta_logits and rule.g is not None and rule.A_log is not None:
+        decay, rate = gates_of(rule.function, rule.g, rule.beta, rule.A_log, rule.dt_bias, rule.doubled)
+        return _gate(rate, v.dtype), _gate(decay, v.dtype)
+    beta = v.new_ones(v.shape[:3]) if rule.beta is None else rate_of(rule.beta, rule.beta_logits, rule.doubled)
+    g = rule.g
+    if g is not None and rule.A_log is not None:
+        g = decay_of(rule.function, g, rule.A_log, rule.dt_bias)
+    return _gate(beta, v.dtype), None if g is None else _gate(g, v.dtype)
 
 
 def _gate(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,11 @@
-"""A graph's replay on a made-up device: the time between the events holds none of the host's."""
+"""A graph's replay on a made-up device: the time between the events holds none of the host's. And what captures share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +100,48 @@ def test_a_host_that_is_never_soon_enough_gets_an_answer_all_the_same(
     monkeypatch.setattr(f"{__name__}.HOST_US", 1e4)
     assert found.sample("k", lambda: None) > REPLAY_US
     assert found._flushes == sampler._MOST_FLUSHES
+
+
+class Captured:
+    """A graph that knows nothing but that it ran."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_captures_share_one_pool_and_keep_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own pool held its results and scratch: eighteen long backwards did not fit a card."""
+    pools: list[object] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def graph(captured: Captured, pool: object = None) -> Iterator[None]:
+        pools.append(pool)
+        yield
+
+    for name, value in {
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1),
+        "graph_pool_handle": object,
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda one: contextlib.nullcontext(),
+        "synchronize": lambda device: None,
+        "CUDAGraph": Captured,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    found, results = CudaSampler(torch.device("cpu"), "graph"), list[weakref.ref[torch.Tensor]]()
+
+    def kernel() -> torch.Tensor:
+        made = torch.zeros(4)
+        results.append(weakref.ref(made))
+        return made
+
+    for key in ("one", "other", "one"):
+        found._captured(key, kernel)
+    assert len(pools) == 2, "a capture a kernel, once"
+    assert pools[0] is pools[1] is not None
+    assert [one() for one in results] == [None] * 4, "a warm-up and a capture each, and nobody holds what they made"

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
-from titans_backends.backend import Candidate
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.fakes import fake_backward, fake_forward
@@ -76,10 +75,6 @@ def _refuse_duals(op: Contract, values: Sequence[object]) -> None:
 # --- what runs below the dispatcher
 
 
-_STATES = Candidate("", "", saves_states=True)
-"""What hands on chunk-start states."""
-
-
 def _plan(op: Contract, made: Call, asked: Request) -> Plan:
     return _PLANNERS[op.name].plan(made, asked)
 
@@ -101,8 +96,9 @@ def _forward(op: Contract) -> Callable[..., Outputs]:
         outputs = _PLANNERS[op.name].execute(plan, made)
         if op.rewritten:  # a step's state may lie as the given one does; a graph was promised a contiguous one
             outputs = tuple(x if x is None else x.contiguous() for x in outputs)
-        states = outputs[len(op.outputs)] if plan.choice.pair.forward.agrees(_STATES) else None  # a residual has no place in the schema
-        return (*outputs[: len(op.outputs)], states)
+        forward, count = plan.choice.pair.forward, len(op.outputs)
+        keeps = forward.saves_states and not forward.residual  # a residual has no place in the schema
+        return (*outputs[:count], outputs[count] if keeps else None)
 
     return run
 

@@ -176,7 +176,7 @@ def _by_time(one: Measurement) -> tuple[str, float]:
 
 
 def _timing(one: Measurement) -> list[str | Text]:
-    label = f"{one.label}{' saving states' if one.saves_states else ''}"
+    label = f"{one.label} saving {one.residual or 'states'}" if one.saves_states else one.label
     if one.status != "ok":
         return [label, one.direction, "", "", Text(f"{one.status}: {one.reason}", "red" if one.status == "failed" else "dim")]
     return [label, one.direction, numbers.time_us(one.us), numbers.percent(one.spread or 0), ""]

@@ -63,7 +63,8 @@ def examine(item: Item) -> Result:
         _public(made, item, exam, bound, ledger, where, training)
         for offer in choice.offers:
             for candidate in (*offer.forward, *offer.backward):
-                where = f"{candidate.direction} {candidate.label}{' saving states' if candidate.saves_states else ''}"
+                where = f"{candidate.direction} {candidate.label}"
+                where += f" saving {candidate.residual or 'states'}" if candidate.saves_states else ""
                 ran.append(where)
                 module, verdict = registry.module(offer.backend, item.op)
                 if module is None:

@@ -20,8 +20,7 @@ from race_choices import Asked, asked_of, leaves, module_of, running, user_of, w
 from race_peers import Function, takes
 from race_reach import Rows, members, racing
 from race_results import Chosen, Entrant, Part, Picked, rule_of
-from torch import Tensor
-from training_steps import RULE, Found, Problem, Run, Truth, posed, rule, step
+from training_steps import RULE, Found, Problem, Run, Truth, handed, posed, rule, step
 
 import titans_backends as tb
 from titans_backends import registry
@@ -31,6 +30,7 @@ from titans_backends.contracts.contract import Work
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.dispatch import Choice
 from titans_backends.offers import Pair, pairs
+from titans_backends.plan import Handed
 from titans_backends.tuning.select import NOISE, combined
 from titans_backends.tuning.timing import timing_of
 
@@ -196,7 +196,7 @@ class _Run:
 
     def alone(self, forward: Sequence[Candidate], backward: Sequence[Candidate]) -> dict[Candidate, tuple[float, float]]:
         """Every candidate by itself, checked and raced as the tuner does: median and spread."""
-        states: dict[tuple[bool, str], Tensor] = {}
+        states: dict[tuple[bool, str], Handed] = {}
         times: dict[Candidate, tuple[float, float]] = {}
         for some in (forward, backward):
             race, entered = self.race(), dict[str, Candidate]()
@@ -219,7 +219,7 @@ class _Run:
                     entered[name] = candidate
                     if candidate.saves_states and candidate.direction == "forward" and (True, candidate.residual) not in states:
                         for of in (self.truth.subject, self.subject):
-                            states[of is self.subject, candidate.residual] = module_of(candidate).run(of.call, candidate)[-1]  # type: ignore[assignment]
+                            states[of is self.subject, candidate.residual] = handed(module_of(candidate), of, candidate)
             rough = race.samples(list(entered), self.rules.alone_s / 3, least=5, most=9)
             medians = {name: statistics.median(found) for name, found in rough.items()}
             hopeful = [name for name, us in medians.items() if self._hopeful(name, us, medians, entered)]
@@ -239,7 +239,7 @@ class _Run:
         ]
         return us <= 1.15 * min(medians.values()) or us <= 1.03 * min(mine) or name == "0"
 
-    def found(self, candidate: Candidate, of: Problem, states: Mapping[tuple[bool, str], Tensor]) -> Found:
+    def found(self, candidate: Candidate, of: Problem, states: Mapping[tuple[bool, str], Handed]) -> Found:
         """One run of a candidate, its results by name."""
         module = module_of(candidate)
         if candidate.direction == "forward":

@@ -34,10 +34,9 @@ import torch
 from against_fla import CELLS, Cell, hurry, problem
 from device_timing import Ceilings, Race, ahead, arriving, ceilings, default_pair, eager, forced, module_of, offered_in_training, work
 from seeds import LARGE, SMALL, Task, call_of
-from torch import Tensor
 from training_peers import OTHERS, Function, loaded, release, settle, step_of, subject_of, takes, warmed
 from training_report import AGAIN, STORED, Line, memory_table, peers_table, problem_shown
-from training_steps import RULE, Found, Problem, Run, Truth, ours, posed
+from training_steps import RULE, Found, Problem, Run, Truth, handed, ours, posed
 
 import titans_backends as tb
 from titans_backends.backend import Candidate, TrainableOpModule
@@ -45,6 +44,7 @@ from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call, Work
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.offers import Pair
+from titans_backends.plan import Handed
 from titans_backends.tuning.peak import peak_mib
 
 PARTS = ("peers", "seeds", "memory")
@@ -91,7 +91,7 @@ def alone(
     needs = arriving(subject.op, subject.call)[2]
     named = {str(index): candidate for index, candidate in enumerate((*forward, *backward))}
     failed: list[Line] = []
-    states: dict[tuple[bool, str], Tensor | None] = {}
+    states: dict[tuple[bool, str], Handed] = {}
 
     def result(candidate: Candidate, of: Problem) -> Found:
         if candidate.direction == "forward":
@@ -112,7 +112,7 @@ def alone(
             if not line.failed:
                 race.add(name, lambda: result(candidate, subject))
             if not line.failed and candidate.saves_states and candidate.direction == "forward" and (True, candidate.residual) not in states:
-                states.update({(of is subject, candidate.residual): module.run(of.call, candidate)[-1] for of in (truth.subject, subject)})
+                states.update({(of is subject, candidate.residual): handed(module, of, candidate) for of in (truth.subject, subject)})
 
         if not attempted(line, admit):
             failed.append(line)

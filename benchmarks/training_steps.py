@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from against_fla import CHUNK
@@ -12,6 +13,7 @@ from device_timing import arriving, leaves_of
 from torch import Tensor
 
 import titans_backends as tb
+from titans_backends.backend import Candidate, OpModule
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.contract import Call
 from titans_backends.contracts.dual_core import DualCore, is_exact_rule
@@ -24,8 +26,9 @@ from titans_backends.contracts.uw_transform import UWTransform
 from titans_backends.contracts.uw_transform import reference as uw_reference
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import with_sizes
+from titans_backends.plan import Handed
 
-__all__ = ["RULE", "Found", "Outputs", "Problem", "Run", "Truth", "first_tokens", "ours", "posed", "step"]
+__all__ = ["RULE", "Found", "Outputs", "Problem", "Run", "Truth", "first_tokens", "handed", "ours", "posed", "step"]
 
 RULE = "gated_delta_rule"
 _SHORT = 2048
@@ -68,6 +71,12 @@ def posed(op: str, name: str, call: Call) -> Problem:
     source = torch.Generator(device=Problem(op, name, call, ()).device).manual_seed(1)
     drawn = (None if x is None else torch.randn(x.shape, generator=source, device=source.device).to(x.dtype) for x in likes)
     return Problem(op, name, call, tuple(drawn))
+
+
+def handed(module: OpModule, of: Problem, candidate: Candidate) -> Handed:
+    """What a forward leaves to its backward: all that it returns behind its outputs, where that has a name of its own."""
+    more = module.run(of.call, candidate)[len(CONTRACTS[of.op].outputs) :]
+    return cast("tuple[Tensor, ...]", more) if candidate.residual else more[0]
 
 
 def step(subject: Problem, function: Function, leaves: Mapping[str, Tensor]) -> Run:

@@ -24,6 +24,7 @@ import torch
 
 import titans_backends as tb
 from tests import fresh
+from tests.scripts import script
 from titans_backends import dispatch, plans, registry
 from titans_backends.backend import Candidate
 from titans_backends.buckets import bucket_of, defaults_of
@@ -204,6 +205,19 @@ def test_the_backward_makes_again_what_the_peers_autograd_would_keep(on_cpu: Pat
         o.sum().backward()
         assert ran() == [*again, "chunk_gated_delta_rule_bwd"], (backend, gates)
         assert backend == "fla" or seen()[-1]["cached"] is True
+
+
+def test_the_race_hands_a_backward_all_that_its_forward_keeps(on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells, measure = script("benchmarks/race_cells.py"), script("benchmarks/race_measure.py")
+    monkeypatch.setattr(measure, "takes", lambda name, case: True)
+    group = replace(cells.GROUPS["fla"], backends=("eager", "flash_qla"))
+    seen().clear()
+    part = measure.measured(cells.Case(cells.Cell(1, 70, 1, 2, 128), "training"), group, {}, None, measure.Rules(0.0, 0.0, 0.0, 2), "cpu", None)
+    assert not part.failed
+    assert all(one["cached"] for one in seen() if one["function"] == "chunk_gated_delta_rule_bwd")
+    stored = [one for one in part.entrants if one.who == "flash_qla" and "flash_qla/kept" in one.label]
+    assert stored
+    assert all(one.wall_us > 0 and not one.failed for one in stored)
 
 
 def test_a_backward_that_flash_qla_handed_nothing_computes_it(on_cpu: Path) -> None:

@@ -112,14 +112,15 @@ class Captured:
         self.replays += 1
 
 
-def test_captures_share_one_pool_and_keep_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with its own pool held its results and scratch: eighteen long backwards did not fit a card."""
-    pools: list[object] = []
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A card without a device, and the pool of each capture on it."""
+    found: list[object] = []
     stream = SimpleNamespace(wait_stream=lambda other: None)
 
     @contextlib.contextmanager
     def graph(captured: Captured, pool: object = None) -> Iterator[None]:
-        pools.append(pool)
+        found.append(pool)
         yield
 
     for name, value in {
@@ -129,10 +130,16 @@ def test_captures_share_one_pool_and_keep_no_results(monkeypatch: pytest.MonkeyP
         "current_stream": lambda device: stream,
         "stream": lambda one: contextlib.nullcontext(),
         "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
         "CUDAGraph": Captured,
         "graph": graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    return found
+
+
+def test_captures_share_one_pool_and_keep_no_results(pools: list[object]) -> None:
+    """Each with its own pool held its results and scratch: eighteen long backwards did not fit a card."""
     found, results = CudaSampler(torch.device("cpu"), "graph"), list[weakref.ref[torch.Tensor]]()
 
     def kernel() -> torch.Tensor:
@@ -145,3 +152,20 @@ def test_captures_share_one_pool_and_keep_no_results(monkeypatch: pytest.MonkeyP
     assert len(pools) == 2, "a capture a kernel, once"
     assert pools[0] is pools[1] is not None
     assert [one() for one in results] == [None] * 4, "a warm-up and a capture each, and nobody holds what they made"
+
+
+def test_where_memory_ends_the_captures_before_are_given_up(pools: list[object]) -> None:
+    """One large capture's pool left no room for another's call, and every backward of 32768 tokens counted as failed."""
+    found, room = CudaSampler(torch.device("cpu"), "graph"), 2
+
+    def kernel() -> None:
+        if len(found._graphs) >= room:
+            raise torch.OutOfMemoryError("no memory")
+
+    for key in ("one", "other", "third", "one"):
+        found._captured(key, kernel)
+    assert set(found._graphs) == {"third", "one"}
+    assert len(set(map(id, pools))) == 2, "a fresh pool: the old one's memory is nobody's"
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        found._captured("fourth", kernel)

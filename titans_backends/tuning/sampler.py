@@ -62,7 +62,8 @@ class CpuSampler:
 class CudaSampler:
     """Writes a buffer of twice the L2 before each run and measures between two events; `graph` replays a capture made once per key.
 
-    The captures share one pool of memory and write over each other's results, which nobody reads: each with its own would hold gigabytes.
+    The captures share one pool of memory and write over each other's results, which nobody reads: each with its own would hold gigabytes. Where a large
+    call leaves no room for the next all the same, those before it are given up.
     """
 
     def __init__(self, device: torch.device, launch: Launch) -> None:
@@ -111,18 +112,34 @@ class CudaSampler:
         torch.cuda.synchronize(self._device)
 
     def _captured(self, key: Hashable, kernel: Kernel) -> Kernel:
-        if key not in self._graphs:
-            self._side.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._side):
-                kernel()
-            torch.cuda.current_stream(self._device).wait_stream(self._side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                kernel()
-            self._graphs[key] = graph
-            graph.replay()  # the first launch takes the host longer
-            self.synchronize()
+        if key not in self._graphs and not self._fits(key, kernel):
+            self._graphs.clear()  # what they hold is free for them alone; each is captured again when its turn comes
+            self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
+            self._graphs[key] = self._capture(kernel)
         return self._graphs[key].replay
+
+    def _fits(self, key: Hashable, kernel: Kernel) -> bool:
+        """Captures beside the others; says whether there was memory for that, which without others is an error."""
+        try:
+            self._graphs[key] = self._capture(kernel)
+        except torch.OutOfMemoryError:
+            if not self._graphs:
+                raise
+            return False
+        return True
+
+    def _capture(self, kernel: Kernel) -> torch.cuda.CUDAGraph:
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            kernel()
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            kernel()
+        graph.replay()  # the first launch takes the host longer
+        self.synchronize()
+        return graph
 
 
 def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:

@@ -258,7 +258,7 @@ def test_what_cannot_win_by_the_shipped_timings_does_not_race() -> None:
 
 def test_a_race_that_is_not_over_says_so() -> None:
     told = two_runs()
-    assert "**Partial: 1 of 37 cases have been measured, and FLA and FlashQLA in none.**" in page.markdown(told)
+    assert "**Partial: 1 of 37 cases have been measured, and FLA and FlashQLA in none.** What stands here" in page.markdown(told)
     assert "pictures/race.svg" not in page.markdown(told)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import copy
 import os
 import pickle
@@ -231,6 +233,47 @@ def test_policies_are_per_thread() -> None:
         assert scope.current().forced == "eager"
     assert seen == [None]
     assert scope.current() is scope.DEFAULT
+
+
+def test_a_context_may_be_entered_again() -> None:
+    """One that a training loop makes once and enters in every step, as people do with autocast; inside itself, and beside others, too."""
+    forced, pinned = tb.use_backend("eager"), tb.policy(batch_invariant=True)
+    for _ in range(2):
+        with forced, pinned, forced:
+            assert scope.current() == scope.Policy(forced="eager", batch_invariant=True)
+        assert scope.current() is scope.DEFAULT
+    together = threading.Barrier(2)
+
+    def enter() -> bool:
+        with forced:
+            together.wait(10)
+            inside = scope.current().forced == "eager"
+            together.wait(10)
+        return inside and scope.current() is scope.DEFAULT
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert [one.result() for one in [pool.submit(enter), pool.submit(enter)]] == [True, True]
+    with pytest.raises(RuntimeError, match="left where it was not entered"):
+        forced.__exit__(None, None, None)
+
+
+def test_tasks_that_share_a_context_keep_their_own() -> None:
+    forced = tb.use_backend("eager")
+
+    async def task(before: int, inside: int) -> list[str | None]:
+        for _ in range(before):
+            await asyncio.sleep(0)
+        with forced:
+            seen = [scope.current().forced]
+            for _ in range(inside):
+                await asyncio.sleep(0)
+            seen.append(scope.current().forced)
+        return [*seen, scope.current().forced]
+
+    async def both() -> list[list[str | None]]:
+        return await asyncio.gather(task(0, 3), task(1, 5))  # the first leaves first, though it entered first
+
+    assert asyncio.run(both()) == [["eager", "eager", None]] * 2
 
 
 def test_threads_agree() -> None:

@@ -6,8 +6,7 @@ Held in one context variable, so that threads and async tasks each have their ow
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -35,15 +34,30 @@ _CURRENT: ContextVar[Policy] = ContextVar("titans_backends_policy", default=DEFA
 current = _CURRENT.get
 
 
-@contextlib.contextmanager
-def _scoped(**changes: object) -> Iterator[Policy]:
-    """Changes what is current where the context is entered, not where it was made."""
-    changed = replace(current(), **changes)  # type: ignore[arg-type]
-    token = _CURRENT.set(changed)
-    try:
-        yield changed
-    finally:
-        _CURRENT.reset(token)
+_ENTERED: ContextVar[tuple[tuple[_Scope, Token[Policy]], ...]] = ContextVar("titans_backends_entered", default=())
+"""What is entered and not yet left, with what each changed back to, outermost first."""
+
+
+class _Scope(contextlib.ContextDecorator, contextlib.AbstractContextManager[Policy]):
+    """Changes what is current where it is entered, not where it was made; may be entered again, one inside the other and in several threads or tasks too."""
+
+    def __init__(self, **changes: object) -> None:
+        self._changes = changes
+
+    def __enter__(self) -> Policy:
+        changed = replace(current(), **self._changes)  # type: ignore[arg-type]
+        _ENTERED.set((*_ENTERED.get(), (self, _CURRENT.set(changed))))
+        return changed
+
+    def __exit__(self, *raised: object) -> None:
+        entered = _ENTERED.get()
+        mine = [place for place, (scope, _) in enumerate(entered) if scope is self]
+        if not mine:
+            raise RuntimeError(
+                "use_backend, policy, autotune: this context was left where it was not entered; leave it in the thread or task that entered it"
+            )
+        _CURRENT.reset(entered[mine[-1]][1])
+        _ENTERED.set((*entered[: mine[-1]], *entered[mine[-1] + 1 :]))
 
 
 def use_backend(name: str) -> contextlib.AbstractContextManager[Policy]:
@@ -51,7 +65,7 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[Policy]:
     from titans_backends import registry
 
     registry.get(name)
-    return _scoped(forced=name)
+    return _Scope(forced=name)
 
 
 def policy(*, batch_invariant: bool | None = None, launch: Launch | None = None) -> contextlib.AbstractContextManager[Policy]:
@@ -65,11 +79,11 @@ def policy(*, batch_invariant: bool | None = None, launch: Launch | None = None)
     if launch is not None and launch not in get_args(Launch):
         raise ValueError(f"policy: launch must be one of {', '.join(get_args(Launch))}, got {launch!r}")
     asked = {"batch_invariant": batch_invariant, "launch": launch}
-    return _scoped(**{name: value for name, value in asked.items() if value is not None})
+    return _Scope(**{name: value for name, value in asked.items() if value is not None})
 
 
 def autotune(*, budget_s: float = 20.0) -> contextlib.AbstractContextManager[Policy]:
     """A context in which a call at an untuned bucket measures it first, in a child process, and writes the user's cache."""
     if isinstance(budget_s, bool) or not isinstance(budget_s, (int, float)) or not budget_s > 0:
         raise ValueError(f"autotune: budget_s must be a positive number of seconds, got {budget_s!r}")
-    return _scoped(tune_budget_s=float(budget_s))
+    return _Scope(tune_budget_s=float(budget_s))

@@ -177,6 +177,26 @@ def test_prune_removes_what_no_longer_decides_and_nothing_else(own_cache: Path) 
     assert "nothing to prune" in run(app, ["cache", "prune", "--device", "cpu"]).stdout
 
 
+@pytest.mark.parametrize("words", [["prune"], ["merge", "a.yaml"]], ids=["prune", "merge"])
+def test_where_the_timings_may_not_be_written_the_table_stays_too(
+    words: list[str], own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.yaml"), {LONG: entry(3.0)})
+    write(own_cache, {SHORT: entry(source="0123456789ab")})
+    beside = paths.timings_path(own_cache)
+    common = {"device": device_of(detect("cpu")), "environment": current_environment("cpu"), "defaults_of": defaults_of}
+    file.update_timings(beside, changes={SHORT: [Measurement("eager/chunked", us=3.0)]}, **common)  # type: ignore[arg-type]
+    beside.chmod(0o444)
+    before = own_cache.read_bytes()
+    result = run(app, ["cache", *words, "--device", "cpu"])
+    assert result.exit_code == 2
+    assert f"{beside} is read-only" in result.stderr
+    assert "titans-backends tune" not in result.stderr
+    assert {"prune": "cache reset --device cpu", "merge": "cache merge a.yaml --output OTHER.yaml"}[words[0]] in result.stderr
+    assert own_cache.read_bytes() == before
+
+
 def test_prune_leaves_stale_rows_unless_asked(own_cache: Path) -> None:
     write(own_cache, {SHORT: entry()}, environment=Environment("0.1", "1.0.0"))
     assert "nothing to prune" in run(app, ["cache", "prune", "--device", "cpu"]).stdout
@@ -199,3 +219,14 @@ def test_reset_asks_and_removes_only_the_cache(own_cache: Path) -> None:
     assert run(app, ["cache", "reset", "--device", "cpu", "--yes", "--damaged"]).exit_code == 0
     assert not damaged.exists()
     assert "nothing to remove" in run(app, ["cache", "reset", "--device", "cpu", "--yes"]).stdout
+
+
+def test_reset_leaves_a_folder_and_says_so_before_it_removes_anything(own_cache: Path) -> None:
+    own_cache.mkdir(parents=True)
+    beside = paths.timings_path(own_cache)
+    beside.write_text("x")
+    for more in (["--dry-run"], ["--yes"]):
+        result = run(app, ["cache", "reset", "--device", "cpu", *more])
+        assert result.exit_code == 2
+        assert f"{own_cache} is a folder" in result.stderr
+    assert beside.exists()

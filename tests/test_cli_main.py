@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests import fresh
-from titans_backends.cli import app
+from titans_backends.cli import app, failures
 
 VERBS = ("tune", "autotune", "doctor", "ops", "explain", "bench", "verify", "cache")
 run = CliRunner().invoke
@@ -136,3 +139,20 @@ def test_a_fault_of_our_own_is_shown_whole_with_status_2(monkeypatch: pytest.Mon
         cli.main()
     assert stop.value.code == 2
     assert "ZeroDivisionError: ours" in capsys.readouterr().err
+
+
+def test_a_warning_of_our_own_is_one_line_without_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = failures.__file__, torch.__file__
+    failures.show_warning(UserWarning("the file is damaged [1]"), UserWarning, ours, 1)
+    failures.show_warning(UserWarning("theirs"), UserWarning, theirs, 1)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "warning: the file is damaged [1]"
+    assert told[1].startswith(f"{theirs}:1: UserWarning: theirs")
+
+
+def test_a_damaged_table_is_told_by_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.yaml").write_text("{[")
+    monkeypatch.setenv("TITANS_BACKENDS_CACHE", str(tmp_path / "a.yaml"))
+    done = fresh.run("from titans_backends.cli import main; import sys; sys.argv[1:] = ['explain', 'fused_uw', '--device', 'cpu']; main()")
+    (told,) = done.stderr.splitlines()
+    assert told.startswith("warning: titans_backends cache: ")

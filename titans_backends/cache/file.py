@@ -120,15 +120,18 @@ def read_timings(path: Path | str, defaults_of: DefaultsOf, device: Device | Non
     return _examine(_TIMINGS, Path(path), defaults_of, device)
 
 
-def check_writable(path: Path | str, *, device: Device, defaults_of: DefaultsOf) -> Verdict:
-    """Whether `update` and, beside it, `update_timings` would be let in, with every reason against it; `tune` asks before it measures."""
+def check_writable(path: Path | str, *, device: Device, defaults_of: DefaultsOf, instead: str = _ELSEWHERE) -> Verdict:
+    """Whether `update` and, beside it, `update_timings` would be let in, with every reason against it; `tune` asks before it measures.
+
+    `instead`: a last reason, what to type.
+    """
     beside = timings_path(path)
     verdict = try_writing(path)
     verdict &= permission(beside) if verdict else ACCEPTED  # of the same folder, so that it would say the same again
     for problem in (read(path, defaults_of, device).problem, read_timings(beside, defaults_of, device).problem):
         if problem is not None and problem.kind != "damaged" and not any(reason in problem.message for reason in verdict.reasons):
             verdict &= refused(problem.message)
-    return verdict if verdict else verdict & refused(_ELSEWHERE.replace("To", "to", 1))
+    return verdict if verdict else verdict & refused(instead.replace("To", "to", 1))
 
 
 def update(

@@ -110,7 +110,8 @@ def _recording(text: str, origin: str) -> Cursor:
     if "problems" in names:
         return root
     if not {"device", "ops"} <= set(names):
-        raise SchemaError(f"{origin}: not the problems of a model: its fields are {', '.join(names[:4])}. {_WANTED}")
+        has = f"its fields are {', '.join(names[:4])}" if names else "it has no fields"
+        raise SchemaError(f"{origin}: not the problems of a model: {has}. {_WANTED}")
     if origin.endswith(".timings.yaml"):
         raise SchemaError(f"{origin}: the timings of a tuned table, not the problems of a model. {_WANTED}")
     shown = shlex.quote(origin)

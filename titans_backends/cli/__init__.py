@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
+import warnings
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ from titans_backends.cli.bench import bench
 from titans_backends.cli.cache import cache
 from titans_backends.cli.doctor import doctor
 from titans_backends.cli.explain import explain
-from titans_backends.cli.failures import CommandGroup
+from titans_backends.cli.failures import CommandGroup, show_warning
 from titans_backends.cli.new_backend import new_backend
 from titans_backends.cli.ops import ops
 from titans_backends.cli.report import report
@@ -67,6 +68,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # a replaced stream: it is what it is
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    warnings.showwarning = show_warning
     try:
         app()
     except Exception:

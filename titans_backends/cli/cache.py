@@ -16,7 +16,7 @@ from titans_backends import plans
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file, paths, schema
 from titans_backends.cache.nodes import SchemaError
-from titans_backends.cache.schema import Entry, Table, device_of
+from titans_backends.cache.schema import Device, Entry, Table, device_of
 from titans_backends.cache.staleness import Staleness
 from titans_backends.cache.timings import Measurement, Timings, merge_timings, prune_timings
 from titans_backends.cli import exit_codes, words
@@ -117,6 +117,9 @@ def merge(
             raise MisuseError(f"{tables[0]} was measured on {owner.slug}, this machine is {machine.slug}; name a file with --output")
         target = paths.user_cache_path(machine.slug)
 
+    words_again = shlex.join(["titans-backends", "cache", "merge", *map(str, tables), "--output", "OTHER.yaml"])
+    _let_in(target, owner, f"to merge into another file: {words_again}")
+
     def joined(older: Table) -> Table:
         for table in loaded:
             older = schema.merge(older, table)
@@ -132,7 +135,9 @@ def merge(
 
 @cache.command("prune")
 def prune(
-    stale: Annotated[bool, typer.Option("--stale", help="Also rows of another torch, triton or numba, which still decide calls.")] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Also rows of other versions (torch, triton, numba, cupy), which still decide calls.")
+    ] = False,
     device: DeviceOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -144,6 +149,9 @@ def prune(
     unwanted = {"ignored", "stale"} if stale else {"ignored"}
     states = {bucket: state for bucket, state in _states(table, machine).items() if state.kind in unwanted}
     if not dry_run:
+        _let_in(
+            target, device_of(machine), f"make both files writable, or begin anew: {shlex.join(['titans-backends', 'cache', 'reset', *_on(device)])}"
+        )
         _drop(machine, target, unwanted)
     if as_json:
         print_json(rows_json(replace(table, rows={bucket: table.rows[bucket] for bucket in states}), states))
@@ -175,6 +183,9 @@ def reset(
     aside = file.set_aside(target, beside)
     doomed = [one for one in (target, beside) if one.exists() or one.is_symlink()] + (aside if damaged else [])
     out = console()
+    for one in doomed:
+        if one.is_dir() and not one.is_symlink():
+            raise MisuseError(f"{one} is a folder, which this removes none of; look what is in it, and remove it yourself")
     if not doomed:
         say(out, f"nothing to remove: there is no {target}")
     for one in doomed:
@@ -191,6 +202,13 @@ def reset(
         except OSError as error:
             raise MisuseError(f"{one} cannot be removed: {error.strerror or error}") from error
     plans.invalidate()
+
+
+def _let_in(target: Path, owner: Device, instead: str) -> None:
+    """MisuseError where the table or the timings beside it may not be written, before either is changed."""
+    allowed = file.check_writable(target, device=owner, defaults_of=defaults_of, instead=instead)
+    if not allowed:
+        raise MisuseError(str(allowed))
 
 
 def _on(device: str | None) -> list[str]:

@@ -1,11 +1,13 @@
-"""How a failure ends a command: one line on stderr and an exit status; a traceback only where the fault is this library's own."""
+"""How a failure ends a command: one line on stderr and an exit status; a traceback only where the fault is this library's own. A warning is one line too."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import typer
@@ -18,9 +20,10 @@ from titans_backends.cli import exit_codes
 from titans_backends.cli.show import status_console
 from titans_backends.errors import BackendError, BackendRefusedError, BoundCallMismatchError, RanksError, SwitchError, UnknownNameError
 
-__all__ = ["CommandGroup", "MisuseError", "fail", "user_input"]
+__all__ = ["CommandGroup", "MisuseError", "fail", "show_warning", "user_input"]
 
 _MISUSED = (UnknownNameError, RanksError, SwitchError, SchemaError, CacheError, BackendError, BoundCallMismatchError)
+_OURS = Path(__file__).resolve().parent.parent
 
 
 class MisuseError(Exception):
@@ -40,6 +43,16 @@ def fail(message: object, code: int) -> typer.Exit:
     """Prints `error: ...` on stderr; raise what comes back."""
     status_console().print(Text.assemble(("error: ", "bold red"), str(message)), soft_wrap=True)
     return typer.Exit(code)
+
+
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    """In place of `warnings.showwarning`: this library's own as `warning: ...`, without the line of code that told it; other packages' as Python has them."""
+    if issubclass(category, UserWarning) and Path(filename).resolve().is_relative_to(_OURS):
+        status_console().print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+    else:
+        (file or sys.stderr).write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from titans_backends.tuning.first_use import FirstUse
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.regret import Assessed, Choice, Flip, flip_of, judged, summary
-from titans_backends.tuning.run import Row, TuneReport, TuneRequest
+from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
 from titans_backends.tuning.select import Contender
 from titans_backends.tuning.timing import RaceRules
 
@@ -259,6 +260,27 @@ def test_an_interrupt_keeps_what_was_assessed(faulty: None, monkeypatch: pytest.
     found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)))
     assert [row.bucket.seq_len for row in found.tuned] == [4]
     assert [(bucket.seq_len, reason) for bucket, reason in found.left[1:]] == [(16, "it was interrupted"), (8, "it was interrupted")]
+
+
+def test_an_interrupt_in_the_first_tune_begins_no_second(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_up({"first": {4: 1, 16: 1}})
+    tunes: list[tuple[Bucket, ...]] = []
+
+    def tune(request: TuneRequest) -> TuneReport:
+        tunes.append(request.buckets)
+        report = made(replace(request, buckets=request.buckets[:1]))
+        if request.buckets:
+            raise TuneInterrupted(report)
+        return report
+
+    monkeypatch.setattr(assessing, "tune", tune)
+    monkeypatch.setattr(assessing, "first_use", lambda *asked: pytest.fail("a process was begun"))
+    said: list[str] = []
+    found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), progress=said.append)
+    assert found.interrupted
+    assert [len(asked) for asked in tunes] == [2, 0]
+    assert [text for text in said if "second" in text] == []
+    assert {(bucket.seq_len, reason) for bucket, reason in found.left} == {(length, "it was interrupted") for length in (4, 16)}
 
 
 def test_everything_is_compiled_ahead_at_once_and_the_tunes_compile_nothing_ahead(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,8 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
         path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise MisuseError(f"{path} cannot be written: {error.strerror or error}; what was found stands above") from error
+    if found.interrupted:
+        raise typer.Exit(exit_codes.INTERRUPTED)
     if found.left or not found.tuned:
         raise typer.Exit(exit_codes.FALLS_SHORT)
 

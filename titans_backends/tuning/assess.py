@@ -61,6 +61,7 @@ class Assessment:
     left: tuple[tuple[Bucket, str], ...]
     seconds: float
     compiled: CompiledAhead | None = None
+    interrupted: bool = False
 
     @property
     def summary(self) -> Summary:
@@ -92,7 +93,9 @@ class _Run:
         first = self._tune("first", self.request.buckets, _TUNE_SHARE)
         reached = tuple(row.bucket for row in first.rows if row.entry is not None)
         self.left += [(row.bucket, f"the first tune found no winner: {row.reason}") for row in first.rows if row.entry is None]
-        self.left += [(bucket, "the first tune did not reach it") for bucket in first.remaining]
+        met = {row.bucket for row in first.rows}
+        why = "it was interrupted" if self.interrupted else "the first tune did not reach it"
+        self.left += [(bucket, why) for bucket in self.request.buckets if bucket not in met]
         second = self._tune("second", reached, _AGAIN_SHARE)
         uses = tuple(self._first_uses(reached))
         tuned: list[Assessed] = []
@@ -113,7 +116,9 @@ class _Run:
                 if done is not None:
                     (tuned if neighbours is None else between).append(done)
         seconds, counts = (first.seconds, second.seconds), (len(reached), len(again))
-        return Assessment(tuple(tuned), tuple(between), seconds, counts, uses, tuple(self.left), time.monotonic() - self.begun, compiled)
+        return Assessment(
+            tuple(tuned), tuple(between), seconds, counts, uses, tuple(self.left), time.monotonic() - self.begun, compiled, self.interrupted
+        )
 
     def _left_s(self) -> float:
         if self.interrupted:
@@ -148,8 +153,10 @@ class _Run:
         return self.folder / f"{name}.yaml"
 
     def _tune(self, name: str, buckets: tuple[Bucket, ...], share: float) -> TuneReport:
-        """A tune that knows nothing of any other."""
-        self.progress(f"the {name} tune, of {len(buckets)} buckets")
+        """A tune that knows nothing of any other; of nothing once it was interrupted."""
+        buckets = () if self.interrupted else buckets
+        if buckets:
+            self.progress(f"the {name} tune, of {len(buckets)} buckets")
         left = self._left_s()
         budget = None if left == math.inf else max(1.0, left * share)
         try:
@@ -231,7 +238,11 @@ class _Run:
             if self._left_s() <= 0:
                 return
             self.progress(f"the first call of {bucket.op} in a fresh process")
-            found = first_use(bucket, self.request.device, self.request.heads_of(bucket), table)
+            try:
+                found = first_use(bucket, self.request.device, self.request.heads_of(bucket), table)
+            except KeyboardInterrupt:
+                self.interrupted = True
+                return
             if isinstance(found, FirstUse):
                 yield found
             else:

@@ -334,6 +334,23 @@ def test_capture_uses_only_what_a_warm_up_loaded(monkeypatch: pytest.MonkeyPatch
         op(q.double(), k.double(), v.double())
 
 
+def test_a_backward_in_autograds_own_thread_is_chosen_for_the_launch_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's backwards run in a thread that autograd keeps, where no context variable of the caller's is set."""
+    plans.invalidate()
+    op, planner = tb.get_op("gated_delta_rule"), library.planner("gated_delta_rule")
+    q, k, v, beta, g = inputs(length=33)
+    monkeypatch.setattr(planner, "_device", lambda call: torch.device("cuda"), raising=False)
+    monkeypatch.setattr(planner, "_capturing", lambda call: False, raising=False)
+    with tb.policy(launch="graph"):
+        o = op(q.clone().requires_grad_(), k, v, beta, g)[0]
+        thread = threading.Thread(target=o.sum().backward)
+        thread.start()
+        thread.join()
+    assert {entry.plan.choice.signature.launch for entry in planner._memo.values()} == {"graph"}
+    monkeypatch.undo()
+    plans.invalidate()
+
+
 def test_a_policy_asks_for_what_a_captured_graph_would_get(monkeypatch: pytest.MonkeyPatch) -> None:
     plans.invalidate()
     op, planner = tb.get_op("fast_core"), library.planner("fast_core")

@@ -21,7 +21,8 @@ __all__ = ["differentiated"]
 
 
 def differentiated(op_name: str, plan: Plan, call: Call, backend: str | None, batch_invariant: bool) -> Outputs:
-    """The contract's outputs of a plan, with what autograd needs; backend and batch_invariant choose the backward's plan, should the call change."""
+    """The contract's outputs of a plan, with what autograd needs; backend, batch_invariant and the plan's launch choose the backward's plan, should the call
+    change: a GPU's backwards run in a thread of autograd's, which sees no scope of the caller's."""
     values = library.planner(op_name).values(call)
     outputs: Outputs = _function(op_name).apply(plan, call, backend, batch_invariant, *values)
     return outputs
@@ -42,7 +43,7 @@ def _function(op_name: str) -> type[torch.autograd.Function]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in values], *outputs[count:])  # type: ignore[arg-type]  # torch takes None
         ctx.others = [None if isinstance(x, Tensor) else x for x in values]  # type: ignore[attr-defined]
-        ctx.asked = (backend, invariant, plan.choice.pair.forward.residual)  # type: ignore[attr-defined]
+        ctx.asked = (backend, invariant, plan.choice.pair.forward.residual, plan.choice.signature.launch)  # type: ignore[attr-defined]
         return outputs[:count]
 
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -21,6 +21,7 @@ from titans_backends.op_schema import flatten, schema_of, unflatten
 from titans_backends.plan import Handed, Outputs, Plan
 from titans_backends.plans import Planner
 from titans_backends.request import Request, request
+from titans_backends.signature import Launch
 from titans_backends.transforms import NO_FORWARD_MODE, transformable
 from titans_backends.watching import watched
 
@@ -79,13 +80,17 @@ def _plan(op: Contract, made: Call, asked: Request) -> Plan:
     return _PLANNERS[op.name].plan(made, asked)
 
 
-def _asked(backend: object, batch_invariant: object, *, training: bool, may_save: bool, must_save: str | None = None) -> Request:
-    """The request of a registered op: what its arguments say, and below that the scope at run time."""
+def _asked(
+    backend: object, batch_invariant: object, *, training: bool, may_save: bool, must_save: str | None = None, launch: Launch = "eager"
+) -> Request:
+    """The request of a registered op: what its arguments say, and below that the scope at run time. A `launch` of "graph" stands against the scope."""
     scoped = request(backend if isinstance(backend, str) else None, training=training, may_save=may_save)
     invariant = scoped.batch_invariant or bool(batch_invariant)
     if not (training or invariant):
         return scoped
-    return Request(scoped.backend, scoped.by, invariant, training, may_save, must_save, scoped.tune_budget_s, scoped.launch)
+    return Request(
+        scoped.backend, scoped.by, invariant, training, may_save, must_save, scoped.tune_budget_s, launch if launch == "graph" else scoped.launch
+    )
 
 
 def _forward(op: Contract) -> Callable[..., Outputs]:
@@ -114,11 +119,19 @@ def _backward(op: Contract) -> Callable[..., Outputs]:
 
 
 def _run_backward(
-    op: Contract, made: Call, grads: Outputs, states: Handed, needs: Sequence[bool], backend: str | None, batch_invariant: bool, residual: str = ""
+    op: Contract,
+    made: Call,
+    grads: Outputs,
+    states: Handed,
+    needs: Sequence[bool],
+    backend: str | None,
+    batch_invariant: bool,
+    residual: str = "",
+    launch: Launch = "eager",
 ) -> Outputs:
     """By the plan of the call as it is now: what saved tensors come back as is their hooks' affair."""
     saved = None if states is None else residual
-    plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=states is not None, must_save=saved))
+    plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=states is not None, must_save=saved, launch=launch))
     wanted = frozenset(name for name, need in zip(op.differentiable, needs, strict=True) if need)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         return plan.run_backward(made, grads, states, wanted)
@@ -133,6 +146,7 @@ def gradients(
     backend: str | None,
     batch_invariant: bool,
     residual: str = "",
+    launch: Launch = "eager",
 ) -> Outputs:
     """A backward for autograd, of the call with these field values: by the registered op where its gradients are to be differentiated again, where
     compiled autograd traces it, and where torch must see it for what arrives or comes back from saved tensors. That takes no residual, and computes again."""
@@ -144,7 +158,7 @@ def gradients(
         return registered
     handed = None if not saved else saved if residual else saved[0]
     call = op.make_call(**dict(zip(op.parameters, values, strict=True)))
-    return _run_backward(op, call, grads, handed, needs, backend, batch_invariant, residual)
+    return _run_backward(op, call, grads, handed, needs, backend, batch_invariant, residual, launch)
 
 
 def _in_place(op: Contract) -> Callable[..., Tensor]:

@@ -11,10 +11,15 @@ import torch
 
 import titans_backends as tb
 from titans_backends import registry
+from titans_backends.buckets import defaults_of
+from titans_backends.cache.table_text import parse_table
 from titans_backends.cli import app
 from titans_backends.conformance import examine, items
 from titans_backends.contracts import CONTRACTS
+from titans_backends.machine import detect
+from titans_backends.offers import offers
 from titans_backends.switches import PREFIX, SWITCHES
+from titans_backends.tuning.problem import signature_of_bucket
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,6 +95,15 @@ def test_every_result_and_every_benchmark_is_in_the_contents_of_what_was_measure
     assert named - kept <= {"recorded.json"}, "not there"
     for command in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)", page):
         assert (ROOT / command).exists(), command
+
+
+def test_the_sample_of_a_table_is_one_and_names_candidates_that_there_are() -> None:
+    (sample,) = blocks("docs/cache.md", "yaml")
+    table = parse_table(sample, "docs/cache.md", defaults_of, None)
+    assert table.rows
+    for bucket, entry in table.rows.items():
+        labels = [one.label for offer in offers(signature_of_bucket(bucket), detect("cpu"), ["eager"]) for one in offer.forward]
+        assert {entry.label, entry.next} <= set(labels)
 
 
 def test_no_page_has_a_placeholder() -> None:

@@ -211,6 +211,7 @@ TABLE = "schema: 1\ndevice: {}\nenvironments: {}\nops: {}\n"
         ("t.yaml", TABLE, "PATH: a tuned table, not the problems of a model. To see it: titans-backends cache show PATH. To choose by it: export TITANS_"),
         ("t.timings.yaml", TABLE, "PATH: the timings of a tuned table, not the problems of a model. What is wanted here is written by: with titans_"),
         ("mkdocs.yml", "site_name: x\nnav: [a]\n", "PATH: not the problems of a model: its fields are site_name, nav. What is wanted here is written by"),
+        ("none.yaml", "{}\n", "PATH: not the problems of a model: it has no fields. What is wanted here is written by: with titans_backends.record("),
         ("read.md", "# a\nb: c: d\n", 'PATH:2: not YAML, or cut off: mapping values are not allowed in this context. What is wanted here is written by: with'),
         ("list.yaml", "[1, 2]\n", 'PATH:1: expected a mapping, found a list. What is wanted here is written by: with titans_backends.record("shapes.yaml")'),
     ],

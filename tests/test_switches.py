@@ -24,7 +24,8 @@ def test_every_switch() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("FROCE", "eager", "unknown switch TITANS_BACKENDS_FROCE; did you mean TITANS_BACKENDS_FORCE?"),
+        ("FROCE", "eager", "unknown switch TITANS_BACKENDS_FROCE; did you mean TITANS_BACKENDS_FORCE?; known: TITANS_BACKENDS_FORCE, "),
+        ("FOO", "1", "unknown switch TITANS_BACKENDS_FOO; known: TITANS_BACKENDS_FORCE, "),
         ("CHECK", "yes", "TITANS_BACKENDS_CHECK must be 0 or 1, got 'yes'"),
         ("DISABLE", "a,,b", "TITANS_BACKENDS_DISABLE must be names separated by commas, got 'a,,b'"),
     ],

@@ -195,6 +195,15 @@ def test_a_missing_empty_foreign_or_damaged_file_is_status_2(tmp_path: Path, mon
     result, seen = ended(monkeypatch, elsewhere)
     assert (result.exit_code, seen) == (2, [])
     assert "nothing to tune on cpu: 1 problem met on cuda" in " ".join(result.stderr.split())
+    assert "Record on this device, or name another with --device" in " ".join(result.stderr.split())
+    pinned = tmp_path / "pinned.yaml"
+    pinned.write_text(elsewhere.read_text().replace("device: cuda,", "device: cpu,").replace("forward:", "batch_invariant: true, forward:"))
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("schema: 1\nproblems: []\n")
+    for path, said in ((pinned, "Record outside of policy(batch_invariant=True)"), (empty, "it holds no problem. Record a model that calls the ops")):
+        result, seen = ended(monkeypatch, path)
+        assert (result.exit_code, seen) == (2, [])
+        assert said in " ".join(result.stderr.split())
     damaged = tmp_path / "damaged.yaml"
     damaged.write_text("schema: 1\nproblems:\n  - {op: dual_core}\n")
     result, _ = ended(monkeypatch, damaged)

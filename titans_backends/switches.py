@@ -59,7 +59,7 @@ def parse(environment: Mapping[str, str]) -> Switches:
         if name not in SWITCHES:
             near = difflib.get_close_matches(name, SWITCHES, 1)
             hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
-            raise SwitchError(f"unknown switch {PREFIX}{name}{hint} Known: {', '.join(PREFIX + known for known in SWITCHES)}")
+            raise SwitchError(f"unknown switch {PREFIX}{name}{hint}; known: {', '.join(PREFIX + known for known in SWITCHES)}")
     return Switches(
         force=given["FORCE"].strip() if "FORCE" in given else None,
         cache=Path(given["CACHE"]).expanduser() if "CACHE" in given else None,

@@ -69,7 +69,7 @@ def from_file(path: Path, contradicting: Mapping[str, object], machine: Machine,
     left_out = _left_out(lines, machine.kind)
     if not wanted:
         why = "; ".join(left_out) or "it holds no problem"
-        raise MisuseError(f"--from {path}: nothing to tune on {machine.kind}: {why}. Record on this device, or name another with --device")
+        raise MisuseError(f"--from {path}: nothing to tune on {machine.kind}: {why}. {_instead(lines, machine.kind)}")
     return Recorded(ordered(wanted, machine, functools.cache(functools.partial(ceilings.measure, device))), left_out)
 
 
@@ -89,6 +89,15 @@ def _left_out(lines: Sequence[Met], kind: str) -> tuple[str, ...]:
     said = [f"{numbers.amount(count, 'problem')} met on {device}" for device, count in sorted(elsewhere.items())]
     pinned = sum(met.problem.batch_invariant for met in lines if met.problem.device == kind)
     return (*said, *([f"{numbers.amount(pinned, 'problem')} under batch invariance, for which no table is asked"] if pinned else []))
+
+
+def _instead(lines: Sequence[Met], kind: str) -> str:
+    """What to record where nothing of a file is to be tuned."""
+    if not lines:
+        return "Record a model that calls the ops: titans-backends ops"
+    if any(met.problem.device == kind for met in lines):
+        return "Record outside of policy(batch_invariant=True)"
+    return "Record on this device, or name another with --device"
 
 
 def coverage_json(found: Sequence[Coverage]) -> list[Json]:

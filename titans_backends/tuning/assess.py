@@ -78,7 +78,7 @@ def assess(
     """
     with tempfile.TemporaryDirectory(prefix="titans_backends_assess_") as folder, Host(request.device) as host:
         machine = detect(request.device)
-        return _Run(request, budget_s, progress, keep, machine, Full(host, request, machine, Path(folder))).all()
+        return _Run(request, budget_s, progress, keep, machine, Full(host, request, machine, Path(folder)), time.monotonic()).all()
 
 
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ class _Run:
     keep: Keep
     machine: Machine
     full: Full
-    begun: float = field(default_factory=time.monotonic)
+    begun: float
     costs: Costs = field(default_factory=Costs)
     first: _Tunes = field(default_factory=lambda: _Tunes("first"))
     second: _Tunes = field(default_factory=lambda: _Tunes("second"))

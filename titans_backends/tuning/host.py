@@ -45,7 +45,7 @@ class Host:
     def begin(self) -> None:
         """Starts the child without waiting for it, so that it imports while something else is done."""
         if self._child is None:
-            self._child, self._starting = Child(_WORKER, (self.device, str(torch.get_num_threads()))), True
+            self._start()
 
     def ready(self) -> None:
         """Waits for a child that has begun; OpenFailed where it cannot be had."""
@@ -71,7 +71,7 @@ class Host:
         try:
             if self._child is None or not self._child.alive:
                 self.kill()
-                self.begin()
+                self._start()
             child = self._greeted()
             if self._opening is not None and not self._opened:
                 _answer(child, self._opening, _OPEN_TIMEOUT_S)
@@ -79,6 +79,9 @@ class Host:
         except (ChildDied, ChildAnswerError) as error:
             raise OpenFailed(str(error)) from error
         return child
+
+    def _start(self) -> None:
+        self._child, self._starting = Child(_WORKER, (self.device, str(torch.get_num_threads()))), True
 
     def _greeted(self) -> Child:
         """The child, once it has said that it is ready."""

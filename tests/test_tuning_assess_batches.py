@@ -73,6 +73,7 @@ class World:
     measured: list[Bucket] = field(default_factory=list)
     reach: dict[str, int] = field(default_factory=dict)
     interrupt_at: int = -1
+    full_s: float = 3.0
 
     def tune(self, request: TuneRequest, on_event: object, host: Host) -> TuneReport:
         assert request.output is not None
@@ -94,7 +95,7 @@ class World:
     def full(self, bucket: Bucket, between: tuple[int, int] | None, cap_s: float) -> Assessed:
         if len(self.measured) == -self.interrupt_at - 2:
             raise KeyboardInterrupt
-        self.now += 3.0
+        self.now += self.full_s
         self.measured.append(bucket)
         if bucket.op == "dual_core" and bucket.seq_len == 1024:
             raise NotMeasured("no")
@@ -157,6 +158,14 @@ def test_a_larger_budget_reaches_more_and_all_of_it_has_midpoints(world: World) 
     assert counts == sorted(counts)
     assert counts[0] >= (2, 1)
     assert counts[-1] == (10, 6)  # of 12 and 8: one has no winner, another fails, and between them and others nothing is looked up
+
+
+def test_a_full_measurement_for_which_no_time_is_left_is_not_begun(world: World) -> None:
+    world.full_s = 20.0
+    found = assess(TuneRequest(planned("gated_delta_rule", seq_lens=(64, 256, 1024, 4096))), 106.0)
+    assert world.now - 9.0 <= 7 / 8 * 106.0  # an eighth is the first use's
+    assert len(found.tuned) >= 2
+    assert "the budget ended before its turn" in {reason for _, reason in found.left}
 
 
 def test_the_first_batch_mixes_the_ops_and_holds_neighbours(world: World) -> None:

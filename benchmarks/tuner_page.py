@@ -26,7 +26,7 @@ __all__ = ["assessed", "page_of", "recorded"]
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: written by benchmarks/tuner_page.py -->", "<!-- measured: end -->"
 COMMANDS = {
-    "assess": "titans-backends tune --assess --from benchmarks/assess_shapes.yaml --backend triton,cupy --budget 130 --output benchmarks/results/assess.json",
+    "assess": "titans-backends tune --assess --from benchmarks/assess_shapes.yaml --backend triton,cupy --budget 375 --output benchmarks/results/assess.json",
     "recorded": "python benchmarks/recorded.py --budget 75 --json benchmarks/results/recorded.json",
 }
 Told = Mapping[str, Any]

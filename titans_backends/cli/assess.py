@@ -33,8 +33,8 @@ _ELSEWHERE = "titans-backends tune --assess --output OTHER.json"
 _FLIPS = {"same": "", "tie": "tie", "margin": "default's margin", "outside": "outside"}
 
 
-def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | None, limit: int | None, as_json: bool) -> None:
-    """Assesses, prints and writes; raises typer.Exit where something was left out."""
+def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | None, limit: int | None, as_json: bool, command: str) -> None:
+    """Assesses, prints and writes, with the command that was typed; raises typer.Exit where something was left out."""
     path = request.output or (_RESULTS if _RESULTS.is_dir() else Path()) / f"assess_{machine.slug}.json"
     if path.suffix != ".json":
         raise MisuseError(f"--assess writes JSON: --output must end in .json, got {path}")
@@ -47,7 +47,7 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
 
     def keep(now: Assessment) -> None:
         """What there is after each bucket, so that a command that is killed leaves it."""
-        replace_text(real_path(path), json.dumps(_json(now, request), indent=1, allow_nan=False) + "\n", _ELSEWHERE)
+        replace_text(real_path(path), json.dumps(_json(now, request, command), indent=1, allow_nan=False) + "\n", _ELSEWHERE)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
         raise MisuseError(f"{path} cannot be written: {error.strerror or error}") from error
     found = assess(chosen, budget_s, lambda said: say(err, said, "dim"), keep)
     if as_json:
-        print_json(_json(found, request))
+        print_json(_json(found, request, command))
     else:
         _show(console(), found, path)
     keep(found)
@@ -63,10 +63,11 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
         raise typer.Exit(exit_codes.FALLS_SHORT)
 
 
-def _json(found: Assessment, request: TuneRequest) -> dict[str, Json]:
+def _json(found: Assessment, request: TuneRequest, command: str) -> dict[str, Json]:
     racing = [backend.name for backend in registry.known().values() if request.asks(backend.name)]
     return {
         **fingerprint(request.device),
+        "command": command,
         "racing": [*racing],
         "summary": asdict(found.summary),
         "compiled_ahead": None if found.compiled is None else asdict(found.compiled),

@@ -23,7 +23,7 @@ from titans_backends.dispatch import pair_source
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, offers, pairs
 from titans_backends.tuning import assess as assessing
-from titans_backends.tuning import assess_full, first_use
+from titans_backends.tuning import assess_full, assess_tunes, first_use
 from titans_backends.tuning.ahead import Job, Limits, Target
 from titans_backends.tuning.assess import Assessment, assess
 from titans_backends.tuning.assess_order import in_order, midpoints, spread_out, units
@@ -165,7 +165,7 @@ def made_up(names: dict[str, dict[int, int]]) -> object:
 
 def test_a_bad_choice_a_flip_and_a_bad_midpoint_are_found(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     late, good = 0, 1
-    monkeypatch.setattr(assessing, "tune", made_up({"first": {4: good, 16: late}, "second": {4: good, 16: good}}))
+    monkeypatch.setattr(assess_tunes, "tune", made_up({"first": {4: good, 16: late}, "second": {4: good, 16: good}}))
     monkeypatch.setattr(assessing, "_MOST_CAP_S", 0.3)
     kept: list[Assessment] = []
     found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), keep=kept.append)
@@ -190,7 +190,7 @@ def test_a_bad_choice_a_flip_and_a_bad_midpoint_are_found(faulty: None, monkeypa
 
 
 def test_without_time_nothing_is_begun_and_all_of_it_is_left(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assessing, "tune", lambda *_: pytest.fail("tuned"))
+    monkeypatch.setattr(assess_tunes, "tune", lambda *_: pytest.fail("tuned"))
     found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), budget_s=1e-9)
     assert (found.tuned, found.midpoints, found.batches, found.planned) == ((), (), 0, (2, 1))
     why = "the budget ended before its turn"
@@ -279,7 +279,7 @@ def test_everything_of_a_batch_is_compiled_ahead_at_once_and_the_tunes_compile_n
     monkeypatch.setattr(assessing, "processes", lambda: 2)
     monkeypatch.setattr(assessing, "hooked", lambda given, candidates: [one for one in candidates if one.backend == "faulty"])
     monkeypatch.setattr(assessing, "compile_ahead", compiled)
-    monkeypatch.setattr(assessing, "tune", tune)
+    monkeypatch.setattr(assess_tunes, "tune", tune)
     monkeypatch.setattr(assessing._Run, "_measure", lambda *_: None)
     found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), budget_s=100.0)
     assert set(asked) == {(variant, length) for variant in ("late", "good", "raises") for length in (4, 8, 16)}

@@ -11,7 +11,7 @@ import pytest
 from titans_backends.buckets import Bucket
 from titans_backends.cache.schema import Entry
 from titans_backends.tuning import assess as assessing
-from titans_backends.tuning import run
+from titans_backends.tuning import assess_tunes, run
 from titans_backends.tuning.assess import Assessment, assess
 from titans_backends.tuning.assess_full import NotMeasured
 from titans_backends.tuning.assess_order import in_order
@@ -113,8 +113,9 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
-    monkeypatch.setattr(assessing, "time", SimpleNamespace(monotonic=lambda: made.now))
-    monkeypatch.setattr(assessing, "tune", made.tune)
+    for module in (assessing, assess_tunes):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: made.now))
+    monkeypatch.setattr(assess_tunes, "tune", made.tune)
     monkeypatch.setattr(assessing, "first_use", made.first_use)
     monkeypatch.setattr(assessing, "processes", lambda: 0)
     monkeypatch.setattr(assessing.Full, "measured", lambda full, *given: made.full(*given))
@@ -193,7 +194,7 @@ def test_what_is_not_reached_twice_is_left_with_the_reason(world: World, monkeyp
         rows = tuple(Row(bucket, ENTRY) for bucket in request.buckets if request.output.stem == "first" or bucket.seq_len == 64)
         return TuneReport(request.output, rows, (), 1.0)
 
-    monkeypatch.setattr(assessing, "tune", tune)
+    monkeypatch.setattr(assess_tunes, "tune", tune)
     found = assess(TuneRequest(planned("gated_delta_rule", seq_lens=(64, 256))), 400.0)
     assert [one.bucket.seq_len for one in found.tuned] == [64]
     assert [(bucket.seq_len, reason) for bucket, reason in found.left] == [

@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from titans_backends.buckets import Bucket
@@ -20,13 +20,13 @@ from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, 
 from titans_backends.tuning.assess_full import Full, NotMeasured
 from titans_backends.tuning.assess_order import in_order, units
 from titans_backends.tuning.assess_plan import OPENING, Costs, Piece, Unit, chosen
-from titans_backends.tuning.events import BucketStarted, CompiledAhead, Event
+from titans_backends.tuning.assess_tunes import Tunes
+from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import TIMEOUT_S, FirstUse, first_use
 from titans_backends.tuning.host import Host
 from titans_backends.tuning.regret import Assessed, Summary, summary
-from titans_backends.tuning.report import TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
-from titans_backends.tuning.run import AHEAD_S, tune
+from titans_backends.tuning.run import AHEAD_S
 
 __all__ = ["Assessment", "FirstUse", "Progress", "assess"]
 
@@ -78,16 +78,9 @@ def assess(
     """
     with tempfile.TemporaryDirectory(prefix="titans_backends_assess_") as folder, Host(request.device) as host:
         machine = detect(request.device)
-        return _Run(request, budget_s, progress, keep, machine, Full(host, request, machine, Path(folder)), time.monotonic()).all()
-
-
-@dataclass(slots=True)
-class _Tunes:
-    """One of the two tunes, over all batches."""
-
-    name: str
-    seconds: float = 0.0
-    reached: list[Bucket] = field(default_factory=list)
+        full = Full(host, request, machine, Path(folder))
+        first, second = (Tunes(name, full.path(name), request) for name in ("first", "second"))
+        return _Run(request, budget_s, progress, keep, machine, full, first, second, time.monotonic()).all()
 
 
 @dataclass(slots=True)
@@ -100,10 +93,10 @@ class _Run:
     keep: Keep
     machine: Machine
     full: Full
+    first: Tunes
+    second: Tunes
     begun: float
     costs: Costs = field(default_factory=Costs)
-    first: _Tunes = field(default_factory=lambda: _Tunes("first"))
-    second: _Tunes = field(default_factory=lambda: _Tunes("second"))
     tuned: list[Assessed] = field(default_factory=list)
     between: list[Assessed] = field(default_factory=list)
     uses: list[FirstUse] = field(default_factory=list)
@@ -112,6 +105,7 @@ class _Run:
     again: set[Bucket] = field(default_factory=set)
     compiled: CompiledAhead | None = None
     batches: int = 0
+    starting: float = 0.0
 
     def all(self) -> Assessment:
         """Batch after batch while there is time for one."""
@@ -187,10 +181,10 @@ class _Run:
             begun = time.monotonic()
             for host in hosts:
                 host.ready()
-            waited = time.monotonic() - begun
-            there, first_s = self._tune(self.first, buckets, one, _TUNE_SHARE)
-            _, second_s = self._tune(self.second, there, other, _AGAIN_SHARE)
-            self.costs.start.saw(waited + first_s + second_s, 1)
+            self.starting = time.monotonic() - begun
+            there = self._tune(self.first, buckets, one, _TUNE_SHARE)
+            self._tune(self.second, there, other, _AGAIN_SHARE)
+            self.costs.start.saw(self.starting, 1)
         for unit in batch:
             for piece in unit:
                 if piece.bucket in self.second.reached:
@@ -228,33 +222,15 @@ class _Run:
             self.compiled = done if self.compiled is None else _both(self.compiled, done)
         self.costs.ahead.saw(0.0 if done is None else done.seconds, sum(map(self._work, buckets)))
 
-    def _tune(self, which: _Tunes, buckets: tuple[Bucket, ...], host: Host, share: float) -> tuple[tuple[Bucket, ...], float]:
-        """A tune that knows nothing of any other, in a process of its own: the buckets that have a row now, and the seconds before its first bucket."""
+    def _tune(self, which: Tunes, buckets: tuple[Bucket, ...], host: Host, share: float) -> tuple[Bucket, ...]:
+        """A tune that knows nothing of any other, in a process of its own: the buckets that have a row now."""
         self.progress(f"the {which.name} tune, of {len(buckets)} buckets")
-        left, begun, started = self._left_s(), time.monotonic(), list[float]()
-
-        def heard(event: Event) -> None:
-            if isinstance(event, BucketStarted):
-                started.append(time.monotonic() - begun)
-
-        budget = None if left == math.inf else max(1.0, left * share)
-        asked = replace(self.request, buckets=buckets, output=self.full.path(which.name), force=False, budget_s=budget, ahead=False)
-        try:
-            report = tune(asked, heard, host)
-        except TuneInterrupted as stop:
-            self._count(which, stop.report)
-            raise
-        there = self._count(which, report)
-        start_s = started[0] if started else 0.0
-        self.costs.tune.saw(report.seconds - start_s, sum(map(self._work, there)) / 2)
-        return there, start_s
-
-    def _count(self, which: _Tunes, report: TuneReport) -> tuple[Bucket, ...]:
-        which.seconds += report.seconds
-        there = tuple(row.bucket for row in report.rows if row.entry is not None)
-        which.reached += [bucket for bucket in there if bucket not in which.reached]
-        self.failed |= {row.bucket: f"the {which.name} tune found no winner: {row.reason}" for row in report.rows if row.entry is None}
-        return there
+        left = self._left_s()
+        done = which.run(buckets, host, None if left == math.inf else max(1.0, left * share))
+        self.failed |= done.failed
+        self.costs.tune.saw(done.seconds - done.start_s, sum(map(self._work, done.there)) / 2)
+        self.starting += done.start_s
+        return done.there
 
     def _measure(self, bucket: Bucket, neighbours: tuple[int, int] | None) -> None:
         """A bucket's full measurement, where there is time for it."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.test_tuning_doubt import BUCKET, standing_of
+from titans_backends.backend import Candidate
 from titans_backends.buckets import Bucket
 from titans_backends.cache.schema import Entry
+from titans_backends.cache.timings import Measurement
 from titans_backends.tuning import assess as assessing
 from titans_backends.tuning import assess_tunes, run
 from titans_backends.tuning.assess import Assessment, assess
-from titans_backends.tuning.assess_full import NotMeasured
+from titans_backends.tuning.assess_full import NotMeasured, finals, rules
 from titans_backends.tuning.assess_order import in_order
 from titans_backends.tuning.assess_plan import Costs, Piece, Rate, chosen
 from titans_backends.tuning.events import BucketStarted
@@ -23,6 +27,8 @@ from titans_backends.tuning.plan import plan
 from titans_backends.tuning.regret import Assessed, Choice
 from titans_backends.tuning.report import Row, TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
+from titans_backends.tuning.standing import measurement_of
+from titans_backends.tuning.timing import RaceRules, race
 
 ENTRY = Entry("eager/x", 1.0, 0.01, 1.0)
 
@@ -54,14 +60,14 @@ def test_a_rate_is_what_was_seen_and_before_that_what_was_expected() -> None:
 def test_a_batch_holds_the_units_that_fit_in_their_order() -> None:
     costs = Costs(Rate(10.0), Rate(1.0), Rate(2.0), Rate(1.0))  # 10 s, and 4 s for each bucket
     first, wide, last = unit(1, 2), unit(3, 4), unit(5)
-    assert costs.of([first, last]) == 22.0
-    assert chosen([first, wide, last], costs, 30.0, 30.0, some=False) == ([first, wide, last], [])
-    assert chosen([first, wide, last], costs, 29.9, 29.9, some=False) == ([first, wide], [last])
-    assert chosen([first, wide, last], costs, 22.0, 22.0, some=False) == ([first, last], [wide])  # a smaller one behind it still fits
-    assert chosen([first, wide, last], costs, 10.0, 18.0, some=False) == ([first], [wide, last])  # the first has more room
-    assert chosen([first, wide], costs, 10.0, 17.9, some=False) == ([first[:1]], [first[1:], wide])
-    assert chosen([first, wide], costs, 10.0, 13.9, some=False) == ([], [first, wide])
-    assert chosen([first, wide], costs, 0.0, 0.0, some=True) == ([first[:1]], [first[1:], wide])
+    assert (costs.of([first, last]), costs.tuning([first, last]), costs.again([first, last])) == (22.0, 9.0, 6.0)
+    assert chosen([first, wide, last], costs.of, 30.0, 30.0, some=False) == ([first, wide, last], [])
+    assert chosen([first, wide, last], costs.of, 29.9, 29.9, some=False) == ([first, wide], [last])
+    assert chosen([first, wide, last], costs.of, 22.0, 22.0, some=False) == ([first, last], [wide])  # a smaller one behind it still fits
+    assert chosen([first, wide, last], costs.of, 10.0, 18.0, some=False) == ([first], [wide, last])  # the first has more room
+    assert chosen([first, wide], costs.of, 10.0, 17.9, some=False) == ([first[:1]], [first[1:], wide])
+    assert chosen([first, wide], costs.of, 10.0, 13.9, some=False) == ([], [first, wide])
+    assert chosen([first, wide], costs.of, 0.0, 0.0, some=True) == ([first[:1]], [first[1:], wide])
 
 
 @dataclass
@@ -74,6 +80,8 @@ class World:
     reach: dict[str, int] = field(default_factory=dict)
     interrupt_at: int = -1
     full_s: float = 3.0
+    start_s: float = 4.0
+    caps: set[float] = field(default_factory=set)
 
     def tune(self, request: TuneRequest, on_event: object, host: Host) -> TuneReport:
         assert request.output is not None
@@ -96,6 +104,7 @@ class World:
         if len(self.measured) == -self.interrupt_at - 2:
             raise KeyboardInterrupt
         self.now += self.full_s
+        self.caps.add(cap_s)
         self.measured.append(bucket)
         if bucket.op == "dual_core" and bucket.seq_len == 1024:
             raise NotMeasured("no")
@@ -107,7 +116,7 @@ class World:
         return FirstUse(bucket, 1.0, 0.1, "tuned")
 
     def ready(self) -> None:
-        self.now += 4.0
+        self.now += self.start_s
 
 
 @pytest.fixture
@@ -167,6 +176,64 @@ def test_a_full_measurement_for_which_no_time_is_left_is_not_begun(world: World)
     assert world.now - 9.0 <= 7 / 8 * 106.0  # an eighth is the first use's
     assert len(found.tuned) >= 2
     assert "the budget ended before its turn" in {reason for _, reason in found.left}
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "start_s", "spare"), [(90.0, 20.0, 0), (100.0, 20.0, 2), (110.0, 20.0, 1), (120.0, 12.0, 0), (130.0, 12.0, 0), (150.0, 4.0, 0)]
+)
+def test_nothing_is_tuned_twice_that_is_not_measured_however_long_processes_take_to_come(
+    world: World, budget_s: float, start_s: float, spare: int
+) -> None:
+    """Nor much tuned once: `spare` buckets at most."""
+    world.start_s = start_s
+    found = assess(TuneRequest(planned("gated_delta_rule", "dual_core", seq_lens=(64, 256, 512))), budget_s)
+    first, second = ({bucket for name, buckets, _ in world.tunes for bucket in buckets if name == which} for which in ("first", "second"))
+    assert second == {one.bucket for one in found.tuned}
+    assert len(first - second) <= spare
+    assert len(found.tuned) >= 2
+    assert world.now <= budget_s + 1
+
+
+@pytest.mark.parametrize(("budget_s", "cap_s"), [(18.0, 0.4), (120.0, 2.0), (600.0, 6.0), (None, 6.0)])
+def test_the_cap_of_a_full_measurement_depends_on_the_budget(world: World, budget_s: float | None, cap_s: float) -> None:
+    world.start_s = 1.0
+    assess(TuneRequest(planned("gated_delta_rule")), budget_s)
+    assert world.caps == {cap_s}
+
+
+@dataclass
+class Track:
+    """Kernels with noise behind a bench: a run takes what it says, and 150 µs for the flush, the events and the way there."""
+
+    best_us: float
+    noise: float
+    now: float = 0.0
+    rules: RaceRules = field(default_factory=lambda: rules(1.0))
+    rng: random.Random = field(default_factory=lambda: random.Random(5))
+
+    def again(self, group: list[Candidate], current: object, rules: RaceRules) -> dict[Candidate, Measurement]:
+        def sample(candidate: Candidate) -> float:
+            us = self.best_us * (1 + 0.002 * int(candidate.variant[1:])) * (1 + abs(self.rng.gauss(0.0, self.noise)))
+            self.now += (us + 150) / 1e6
+            return us
+
+        found = race(group, sample, lambda: self.now, rules).timings
+        return {candidate: replace(measurement_of(candidate), us=one.us, spread=one.spread, samples=one.samples) for candidate, one in found.items()}
+
+
+@pytest.mark.parametrize(("best_us", "noise", "most_s", "spread"), [(20.0, 0.01, 0.6, 0.002), (300.0, 0.01, 0.9, 0.002), (100.0, 0.2, 1.04, 0.1)])
+def test_a_full_measurement_ends_when_it_knows_enough_and_at_its_cap(best_us: float, noise: float, most_s: float, spread: float) -> None:
+    track = Track(best_us, noise)
+    standing = standing_of(BUCKET, [(0.0, 0.0)] * 20)
+    standing = standing.with_measured(track.again(list(standing.candidates), {}, track.rules))
+    assert track.now <= 0.4 * 1.0 + 0.02  # the race of all, and the round that it was in
+    raced = track.now
+    found = finals(track, standing, standing.pairs[3:4], 1.0)  # type: ignore[arg-type]
+    assert track.now <= most_s
+    assert track.now - raced <= 0.6 * 1.0 + 0.01
+    assert 2 <= len(found) <= 7
+    assert all((one.samples or 0) >= 30 for one in found.values())
+    assert min(one.spread or 0.0 for one in found.values()) <= spread
 
 
 def test_the_first_batch_mixes_the_ops_and_holds_neighbours(world: World) -> None:

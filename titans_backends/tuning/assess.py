@@ -19,7 +19,7 @@ from titans_backends.tables import sources
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 from titans_backends.tuning.assess_full import Full, NotMeasured
 from titans_backends.tuning.assess_order import in_order, units
-from titans_backends.tuning.assess_plan import OPENING, Costs, Piece, Unit, chosen
+from titans_backends.tuning.assess_plan import OPENING, Cost, Costs, Piece, Unit, chosen
 from titans_backends.tuning.assess_tunes import Tunes
 from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import TIMEOUT_S, FirstUse, first_use
@@ -164,7 +164,7 @@ class _Run:
     def _next(self, pending: Sequence[Unit]) -> tuple[list[Unit], list[Unit]]:
         most_s = min(_BATCH_S, self._left_s() * _SHARE)
         room_s = most_s if self.batches else min(_BATCH_S, self._left_s() * _FIRST_SHARE)
-        return chosen(pending, self.costs, room_s, most_s, some=not self.batches or self.budget_s is None)
+        return chosen(pending, self.costs.of, room_s, most_s, some=not self.batches or self.budget_s is None)
 
     def _batch(self, batch: Sequence[Unit], pending: Sequence[Unit]) -> list[Unit]:
         """Compiles, tunes twice and measures fully; what the tunes did not reach, once more to be taken on."""
@@ -182,8 +182,10 @@ class _Run:
             for host in hosts:
                 host.ready()
             self.starting = time.monotonic() - begun
-            there = self._tune(self.first, buckets, one, _TUNE_SHARE)
-            self._tune(self.second, there, other, _AGAIN_SHARE)
+            asked = self._fitting(batch, self.costs.tuning)
+            there = self._tune(self.first, asked, one, _TUNE_SHARE)
+            twice = self._fitting([tuple(piece for piece in unit if piece.bucket in there) for unit in batch], self.costs.again)
+            self._tune(self.second, twice, other, _AGAIN_SHARE)
             self.costs.start.saw(self.starting, 1)
         for unit in batch:
             for piece in unit:
@@ -191,15 +193,22 @@ class _Run:
                     self._measure(piece.bucket, None)
             for bucket, neighbours in self._midpoints(one.bucket for one in self.tuned):
                 self._measure(bucket, neighbours)
-        return self._unreached(batch)
+        return self._unreached(batch, {*twice, *(bucket for bucket in asked if bucket not in there)})
 
-    def _unreached(self, batch: Sequence[Unit]) -> list[Unit]:
-        """What the tunes of a batch did not come to: to be taken on once more, or left with the reason."""
+    def _fitting(self, batch: Sequence[Unit], cost: Cost) -> tuple[Bucket, ...]:
+        """Those of a batch for which there is time still: it was planned by what things were expected to take, and more is known by now."""
+        most_s = self._left_s() * _SHARE
+        fits, _ = chosen([unit for unit in batch if unit], cost, most_s, most_s, some=True)
+        return tuple(piece.bucket for unit in fits for piece in unit)
+
+    def _unreached(self, batch: Sequence[Unit], asked: set[Bucket]) -> list[Unit]:
+        """What the tunes of a batch did not come to, to be taken on again; that for which one was `asked` in vain once more, then it is left with the reason."""
         found = [tuple(p for p in unit if p.bucket not in self.second.reached and p.bucket not in self.failed) for unit in batch]
-        for piece in (piece for unit in found for piece in unit):
-            if piece.bucket in self.again:
-                self.failed[piece.bucket] = f"the {'second' if piece.bucket in self.first.reached else 'first'} tune did not reach it"
-            self.again.add(piece.bucket)
+        missed = [piece.bucket for unit in found for piece in unit if piece.bucket in asked]
+        for bucket in missed:
+            if bucket in self.again:
+                self.failed[bucket] = f"the {'second' if bucket in self.first.reached else 'first'} tune did not reach it"
+        self.again |= {*missed}
         return [unit for unit in (tuple(p for p in unit if p.bucket not in self.failed) for unit in found) if unit]
 
     def _midpoints(self, there: Iterable[Bucket]) -> list[tuple[Bucket, tuple[int, int]]]:

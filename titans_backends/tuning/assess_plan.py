@@ -5,12 +5,12 @@ Pure. Depth goes before breadth: a bucket that is tuned and never measured fully
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from titans_backends.buckets import Bucket
 
-__all__ = ["OPENING", "Costs", "Piece", "Rate", "Unit", "chosen"]
+__all__ = ["OPENING", "Cost", "Costs", "Piece", "Rate", "Unit", "chosen"]
 
 OPENING = 6
 """A bucket's inputs, its references and what is asked once count as so many candidates."""
@@ -58,22 +58,35 @@ class Costs:
 
     def of(self, units: Sequence[Unit]) -> float:
         """The seconds of a batch of these."""
+        return self.start.each + self.ahead.each * sum(piece.timed for unit in units for piece in unit) + self.tuning(units)
+
+    def tuning(self, units: Sequence[Unit]) -> float:
+        """What they cost once the processes are there."""
+        return self.tune.each / 2 * sum(piece.tuned for unit in units for piece in unit) + self.again(units)
+
+    def again(self, units: Sequence[Unit]) -> float:
+        """What they cost after the first tune."""
         pieces = [piece for unit in units for piece in unit]
-        tuned, timed = sum(piece.tuned for piece in pieces), sum(piece.timed for piece in pieces)
-        return self.start.each + self.tune.each * tuned + (self.ahead.each + self.full.each) * timed
+        return self.tune.each / 2 * sum(piece.tuned for piece in pieces) + self.full.each * sum(piece.timed for piece in pieces)
 
 
-def chosen(pending: Sequence[Unit], costs: Costs, room_s: float, most_s: float, *, some: bool) -> tuple[list[Unit], list[Unit]]:
+Cost = Callable[[Sequence[Unit]], float]
+
+
+def chosen(pending: Sequence[Unit], cost: Cost, room_s: float, most_s: float, *, some: bool) -> tuple[list[Unit], list[Unit]]:
     """The units that fit into `room_s`, in their order, and the rest.
 
     The first may take up to `most_s`, and where it does not fit whole its first buckets are taken on; `some`: one of them at least, fit or not.
     """
     taken, rest = list[Unit](), list[Unit]()
-    for unit in pending:
+
+    def fitting(unit: Unit) -> int:
         if taken:
-            count = len(unit) if costs.of([*taken, unit]) <= room_s else 0
-        else:
-            count = next((n for n in range(len(unit), 0, -1) if costs.of([unit[:n]]) <= most_s), int(some))
+            return len(unit) if cost([*taken, unit]) <= room_s else 0
+        return next((n for n in range(len(unit), 0, -1) if cost([unit[:n]]) <= most_s), int(some))
+
+    for unit in pending:
+        count = fitting(unit)
         taken += [unit[:count]] if count else []
         rest += [unit[count:]] if count < len(unit) else []
     return taken, rest

@@ -26,7 +26,7 @@ __all__ = ["assessed", "page_of", "recorded"]
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: written by benchmarks/tuner_page.py -->", "<!-- measured: end -->"
 COMMANDS = {
-    "assess": "titans-backends tune --assess --from benchmarks/assess_shapes.yaml --backend triton,cupy --budget 130 --output benchmarks/results/assess.json",
+    "assess": "titans-backends tune --assess --from benchmarks/assess_shapes.yaml --backend triton,cupy --budget 375 --output benchmarks/results/assess.json",
     "recorded": "python benchmarks/recorded.py --budget 75 --json benchmarks/results/recorded.json",
 }
 Told = Mapping[str, Any]
@@ -79,7 +79,8 @@ def assessed(told: Told) -> str:
     if ahead is not None:
         lines.append(f"| compiled ahead | | {ahead['candidates']} candidates in {ahead['processes']} processes, {ahead['seconds']:.0f} s |")
     tunes = ", then ".join(f"{seconds:.0f} s for {count} buckets" for seconds, count in zip(told["tune_s"], counts, strict=True))
-    lines.append(f"| time to tune | | {tunes} |")
+    batches = told.get("batches", 1)  # older files lack it: they had one
+    lines.append(f"| time to tune | | {tunes}{f', in {batches} batches' if batches > 1 else ''} |")
     for use in told["first_uses"]:
         which, chosen = "the shipped table" if use["shipped"] else "the first tune's table", f"{use['op']}, choice: {use['origin']}"
         lines.append(

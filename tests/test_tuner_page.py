@@ -39,11 +39,13 @@ def test_every_figure_and_every_pair_is_shown(tmp_path: Path) -> None:
     found = Assessment(
         (Assessed(one, "eager/best", 100.0, 0.01, 7, (best, bad), Flip("outside", 0.08)),),
         (Assessed(one._replace(seq_len=128), "eager/best", 100.0, 0.01, 7, (near,), None, (64, 256)),),
-        (12.0, 9.0), (1, 1), (FirstUse(one, 1.25, 0.002, "tuned", True),), ((other, "the budget ended"),), 60.0, CompiledAhead(30, 14, 20.0),
+        (12.0, 9.0), (1, 1), (FirstUse(one, 1.25, 0.002, "tuned", True),), ((other, "the budget ended"),), 60.0, CompiledAhead(30, 14, 20.0), 2,
     )  # fmt: skip
-    (tmp_path / "assess.json").write_text(json.dumps(_json(found, TuneRequest((one, other), backends=("eager", "numba_cpu")))))
+    (tmp_path / "assess.json").write_text(json.dumps(_json(found, TuneRequest((one, other), backends=("eager", "numba_cpu")), "tb it")))
     text = page.written("assess", f"# A\n{page.BEGIN}\n{page.END}\nrest\n", tmp_path)
     for said in (
+        "Measured in 60 s by `tb it`, racing:",
+        "| time to tune | | 12 s for 1 buckets, then 9 s for 1 buckets, in 2 batches |",
         ", racing: eager, numba_cpu and the default.",
         "| mean regret | at most 1 % | 4.0 % over 1 buckets, 2 choices of two tunes |",
         "| worst regret | at most 5 % | 8.0 %; of those beyond the noise 8.0 % |",

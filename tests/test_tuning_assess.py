@@ -6,8 +6,7 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,16 +23,16 @@ from titans_backends.dispatch import pair_source
 from titans_backends.machine import detect
 from titans_backends.offers import Pair, offers, pairs
 from titans_backends.tuning import assess as assessing
-from titans_backends.tuning import first_use
+from titans_backends.tuning import assess_full, assess_tunes, first_use
 from titans_backends.tuning.ahead import Job, Limits, Target
 from titans_backends.tuning.assess import Assessment, assess
-from titans_backends.tuning.assess_order import in_order, midpoints, spread_out
+from titans_backends.tuning.assess_order import in_order, midpoints, spread_out, units
 from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import FirstUse
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.regret import Assessed, Choice, Flip, flip_of, judged, summary
-from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
+from titans_backends.tuning.run import Row, TuneReport, TuneRequest
 from titans_backends.tuning.select import Contender
 from titans_backends.tuning.timing import RaceRules
 
@@ -117,7 +116,13 @@ def test_few_buckets_are_of_every_op_with_their_lengths_together() -> None:
     assert [(one.op, one.seq_len, dict(one.when)["streams"]) for one in chosen] == [
         ("gated_delta_rule", 8, 1), ("gated_delta_rule", 64, 1), ("fused_uw", 64, 1), ("fused_uw", 128, 1), ("gated_delta_rule", 8, 2),
     ]  # fmt: skip
-    assert set(spread_out(planned, None)) == set(planned)
+    assert set(spread_out(planned)) == set(planned)
+    small = (*buckets([64], "fused_uw"), *buckets([256, 8, 64, 1024, 512], "dual_core"), *buckets([8]))
+    together = [[(one.op, one.seq_len) for one in unit] for unit in units(small)]
+    assert together == [
+        [("gated_delta_rule", 8)], [("dual_core", 8), ("dual_core", 64)], [("fused_uw", 64)], [("dual_core", 256), ("dual_core", 512)], [("dual_core", 1024)],
+    ]  # fmt: skip
+    assert units(spread_out(small)) == units(small)  # what the command takes on in this order stays in it
 
 
 @pytest.fixture
@@ -129,6 +134,9 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(tmp_path / "plugins")
     monkeypatch.setenv("TITANS_BACKENDS_PLUGINS", "faulty")
     monkeypatch.setenv("FAULTY_VARIANTS", "late,good,raises")
+    for early in ("begin", "ready"):  # a made-up tune needs no process
+        monkeypatch.setattr(assessing.Host, early, lambda host: None)
+    monkeypatch.setattr(assessing, "first_use", lambda *_: "out of luck")
     tb.reset()
     yield
     monkeypatch.undo()
@@ -140,7 +148,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def made_up(names: dict[str, dict[int, int]]) -> object:
     """A tune that writes the places among the candidates that it is told, by file and length."""
 
-    def tune(request: TuneRequest) -> TuneReport:
+    def tune(request: TuneRequest, on_event: object = None, host: object = None) -> TuneReport:
         assert request.output is not None
         machine, rows = detect("cpu"), []
         for bucket in [one for one in request.buckets if one.seq_len in names[request.output.stem]]:
@@ -157,16 +165,16 @@ def made_up(names: dict[str, dict[int, int]]) -> object:
 
 def test_a_bad_choice_a_flip_and_a_bad_midpoint_are_found(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     late, good = 0, 1
-    monkeypatch.setattr(assessing, "tune", made_up({"first": {4: good, 16: late}, "second": {16: good}}))
-    monkeypatch.setattr(assessing, "_MOST_S", 0.3)
-    monkeypatch.setattr(assessing, "first_use", lambda bucket, device, heads, table: "out of luck")
-    found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)))
+    monkeypatch.setattr(assess_tunes, "tune", made_up({"first": {4: good, 16: late}, "second": {4: good, 16: good}}))
+    monkeypatch.setattr(assessing, "_MOST_CAP_S", 0.3)
+    kept: list[Assessment] = []
+    found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), keep=kept.append)
     by_length = {one.bucket.seq_len: one for one in (*found.tuned, *found.midpoints)}
     assert list(by_length) == [4, 16, 8]
     assert {one.best for one in by_length.values()} == {"faulty/good"}
     assert [one.candidates for one in by_length.values()] == [2, 2, 2]  # the one that raises is none
-    assert [choice.regret for choice in by_length[4].choices] == [0.0]  # the second tune did not reach it
-    assert by_length[4].flip is None
+    assert [choice.regret for choice in by_length[4].choices] == [0.0, 0.0]
+    assert by_length[4].flip == Flip("same", 0.0)
     bad, fine = by_length[16].choices
     assert (bad.label, fine.label) == ("faulty/late", "faulty/good")
     assert bad.us - fine.us > 10000
@@ -177,13 +185,16 @@ def test_a_bad_choice_a_flip_and_a_bad_midpoint_are_found(faulty: None, monkeypa
     assert between.label == "faulty/late"
     assert (found.summary.flips, found.summary.flips_outside, found.summary.midpoints_within) == (1, 1, 0.0)
     assert [reason for _, reason in found.left] == ["its first use in a fresh process failed: out of luck"]
+    assert [(len(one.tuned), len(one.midpoints), len(one.left)) for one in kept] == [(1, 0, 2), (2, 0, 1), (2, 1, 0)]
+    assert {reason for one in kept for _, reason in one.left} == {"it was not finished when this was written"}
 
 
-def test_what_the_budget_does_not_reach_is_said(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assessing, "tune", made_up({"first": {4: 1, 16: 1}, "second": {4: 1, 16: 1}}))
+def test_without_time_nothing_is_begun_and_all_of_it_is_left(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assess_tunes, "tune", lambda *_: pytest.fail("tuned"))
     found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), budget_s=1e-9)
-    assert (found.tuned, found.midpoints) == ((), ())
-    assert [(bucket.seq_len, reason) for bucket, reason in found.left] == [(4, "the budget ended"), (16, "the budget ended"), (8, "the budget ended")]
+    assert (found.tuned, found.midpoints, found.batches, found.planned) == ((), (), 0, (2, 1))
+    why = "the budget ended before its turn"
+    assert [(bucket.seq_len, reason) for bucket, reason in found.left] == [(4, why), (16, why), (8, why)]
 
 
 @pytest.mark.parametrize("regime", ["inference", "training"])
@@ -198,16 +209,46 @@ def test_the_first_use_is_timed_and_says_who_chose(regime: str, capsys: pytest.C
     assert told["origin"] == "default"
 
 
+def test_an_interrupt_is_status_130_with_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*asked: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assessing._Run, "_batch", interrupted)
+    path = tmp_path / "assessed.json"
+    words = [
+        "tune",
+        "--assess",
+        "--op",
+        "fused_uw",
+        "--seq-lens",
+        "64",
+        "--heads",
+        "2",
+        "--head-dim",
+        "16",
+        "--dtype",
+        "float32",
+        "--regime",
+        "inference",
+    ]
+    result = run(app, [*words, "--device", "cpu", "--output", str(path)])
+    assert result.exit_code == 130, result.output
+    assert [one["reason"] for one in json.loads(path.read_text())["left"]] == ["it was interrupted"]
+
+
 def test_the_command_writes_the_figures_with_the_machine_and_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("titans_backends.cli.assess")
     seen: list[TuneRequest] = []
 
-    def made(request: TuneRequest, budget_s: float | None, progress: object) -> Assessment:
+    def made(request: TuneRequest, budget_s: float | None, progress: object, keep: Callable[[Assessment], None]) -> Assessment:
         seen.append(request)
         one = request.buckets[0]
         choices = (Choice("eager/x", 110.0, 0.01, 0.1, True), Choice("eager/y", 100.0, 0.01, 0.0, False))
         tuned = Assessed(one, "eager/y", 100.0, 0.01, 2, choices, None if len(seen) > 1 else Flip("outside", 0.1))
-        return Assessment((tuned,), (), (3.0, 2.0), (1, 1), (FirstUse(one, 1.25, 0.001, "tuned"),), (), 9.0)
+        keep(Assessment((tuned,), (), (3.0, 2.0), (1, 1), (), ((one._replace(seq_len=7), "not yet"),), 8.0))
+        early = json.loads(path.read_text())  # what a killed command leaves
+        assert (early["summary"]["worst_regret"], early["left"][0]["seq_len"], early["first_uses"]) == (0.1, 7, [])
+        return Assessment((tuned,), (), (3.0, 2.0), (1, 1), (FirstUse(one, 1.25, 0.001, "tuned"),), (), 9.0, None, 3, (1, 0))
 
     monkeypatch.setattr(module, "assess", made)
     path = tmp_path / "results" / "assessed.json"
@@ -222,11 +263,14 @@ def test_the_command_writes_the_figures_with_the_machine_and_shows_them(tmp_path
         "outside",
         "mean 5.0 %, worst 10 % (10 % beyond noise)",
         "1.2 s with a table there, in a fresh process (choice: tuned)",
+        "3.0 s for 1 bucket | 2.0 s for 1 bucket, in 3 batches",
     ):
         assert said in result.stdout
     told = json.loads(path.read_text())
     assert told["device"]["slug"] == detect("cpu").slug
     assert told["environment"]["torch"]
+    assert told["command"] == "titans-backends tune --op fused_uw --seq-lens 64,128 --device cpu --assess --limit 1"
+    assert (told["left"], told["batches"], told["planned"]) == ([], 3, {"buckets": 1, "midpoints": 0})
     assert told["summary"]["worst_regret"] == 0.1
     assert told["tuned"][0]["choices"][0]["label"] == "eager/x"
     assert "; worst cost 10 %" in result.stdout
@@ -245,65 +289,26 @@ def test_the_command_writes_the_figures_with_the_machine_and_shows_them(tmp_path
         assert why in " ".join(refused.stderr.split())
 
 
-def test_an_interrupt_keeps_what_was_assessed(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assessing, "tune", made_up({"first": {4: 1, 16: 1}, "second": {4: 1, 16: 1}}))
-    monkeypatch.setattr(assessing, "first_use", lambda bucket, device, heads, table: "out of luck")
-    done: list[int] = []
-
-    def one(self: object, host: object, bucket: Bucket, between: object, twice: bool, left: int) -> Assessed | None:
-        if done:
-            raise KeyboardInterrupt
-        done.append(bucket.seq_len)
-        return Assessed(bucket, "faulty/good", 1.0, 0.0, 2, (Choice("faulty/good", 1.0, 0.0, 0.0, False),))
-
-    monkeypatch.setattr(assessing._Run, "_exhaustive", one)
-    found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)))
-    assert [row.bucket.seq_len for row in found.tuned] == [4]
-    assert [(bucket.seq_len, reason) for bucket, reason in found.left[1:]] == [(16, "it was interrupted"), (8, "it was interrupted")]
-
-
-def test_an_interrupt_in_the_first_tune_begins_no_second(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = made_up({"first": {4: 1, 16: 1}})
-    tunes: list[tuple[Bucket, ...]] = []
-
-    def tune(request: TuneRequest) -> TuneReport:
-        tunes.append(request.buckets)
-        report = made(replace(request, buckets=request.buckets[:1]))
-        if request.buckets:
-            raise TuneInterrupted(report)
-        return report
-
-    monkeypatch.setattr(assessing, "tune", tune)
-    monkeypatch.setattr(assessing, "first_use", lambda *asked: pytest.fail("a process was begun"))
-    said: list[str] = []
-    found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), progress=said.append)
-    assert found.interrupted
-    assert [len(asked) for asked in tunes] == [2, 0]
-    assert [text for text in said if "second" in text] == []
-    assert {(bucket.seq_len, reason) for bucket, reason in found.left} == {(length, "it was interrupted") for length in (4, 16)}
-
-
-def test_everything_is_compiled_ahead_at_once_and_the_tunes_compile_nothing_ahead(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_of_a_batch_is_compiled_ahead_at_once_and_the_tunes_compile_nothing_ahead(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
     tunes: list[TuneRequest] = []
     made = made_up({"first": {4: 1, 16: 1}, "second": {4: 1, 16: 1}})
 
     def compiled(todo: list[Job], target: Target, limits: Limits, most: int) -> CompiledAhead:
         asked.extend((job.candidate.variant, bucket.seq_len) for job in todo for bucket in job.buckets)
-        assert limits.whole_s <= 3.5
+        assert limits.whole_s <= 35
         return CompiledAhead(len(asked), most, 1.0)
 
-    def tune(request: TuneRequest) -> TuneReport:
+    def tune(request: TuneRequest, *given: object) -> TuneReport:
         tunes.append(request)
         return made(request)  # type: ignore[operator,no-any-return]
 
     monkeypatch.setattr(assessing, "processes", lambda: 2)
     monkeypatch.setattr(assessing, "hooked", lambda given, candidates: [one for one in candidates if one.backend == "faulty"])
     monkeypatch.setattr(assessing, "compile_ahead", compiled)
-    monkeypatch.setattr(assessing, "tune", tune)
-    monkeypatch.setattr(assessing, "first_use", lambda bucket, device, heads, table: "out of luck")
-    monkeypatch.setattr(assessing._Run, "_exhaustive", lambda *_: None)
-    found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), budget_s=10.0)
+    monkeypatch.setattr(assess_tunes, "tune", tune)
+    monkeypatch.setattr(assessing._Run, "_measure", lambda *_: None)
+    found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), budget_s=100.0)
     assert set(asked) == {(variant, length) for variant in ("late", "good", "raises") for length in (4, 8, 16)}
     assert found.compiled == CompiledAhead(9, 2, 1.0)
     assert [request.ahead for request in tunes] == [False, False]
@@ -315,16 +320,17 @@ def test_the_finals_are_between_the_choices_and_the_fastest_that_may_be_faster()
     met: list[str] = []
 
     class Bench:
-        rules = RaceRules(target_spread=0.004)
+        rules = assess_full.rules(3.0)
 
         def again(self, group: list[Candidate], measured: object, rules: RaceRules) -> dict[Candidate, object]:
-            assert (rules.max_rounds, rules.target_spread) == (1000, 0.004)
+            assert (rules.max_rounds, rules.target_spread, rules.final_band) == (1000, 0.002, 0.05)
+            assert rules.budget_s + self.rules.budget_s == pytest.approx(3.0)
             met.extend(candidate.variant for candidate in group)
             return {}
 
     standing = standing_of(BUCKET, [(100, 0.01), (103, 0.0), (200, 0.01), (99, 0.01), (107, 0.1), *((97.0 + i / 10, 0.0) for i in range(6))])
-    assert assessing._finals(Bench(), standing, standing.pairs[:1]) == {}  # type: ignore[arg-type]
+    assert assess_full.finals(Bench(), standing, standing.pairs[:1], 3.0) == {}  # type: ignore[arg-type]
     assert met == ["v0", *(f"v{5 + i}" for i in range(6))]
     met.clear()
-    assessing._finals(Bench(), standing, standing.pairs[5:6])  # type: ignore[arg-type]
+    assess_full.finals(Bench(), standing, standing.pairs[5:6], 3.0)  # type: ignore[arg-type]
     assert met == ["v4", "v5"]

@@ -99,6 +99,8 @@ def test_a_race_ends_once_its_finalists_are_certain() -> None:
     track = Track({"a": constant(100), "b": constant(150)})
     outcome = race(["a", "b"], track.sample, track.clock, RaceRules(budget_s=1e9, min_rounds=5, target_spread=0.01))
     assert outcome.timings["a"].samples == 5
+    asked = RaceRules(budget_s=1e9, min_rounds=5, settle_every=4)
+    assert race(["a", "b"], (again := Track(track.times)).sample, again.clock, asked).timings["a"].samples == 8
     noisy = Track({"a": lambda i: 100 + 40 * (i % 3)})
     assert race(["a"], noisy.sample, noisy.clock, RaceRules(budget_s=1e9, max_rounds=17)).timings["a"].samples == 17
 

@@ -1,8 +1,9 @@
-"""`tune --assess`: how good the tuner is on this machine, as a table, as JSON on stdout, and as a file with the machine's fingerprint."""
+"""`tune --assess`: how good the tuner is on this machine, as a table, as JSON on stdout, and as a file with the machine's fingerprint, which grows."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from titans_backends import registry
-from titans_backends.cache.writing import try_writing
+from titans_backends.cache.writing import real_path, replace_text, try_writing
 from titans_backends.cli import exit_codes
 from titans_backends.cli.failures import MisuseError
 from titans_backends.cli.keys import by_key, key_json, key_title
@@ -28,11 +29,12 @@ from titans_backends.tuning.request import TuneRequest
 __all__ = ["run_assessment"]
 
 _RESULTS = Path("benchmarks") / "results"
+_ELSEWHERE = "titans-backends tune --assess --output OTHER.json"
 _FLIPS = {"same": "", "tie": "tie", "margin": "default's margin", "outside": "outside"}
 
 
-def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | None, limit: int | None, as_json: bool) -> None:
-    """Assesses, prints and writes; raises typer.Exit where something was left out."""
+def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | None, limit: int | None, as_json: bool, command: str) -> None:
+    """Assesses, prints and writes, with the command that was typed; raises typer.Exit where something was left out."""
     path = request.output or (_RESULTS if _RESULTS.is_dir() else Path()) / f"assess_{machine.slug}.json"
     if path.suffix != ".json":
         raise MisuseError(f"--assess writes JSON: --output must end in .json, got {path}")
@@ -42,32 +44,39 @@ def run_assessment(request: TuneRequest, machine: Machine, budget_s: float | Non
     chosen = replace(request, buckets=spread_out(request.buckets, limit), output=None)
     err = status_console()
     say(err, f"{machine.name}: {numbers.amount(len(chosen.buckets), 'bucket')} of {len(request.buckets)} to assess, into {path}", "dim")
-    found = assess(chosen, budget_s, lambda said: say(err, said, "dim"))
-    told = _json(found, request)
-    if as_json:
-        print_json(told)
-    else:
-        _show(console(), found, path)
+
+    def keep(now: Assessment) -> None:
+        """What there is after each bucket, so that a command that is killed leaves it."""
+        replace_text(real_path(path), json.dumps(_json(now, request, command), indent=1, allow_nan=False) + "\n", _ELSEWHERE)
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise MisuseError(f"{path} cannot be written: {error.strerror or error}; what was found stands above") from error
+        raise MisuseError(f"{path} cannot be written: {error.strerror or error}") from error
+    found = assess(chosen, budget_s, lambda said: say(err, said, "dim"), keep)
+    if as_json:
+        print_json(_json(found, request, command))
+    else:
+        _show(console(), found, path)
+    keep(found)
     if found.interrupted:
         raise typer.Exit(exit_codes.INTERRUPTED)
     if found.left or not found.tuned:
         raise typer.Exit(exit_codes.FALLS_SHORT)
 
 
-def _json(found: Assessment, request: TuneRequest) -> dict[str, Json]:
+def _json(found: Assessment, request: TuneRequest, command: str) -> dict[str, Json]:
     racing = [backend.name for backend in registry.known().values() if request.asks(backend.name)]
     return {
         **fingerprint(request.device),
+        "command": command,
         "racing": [*racing],
         "summary": asdict(found.summary),
         "compiled_ahead": None if found.compiled is None else asdict(found.compiled),
         "tune_s": list(found.tune_s),
         "tuned_buckets": list(found.tuned_buckets),
+        "batches": found.batches,
+        "planned": {"buckets": found.planned[0], "midpoints": found.planned[1]},
         "seconds": found.seconds,
         "first_uses": [
             {**key_json(one.bucket), "first_s": one.first_s, "second_s": one.second_s, "origin": one.origin, "shipped": one.shipped}
@@ -108,14 +117,18 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
         pairs.append(("midpoints", within))
     if found.compiled is not None:
         pairs.append(("compiled ahead", f"{numbers.amount(found.compiled.candidates, 'candidate')}, {numbers.seconds(found.compiled.seconds)}"))
-    pairs.append(("time to tune", " | ".join(_tuned(s, n) for s, n in zip(found.tune_s, found.tuned_buckets, strict=True))))
+    batches = f", in {numbers.amount(found.batches, 'batch', 'batches')}"
+    pairs.append(("time to tune", " | ".join(_tuned(s, n) for s, n in zip(found.tune_s, found.tuned_buckets, strict=True)) + batches))
     for use in found.first_uses:
         there = f"with {'the shipped table' if use.shipped else 'a table there'}, in a fresh process (choice: {use.origin})"
         said = f"{numbers.seconds(use.first_s)} {there}; the second call {numbers.time_us(1e6 * use.second_s)}"
         pairs.append((f"first {use.bucket.op}", said))
     facts(out, pairs)
     if found.left:
-        say(out, Text(f"{numbers.amount(len(found.left), 'bucket')} not assessed, the first: {found.left[0][1]}", "yellow"))
+        missing = f"{found.planned[0] - len(found.tuned)} of {numbers.amount(found.planned[0], 'bucket')}"
+        between = f"{found.planned[1] - len(found.midpoints)} of {numbers.amount(found.planned[1], 'midpoint')}"
+        said = "; ".join(f"{count} because {reason}" for reason, count in Counter(reason for _, reason in found.left).most_common(3))
+        say(out, Text(f"not assessed: {missing}, {between} ({said})", "yellow"))
     say(out, f"measured in {numbers.seconds(found.seconds)}; the figures are in {path}")
 
 

@@ -120,7 +120,7 @@ def tune(
     if assess:
         _expect_alone({"--force": force, "--dry-run": dry_run})
         cheapest_first = request if recorded is None else replace(request, buckets=buckets[::-1])
-        run_assessment(cheapest_first, machine, budget, limit, as_json)
+        run_assessment(cheapest_first, machine, budget, limit, as_json, typed_again(ctx, without=("output", "as_json")))
     elif not dry_run:
         again = typed_again(ctx, without=("budget", "force", "as_json"))
         whole = None if doubtful else recorded  # what the doubtful rows alone cover says nothing of the recording

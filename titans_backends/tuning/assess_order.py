@@ -1,25 +1,40 @@
-"""Which buckets an assessment looks at, the midpoints between them too, and in which order."""
+"""Which buckets an assessment looks at, the midpoints between them too, and in which order: little of everything first, neighbouring lengths together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from titans_backends.buckets import Bucket, defaults_of
 
-__all__ = ["in_order", "midpoints", "spread_out"]
+__all__ = ["in_order", "midpoints", "spread_out", "units"]
+
+_FOREMOST = ("gated_delta_rule", "dual_core")
+"""The ops that are a whole layer's core: most is chosen there, and a wrong choice costs most."""
+_TOGETHER = 2
 
 
-def spread_out(buckets: Sequence[Bucket], limit: int | None) -> tuple[Bucket, ...]:
-    """The first buckets of a plan, the lengths of one key together and one key of each op in turn, so that few of them show much."""
-    groups: dict[str, dict[object, list[Bucket]]] = {}
+def spread_out(buckets: Sequence[Bucket], limit: int | None = None) -> tuple[Bucket, ...]:
+    """The first buckets of a plan: two neighbouring lengths of one key together and an op after the other in turn, so that few of them show much.
+
+    `gated_delta_rule` and `dual_core` come first, the other ops as they come in the plan; so do the keys of an op, each whole before the next.
+    """
+    return tuple(bucket for unit in units(buckets) for bucket in unit)[:limit]
+
+
+def units(buckets: Sequence[Bucket]) -> tuple[tuple[Bucket, ...], ...]:
+    """The same buckets as what is taken on together."""
+    groups: dict[str, dict[object, list[Bucket]]] = {op: {} for op in _FOREMOST}
     for bucket in buckets:
         groups.setdefault(bucket.op, {}).setdefault(bucket.when, []).append(bucket)
-    keys = {op: list(by_when.values()) for op, by_when in groups.items()}
-    turns = max(map(len, keys.values()), default=0)
-    ordered = [bucket for turn in range(turns) for by_op in keys.values() if turn < len(by_op) for bucket in by_op[turn]]
-    return tuple(ordered[:limit])
+    by_op = [[pair for key in by_when.values() for pair in _pairs(key)] for by_when in groups.values()]
+    return tuple(found for turn in zip_longest(*by_op) for found in turn if found is not None)
+
+
+def _pairs(lengths: Sequence[Bucket]) -> list[tuple[Bucket, ...]]:
+    ordered = sorted(lengths, key=lambda bucket: bucket.seq_len)
+    return [tuple(ordered[first : first + _TOGETHER]) for first in range(0, len(ordered), _TOGETHER)]
 
 
 def midpoints(buckets: Sequence[Bucket]) -> tuple[tuple[Bucket, tuple[int, int]], ...]:
@@ -38,7 +53,7 @@ def midpoints(buckets: Sequence[Bucket]) -> tuple[tuple[Bucket, tuple[int, int]]
 
 
 def in_order(buckets: Sequence[Bucket]) -> list[tuple[Bucket, tuple[int, int] | None]]:
-    """The buckets of each key, then the midpoints between them, so that a budget that ends early has seen both."""
+    """The buckets of each key, then the midpoints between them."""
     groups: dict[tuple[str, object], list[Bucket]] = {}
     for bucket in buckets:
         groups.setdefault((bucket.op, bucket.when), []).append(bucket)

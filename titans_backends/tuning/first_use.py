@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from titans_backends.buckets import Bucket
 
-__all__ = ["FirstUse", "first_use", "main"]
+__all__ = ["TIMEOUT_S", "FirstUse", "first_use", "main"]
 
-_TIMEOUT_S = 120.0
+TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class FirstUse:
     shipped: bool = False
 
 
-def first_use(bucket: Bucket, device: str, heads: int | None, table: Path | None) -> FirstUse | str:
-    """The first use of a bucket whose row is in a table, or in a shipped one (None); a sentence where it failed."""
+def first_use(bucket: Bucket, device: str, heads: int | None, table: Path | None, most_s: float = TIMEOUT_S) -> FirstUse | str:
+    """The first use of a bucket whose row is in a table, or in a shipped one (None); a sentence where it failed or took over `most_s`."""
     from titans_backends.tuning import wire
 
     asked = json.dumps({"bucket": wire.bucket_to(bucket), "device": device, "heads": heads})
@@ -45,9 +45,9 @@ def first_use(bucket: Bucket, device: str, heads: int | None, table: Path | None
         own = {"XDG_CACHE_HOME": empty} if table is None else {"TITANS_BACKENDS_CACHE": str(table)}
         command, given = [sys.executable, "-c", _START, asked], {**environment, **own, "PYTHONPATH": path}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=given)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=most_s, check=False, env=given)
         except subprocess.TimeoutExpired:
-            return f"it took over {_TIMEOUT_S:g} s"
+            return f"it took over {most_s:.0f} s"
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:300]
     told = json.loads(done.stdout.splitlines()[-1])

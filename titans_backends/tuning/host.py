@@ -32,6 +32,7 @@ class Host:
     def __init__(self, device: str) -> None:
         self.device = device
         self._child: Child | None = None
+        self._starting = False
         self._opening: wire.Message | None = None
         self._opened = False
 
@@ -40,6 +41,15 @@ class Host:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()
+
+    def begin(self) -> None:
+        """Starts the child without waiting for it, so that it imports while something else is done."""
+        if self._child is None:
+            self._start()
+
+    def ready(self) -> None:
+        """Waits for a child that has begun; OpenFailed where it cannot be had."""
+        self._ready()
 
     def open(self, request: wire.Message | None) -> None:
         """Names the bucket that the next requests are about (None: none); a new child is told it again. OpenFailed where it cannot."""
@@ -53,7 +63,7 @@ class Host:
 
     def kill(self) -> None:
         """Ends the child with everything that it has started."""
-        child, self._child, self._opened = self._child, None, False
+        child, self._child, self._opened, self._starting = self._child, None, False, False
         if child is not None:
             child.kill()
 
@@ -61,24 +71,30 @@ class Host:
         try:
             if self._child is None or not self._child.alive:
                 self.kill()
-                self._child = _started(self.device)
+                self._start()
+            child = self._greeted()
             if self._opening is not None and not self._opened:
-                _answer(self._child, self._opening, _OPEN_TIMEOUT_S)
+                _answer(child, self._opening, _OPEN_TIMEOUT_S)
                 self._opened = True
         except (ChildDied, ChildAnswerError) as error:
             raise OpenFailed(str(error)) from error
-        return self._child
+        return child
 
+    def _start(self) -> None:
+        self._child, self._starting = Child(_WORKER, (self.device, str(torch.get_num_threads()))), True
 
-def _started(device: str) -> Child:
-    """A child that has said that it is ready."""
-    child = Child(_WORKER, (device, str(torch.get_num_threads())))
-    try:
-        child.receive(START_TIMEOUT_S)
-    except BaseException:
-        child.kill()
-        raise
-    return child
+    def _greeted(self) -> Child:
+        """The child, once it has said that it is ready."""
+        child = self._child
+        assert child is not None
+        if self._starting:
+            try:
+                child.receive(START_TIMEOUT_S)
+            except BaseException:
+                self.kill()
+                raise
+            self._starting = False
+        return child
 
 
 def _answer(child: Child, request: wire.Message, timeout_s: float) -> dict[str, object]:

@@ -52,8 +52,8 @@ AHEAD_S = 180.0
 """How long compiling ahead may take; with a budget no more than half of what is left of it."""
 
 
-def tune(request: TuneRequest, on_event: OnEvent = ignore) -> TuneReport:
-    """Measures what is not current and writes it; TuneInterrupted at Ctrl-C.
+def tune(request: TuneRequest, on_event: OnEvent = ignore, host: Host | None = None) -> TuneReport:
+    """Measures what is not current and writes it; TuneInterrupted at Ctrl-C. `host`: a child that began earlier and that nobody has used; it is gone afterwards.
 
     CacheError before anything is measured where the file cannot be written, UnknownNameError for a backend that does not exist.
     """
@@ -61,8 +61,8 @@ def tune(request: TuneRequest, on_event: OnEvent = ignore) -> TuneReport:
         registry.get(name)
     machine = detect(request.device)
     store = Store.opened(machine, request.output)
-    with Host(request.device) as host:
-        run = _Run(request, on_event, machine, store, host)
+    with Host(request.device) if host is None else host as child:
+        run = _Run(request, on_event, machine, store, child)
         try:
             run.all()
         except KeyboardInterrupt as error:

@@ -31,7 +31,7 @@ class RaceRules:
     `hopeless_factor` after two rounds; after one where it took `at_once_us` or more, which no interruption does.
 
     A race ends early once every finalist's spread is at most `target_spread`, but not before `min_rounds`; finalists are within
-    `final_band` of the best, and run `final_rounds` more while twice the budget lasts.
+    `final_band` of the best, and run `final_rounds` more while twice the budget lasts. Whether it is settled is asked every `settle_every` rounds.
     """
 
     budget_s: float = 2.0
@@ -45,6 +45,7 @@ class RaceRules:
     target_spread: float = 0.01
     final_band: float = 0.10
     final_rounds: int = 5
+    settle_every: int = 1
 
 
 class Withdrawn(Exception):
@@ -105,7 +106,8 @@ def race(runners: Sequence[Runner], sample: Callable[[Runner], float], clock: Ca
         factor = rules.drop_factor if number + 1 >= rules.rounds_before_drop else rules.hopeless_factor
         running[:] = _hopeful(running, series, factor, 0.0 if number else rules.at_once_us)
         spent = number + 1 >= rules.least_rounds and clock() - start >= rules.budget_s
-        if not running or spent or (number + 1 >= rules.min_rounds and _settled(running, series, rules)):
+        asked = number + 1 >= rules.min_rounds and (number + 1) % rules.settle_every == 0
+        if not running or spent or (asked and _settled(running, series, rules)):
             break
     finalists = _kept(running, series, 1 + rules.final_band)
     if len(finalists) > 1:

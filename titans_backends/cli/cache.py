@@ -22,6 +22,7 @@ from titans_backends.cache.timings import Measurement, Timings, merge_timings, p
 from titans_backends.cli import exit_codes, words
 from titans_backends.cli.cache_rows import changes_json, rows_json, show_changes, show_rows
 from titans_backends.cli.failures import CommandGroup, MisuseError
+from titans_backends.cli.once import Commands
 from titans_backends.cli.row_state import measurement_state, renewals, row_state
 from titans_backends.cli.show import Column, Group, command, console, facts, print_json, say, status_console
 from titans_backends.cli.show import table as show_table
@@ -30,7 +31,7 @@ from titans_backends.reporting import numbers
 
 __all__ = ["cache"]
 
-cache = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="The tuned tables: show, path, diff, merge, prune, reset.")
+cache = Commands(cls=CommandGroup, no_args_is_help=True, help="The tuned tables: show, path, diff, merge, prune, reset.")
 
 DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="Whose user cache: cpu, cuda.", show_default="the first GPU, else cpu")]
 JsonOption = Annotated[bool, typer.Option("--json", help="The same rows as JSON.")]

@@ -58,9 +58,11 @@ def show(
     facts(out, [("file", str(path or paths.user_cache_path(machine.slug))), ("device", table.device.name), ("rows", str(len(table.rows)))], indent=0)
     out.print()
     show_rows(out, table, states)
-    doubtful = any(entry.doubt is not None for entry in table.rows.values())
-    if doubtful and states and paths.timings_path(path or paths.user_cache_path(machine.slug)).exists():
-        command(out, shlex.join(["titans-backends", "tune", "--doubtful", *(["--output", str(path)] if path else []), *_on(device)]))
+    doubtful = dict.fromkeys(entry.tuned_with for entry in table.rows.values() if entry.doubt is not None)
+    if states and paths.timings_path(path or paths.user_cache_path(machine.slug)).exists():
+        for options in doubtful:
+            asked = [*options.split(), *(["--output", str(path)] if path else []), *_on(device)]
+            command(out, shlex.join(["titans-backends", "tune", "--doubtful", *asked]))
     worn = renewals(states)
     if worn:
         out.print()

@@ -195,11 +195,13 @@ class _Run:
         return self.probed[backend]
 
     def _outdated(self, standing: Standing) -> bool:
-        """Whether the row is not what the current measurements say."""
+        """Whether the row is not what the current measurements say, or was chosen by another objective or limit."""
         chosen = standing.select(self.request.objective, self.request.max_memory_mib)
         entry = self.store.entry(standing.bucket)
         if chosen.winner is None:
             return False
+        if entry is not None and (entry.objective, entry.max_memory_mib) != (self.request.objective, self.request.max_memory_mib):
+            return True
         named = None if entry is None else standing.named_by(entry)
         return named != chosen.winner.pair or not self.store.fresh(standing.bucket, standing.source(named))
 
@@ -283,7 +285,9 @@ class _Run:
             chosen = standing.select(self.request.objective, self.request.max_memory_mib, without_states=plain)
             if chosen.winner is not None:
                 doubt = doubt_of(standing, self.request.objective, self.request.max_memory_mib, without_states=plain)
-                found[bucket] = entry_of(chosen, standing.source(chosen.winner.pair) or "", None if doubt is None else doubt.share)
+                share = None if doubt is None else doubt.share
+                source = standing.source(chosen.winner.pair) or ""
+                found[bucket] = entry_of(chosen, source, share, self.request.objective, self.request.max_memory_mib)
         return found
 
     def _write(self, bucket: Bucket, measurements: Sequence[Measurement], entries: dict[Bucket, Entry]) -> None:

@@ -13,7 +13,7 @@ from titans_backends.cache.schema import Entry
 from titans_backends.cache.timings import Measurement
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.machine import Machine, detect
-from titans_backends.offers import offers
+from titans_backends.offers import offers, unpaired
 from titans_backends.plans import invalidate
 from titans_backends.signature import Signature
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
@@ -29,6 +29,7 @@ from titans_backends.tuning.events import (
     Planned,
     Remaining,
     Skipped,
+    Unpaired,
     ignore,
 )
 from titans_backends.tuning.host import ChildAnswerError, ChildDied, Host, OpenFailed
@@ -102,15 +103,19 @@ class _Run:
     def all(self) -> None:
         """Every bucket in turn, the current ones first: they cost nothing."""
         work: list[tuple[int, Standing, list[Candidate]]] = []
+        alone = dict[Unpaired, None]()
         settled: list[Standing] = []
         for index, bucket in enumerate(self.request.buckets):
             standing = self._standing(bucket)
+            alone |= dict.fromkeys(Unpaired(bucket.op, c.label, c.direction, reason) for c, reason in unpaired(standing.offers))
             todo = self._todo(standing)
             if todo or not standing.pairs:
                 work.append((index, standing, todo))
             else:
                 settled.append(standing)
         self.say(Planned(len(self.request.buckets), len(work)))
+        for one in alone:
+            self.say(one)
         if work or any(self._outdated(standing) for standing in settled):
             self.store.require_writable()
         for standing in settled:

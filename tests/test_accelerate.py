@@ -27,6 +27,7 @@ from tests.lam_layer import LamAfter, LamBefore, LamModel, randomized
 from titans_backends import registry, switches
 from titans_backends.integrations import known
 from titans_backends.integrations.lam_forward import LamForward
+from titans_backends.integrations.raw_weights import raw_weights
 from titans_backends.integrations.report import Entry
 from titans_backends.verdict import Verdict, refused
 
@@ -357,6 +358,13 @@ def test_a_layer_of_raw_weights_is_refused_with_their_names() -> None:
         "slow_decay_bias is raw torch.int32", "q_proj.weight is raw torch.float8_e4m3fn", "k_proj.weight is raw torch.int8"
     ]  # fmt: skip
     assert {type(layer) for layer in model.layers} == {LamAfter}
+
+
+def test_a_script_inside_a_layer_has_no_forward_of_torchs_to_look_at() -> None:
+    layer = nn.Sequential(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), nn.Linear(2, 2))
+    assert raw_weights(layer) == ()
+    raw(layer[1])
+    assert raw_weights(layer)[0].startswith("1.weight is raw torch.int8")
 
 
 def test_raw_weights_that_are_scaled_by_what_calls_them_are_swapped() -> None:

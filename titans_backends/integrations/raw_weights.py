@@ -44,7 +44,8 @@ def _is_raw(dtype: torch.dtype) -> bool:
 
 def _computes_plainly(part: nn.Module) -> bool:
     """Whether its call is torch's own forward and nothing else: what hangs on it might scale."""
-    return type(part).forward.__module__.startswith("torch.nn.modules.") and not hung_on(part)
+    forward = getattr(type(part), "forward", None)  # a script's class has none to give
+    return str(getattr(forward, "__module__", "")).startswith("torch.nn.modules.") and not hung_on(part)
 
 
 def _weights(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -79,7 +79,7 @@ def test_help_is_given_whatever_came_before_it() -> None:
 def test_what_takes_several_values_and_a_flag_may_be_repeated() -> None:
     result = run(app, shlex.split("ops --json --json"))
     assert result.exit_code == 0, result.output
-    result = run(app, shlex.split("tune --seq-lens 64 --seq-lens 96 --heads 1 --head-dim 8 --dtype float32 --regime inference --dry-run --json"))
+    result = run(app, shlex.split("tune --seq-lens 64 --seq-lens 96 --heads 1 --head-dim 8 --dry-run --json"))
     assert result.exit_code == 0, result.output
     assert {64, 96} <= {row["seq_len"] for row in json.loads(result.stdout)}
 

@@ -27,6 +27,7 @@ from tests.lam_layer import LamAfter, LamBefore, LamModel, randomized
 from titans_backends import registry, switches
 from titans_backends.integrations import known
 from titans_backends.integrations.lam_forward import LamForward
+from titans_backends.integrations.raw_weights import raw_weights
 from titans_backends.integrations.report import Entry
 from titans_backends.verdict import Verdict, refused
 
@@ -329,6 +330,59 @@ def test_strict_swaps_all_or_nothing_and_otherwise_the_report_has_every_reason(m
     assert [entry.reasons for entry in report.refused] == [("too wide", "too old"), ("too wide", "too old"), ("blue",)]
     assert isinstance(model[0], Added)
     assert repr(report) == "<Sequential: 1 swapped, 3 refused>"
+
+
+def raw(part: nn.Module, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Its weight as a quantizer leaves it, without the scale, which comes back."""
+    scale = part.weight.detach().abs().max() / 100
+    part.weight = nn.Parameter((part.weight.detach() / scale).round().to(dtype), requires_grad=False)
+    return scale
+
+
+def test_a_layer_of_raw_weights_is_refused_with_their_names() -> None:
+    model = model_of().eval()
+    for part in model.layers[0].modules():
+        if isinstance(part, nn.Linear):
+            raw(part)
+    model.layers[1].slow_decay_bias = nn.Parameter(torch.ones_like(model.layers[1].slow_decay_bias, dtype=torch.int32), requires_grad=False)
+    raw(model.layers[1].q_proj, torch.float8_e4m3fn)
+    held = model.layers[1].k_proj.weight.detach().to(torch.int8)
+    del model.layers[1].k_proj.weight
+    model.layers[1].k_proj.register_buffer("weight", held)
+    with pytest.raises(tb.AccelerateError, match=r"layers\.0, LamAfter: q_proj\.weight, k_proj\.weight, .* and \d+ more are raw torch\.int8"):
+        tb.accelerate(model)
+    first, second = tb.accelerate(model, strict=False).refused
+    assert len(first.reasons) == 1
+    assert "by a quantizer that leaves these parts out or puts modules of its own in the projections' place" in first.reasons[0]
+    assert [reason.split(", and nothing")[0] for reason in second.reasons] == [
+        "slow_decay_bias is raw torch.int32", "q_proj.weight is raw torch.float8_e4m3fn", "k_proj.weight is raw torch.int8"
+    ]  # fmt: skip
+    assert {type(layer) for layer in model.layers} == {LamAfter}
+
+
+def test_a_script_inside_a_layer_has_no_forward_of_torchs_to_look_at() -> None:
+    layer = nn.Sequential(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), nn.Linear(2, 2))
+    assert raw_weights(layer) == ()
+    raw(layer[1])
+    assert raw_weights(layer)[0].startswith("1.weight is raw torch.int8")
+
+
+def test_raw_weights_that_are_scaled_by_what_calls_them_are_swapped() -> None:
+    class Scaled(nn.Linear):
+        """As a quantizer's module."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight * self.scale)
+
+    model = model_of().eval()
+    by_class, by_hook = model.layers[0].q_proj, model.layers[0].o_proj
+    by_class.__class__ = Scaled
+    by_class.scale, scale = raw(by_class), raw(by_hook)
+    by_hook.forward = lambda x: nn.functional.linear(x, by_hook.weight * scale)
+    with torch.no_grad():
+        want = model(X)
+        assert len(tb.accelerate(model).swapped) == 2
+        same(model(X), want)
 
 
 def test_the_table_names_every_layer_its_classes_and_what_to_know(marks: list[str]) -> None:

@@ -48,6 +48,8 @@ entries = st.builds(
     saves_states=st.booleans(),
     next=st.none() | texts,
     next_us=st.none() | microseconds,
+    objective=st.sampled_from(["time", "memory"]),
+    max_memory_mib=st.none() | microseconds,
     env=st.sampled_from(["a", "no"]),
     source=texts,
 )
@@ -101,6 +103,19 @@ def test_text_of_a_table_is_the_documented_one():
     text = dump_table(small(), defaults_of)
     assert "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#")) == TEXT
     assert yaml.safe_load(text)["ops"]["slow_core"][0]["by_seq_len"][512]["use"] == "cupy/fused"
+
+
+def test_what_decided_is_written_where_it_was_not_time_alone_and_older_rows_are_of_time():
+    ((_, old),) = parse_table(TEXT, "x", defaults_of).rows.items()
+    assert (old.objective, old.max_memory_mib, old.tuned_with) == ("time", None, "")
+    text = dump_table(small(objective="memory", max_memory_mib=512.5), defaults_of)
+    assert "next_us: 13.0, objective: memory, max_memory_mib: 512.5, env: a" in text
+    ((_, found),) = parse_table(text, "x", defaults_of).rows.items()
+    assert found.tuned_with == "--objective memory --max-memory 512.5"
+    assert small(max_memory_mib=12345.0).rows.popitem()[1].tuned_with == "--max-memory 12345"
+    with pytest.raises(SchemaError, match="expected one of memory, time, found 'space'"):
+        parse_table(text.replace("objective: memory", "objective: space"), "x", defaults_of)
+    assert [change.new.objective for change in diff(small(), small(objective="memory"))] == ["memory"]
 
 
 @settings(max_examples=60, deadline=None)

@@ -100,6 +100,43 @@ def test_show_marks_what_noise_decided_and_says_how_to_settle_it(own_cache: Path
     assert [row["doubt"] for row in rows] == [None, 0.123]
 
 
+def test_a_row_that_memory_decided_says_so_and_is_renewed_so(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_memory = replace(entry(2000.0, source="0123456789ab"), objective="memory", max_memory_mib=512.0)
+    write(own_cache, {SHORT: entry(source="0123456789ab"), LONG: by_memory})
+    asked = "--objective memory --max-memory 512"
+    shown = run(app, ["cache", "show", "--device", "cpu"]).stdout
+    assert shown.count(f"tuned with {asked}") == 1
+    commands = [line.strip() for line in shown.splitlines() if line.strip().startswith("titans-backends tune")]
+    assert [("--seq-lens 64 " in line, "--seq-lens 128 " in line, line.endswith(asked)) for line in commands] == [
+        (True, False, False), (False, True, True)
+    ]  # fmt: skip
+    rows = json.loads(run(app, ["cache", "show", "--device", "cpu", "--json"]).stdout)
+    assert [(row["objective"], row["max_memory_mib"]) for row in rows] == [("time", None), ("memory", 512.0)]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert f"tuned with {asked}" in " ".join(run(app, ["cache", "show", "--device", "cpu"]).stdout.split())
+
+
+def test_two_tables_that_differ_in_what_decided_say_it(own_cache: Path, tmp_path: Path) -> None:
+    write(own_cache, {SHORT: replace(entry(), objective="memory")})
+    other = write(tmp_path / "other.yaml", {SHORT: entry()})
+    told = run(app, ["cache", "diff", str(other)]).stdout
+    assert "1 bucket differs" in told
+    assert told.count("tuned with --objective memory") == 1
+
+
+def test_doubtful_rows_of_another_limit_are_told_and_their_command_has_it(own_cache: Path) -> None:
+    limited = replace(entry(2000.0), doubt=0.2, max_memory_mib=64.0)
+    write(own_cache, {LONG: limited})
+    common = {"device": device_of(detect("cpu")), "environment": current_environment("cpu"), "defaults_of": defaults_of}
+    file.update_timings(paths.timings_path(own_cache), changes={LONG: [Measurement("eager/chunked", us=3.0)]}, **common)  # type: ignore[arg-type]
+    assert "titans-backends tune --doubtful --max-memory 64 --device cpu" in run(app, ["cache", "show", "--device", "cpu"]).stdout
+    result = run(app, ["tune", "--doubtful", "--device", "cpu", "--dry-run"])
+    assert (
+        "rows in doubt that were tuned with --max-memory 64 stay as they are; to measure them again: titans-backends tune --doubtful" in result.stderr
+    )
+    assert "stay as they are" not in run(app, ["tune", "--doubtful", "--max-memory", "64", "--device", "cpu", "--dry-run"]).stderr
+
+
 def test_another_torch_is_stale(own_cache: Path) -> None:
     write(own_cache, {SHORT: entry()}, environment=Environment("0.1", "1.0.0"))
     result = run(app, ["cache", "show", "--device", "cpu"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from titans_backends.cache import file, paths, reading
 from titans_backends.cache.nodes import SchemaError, compose
 from titans_backends.cache.reading import read_text
 from titans_backends.cache.schema import canonical_when
+from titans_backends.cache.writing import permission
 from titans_backends.cli import app
 from titans_backends.machine import detect
 from titans_backends.tuning.problem import signature_of_bucket
@@ -79,6 +82,9 @@ def refused(words: str, status: int = 2) -> str:
         ("verify --timeout nan", "--timeout must be above 0"),
         ("report --output .", "--output . cannot be written: . is a folder, not a file"),
         ("report --output /dev/null/x.html", "/dev/null, on the way to /dev/null/x.html, is not a folder"),
+        ("report --output -", "--output - cannot be written: - stands for no file, and nothing is written to stdout in its stead"),
+        ("report --output /dev/null", "--output /dev/null cannot be written: /dev/null is a device or pipe, not a file; name another file"),
+        ("tune --output - --seq-lens 1", "- stands for no file"),
         ("report --pictures file", "--pictures wants a folder, and file is a file"),
         ("cache path --device meta", "torch can compute on no such device here"),
         ("cache show .", ". cannot be read: it is no file but a folder"),
@@ -142,6 +148,35 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for() -> None:
     with pytest.raises(OSError, match="it is no file but a device or pipe"):
         read_text(Path("pipe.yaml"))
     assert "it is no file but a device or pipe" in refused("cache show pipe.yaml")
+
+
+def test_a_pipe_that_nobody_reads_is_not_written_to() -> None:
+    """In a process of its own: what waits for the pipe's reader waits forever."""
+    os.mkfifo("pipe.json")
+    command = [sys.executable, "-m", "titans_backends", "report", "--device", "cpu", "--output", "pipe.json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert "--output pipe.json cannot be written: pipe.json is a device or pipe, not a file; name another file" in ended.stderr
+    assert "pipe.json is a device or pipe, not a file" in refused("tune --assess --device cpu --seq-lens 16 --output pipe.json")
+    assert Path("pipe.json").is_fifo()  # and was not replaced by a file
+
+
+def test_a_pipe_of_the_shell_is_no_file_either() -> None:
+    reading, writing = os.pipe()
+    try:
+        assert str(permission(f"/dev/fd/{writing}")) == f"/dev/fd/{writing} is a device or pipe, not a file"
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_the_page_does_not_go_where_stdout_goes() -> None:
+    with open("page.html", "w", encoding="utf-8") as stdout:
+        command = [sys.executable, "-m", "titans_backends", "report", "--device", "cpu", "--output", "page.html"]
+        ended = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert "--output page.html is the file that stdout goes to" in ended.stderr
+    assert Path("page.html").read_text() == ""
 
 
 ROW = """schema: 1

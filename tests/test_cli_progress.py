@@ -22,6 +22,7 @@ from titans_backends.tuning.events import (
     Planned,
     Remaining,
     Skipped,
+    Unpaired,
 )
 
 GIVEN = {"dtype": "float32", "head_dim": (16, 16), "streams": 2}
@@ -29,6 +30,7 @@ BUCKET = Bucket("gated_delta_rule", canonical_when(GIVEN, defaults_of("gated_del
 ENTRY = Entry("eager/chunked", 100.0, 0.01, 1.0)
 EVENTS: list[Event] = [
     Planned(4, 3),
+    Unpaired("gated_delta_rule", "other/[kept]", "backward", "it wants a, but no forward of its backend makes that"),
     Skipped(BUCKET, ENTRY),
     BackendProbed("other", "refused", "the [package] is missing"),
     CompiledAhead(212, 14, 48.0, 3, "fused_uw 64: other/[fast]: it is killed"),
@@ -70,6 +72,7 @@ def test_without_a_terminal_there_is_a_plain_line_for_each_finished_bucket() -> 
     assert any(line.startswith("[3/3] ") and "no candidate passed" in line for line in lines)
     assert any(line.startswith("[2/3] ") and "; noise: another may save up to 12 %" in line for line in lines)
     assert any("the [package] is missing" in line for line in lines)
+    assert "! gated_delta_rule: other/[kept] (backward) does not race: it wants a, but no forward of its backend makes that" in lines
     assert any("off by 0.3 [on T=65]" in line for line in lines)
     assert "compiled 212 candidates ahead in 14 processes, 48 s; 3 not: fused_uw 64: other/[fast]: it is killed" in lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import titans_backends as tb
@@ -22,6 +25,7 @@ from titans_backends.buckets import Bucket
 from titans_backends.cache.schema import Entry
 from titans_backends.cache.writing import CacheError
 from titans_backends.cli import app
+from titans_backends.cli.tune_rows import show_rows
 from titans_backends.tuning.events import OnEvent
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.run import Row, TuneInterrupted, TuneReport, TuneRequest
@@ -253,6 +257,19 @@ def test_a_length_that_an_op_cannot_have_is_said() -> None:
     assert "gated_delta_step takes 1 to 8 tokens: it is measured at 2, not at 9" in " ".join(done.stderr.split())
 
 
+def test_a_slower_winner_is_laid_to_noise_only_where_time_decided() -> None:
+    def shown(**changes: object) -> str:
+        entry = replace(Entry("eager/chunked", 20.0, 0.01, 1.0, next="eager/other", next_us=10.0), **changes)  # type: ignore[arg-type]
+        out = io.StringIO()
+        show_rows(Console(file=out, width=200), [Row(plan("cpu", ops=["fused_uw"])[0], entry)])
+        return out.getvalue()
+
+    assert "faster within the noise" in shown()
+    by_memory = shown(objective="memory")
+    assert "faster within the noise" not in by_memory
+    assert "tuned with --objective memory" in by_memory
+
+
 def test_the_doubtful_rows_alone_are_measured_again(tuned: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.yaml"
     for suffix in (".yaml", ".timings.yaml"):
@@ -273,6 +290,7 @@ def test_the_doubtful_rows_alone_are_measured_again(tuned: tuple[Path, Result], 
     for wrong, why in (
         ([*words, "--op", "fused_uw"], "leave out --op"),
         ([*words, "--force"], "leave out --force"),
+        ([*words, "--objective", "memory"], "leave out --objective"),
         ([*words[:-1], str(tmp_path / "none.yaml")], "there is no table of"),
     ):
         refused = run(app, wrong)

@@ -124,6 +124,15 @@ def test_a_row_measured_with_another_torch_is_used_and_marked(user: Path) -> Non
         OP(*ARGUMENTS)
 
 
+def test_a_row_that_memory_decided_says_so_and_is_renewed_so(user: Path) -> None:
+    write(user)
+    assert "tuned with" not in str(OP.explain(*ARGUMENTS))
+    write(user, objective="memory", environment={"torch": "1.0.0"})
+    told = OP.explain(*ARGUMENTS)
+    assert told.choice.reason.endswith("eager/chunked inverse=solve, 5 us, tuned with --objective memory")
+    assert told.stale.endswith("--objective memory")
+
+
 def test_a_row_that_names_what_is_not_offered_is_told_and_passed_over(user: Path) -> None:
     write(user, use="triton/imagined")
     told = OP.explain(*ARGUMENTS)

@@ -242,6 +242,10 @@ def subclass_of(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def made_raw(part: nn.Module) -> None:
+    part.weight = nn.Parameter(part.weight.to(torch.int8), requires_grad=False)
+
+
 REFUSALS = [
     ("GatedDeltaNet", {"conv_size": 3}, None, "q_conv1d has 3 taps"),
     ("DeltaNet", {}, lambda layer: setattr(layer, "qk_norm", "max"), "qk_norm is 'max'; computed are 'l2', 'sum'"),
@@ -251,6 +255,9 @@ REFUSALS = [
     ("GatedDeltaNet", {}, lambda layer: setattr(layer.k_conv1d, "activation", "relu"), "k_conv1d has activation 'relu'"),
     ("GatedDeltaNet", {}, lambda layer: setattr(layer, "v_conv1d", nn.Identity()), "v_conv1d is a Identity"),
     ("DeltaNet", {}, lambda layer: layer.v_conv1d.register_forward_hook(lambda *_: None), "v_conv1d has 1 of _forward_hooks"),
+    ("DeltaNet", {}, lambda layer: made_raw(layer.k_proj), "k_proj.weight is raw torch.int8, and nothing here knows the scale"),
+    ("DeltaNet", {}, lambda layer: made_raw(layer.v_conv1d), "v_conv1d.weight is raw torch.int8"),
+    ("GatedDeltaNet", {}, lambda layer: made_raw(layer.o_norm), "o_norm.weight is raw torch.int8"),
     ("DeltaNet", {}, subclass_of, "Mine has a forward of its own"),
     ("DeltaNet", {}, lambda layer: setattr(layer, "o_norm", nn.LayerNorm(16, bias=False)), "LayerNorm; it must be FLA's RMSNorm"),
     ("GatedDeltaNet", {}, lambda layer: subclass_of(layer.o_norm), "Mine; it must be FLA's FusedRMSNormGated"),

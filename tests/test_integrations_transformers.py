@@ -544,6 +544,16 @@ def test_sizes_and_activations_that_the_ops_lack_are_refused() -> None:
     assert "backend 'inductor' has no gated_delta_step" in refusal(small_model("qwen3_5"), "inductor")
 
 
+def test_raw_weights_that_are_read_or_called_are_refused() -> None:
+    model = small_model("qwen3_5")
+    layer = delta_layers(model)[0]
+    for part in (layer.conv1d, layer.norm, layer.out_proj):
+        part.weight = nn.Parameter(part.weight.to(torch.int8), requires_grad=False)
+    assert "conv1d.weight, norm.weight, out_proj.weight are raw torch.int8, and nothing here knows the scale; " in refusal(model)
+    (entry,) = tb.accelerate(model, strict=False).refused
+    assert len(entry.reasons) == 1
+
+
 def test_a_norm_that_is_not_known_stays() -> None:
     class Halved(nn.Module):
         def __init__(self, norm: nn.Module) -> None:

@@ -137,6 +137,7 @@ def test_a_winner_that_noise_keeps_is_named_with_what_was_faster() -> None:
     assert one.reason == "triton/scan block=32 took 10 µs ± 10 %, the choice, eager/plain, 100 µs ± 80 %"
     assert one.command.endswith(" --force")
     assert noisy(rows_of(machine(cell()))) == []
+    assert noisy(rows_of(machine(cell(entry=replace(slow, objective="memory"))))) == []  # it was not chosen for its time
 
 
 def test_failures_and_refusals_are_told_once_a_reason() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import titans_backends as tb
 from tests.loopback import install
@@ -17,15 +20,20 @@ from titans_backends import library, registry
 from titans_backends.backend import Candidate
 from titans_backends.buckets import bucket_of, defaults_of
 from titans_backends.cache.schema import canonical_when
+from titans_backends.cli import app
+from titans_backends.conformance import examine, items
 from titans_backends.contracts import CONTRACTS
 from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.contract import Call
 from titans_backends.errors import BackendError, BackendRefusedError
 from titans_backends.library import planner
 from titans_backends.machine import detect
-from titans_backends.offers import offers, pairs
+from titans_backends.offers import offers, pairs, unpaired
 from titans_backends.request import request
+from titans_backends.tuning import events
 from titans_backends.tuning.gate import gate
+from titans_backends.tuning.plan import plan
+from titans_backends.tuning.run import TuneRequest, tune
 from titans_backends.tuning.session import Session
 
 Handed = list[tuple[Tensor, ...] | None]
@@ -165,6 +173,70 @@ def test_the_gate_refuses_a_residual_with_a_hole(keeper: Callable[..., Handed]) 
     module = registry.module(registry.get("keeper"), OP.name)[0]
     result = gate(bucket(), module.candidates(None, None)[0], module, detect("cpu"), "cpu")  # type: ignore[union-attr, arg-type]
     assert "a tensor of its residual is None" in result.reason
+
+
+@pytest.fixture
+def misnamed(keeper: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend, whose backward wants what its forward calls otherwise."""
+    keeper()
+    offered = [Candidate("keeper", "kept", direction="backward", saves_states=True, residual="keeper's norm")]
+    plain = Candidate("keeper", "loop", direction="backward")
+    module = registry.module(registry.get("keeper"), OP.name)[0]
+    monkeypatch.setattr(module, "backward_candidates", lambda signature, machine: [*offered, plain])
+
+
+WANTS, MAKES = "it wants keeper's norm, but no forward of its backend makes that", f"it makes {NAME}, but no backward of its backend wants that"
+
+
+def test_directions_that_name_it_otherwise_are_told_once_by_a_tune_in_the_words_of_verify(misnamed: None, tmp_path: Path) -> None:
+    buckets = plan("cpu", ops=[OP.name], seq_lens=[8, 16], heads=[(1, 1)], head_dims=[(8, 8)], regimes=["training", "inference"])
+    said: list[events.Event] = []
+    tune(TuneRequest(buckets, backends=("keeper",), output=tmp_path / "t.yaml", budget_s=1e-9), said.append)
+    assert [one for one in said if isinstance(one, events.Unpaired)] == [
+        events.Unpaired(OP.name, "keeper/kept", "forward", MAKES), events.Unpaired(OP.name, "keeper/kept", "backward", WANTS)
+    ]  # fmt: skip
+    assert isinstance(said[0], events.Planned)
+    (first, *_) = items("keeper", ops=[OP.name], dtypes=[torch.float32], regimes=["training"], device="cpu")
+    examined = examine(first)
+    assert (examined.status, WANTS in examined.detail) == ("failed", True)
+
+
+def test_a_dry_run_tells_it_and_does_not_count_them(misnamed: None) -> None:
+    words = [
+        "tune",
+        "--op",
+        OP.name,
+        "--seq-lens",
+        "8",
+        "--heads",
+        "1",
+        "--head-dim",
+        "8",
+        "--regime",
+        "training",
+        "--backend",
+        "keeper",
+        "--device",
+        "cpu",
+    ]
+    (row,) = json.loads(CliRunner().invoke(app, [*words, "--dry-run", "--json"]).stdout)
+    assert row["candidates"] == ["keeper/loop", "keeper/loop (backward)"]
+    assert {(one["backend"], one["reason"]) for one in row["refusals"]} >= {
+        ("keeper", f"keeper/kept (forward): {MAKES}"), ("keeper", f"keeper/kept (backward): {WANTS}")
+    }  # fmt: skip
+    shown = CliRunner().invoke(app, [*words, "--dry-run"], env={"COLUMNS": "300"}).stdout
+    assert "keeper 2" in shown
+    assert shown.count(WANTS) == 1
+
+
+def test_directions_that_agree_and_a_forward_alone_are_not_told(keeper: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper()
+    call = build(OP, case(), "cpu", requires_grad=True)
+    signature = planner(OP.name).plan(call, request(None, training=True)).choice.signature
+    assert unpaired(offers(signature, detect("cpu"))) == []
+    module = registry.module(registry.get("keeper"), OP.name)[0]
+    monkeypatch.setattr(module, "backward_candidates", lambda signature, machine: [])
+    assert unpaired(offers(signature, detect("cpu"))) == []
 
 
 def test_the_registered_op_has_no_place_for_it_and_computes_again(keeper: Callable[..., Handed]) -> None:

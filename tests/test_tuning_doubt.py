@@ -14,6 +14,7 @@ from titans_backends import registry
 from titans_backends.backend import Candidate
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file
+from titans_backends.cache.paths import timings_path
 from titans_backends.cache.timings import Measurement
 from titans_backends.machine import detect
 from titans_backends.offers import Offer, Pair
@@ -223,6 +224,12 @@ def test_noise_that_stays_is_written_into_the_row_which_is_then_among_the_doubtf
     machine = detect("cpu")
     ((bucket, share),) = doubtful(Store.opened(machine, path), machine, "cpu")
     assert (bucket, share) == (BUCKET, pytest.approx(row.entry.doubt, rel=1e-2))
+    for field, value in (("objective", "memory"), ("max_memory_mib", "7.0")):  # chosen by something else: no other may save time by that
+        other = tmp_path / f"{field}.yaml"
+        other.write_text(path.read_text().replace(" doubt:", f" {field}: {value}, doubt:"))
+        timings_path(other).write_text(timings_path(path).read_text())
+        assert doubtful(Store.opened(machine, other), machine, "cpu") == ()
+    assert doubtful(Store.opened(machine, other), machine, "cpu", 7.0) == ((bucket, share),)
     noisy.sampled.clear()
     assert tuned(path).nothing_to_do  # it is current; only who asks for it measures it again
     noisy.noise = lambda source: source.uniform(0.99, 1.01)

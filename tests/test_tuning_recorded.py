@@ -287,7 +287,7 @@ def test_an_output_named_as_timings_or_a_folder_is_refused(tmp_path: Path, monke
 def test_the_doubtful_among_a_recordings_are_those_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, other = bucket(64), bucket(128), bucket(256)
     path = write(tmp_path / "shapes.yaml", {problem(first): Count(5), problem(second): Count(1)})
-    store = SimpleNamespace(table=True, timings=True, path=tmp_path / "t.yaml")
+    store = SimpleNamespace(table=SimpleNamespace(rows={}), timings=True, path=tmp_path / "t.yaml")
     doubtful = importlib.import_module("titans_backends.cli.tune_doubtful")
     monkeypatch.setattr(doubtful, "Store", SimpleNamespace(opened=lambda *_: store))
     monkeypatch.setattr(doubtful, "doubtful", lambda *_: ((other, 0.9), (second, 0.5), (first, 0.1)))

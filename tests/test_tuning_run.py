@@ -183,6 +183,26 @@ def test_a_second_run_has_nothing_to_do_and_a_changed_kernel_is_raced_with_its_y
     assert workshop.tune(buckets[:1]).nothing_to_do  # a docstring is no change
 
 
+def test_a_row_says_what_decided_and_a_tune_by_time_chooses_again_without_measuring(workshop: Workshop) -> None:
+    workshop.offer("good", "late")
+    buckets = small()
+
+    def asked() -> set[tuple[str, float | None]]:
+        return {(row.objective, row.max_memory_mib) for row in workshop.rows().values()}  # type: ignore[attr-defined]
+
+    workshop.tune(buckets, objective="memory")
+    assert asked() == {("memory", None)}
+    assert workshop.tune(buckets, objective="memory").nothing_to_do
+    before = workshop.output.read_bytes()
+    assert workshop.tune(buckets, max_memory_mib=64).nothing_to_do
+    assert asked() == {("time", 64)}
+    assert workshop.output.read_bytes() != before
+    workshop.tune(buckets)
+    assert asked() == {("time", None)}
+    assert "objective" not in workshop.output.read_text()
+    assert "max_memory" not in workshop.output.read_text()
+
+
 def test_what_fails_is_not_tried_again_until_it_changes(workshop: Workshop) -> None:
     workshop.offer("good", "raises")
     buckets = small()

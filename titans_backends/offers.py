@@ -16,7 +16,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-__all__ = ["Offer", "Pair", "first_pair", "offer", "offers", "pairs", "run_modules", "source_modules"]
+__all__ = ["Offer", "Pair", "first_pair", "offer", "offers", "pairs", "run_modules", "source_modules", "unpaired", "unshared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,25 @@ def pairs(given: Sequence[Offer], signature: Signature, *, mixed: bool = True) -
 def first_pair(given: Sequence[Offer], signature: Signature, *, mixed: bool = True) -> Pair | None:
     """The untuned default: the first of `pairs`."""
     return next(iter(pairs(given, signature, mixed=mixed)), None)
+
+
+def unpaired(given: Sequence[Offer]) -> list[tuple[Candidate, str]]:
+    """Candidates of a residual that no candidate of the other direction shares, each with the reason: no pair has them, so they neither race nor run.
+
+    A forward only where its backend has a backward for this call: where it has none, nothing is named otherwise.
+    """
+    forward = [candidate for entry in given for candidate in entry.forward]
+    backward = [candidate for entry in given for candidate in entry.backward]
+    found = [c for entry in given if entry.backward for c in entry.forward if c.residual and not any(c.agrees(b) for b in backward)]
+    found += [c for c in backward if c.residual and not any(c.agrees(f) for f in forward)]
+    return [(candidate, unshared(candidate)) for candidate in found]
+
+
+def unshared(candidate: Candidate) -> str:
+    """What is told of a candidate whose residual the other direction does not have, wherever it is told."""
+    if candidate.direction == "forward":
+        return f"it makes {candidate.residual}, but no backward of its backend wants that"
+    return f"it wants {candidate.residual}, but no forward of its backend makes that"
 
 
 def run_modules(pair: Pair, op: str) -> tuple[OpModule, TrainableOpModule | None]:

@@ -17,4 +17,4 @@ def twin_of(bucket: Bucket) -> Bucket:
 def repeats(bucket: Bucket, entry: Entry, rows: Mapping[Bucket, Entry]) -> bool:
     """Whether it is a row for traced graphs and names what the row beside it names, at the same time."""
     twin = rows.get(twin_of(bucket)) if dict(bucket.when).get("saves") == "inputs" else None
-    return twin is not None and (twin.label, twin.us) == (entry.label, entry.us)
+    return twin is not None and (twin.label, twin.us, twin.tuned_with) == (entry.label, entry.us, entry.tuned_with)

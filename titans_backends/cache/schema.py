@@ -10,7 +10,7 @@ import itertools
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 
 from titans_backends.device_names import canonical
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALWAYS",
     "IF_RACED",
+    "OBJECTIVES",
     "SCHEMA",
     "Bucket",
     "Change",
@@ -27,6 +28,7 @@ __all__ = [
     "Device",
     "Entry",
     "Environment",
+    "Objective",
     "Params",
     "Table",
     "When",
@@ -50,6 +52,10 @@ IF_RACED = ("cupy", "numba_cuda")
 
 ALWAYS = ("dtype", "head_dim", "streams")
 """Fields of `when` that every row has, unless the op lists a default for them."""
+
+Objective = Literal["time", "memory"]
+"""What decides a race: the least time, or the least peak and then the time."""
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 WhenValue = str | int | bool | float | tuple[int, ...] | None
 When = tuple[tuple[str, WhenValue], ...]
@@ -112,12 +118,13 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The winner of one bucket. Its numbers have four significant digits, in memory as in the file.
+    """The winner of one bucket. What was measured has four significant digits, in memory as in the file.
 
     `us` is the median in microseconds (of forward and backward together for a training pair), `spread` the half-width of its
     95 % interval over the median, `next` the runner-up. `doubt`: noise decided, and another may save this share of the time;
-    None where nobody may save more than 5 %. `env` is a letter of the table's environments, `source` the winner's
-    source hash, for a pair both, joined by "+". `saves_states`: the pair's forward hands chunk-start states to its backward.
+    None where nobody may save more than 5 %. `objective` and `max_memory_mib` are what the tune was asked for beside the bucket.
+    `env` is a letter of the table's environments, `source` the winner's source hash, for a pair both, joined by "+".
+    `saves_states`: the pair's forward hands chunk-start states to its backward.
     """
 
     use: str
@@ -131,6 +138,8 @@ class Entry:
     next: str | None = None
     next_us: float | None = None
     doubt: float | None = None
+    objective: Objective = "time"
+    max_memory_mib: float | None = None
     env: str = ""
     source: str = ""
 
@@ -145,6 +154,12 @@ class Entry:
         if self.backward is None:
             return forward
         return " ".join([forward, "+", self.backward, *(f"{key}={value}" for key, value in self.backward_params)])
+
+    @property
+    def tuned_with(self) -> str:
+        """What was typed so that this won and not the fastest: `--objective memory --max-memory 500`; empty where time alone decided."""
+        limit = "" if self.max_memory_mib is None else f"--max-memory {str(self.max_memory_mib).removesuffix('.0')}"
+        return " ".join(words for words in (f"--objective {self.objective}" if self.objective != "time" else "", limit) if words)
 
 
 @dataclass(frozen=True, slots=True)

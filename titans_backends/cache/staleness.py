@@ -21,11 +21,12 @@ __all__ = ["Staleness", "grade"]
 
 @dataclass(frozen=True, slots=True)
 class Staleness:
-    """A grade with its reason; `command` renews the row, and is empty where nothing needs renewing."""
+    """A grade with its reason; `command` renews the row, and is empty where nothing needs renewing. `options`: those of its words that the bucket does not say."""
 
     kind: Literal["fresh", "stale", "ignored"]
     reason: str = ""
     command: str = ""
+    options: str = ""
 
     @property
     def usable(self) -> bool:
@@ -38,12 +39,13 @@ class Staleness:
 
 def grade(bucket: Bucket, entry: Entry | Measurement, environment: Environment, current: Environment, current_source: str | None) -> Staleness:
     """The grade of one row; `current_source` is its candidate's source hash today (a pair's joined by "+"), None if it is gone."""
-    command = f"titans-backends tune --op {bucket.op} --seq-lens {bucket.seq_len}"
+    options = getattr(entry, "tuned_with", "")  # a row's; a measurement serves every objective
+    command = f"titans-backends tune --op {bucket.op} --seq-lens {bucket.seq_len}{f' {options}' if options else ''}"
     if current_source is None:
-        return Staleness("ignored", f"{entry.label} is no longer there", command)
+        return Staleness("ignored", f"{entry.label} is no longer there", command, options)
     if current_source != entry.source:
         was = f"source {entry.source}, now {current_source}" if entry.source else f"no source hash stored, now {current_source}"
-        return Staleness("ignored", f"{entry.label} has changed since ({was})", command)
+        return Staleness("ignored", f"{entry.label} has changed since ({was})", command, options)
     versions = [
         ("torch", environment.torch, current.torch),
         ("triton", environment.triton, current.triton),
@@ -53,5 +55,5 @@ def grade(bucket: Bucket, entry: Entry | Measurement, environment: Environment, 
     versions += [(name, was, now) for name, was, now in raced if was is not None and now is not None]
     changed = [f"{name} {was or 'absent'}, now {now or 'absent'}" for name, was, now in versions if was != now]
     if changed:
-        return Staleness("stale", f"measured with {'; '.join(changed)}", command)
+        return Staleness("stale", f"measured with {'; '.join(changed)}", command, options)
     return Staleness("fresh")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import cast
 
 from titans_backends.cache import emit
 from titans_backends.cache.document import Document, dump_document, dump_params, parse_document, parse_params
 from titans_backends.cache.nodes import Cursor
-from titans_backends.cache.schema import DefaultsOf, Device, Entry, Environment, Table
+from titans_backends.cache.schema import OBJECTIVES, DefaultsOf, Device, Entry, Environment, Objective, Table
 
 __all__ = ["dump_table", "parse_table"]
 
@@ -20,7 +21,23 @@ _HEADER = (
     "use: the winner; next: the runner-up. us, next_us: medians in microseconds; spread: half-width of the 95 % interval / median.",
     "peak_mib: peak memory beyond the inputs in MiB; source: hash of the winner's code. A field left out of `when` has its op's default.",
 )
-_FIELDS = ("use", "params", "backward", "backward_params", "saves_states", "us", "spread", "peak_mib", "next", "next_us", "doubt", "env", "source")
+_FIELDS = (
+    "use",
+    "params",
+    "backward",
+    "backward_params",
+    "saves_states",
+    "us",
+    "spread",
+    "peak_mib",
+    "next",
+    "next_us",
+    "doubt",
+    "objective",
+    "max_memory_mib",
+    "env",
+    "source",
+)
 _REQUIRED = ("use", "us", "spread", "peak_mib", "env")
 
 
@@ -50,6 +67,8 @@ def _parse_entry(cursor: Cursor, environments: Mapping[str, Environment]) -> Ent
         next=found["next"].text() if "next" in found else None,
         next_us=found["next_us"].quantity() if "next_us" in found else None,
         doubt=found["doubt"].quantity() if "doubt" in found else None,
+        objective=cast(Objective, found["objective"].choice(OBJECTIVES)) if "objective" in found else "time",
+        max_memory_mib=found["max_memory_mib"].quantity() if "max_memory_mib" in found else None,
         env=found["env"].choice(environments),
         source=found["source"].text() if "source" in found else "",
     )
@@ -70,6 +89,8 @@ def _dump_entry(entry: Entry, _params: str) -> str:
         ("next", emit.scalar(entry.next) if entry.next is not None else ""),
         ("next_us", emit.scalar(entry.next_us) if entry.next_us is not None else ""),
         ("doubt", emit.scalar(entry.doubt) if entry.doubt is not None else ""),
+        ("objective", entry.objective if entry.objective != "time" else ""),
+        ("max_memory_mib", emit.scalar(entry.max_memory_mib) if entry.max_memory_mib is not None else ""),
         ("env", emit.scalar(entry.env)),
         ("source", emit.scalar(entry.source) if entry.source else ""),
     ]

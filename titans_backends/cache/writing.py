@@ -38,8 +38,13 @@ def real_path(path: Path | str) -> Path:
 def permission(path: Path | str) -> Verdict:
     """Whether modes and mounts allow a new version of the file.
 
-    A file or folder without any write bit counts as read-only for the superuser too, who could ignore it: somebody meant it.
+    A file or folder without any write bit counts as read-only for the superuser too, who could ignore it: somebody meant it. What is there and
+    is neither, a pipe, socket or device, is no place for one: a pipe waits for a reader who may never come, and a device would be replaced.
     """
+    if str(path) == "-":
+        return refused("- stands for no file, and nothing is written to stdout in its stead")
+    if _is_special(path):
+        return refused(f"{path} is a device or pipe, not a file")
     target = real_path(path)
     if target.is_dir():
         return refused(f"{path} is a folder, not a file")
@@ -135,6 +140,15 @@ def _temporary(target: Path) -> Iterator[tuple[int, Path]]:
     finally:
         os.close(descriptor)
         path.unlink(missing_ok=True)
+
+
+def _is_special(path: Path | str) -> bool:
+    """Whether something is there that is neither file nor folder; asked of the path itself, since a pipe under /dev/fd has no other."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _may_write(path: Path) -> bool:

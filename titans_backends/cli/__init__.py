@@ -21,6 +21,7 @@ from titans_backends.cli.doctor import doctor
 from titans_backends.cli.explain import explain
 from titans_backends.cli.failures import CommandGroup, show_warning
 from titans_backends.cli.new_backend import new_backend
+from titans_backends.cli.once import Commands
 from titans_backends.cli.ops import ops
 from titans_backends.cli.report import report
 from titans_backends.cli.tune import tune
@@ -28,7 +29,7 @@ from titans_backends.cli.verify import verify
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app = Commands(
     name="titans-backends",
     cls=CommandGroup,
     no_args_is_help=True,

@@ -22,6 +22,7 @@ from titans_backends.cache.timings import Measurement, Timings, merge_timings, p
 from titans_backends.cli import exit_codes, words
 from titans_backends.cli.cache_rows import changes_json, rows_json, show_changes, show_rows
 from titans_backends.cli.failures import CommandGroup, MisuseError
+from titans_backends.cli.once import Commands
 from titans_backends.cli.row_state import measurement_state, renewals, row_state
 from titans_backends.cli.show import Column, Group, command, console, facts, print_json, say, status_console
 from titans_backends.cli.show import table as show_table
@@ -30,7 +31,7 @@ from titans_backends.reporting import numbers
 
 __all__ = ["cache"]
 
-cache = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="The tuned tables: show, path, diff, merge, prune, reset.")
+cache = Commands(cls=CommandGroup, no_args_is_help=True, help="The tuned tables: show, path, diff, merge, prune, reset.")
 
 DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="Whose user cache: cpu, cuda.", show_default="the first GPU, else cpu")]
 JsonOption = Annotated[bool, typer.Option("--json", help="The same rows as JSON.")]
@@ -57,9 +58,11 @@ def show(
     facts(out, [("file", str(path or paths.user_cache_path(machine.slug))), ("device", table.device.name), ("rows", str(len(table.rows)))], indent=0)
     out.print()
     show_rows(out, table, states)
-    doubtful = any(entry.doubt is not None for entry in table.rows.values())
-    if doubtful and states and paths.timings_path(path or paths.user_cache_path(machine.slug)).exists():
-        command(out, shlex.join(["titans-backends", "tune", "--doubtful", *(["--output", str(path)] if path else []), *_on(device)]))
+    doubtful = dict.fromkeys(entry.tuned_with for entry in table.rows.values() if entry.doubt is not None)
+    if states and paths.timings_path(path or paths.user_cache_path(machine.slug)).exists():
+        for options in doubtful:
+            asked = [*options.split(), *(["--output", str(path)] if path else []), *_on(device)]
+            command(out, shlex.join(["titans-backends", "tune", "--doubtful", *asked]))
     worn = renewals(states)
     if worn:
         out.print()

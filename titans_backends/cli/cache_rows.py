@@ -69,7 +69,10 @@ def show_changes(to: Console, changes: Sequence[Change]) -> None:
 
 
 def _side(entry: Entry | None) -> list[str | Text]:
-    return [Text("no row", "dim"), ""] if entry is None else [entry.label.replace(" + ", "\n+ ", 1), numbers.time_us(entry.us)]
+    if entry is None:
+        return [Text("no row", "dim"), ""]
+    told = f"\ntuned with {entry.tuned_with}" if entry.tuned_with else ""
+    return [entry.label.replace(" + ", "\n+ ", 1) + told, numbers.time_us(entry.us)]
 
 
 def _cells(to: Console, bucket: Bucket, entry: Entry, state: Staleness | None) -> list[str | Text]:
@@ -87,6 +90,8 @@ def _entry_json(entry: Entry, table: Table) -> dict[str, Json]:
         "spread": entry.spread,
         "doubt": entry.doubt,
         "peak_mib": entry.peak_mib,
+        "objective": entry.objective,
+        "max_memory_mib": entry.max_memory_mib,
         "runner_up": entry.next,
         "runner_up_us": entry.next_us,
         "torch": environment.torch,

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
+from titans_backends.backend import Candidate
 from titans_backends.buckets import Bucket
 from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, heading, table
 from titans_backends.machine import Machine
-from titans_backends.offers import Offer, offers, pairs
+from titans_backends.offers import Offer, offers, pairs, unpaired
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.request import TuneRequest
 
@@ -30,14 +31,24 @@ class _Planned:
 
     @property
     def candidates(self) -> list[str]:
-        """Every candidate's label, the directions told apart in training."""
-        forward = [c.label for o in self.offers for c in o.forward]
-        return forward + [f"{c.label} (backward)" for o in self.offers for c in o.backward]
+        """Every label of a candidate that would race, the directions told apart in training."""
+        forward = [c.label for o in self.offers for c in o.forward if c not in self.unpaired]
+        return forward + [f"{c.label} (backward)" for o in self.offers for c in o.backward if c not in self.unpaired]
 
     @property
     def refusals(self) -> list[tuple[str, str]]:
-        """Backend and reason."""
-        return [(o.backend.name, str(o.verdict)) for o in self.offers if not o.verdict]
+        """Backend and reason; of a backend that accepts too, where one of its candidates is in no pair."""
+        refused = [(o.backend.name, str(o.verdict)) for o in self.offers if not o.verdict]
+        return refused + [(c.backend, f"{c.label} ({c.direction}): {reason}") for c, reason in self.unpaired.items()]
+
+    @property
+    def unpaired(self) -> dict[Candidate, str]:
+        """Candidates that no pair has, with the reason."""
+        return dict(unpaired(self.offers))
+
+    def count(self, given: Offer) -> int:
+        """How many candidates of a backend would race."""
+        return sum(c not in self.unpaired for c in (*given.forward, *given.backward))
 
 
 def _planned(request: TuneRequest, machine: Machine, racing: Sequence[str]) -> list[_Planned]:
@@ -80,6 +91,6 @@ def show_plan(to: Console, request: TuneRequest, machine: Machine, racing: Seque
 
 
 def _cells(row: _Planned) -> list[str | Text]:
-    counts = [f"{o.backend.name} {len(o.forward) + len(o.backward)}" for o in row.offers if o.verdict]
+    counts = [f"{o.backend.name} {row.count(o)}" for o in row.offers if o.verdict]
     said: str | Text = ", ".join(counts) if counts else Text(row.problem or "no backend accepts it", "red")
     return [str(row.bucket.seq_len), str(len(row.candidates)), str(row.choices), said]

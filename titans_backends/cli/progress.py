@@ -29,6 +29,7 @@ from titans_backends.tuning.events import (
     Planned,
     Remaining,
     Skipped,
+    Unpaired,
 )
 
 __all__ = ["Estimate", "showing"]
@@ -159,6 +160,8 @@ def finished_line(event: Event) -> Text | None:
     if isinstance(event, CompiledAhead):
         done = f"compiled {_counted(event.candidates, 'candidate')} ahead in {_counted(event.processes, 'process')}, {numbers.seconds(event.seconds)}"
         return Text(f"{done}; {event.failed} not: {event.reason}" if event.failed else done, style="dim")
+    if isinstance(event, Unpaired):
+        return Text.assemble(("! ", "yellow"), f"{event.op}: {event.label} ({event.direction}) does not race: {event.reason}")
     if isinstance(event, BackendProbed) and event.state in ("broken", "refused"):
         return Text.assemble(("! ", "yellow"), f"backend {event.backend} is {event.state}: {event.reason}")
     if isinstance(event, (BackendProbed, BucketStarted, CandidateDone, Planned, Remaining, Skipped)):

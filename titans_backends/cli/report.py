@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,12 +89,24 @@ def _expect_writable(output: Path | None, pictures: Path | None) -> None:
     """MisuseError for a place that cannot be written, before anything is read or drawn."""
     if output is not None and not (allowed := try_writing(output)):
         raise MisuseError(f"--output {output} cannot be written: {allowed}; name another file: --output report.html")
+    if output is not None and _is_stdout(output):
+        raise MisuseError(
+            f"--output {output} is the file that stdout goes to, and what is printed would overwrite the page; name another: --output report.html"
+        )
     if pictures is None:
         return
     if pictures.exists() and not pictures.is_dir():
         raise MisuseError(f"--pictures wants a folder, and {pictures} is a file; name another: --pictures pictures")
     if not (allowed := try_writing(pictures / "picture.svg")):
         raise MisuseError(f"--pictures {pictures} cannot be written: {allowed}; name another folder: --pictures pictures")
+
+
+def _is_stdout(path: Path) -> bool:
+    """Whether the shell opened this file for what is printed."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError, AttributeError):  # no such file yet; or a stdout that is no file
+        return False
 
 
 def _write_page(facts: Facts, path: Path) -> None:

@@ -63,21 +63,24 @@ def renewals(states: Mapping[Bucket, Staleness]) -> list[Renewal]:
     """What is not fresh, the rows of one key together."""
     found = []
     for kind in ("stale", "ignored"):
-        for first, rows in by_key((bucket, state) for bucket, state in states.items() if state.kind == kind):
-            lengths = [bucket.seq_len for bucket, _ in rows]
-            command = tune_command(first, lengths) if rows[0][1].command else ""  # a bucket that no call has cannot be measured again
-            found.append(Renewal(rows[0][1].kind, len(rows), f"{first.op} {key_text(first)}", rows[0][1].reason, command))
+        for options in dict.fromkeys(state.options for state in states.values()):
+            worn = ((bucket, state) for bucket, state in states.items() if (state.kind, state.options) == (kind, options))
+            for first, rows in by_key(worn):
+                lengths = [bucket.seq_len for bucket, _ in rows]
+                command = tune_command(first, lengths, options) if rows[0][1].command else ""  # a bucket that no call has cannot be measured again
+                found.append(Renewal(rows[0][1].kind, len(rows), f"{first.op} {key_text(first)}", rows[0][1].reason, command))
     return found
 
 
-def tune_command(bucket: Bucket, seq_lens: Sequence[int]) -> str:
-    """The command that measures buckets of one key; what `tune` has no word for is left out."""
+def tune_command(bucket: Bucket, seq_lens: Sequence[int], options: str = "") -> str:
+    """The command that measures buckets of one key, with the options that their rows were tuned with; what `tune` has no word for is left out."""
     when = dict(full_when(bucket.when, defaults_of(bucket.op)))
     streams, group = when.get("streams"), when.get("group")
     heads = f"{streams // group}/{streams}" if isinstance(streams, int) and isinstance(group, int) and group > 1 else str(streams)
     words = ["titans-backends tune --op", bucket.op, "--seq-lens", ",".join(map(str, seq_lens)), "--heads", heads]
     words += ["--head-dim", dims_text(when.get("head_dim")), "--dtype", str(when.get("dtype")), "--regime", str(when.get("regime"))]
-    return " ".join(words + (["--launch", str(when["launch"])] if when.get("launch", "eager") != "eager" else []))
+    words += ["--launch", str(when["launch"])] if when.get("launch", "eager") != "eager" else []
+    return " ".join([*words, *([options] if options else [])])
 
 
 @functools.lru_cache(maxsize=512)

@@ -91,7 +91,8 @@ def tune(
     recorded = None if from_file is None else read_problems(from_file, grid.by_option, machine, target)
     if doubtful:
         among = None if recorded is None else recorded.buckets
-        buckets = doubtful_rows(output, {**grid.by_option, "--force": force, "--assess": assess}, machine, target, among)
+        other = {**grid.by_option, "--force": force, "--assess": assess, "--objective": objective != "time"}
+        buckets = doubtful_rows(output, other, machine, target, max_memory, among)
     else:
         buckets = grid.buckets(machine.kind, quick=quick is not False) if recorded is None else recorded.buckets
     if objective not in ("time", "memory"):

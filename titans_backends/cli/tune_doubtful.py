@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from titans_backends.buckets import Bucket
 from titans_backends.cache.paths import timings_path
+from titans_backends.cache.schema import Table
 from titans_backends.cli.failures import MisuseError
+from titans_backends.cli.show import say, status_console
 from titans_backends.machine import Machine
 from titans_backends.tuning.doubt import doubtful
 from titans_backends.tuning.store import Store
@@ -16,9 +19,16 @@ __all__ = ["doubtful_rows"]
 
 
 def doubtful_rows(
-    output: Path | None, contradicting: Mapping[str, object], machine: Machine, device: str, among: Collection[Bucket] | None = None
+    output: Path | None,
+    contradicting: Mapping[str, object],
+    machine: Machine,
+    device: str,
+    max_memory_mib: float | None = None,
+    among: Collection[Bucket] | None = None,
 ) -> tuple[Bucket, ...]:
-    """The buckets to measure again, the most doubtful first; `among`: of these alone.
+    """The buckets to measure again, the most doubtful first: those tuned within the same limit of memory; `among`: of these alone.
+
+    Rows in doubt that were tuned within another limit are told, with the command for them.
 
     MisuseError for options that would change them, and where there is no table or no timings.
     """
@@ -35,4 +45,14 @@ def doubtful_rows(
             f"--doubtful: {store.path} has no measurements beside it, in {timings_path(store.path)}, and they alone say what is in doubt. "
             "Put them there, or measure everything again with titans-backends tune --force"
         )
-    return tuple(bucket for bucket, _ in doubtful(store, machine, device) if among is None or bucket in among)
+    for options in _of_other_limits(store.table, max_memory_mib, among):
+        how = f"with {options}" if options else "without a limit of memory"
+        again = shlex.join(["titans-backends", "tune", "--doubtful", *options.split(), *([] if output is None else ["--output", str(output)])])
+        say(status_console(), f"rows in doubt that were tuned {how} stay as they are; to measure them again: {again}", "yellow")
+    return tuple(bucket for bucket, _ in doubtful(store, machine, device, max_memory_mib) if among is None or bucket in among)
+
+
+def _of_other_limits(table: Table, max_memory_mib: float | None, among: Collection[Bucket] | None) -> tuple[str, ...]:
+    """The options that the rows in doubt within another limit were tuned with, each once."""
+    rows = [entry for bucket, entry in table.rows.items() if entry.doubt is not None and (among is None or bucket in among)]
+    return tuple(dict.fromkeys(entry.tuned_with for entry in rows if entry.max_memory_mib != max_memory_mib))

@@ -29,13 +29,15 @@ def show_rows(to: Console, rows: Sequence[Row]) -> None:
     columns = [Column("seq_len", "right"), winner, Column("median", "right"), Column("vs default", "right"), Column(reference, "right"), *second]
     groups = [Group(key_title(first), [_cells(to, row) for _, row in found]) for first, found in by_key((row.bucket, row) for row in rows)]
     table(to, columns, groups)
-    if any(row.entry is not None and row.entry.next_us is not None and row.entry.next_us < row.entry.us for row in rows):
+    by_time = [row.entry for row in rows if row.entry is not None and not row.entry.tuned_with]
+    if any(entry.next_us is not None and entry.next_us < entry.us for entry in by_time):
         to.print()
         say(to, "a runner-up that is faster within the noise does not replace the default, nor a simpler winner", "dim")
-    doubtful = sum(row.entry is not None and row.entry.doubt is not None for row in rows)
+    doubtful = [row.entry for row in rows if row.entry is not None and row.entry.doubt is not None]
     if doubtful:
+        again = " ".join(word for word in ("titans-backends tune --doubtful", doubtful[0].tuned_with) if word)  # one tune has one limit
         to.print()
-        say(to, f"noise decided {numbers.amount(doubtful, 'bucket')}: measure them again with titans-backends tune --doubtful", "dim")
+        say(to, f"noise decided {numbers.amount(len(doubtful), 'bucket')}: measure them again with {again}", "dim")
 
 
 def _cells(to: Console, row: Row) -> list[str | Text]:
@@ -57,6 +59,8 @@ def _row_json(row: Row) -> dict[str, Json]:
         "spread": entry.spread if entry else None,
         "doubt": entry.doubt if entry else None,
         "peak_mib": entry.peak_mib if entry else None,
+        "objective": entry.objective if entry else None,
+        "max_memory_mib": entry.max_memory_mib if entry else None,
         "default_us": row.default_us,
         "gain_over_default": _factor(row.default_us, entry.us if entry else None),
         "reference_us": row.reference_us,

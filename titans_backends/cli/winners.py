@@ -25,8 +25,10 @@ def winner_columns(to: Console) -> list[Column]:
 
 
 def winner_cells(to: Console, entry: Entry) -> list[str | Text]:
-    """The cells of `winner_columns`; a training pair stands on two lines."""
+    """The cells of `winner_columns`; a training pair stands on two lines. Where time alone did not decide, the winner's says what it was tuned with."""
     winner, second = Text(_lines(entry.label), "green"), Text(_runner_up(entry), "dim")
+    if entry.tuned_with:
+        winner.append(f"\ntuned with {entry.tuned_with}", "yellow")
     if not is_narrow(to):
         return [winner, second]
     return [Text.assemble(winner, ("\nthen ", "dim"), second) if second else winner]

@@ -167,6 +167,8 @@ def options_of(op: Contract, given: Sequence[str] | None) -> dict[str, OptionVal
             hint = f" Did you mean {near[0]}?" if near else ""
             known = ", ".join(f"{o.name}={_written(o.default)}" for o in op.options) or "none"
             raise MisuseError(f"--option must be name=value with an option of {op.name}, got {text!r}.{hint} It has: {known}")
+        if option.name in found:
+            raise MisuseError(f"--option {option.name} was given twice; type it once, like --option {text}")
         found[option.name] = _value(op, option, value.strip())
     return found
 

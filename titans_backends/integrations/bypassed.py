@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["bypassed", "is_plain"]
+__all__ = ["bypassed", "hung_on", "is_plain"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -18,7 +18,7 @@ def bypassed(module: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     found = []
     for name in names:
         for inner, part in module.get_submodule(name).named_modules():
-            found += [f"{name}{f'.{inner}' if inner else ''} {why}, and the new forward computes it without calling it" for why in _reasons(part)]
+            found += [f"{name}{f'.{inner}' if inner else ''} {why}, and the new forward computes it without calling it" for why in hung_on(part)]
     return tuple(found)
 
 
@@ -31,7 +31,8 @@ def is_plain(module: nn.Module, known: type) -> bool:
     return not hooked and "forward" not in module.__dict__ and type(module).forward is known.forward  # type: ignore[attr-defined]  # a module's class has one
 
 
-def _reasons(part: nn.Module) -> list[str]:
+def hung_on(part: nn.Module) -> list[str]:
+    """What a call of this module does beside its class's forward, but for placing it on a device."""
     reasons = [f"has {len(held)} of {name}" for name in _HOOKS if (held := part.__dict__.get(name))]
     if parametrize.is_parametrized(part):
         reasons.append("has parametrizations")

@@ -16,6 +16,7 @@ from titans_backends.integrations.known import Conversion, KnownLayer, register_
 from titans_backends.integrations.lam_forward import BYPASSED, OPS, LamForward
 from titans_backends.integrations.lam_probe import Sizes, Told, told_by_outputs, unusual
 from titans_backends.integrations.origin import forward_owner
+from titans_backends.integrations.raw_weights import raw_weights
 from titans_backends.nn.dual_core import TitansDualCore
 from titans_backends.nn.forced import Forced
 from titans_backends.nn.forms import resolve
@@ -52,7 +53,7 @@ def _convert(module: nn.Module, backend: str | None, *, mode: Literal["flat", "l
     sizes = _sizes(module)
     if isinstance(sizes, Verdict):
         return sizes
-    reasons = (*_differences(module, sizes), *bypassed(module, BYPASSED))
+    reasons = (*_differences(module, sizes), *bypassed(module, BYPASSED), *raw_weights(module, (*BYPASSED, "o_norm")))
     if reasons:
         return Verdict(reasons)
     told = told_by_outputs(module, sizes, partial(_conversion, module)) if mode is None else _said(module, mode)

@@ -172,7 +172,7 @@ def _cell(edge: Edge, machine: Machine, here: bool, origin: Origin, table: Table
         state = State(found.kind, found.reason, "" if found.kind == "fresh" else found.command)
     else:
         state = asked.state(entry, table.environment(entry))
-    renew = "" if asked.problem else edge.renew(bucket)
+    renew = "" if asked.problem else " ".join(word for word in (edge.renew(bucket), entry.tuned_with) if word)
     if state.command:
         state = replace(state, command=renew)
     measurements = _race(timings, bucket, entry)

@@ -67,7 +67,7 @@ class Row:
 
     `best` holds each backend's fastest, the fastest first, a training pair within one backend; `rival` the fastest of those that are not the
     winner's own; `fastest` is the least median of all, which the rule of choice need not take. Gains are factors: how many times the winner's
-    time the other takes. `renew` is the command that measures the bucket again.
+    time the other takes. `renew` is the command that measures the bucket again; `tuned_with` the options by which not time alone decided.
     """
 
     place: Place
@@ -85,6 +85,7 @@ class Row:
     state: State
     refusals: tuple[Refusal, ...]
     renew: str = ""
+    tuned_with: str = ""
 
     @property
     def rival(self) -> Timed | None:
@@ -113,7 +114,9 @@ class Row:
 
     @property
     def behind(self) -> float | None:
-        """How many times the least median of the race the winner's is: above 1 where the rule of choice passed a faster one over."""
+        """How many times the least median of the race the winner's is: above 1 where the rule of choice passed a faster one over. None where memory decided."""
+        if self.tuned_with:
+            return None
         if self.winner is None or self.fastest is None or not self.decided or self.fastest.us <= 0:
             return None
         return max(1.0, self.winner.us / self.fastest.us)
@@ -157,6 +160,7 @@ def row_of(cell: Measured, ceilings: Ceilings | None) -> Row:
         state=cell.state,
         refusals=cell.refusals,
         renew=cell.renew,
+        tuned_with="" if cell.entry is None else cell.entry.tuned_with,
     )
 
 

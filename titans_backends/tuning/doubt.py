@@ -95,14 +95,19 @@ def deciding(rules: RaceRules) -> RaceRules:
     )
 
 
-def doubtful(store: Store, machine: Machine, device: str) -> tuple[tuple[Bucket, float], ...]:
-    """The buckets of a table whose choice its measurements leave open, with the share that a rival may save; the widest first."""
+def doubtful(store: Store, machine: Machine, device: str, max_memory_mib: float | None = None) -> tuple[tuple[Bucket, float], ...]:
+    """The buckets of a table whose choice its measurements leave open, with the share that a rival may save; the widest first.
+
+    Only of rows that time chose, within the limit `max_memory_mib`: by another measure none of the others would be in doubt.
+    """
     shares: dict[Bucket, float] = {}
-    for bucket in () if store.table is None else tuple(store.table.rows):
+    for bucket, entry in () if store.table is None else tuple(store.table.rows.items()):
+        if (entry.objective, entry.max_memory_mib) != ("time", max_memory_mib):
+            continue
         if is_training(bucket) and field(bucket, "saves") == "inputs":  # measured with the row for calls that may save states
             continue
         signature = signature_of_bucket(bucket, device)
-        found = doubt_of(Standing.of(bucket, signature, offers(signature, machine), store.measurements(bucket)))
+        found = doubt_of(Standing.of(bucket, signature, offers(signature, machine), store.measurements(bucket)), "time", max_memory_mib)
         if found is not None:
             shares[bucket] = found.share
     return tuple(sorted(shares.items(), key=lambda item: -item[1]))

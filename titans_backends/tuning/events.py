@@ -1,6 +1,6 @@
 """What the tuner says while it works, as values: the command line turns them into a progress bar, tests compare them.
 
-Every tune begins with one `Planned`, after which one `CompiledAhead` may come; then each bucket is `Skipped` (nothing to measure), or
+Every tune begins with one `Planned`, after which any number of `Unpaired` and one `CompiledAhead` may come; then each bucket is `Skipped` (nothing to measure), or
 `BucketStarted`, any number of `CandidateDone` and one `BucketDone` or `BucketFailed`; where the budget ended first, one `Remaining` closes it.
 """
 
@@ -25,6 +25,7 @@ __all__ = [
     "Planned",
     "Remaining",
     "Skipped",
+    "Unpaired",
     "ignore",
 ]
 
@@ -35,6 +36,16 @@ class Planned:
 
     total: int
     to_measure: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """A candidate that is in no pair and so does not race: the other direction names its residual otherwise. Told once, however many buckets have it."""
+
+    op: str
+    label: str
+    direction: Literal["forward", "backward"]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +131,7 @@ class Remaining:
     buckets: tuple[Bucket, ...]
 
 
-Event = Planned | CompiledAhead | BackendProbed | BucketStarted | CandidateDone | BucketDone | BucketFailed | Skipped | Remaining
+Event = Planned | Unpaired | CompiledAhead | BackendProbed | BucketStarted | CandidateDone | BucketDone | BucketFailed | Skipped | Remaining
 OnEvent = Callable[[Event], None]
 
 

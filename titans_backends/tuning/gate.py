@@ -17,6 +17,7 @@ from titans_backends.contracts import contract as contract_of
 from titans_backends.contracts.contract import Call, Contract, state_dtype
 from titans_backends.contracts.tolerance import Tolerance
 from titans_backends.machine import Machine
+from titans_backends.offers import unshared
 from titans_backends.plan import Handed
 from titans_backends.signature import Signature
 from titans_backends.tuning.guarded_run import run_backward, run_forward
@@ -149,7 +150,7 @@ def check_backward(
     states: Handed = None
     if candidate.residual:
         if maker is None:
-            raise Rejected(f"it wants {candidate.residual}, but no forward of its backend makes that")
+            raise Rejected(unshared(candidate))
         states = cast("tuple[torch.Tensor, ...]", run_forward(made, maker, module, exam.call, where)[len(made.outputs) :])
     elif candidate.saves_states:
         if exam.states is None:

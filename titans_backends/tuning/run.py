@@ -13,7 +13,7 @@ from titans_backends.cache.schema import Entry
 from titans_backends.cache.timings import Measurement
 from titans_backends.contracts.contract import Call, Contract
 from titans_backends.machine import Machine, detect
-from titans_backends.offers import offers
+from titans_backends.offers import offers, unpaired
 from titans_backends.plans import invalidate
 from titans_backends.signature import Signature
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
@@ -29,6 +29,7 @@ from titans_backends.tuning.events import (
     Planned,
     Remaining,
     Skipped,
+    Unpaired,
     ignore,
 )
 from titans_backends.tuning.host import ChildAnswerError, ChildDied, Host, OpenFailed
@@ -102,15 +103,19 @@ class _Run:
     def all(self) -> None:
         """Every bucket in turn, the current ones first: they cost nothing."""
         work: list[tuple[int, Standing, list[Candidate]]] = []
+        alone = dict[Unpaired, None]()
         settled: list[Standing] = []
         for index, bucket in enumerate(self.request.buckets):
             standing = self._standing(bucket)
+            alone |= dict.fromkeys(Unpaired(bucket.op, c.label, c.direction, reason) for c, reason in unpaired(standing.offers))
             todo = self._todo(standing)
             if todo or not standing.pairs:
                 work.append((index, standing, todo))
             else:
                 settled.append(standing)
         self.say(Planned(len(self.request.buckets), len(work)))
+        for one in alone:
+            self.say(one)
         if work or any(self._outdated(standing) for standing in settled):
             self.store.require_writable()
         for standing in settled:
@@ -195,11 +200,13 @@ class _Run:
         return self.probed[backend]
 
     def _outdated(self, standing: Standing) -> bool:
-        """Whether the row is not what the current measurements say."""
+        """Whether the row is not what the current measurements say, or was chosen by another objective or limit."""
         chosen = standing.select(self.request.objective, self.request.max_memory_mib)
         entry = self.store.entry(standing.bucket)
         if chosen.winner is None:
             return False
+        if entry is not None and (entry.objective, entry.max_memory_mib) != (self.request.objective, self.request.max_memory_mib):
+            return True
         named = None if entry is None else standing.named_by(entry)
         return named != chosen.winner.pair or not self.store.fresh(standing.bucket, standing.source(named))
 
@@ -283,7 +290,9 @@ class _Run:
             chosen = standing.select(self.request.objective, self.request.max_memory_mib, without_states=plain)
             if chosen.winner is not None:
                 doubt = doubt_of(standing, self.request.objective, self.request.max_memory_mib, without_states=plain)
-                found[bucket] = entry_of(chosen, standing.source(chosen.winner.pair) or "", None if doubt is None else doubt.share)
+                share = None if doubt is None else doubt.share
+                source = standing.source(chosen.winner.pair) or ""
+                found[bucket] = entry_of(chosen, source, share, self.request.objective, self.request.max_memory_mib)
         return found
 
     def _write(self, bucket: Bucket, measurements: Sequence[Measurement], entries: dict[Bucket, Entry]) -> None:

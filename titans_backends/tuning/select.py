@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from titans_backends.cache.schema import Objective
 from titans_backends.offers import Pair
 
 __all__ = ["GAIN", "NOISE", "TIE", "Contender", "Objective", "Selection", "combined", "select"]
@@ -22,8 +22,6 @@ TIE = 0.02
 NOISE = 0.05
 """The joint margin makes a tie no wider than this, and protects the default from nothing that gains more."""
 _MEMORY_TIE_MIB = 1.0
-
-Objective = Literal["time", "memory"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,8 +138,11 @@ def _names(entry: Entry, pair: Pair) -> bool:
     return (entry.backward, tuple(sorted(entry.backward_params))) == (pair.backward.name, tuple(sorted(pair.backward.params)))
 
 
-def entry_of(selection: Selection, source: str, doubt: float | None = None) -> Entry:
-    """The row of a selection that has a winner; `doubt`: the share of its time that another may save, where that is more than noise may decide."""
+def entry_of(
+    selection: Selection, source: str, doubt: float | None = None, objective: Objective = "time", max_memory_mib: float | None = None
+) -> Entry:
+    """The row of a selection that has a winner, and what it was asked for; `doubt`: the share of its time that another may save, where that is more
+    than noise may decide."""
     assert selection.winner is not None
     pair, second = selection.winner.pair, selection.runner_up
     return Entry(
@@ -154,6 +157,8 @@ def entry_of(selection: Selection, source: str, doubt: float | None = None) -> E
         next=None if second is None else second.pair.label,
         next_us=None if second is None else second.us,
         doubt=doubt,
+        objective=objective,
+        max_memory_mib=max_memory_mib,
         source=source,
     )
 

@@ -18,6 +18,7 @@ from titans_backends.integrations.fla.gated_delta_net import GatedDeltaNetForwar
 from titans_backends.integrations.fla.output_norm import norm_verdict
 from titans_backends.integrations.known import Conversion, KnownLayer, register_layer
 from titans_backends.integrations.origin import forward_owner, strangers
+from titans_backends.integrations.raw_weights import raw_weights
 from titans_backends.op import get_op
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
@@ -109,7 +110,8 @@ def _parts_verdict(module: nn.Module) -> Verdict:
             verdict &= conv_verdict(name, getattr(module, name, None))
     present = [name for name in passed_by if isinstance(getattr(module, name, None), nn.Module)]
     lost = bypassed(module, present)
-    return verdict & refused(*lost) if lost else verdict
+    reasons = (*lost, *raw_weights(module, present))
+    return verdict & refused(*reasons) if reasons else verdict
 
 
 def _among(name: str, module: nn.Module, known: tuple[str, ...]) -> Verdict:

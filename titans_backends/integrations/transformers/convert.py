@@ -8,6 +8,7 @@ from torch import nn
 from titans_backends.contracts.short_conv import TAPS
 from titans_backends.integrations.known import Conversion, KnownLayer, register_layer
 from titans_backends.integrations.origin import forward_owner
+from titans_backends.integrations.raw_weights import raw_weights
 from titans_backends.integrations.transformers.versions import Family, family_of, unfamiliar
 from titans_backends.op import get_op
 from titans_backends.verdict import Verdict, refused
@@ -37,6 +38,9 @@ def convert(module: nn.Module, backend: str | None) -> Conversion | Verdict:
     if reasons:
         return refused(*reasons)
     gate, why = _norm_gate(module, family)
+    reasons = raw_weights(module, ("conv1d",) if gate is None else ("conv1d", family.modules[-2]))
+    if reasons:
+        return refused(*reasons)
     notes = [] if why is None else [why]
     if module.conv_kernel_size != TAPS:
         notes.append(f"its convolution has {module.conv_kernel_size} taps and the op {TAPS}, so torch's conv1d runs it")

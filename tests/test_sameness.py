@@ -19,6 +19,7 @@ from titans_backends import precision, sameness
 from titans_backends.contracts.fast_core import FastCore
 from titans_backends.errors import BoundCallMismatchError
 from titans_backends.plan import Plan
+from titans_backends.request import request
 
 
 def values() -> tuple[object, ...]:
@@ -141,6 +142,32 @@ def test_calls_like_the_last_few_get_their_plans_without_a_key_and_another_call_
     assert id(planner._recent[0].plan) not in plans, "a forced call has a plan of its own"
 
 
+def test_a_training_step_like_the_last_few_builds_no_key_in_either_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    tb.reset()
+    op = tb.get_op("fast_core")
+    layers = [[torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(3)] for length in (20, 24, 28, 32)]
+
+    def step() -> None:
+        for given in layers:
+            out = op(*given, chunk_size=16)[0]
+            assert out is not None
+            out.sum().backward()
+
+    step()
+    monkeypatch.setattr(type(op._planner), "_key", lambda *_: pytest.fail("a key was built"))
+    step()
+
+
+def test_what_is_asked_twice_is_one_request() -> None:
+    with tb.policy(batch_invariant=True):
+        scoped = request("eager", training=True)
+        assert request("eager", training=True) is scoped
+    assert request("eager", training=True) is not scoped
+    assert request("eager", training=True) is request("eager", training=True, may_save=True)
+    assert request("eager", training=True).may_save
+    assert not request("eager", training=True, may_save=False).may_save
+
+
 @pytest.mark.parametrize("odd", ["inference_mode", "no_grad", "parameter"])
 def test_a_first_call_in_a_mode_of_its_own_does_not_slow_the_later_ones(odd: str, plugin_backend: Callable[..., list[str]]) -> None:
     said: list[str] = []
@@ -161,7 +188,8 @@ def test_a_first_call_in_a_mode_of_its_own_does_not_slow_the_later_ones(odd: str
         op(torch.nn.Parameter(q.clone(), requires_grad=False), k, v, chunk_size=16)
     op(q, k, v, chunk_size=16)
     said.clear()
-    seen = [op._planner._like(op._planner.values(op._call((q, k, v), {"chunk_size": 16}))) for _ in range(2)]
+    asked = request("remembering", training=False)
+    seen = [op._planner._like(op._planner.values(op._call((q, k, v), {"chunk_size": 16})), asked) for _ in range(2)]
     assert None not in seen
     op(q, k, v, chunk_size=16)
     assert said == ["again"]

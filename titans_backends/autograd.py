@@ -34,7 +34,7 @@ _LEADING = 4
 def _function(op_name: str) -> type[torch.autograd.Function]:
     """An op's forward and backward; one object per op, which compiles nothing and holds no tensor."""
     op, planner = CONTRACTS[op_name], library.planner(op_name)
-    count, position = len(op.outputs), {name: index for index, name in enumerate(op.parameters)}
+    count, places = len(op.outputs), [_LEADING + op.parameters.index(name) for name in op.differentiable]
 
     def forward(ctx: torch.autograd.function.FunctionCtx, plan: Plan, call: Call, backend: str | None, invariant: bool, *values: object) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():  # where the registered op's kernels run too
@@ -52,10 +52,11 @@ def _function(op_name: str) -> type[torch.autograd.Function]:
             return tuple(result)
         saved = ctx.saved_tensors  # type: ignore[attr-defined]
         values = [other if tensor is None else tensor for tensor, other in zip(saved, others, strict=False)]
-        needs = [bool(ctx.needs_input_grad[_LEADING + position[name]]) for name in op.differentiable]  # type: ignore[attr-defined]
+        needed = ctx.needs_input_grad  # type: ignore[attr-defined]  # made anew each time it is asked for
+        needs = [needed[place] for place in places]
         found = library.gradients(op, grads, values, saved[len(others) :], needs, *ctx.asked)  # type: ignore[attr-defined]
-        for name, gradient in zip(op.differentiable, found, strict=True):
-            result[_LEADING + position[name]] = gradient
+        for place, gradient in zip(places, found, strict=True):
+            result[place] = gradient
         return tuple(result)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from titans_backends.fakes import fake_backward, fake_forward
 from titans_backends.op_schema import flatten, schema_of, unflatten
 from titans_backends.plan import Handed, Outputs, Plan
 from titans_backends.plans import Planner
-from titans_backends.request import Request, request
+from titans_backends.request import Request, asking, request
 from titans_backends.transforms import NO_FORWARD_MODE, transformable
 from titans_backends.watching import watched
 
@@ -85,7 +86,7 @@ def _asked(backend: object, batch_invariant: object, *, training: bool, may_save
     invariant = scoped.batch_invariant or bool(batch_invariant)
     if not (training or invariant):
         return scoped
-    return Request(scoped.backend, scoped.by, invariant, training, may_save, must_save, scoped.tune_budget_s, scoped.launch)
+    return asking(scoped.backend, scoped.by, invariant, training, may_save, must_save, scoped.tune_budget_s, scoped.launch)
 
 
 def _forward(op: Contract) -> Callable[..., Outputs]:
@@ -108,7 +109,8 @@ def _backward(op: Contract) -> Callable[..., Outputs]:
 
     def run(*flat: object) -> Outputs:
         grads, inputs, (states, needs, backend, batch_invariant) = flat[:count], flat[count:-4], flat[-4:]
-        return _run_backward(op, unflatten(op, inputs), grads, states, needs, backend, batch_invariant)  # type: ignore[arg-type]  # the schema has checked them
+        with torch.no_grad():
+            return _run_backward(op, unflatten(op, inputs), grads, states, needs, backend, batch_invariant)  # type: ignore[arg-type]  # the schema has checked them
 
     return run
 
@@ -116,11 +118,11 @@ def _backward(op: Contract) -> Callable[..., Outputs]:
 def _run_backward(
     op: Contract, made: Call, grads: Outputs, states: Handed, needs: Sequence[bool], backend: str | None, batch_invariant: bool, residual: str = ""
 ) -> Outputs:
-    """By the plan of the call as it is now: what saved tensors come back as is their hooks' affair."""
+    """By the plan of the call as it is now, with gradients off: what saved tensors come back as is their hooks' affair."""
     saved = None if states is None else residual
     plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=states is not None, must_save=saved))
-    wanted = frozenset(name for name, need in zip(op.differentiable, needs, strict=True) if need)
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+    wanted = frozenset(compress(op.differentiable, needs))
+    with torch._C._AutoDispatchBelowAutograd():
         return plan.run_backward(made, grads, states, wanted)
 
 

@@ -34,8 +34,8 @@ from titans_backends.signature import Signature
 __all__ = ["Planner", "invalidate"]
 
 _MEMO_LIMIT = 4096
-_RECENT = 4
-"""Calls that are told from one another without a key: the shapes of a model's layers."""
+_RECENT = 8
+"""Calls that are told from one another without a key: the shapes of a model's layers, in training each with its backward."""
 _LENGTHS = frozenset("BTNMEPZ*")
 _LONGEST_CHUNK = 512
 _PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
@@ -69,7 +69,7 @@ class Planner:
     def plan(self, call: Call, asked: Request) -> Plan:
         """The plan for a call, from the memo where it has one."""
         values = self.values(call)
-        entry = self._like(values)
+        entry = self._like(values, asked)
         if entry is None or entry.settings != _settings(asked, entry.on_cuda):
             key = self._key(call, asked)
             known = self._memo.get(key) if key is not None else None
@@ -92,17 +92,20 @@ class Planner:
 
     def repeated(self, values: tuple[object, ...], backend: str | None) -> Outputs | None:
         """A call just like one of the last few, repeated; None where it may be another, or something stands between it and the kernel."""
-        entry = self._like(values)
+        asked = request(backend, training=False)
+        entry = self._like(values, asked)
         if entry is None or (entry.differentiable and torch.is_grad_enabled()):
             return None
-        if entry.settings != _settings(request(backend, training=False), entry.on_cuda):
+        if entry.settings != _settings(asked, entry.on_cuda):
             return None
         return entry.plan.repeated(values)
 
-    def _like(self, values: tuple[object, ...]) -> _Entry | None:
-        """The entry of one of the last few calls that this one is surely like."""
+    def _like(self, values: tuple[object, ...], asked: Request) -> _Entry | None:
+        """The entry of one of the last few calls, asked for alike, that this one is surely like: a backward has its forward's values, and a plan of its own."""
+        wanted = None if asked is PLAIN else asked
         for entry in self._recent:
-            if entry.same(values):
+            given = entry.settings[0]
+            if (given is wanted or given == wanted) and entry.same(values):
                 return entry
         return None
 

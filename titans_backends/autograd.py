@@ -7,7 +7,6 @@ op (`library`), in each direction for itself, and so does a gradient that is to 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,39 +21,45 @@ __all__ = ["differentiated"]
 
 def differentiated(op_name: str, plan: Plan, call: Call, backend: str | None, batch_invariant: bool) -> Outputs:
     """The contract's outputs of a plan, with what autograd needs; backend and batch_invariant choose the backward's plan, should the call change."""
-    values = library.planner(op_name).values(call)
-    outputs: Outputs = _function(op_name).apply(plan, call, backend, batch_invariant, *values)
+    asked = (plan, call, backend, batch_invariant)
+    outputs: Outputs = _function(op_name).apply(asked, *library.planner(op_name).tensors(call))
     return outputs
 
 
-_LEADING = 4
+_Asked = tuple[Plan, Call, str | None, bool]
+_LEADING = 1
 
 
 @functools.lru_cache(maxsize=64)
 def _function(op_name: str) -> type[torch.autograd.Function]:
-    """An op's forward and backward; one object per op, which compiles nothing and holds no tensor."""
+    """An op's forward and backward; one object per op, which compiles nothing and holds no tensor. Its arguments are what was asked and the call's tensors:
+    every further one costs time in each step."""
     op, planner = CONTRACTS[op_name], library.planner(op_name)
-    count, places = len(op.outputs), [_LEADING + op.parameters.index(name) for name in op.differentiable]
+    names, options = [one.name for one in op.arguments], [one.name for one in op.options]
+    count, width = len(op.outputs), len(names)
+    places = [_LEADING + names.index(name) for name in op.differentiable]
+    order = [[*names, *options].index(name) for name in op.parameters]
 
-    def forward(ctx: torch.autograd.function.FunctionCtx, plan: Plan, call: Call, backend: str | None, invariant: bool, *values: object) -> Outputs:
+    def forward(ctx: torch.autograd.function.FunctionCtx, asked: _Asked, *tensors: Tensor | None) -> Outputs:
+        plan, call, backend, invariant = asked
         with torch._C._AutoDispatchBelowAutograd():  # where the registered op's kernels run too
             outputs = planner.execute(plan, call)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in values], *outputs[count:])  # type: ignore[arg-type]  # torch takes None
-        ctx.others = [None if isinstance(x, Tensor) else x for x in values]  # type: ignore[attr-defined]
+        ctx.save_for_backward(*tensors, *outputs[count:])  # type: ignore[arg-type]  # torch takes None
+        ctx.options = planner.options(call)[0]  # type: ignore[attr-defined]
         ctx.asked = (backend, invariant, plan.choice.pair.forward.residual)  # type: ignore[attr-defined]
         return outputs[:count]
 
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        others: Sequence[object] = ctx.others  # type: ignore[attr-defined]
-        result: list[Tensor | None] = [None] * (_LEADING + len(others))
+        result: list[Tensor | None] = [None] * (_LEADING + width)
         if all(grad is None for grad in grads):
             return tuple(result)
         saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        values = [other if tensor is None else tensor for tensor, other in zip(saved, others, strict=False)]
+        given = (*saved[:width], *ctx.options)  # type: ignore[attr-defined]
+        values = tuple([given[place] for place in order])
         needed = ctx.needs_input_grad  # type: ignore[attr-defined]  # made anew each time it is asked for
         needs = [needed[place] for place in places]
-        found = library.gradients(op, grads, values, saved[len(others) :], needs, *ctx.asked)  # type: ignore[attr-defined]
+        found = library.gradients(op, grads, values, saved[width:], needs, *ctx.asked)  # type: ignore[attr-defined]
         for place, gradient in zip(places, found, strict=True):
             result[place] = gradient
         return tuple(result)

@@ -111,9 +111,11 @@ def made(call: GatedDeltaRule, units: tuple[Tensor, ...] = (), *, decayed: bool 
         functions = kernels()
         units = (*functions.l2norm_fwd(dense(call.q)), *functions.l2norm_fwd(dense(call.k)))
     q, _, k, _ = units or (dense(call.q), None, dense(call.k), None)
-    g = None
-    if decayed:
-        g = torch.zeros(beta.shape, dtype=torch.float32, device=beta.device) if call.g is None else dense(call.g.to(torch.float32))
+    g = call.g if decayed else None
+    if g is not None:
+        g = dense(g if g.dtype is torch.float32 else g.float())
+    elif decayed:
+        g = torch.zeros(beta.shape, dtype=torch.float32, device=beta.device)
     offsets, filled, sequences = None, None, q.shape[0]
     if call.cu_seqlens is not None:
         (offsets, filled), sequences = _without_empty(own_offsets(call.cu_seqlens, v.device)), call.cu_seqlens.shape[0] - 1

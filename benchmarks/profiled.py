@@ -1,27 +1,42 @@
-"""What Nsight Compute counts for the Triton backend's kernels: device memory moved, instructions per cycle, warps, tensor cores, registers.
+"""What Nsight Compute counts for our kernels: device memory moved, instructions per cycle, warps, tensor cores, registers.
 
     python benchmarks/profiled.py [--only slow_core] [--json FILE]
+    python benchmarks/profiled.py --only backward
 
-It runs itself under `ncu`, which must be on the PATH. Traffic is counted in one pass, from a cache written over before the call and left alone
-between its kernels; the other figures in further passes. `moved` is device memory read and written over the contract's inputs and outputs.
+Triton's, and of `gated_delta_rule`'s backward CuPy's too, which is handed gradients of the right sizes and computes on what happens to lie there. It runs
+itself under `ncu`, which must be on the PATH. Traffic is counted in one pass, from a cache written over before the call and left alone between its kernels;
+the other figures in further passes. `moved` is device memory read and written over the contract's inputs and outputs; a backward's are the inputs, the
+gradient that arrives and those that leave.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import torch
-from device_timing import default, module_of, offered, work
+from device_timing import arriving, work
 from seeds import LARGE, SMALL, STATE, Task, call_of
+
+from titans_backends import registry
+from titans_backends.backend import Candidate, TrainableOpModule
+from titans_backends.contracts import CONTRACTS
+from titans_backends.contracts.contract import Call
+from titans_backends.contracts.validate import validate
+from titans_backends.facts import signature_of
+from titans_backends.machine import detect
+from titans_backends.offers import offer
+from titans_backends.signature import Regime
 
 TRAFFIC = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum"}
 LIMITS = {
@@ -50,43 +65,95 @@ class Profile:
         return sum(float(kernel[side]) for kernel in self.kernels for side in TRAFFIC) / self.bytes
 
 
-def problems() -> Iterator[tuple[Task, str]]:
-    """The problems, each with the variant that is looked at ("": the default)."""
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """A problem, and whose candidate of which variant is looked at ("": its first)."""
+
+    task: Task
+    variant: str = ""
+    backend: str = "triton"
+    backward: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.task.op}{' backward' * self.backward} {self.task.what}"
+
+    def candidate(self, call: Call) -> Candidate | None:
+        """The first of its variant that the backend offers for a captured call, if any; SystemExit where it refuses."""
+        made = CONTRACTS[self.task.op]
+        regime: Regime = "training" if self.backward else "inference"
+        signature = signature_of(made, call, validate(made, call), regime=regime, launch="graph")
+        answer = offer(registry.get(self.backend), signature, detect("cuda"))
+        offered = answer.backward if self.backward else answer.forward
+        if not offered:
+            raise SystemExit(f"{self}: {self.backend} refuses: {answer.verdict}")
+        return next((one for one in offered if self.variant in ("", one.variant)), None)
+
+    def runs(self, call: Call, candidate: Candidate) -> Callable[[], object]:
+        """What launches it."""
+        module, _ = registry.module(registry.get(self.backend), self.task.op)
+        assert module is not None
+        if not self.backward:
+            return lambda: module.run(call, candidate)
+        given = arriving(self.task.op, call, candidate)
+        return lambda: cast(TrainableOpModule, module).run_backward(call, *given, candidate)
+
+    def bytes(self, call: Call) -> float:
+        """What the direction cannot avoid to read and write."""
+        made = CONTRACTS[self.task.op]
+        if not self.backward:
+            return work(self.task.op, call).bytes
+        tensors, grads = made.tensors(call), arriving(self.task.op, call)[0]
+        return float(sum(2 * x.nbytes for name, x in tensors.items() if name in made.differentiable) + sum(x.nbytes for x in grads if x is not None))
+
+
+def problems() -> Iterator[Looked]:
+    """The problems, the backwards last."""
     for case in (LARGE, SMALL):
         for variant in ("scored", "prepared", "scan") if case is LARGE else ("split",):
-            yield Task("seeds", "slow_core", replace(case, given=("g",), options=STATE)), variant
-        yield Task("seeds", "uw_transform", replace(case, given=("g",))), ""
-        yield Task("seeds", "uw_transform", replace(case, name=f"{case.name} lam", given=("g",), options={"transform": "lam"})), ""
-        yield Task("seeds", "fast_core", replace(case, given=("gate",))), ""
-        yield Task("short", "gated_delta_rule", replace(case, given=("g",), options=STATE)), ""
+            yield Looked(Task("seeds", "slow_core", replace(case, given=("g",), options=STATE)), variant)
+        yield Looked(Task("seeds", "uw_transform", replace(case, given=("g",))))
+        yield Looked(Task("seeds", "uw_transform", replace(case, name=f"{case.name} lam", given=("g",), options={"transform": "lam"})))
+        yield Looked(Task("seeds", "fast_core", replace(case, given=("gate",))))
+        yield Looked(Task("short", "gated_delta_rule", replace(case, given=("g",), options=STATE)))
+    for case in (LARGE, replace(LARGE, name="8x1024 16/32 D128", B=8, T=1024), SMALL):
+        rule = Task("short", "gated_delta_rule", replace(case, given=("g",), options=STATE))
+        for backend, variant in (("triton", "again"), ("triton", "saved"), ("cupy", "walks")):
+            yield Looked(rule, variant, backend, backward=True)
 
 
-def wanted(only: str) -> list[tuple[Task, str]]:
-    """The problems whose op and name contain a text."""
-    return [(task, variant) for task, variant in problems() if only in f"{task.op} {task.what}"]
+def wanted(only: str) -> list[Looked]:
+    """The problems whose name contains a text."""
+    return [one for one in problems() if only in str(one)]
 
 
 def worker(only: str, told: Path) -> None:
     """Each problem once, between the profiler's marks; what ran goes to a file."""
-    from titans_backends.backends.triton import launch
-
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     found = []
-    for task, variant in wanted(only):
-        call = call_of(task)
-        candidate = next((one for one in offered(task.op, call) if one.variant == variant), default(task.op, call))
-        run = module_of(task.op).run
+    for looked in wanted(only):
+        call = call_of(looked.task)
+        candidate = looked.candidate(call)
+        if candidate is None:
+            print(f"{looked}: {looked.backend} offers no {looked.variant}", file=sys.stderr)
+            continue
+        run, launch = looked.runs(call, candidate), importlib.import_module(f"titans_backends.backends.{looked.backend}.launch")
         with launch.TAPING.taping() as tape:
-            run(call, candidate)
-        run(call, candidate)
+            run()
+        run()
         flush.zero_()
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
-        run(call, candidate)
+        run()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
         found.append(
-            {"op": task.op, "what": task.what, "candidate": candidate.label, "bytes": work(task.op, call).bytes, "launches": len(tape.launches)}
+            {
+                "op": f"{looked.task.op}{' backward' * looked.backward}",
+                "what": looked.task.what,
+                "candidate": candidate.label,
+                "bytes": looked.bytes(call),
+                "launches": len(tape.launches),
+            }
         )
         told.write_text(json.dumps(found), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
     python benchmarks/race.py --warm --seconds 420 --with fla=SITE1 --with flashinfer=SITE2 --json benchmarks/results/race.json
     python benchmarks/race.py --groups flashinfer --with flashinfer=SITE2 --json FILE   # what an earlier run of FILE lacked
+    python benchmarks/race.py --ask --json FILE                                         # what get_op runs with the tables of today: asks, times nothing
     python benchmarks/race.py --list
     python benchmarks/race_page.py --draw                                               # tables and picture, from FILE
 
@@ -68,6 +69,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, default=Path("race.json"), metavar="FILE")
     parser.add_argument("--shapes", type=Path, metavar="FILE", help="write the cases for `titans-backends tune --from FILE`, and stop")
+    parser.add_argument("--ask", action="store_true", help="write into the file what `get_op` runs with what is shipped today, and stop")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--process", choices=("warm", "race"), help=argparse.SUPPRESS)
     asked = parser.parse_args(given)
@@ -92,7 +94,7 @@ def main(given: list[str] | None = None) -> int:
     if asked.device == "cuda" and not _cuda():
         print("error: no CUDA device; type --device cpu --cell '1x64 2/4 D16' --backends eager to try it without one", file=sys.stderr)
         return 2
-    return parent(names, paths, cases, asked)
+    return ask(cases, asked) if asked.ask else parent(names, paths, cases, asked)
 
 
 def chosen(asked: argparse.Namespace) -> list[Case]:
@@ -141,6 +143,26 @@ def parent(names: list[str], paths: dict[str, str], cases: list[Case], asked: ar
     print(compact(results, [str(case) for case in cases]), flush=True)
     measured = [entrant for parts in results.cases.values() for part in parts.values() for entrant in part.entrants]
     return int(any(entrant.failed.startswith("wrong") for entrant in measured if entrant.kind == "backend"))
+
+
+def ask(cases: list[Case], asked: argparse.Namespace) -> int:
+    """Puts what dispatch runs now in place of what it ran when the cases were measured; 1 where the race has no time of that."""
+    from race_measure import dispatched
+
+    results, first, untimed = Results.read(asked.json), next(iter(GROUPS)), 0
+    if not results.cases:
+        raise SystemExit(f"error: {asked.json} holds no race; type --json FILE with the file of one")
+    for case in (case for case in cases if first in results.cases.get(str(case), {})):
+        part = results.cases[str(case)][first]
+        found = dispatched(case, asked.device)
+        for way, now in found.items():
+            before, timed = part.dispatch[way].label, any(one.label == now.label and one.us(way) is not None for one in part.entrants)  # type: ignore[arg-type]
+            untimed += not timed
+            if now.label != before or not timed:
+                print(f"{case}, {way}: {before} -> {now.label}{'' if timed else ', which has no time'} ({now.reason})", flush=True)
+        results.cases[str(case)][first] = replace(part, dispatch=found)
+    results.write(asked.json)
+    return int(untimed > 0)
 
 
 def process(name: str, paths: dict[str, str], asked: argparse.Namespace, what: str, seconds: float) -> int:

@@ -175,7 +175,8 @@ def partial(results: Results) -> Iterator[str]:
     reached = sum(str(case) in measured for case in CASES)
     if reached < len(CASES) or absent:
         without = f", and {' and '.join(absent)} in none" if absent else ""
+        others = " What stands here says nothing about the others, and" if reached < len(CASES) else ""
         yield (
-            f"**Partial: {reached} of {len(CASES)} cases have been measured{without}.** What stands here says nothing about the others, "
-            f"and `fastest` is the fastest of who was there; the same command with the same file goes on."
+            f"**Partial: {reached} of {len(CASES)} cases have been measured{without}.**{others} `fastest` is the fastest of who was there; "
+            "the same command with the same file goes on."
         )

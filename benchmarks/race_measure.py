@@ -34,7 +34,7 @@ from titans_backends.plan import Handed
 from titans_backends.tuning.select import NOISE, combined
 from titans_backends.tuning.timing import timing_of
 
-__all__ = ["Rules", "floor_us", "measured", "settled"]
+__all__ = ["Rules", "dispatched", "floor_us", "measured", "settled"]
 
 Within = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -438,11 +438,10 @@ def measured(
         contenders = run.contenders(run.alone(forward, backward))
     with run.spending("finalists"):
         run.timed(run.finalists(contenders), functions)
-    chosen = {way: Chosen(_label(c.pair), c.origin, _reason(c)) for way, c in (("graph", asked.choices["graph"]), ("wall", asked.choices["eager"]))}
     return Part(
         tuple(run.entrants.values()),
         tuple(_near(list(contenders.values()))),
-        chosen,
+        _chosen(asked),
         refused,
         _label(run.available[0]),
         len(forward) + len(backward),
@@ -451,6 +450,15 @@ def measured(
         "; ".join(run.failed),
         run.spent,
     )
+
+
+def dispatched(case: Case, device: str) -> dict[str, Chosen]:
+    """What `get_op` runs in a case with what is shipped today; nothing is run."""
+    return _chosen(asked_of(_posed(case, device), case.mode == "training"))
+
+
+def _chosen(asked: Asked) -> dict[str, Chosen]:
+    return {way: Chosen(_label(c.pair), c.origin, _reason(c)) for way, c in (("graph", asked.choices["graph"]), ("wall", asked.choices["eager"]))}
 
 
 def _reason(choice: Choice) -> str:

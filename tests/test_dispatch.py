@@ -168,6 +168,9 @@ def test_a_damaged_cache_warns_once_and_loses_nothing(user: Path) -> None:
     with pytest.warns(UserWarning, match="damaged-1"):
         assert kernel() == "eager/chunked inverse=blocks"
     assert user.with_name(f"{user.name}.damaged-1").read_text() == "ops: {["
+    tb.reset()
+    later = OP.explain(*ARGUMENTS).consulted[0].answer
+    assert later == f"there is no such file (damaged, it was moved to {user.name}.damaged-1 beside)"
 
 
 def captured(us: float = 100.0, **changes: object) -> dispatch.Choice:

@@ -258,7 +258,7 @@ def test_what_cannot_win_by_the_shipped_timings_does_not_race() -> None:
 
 def test_a_race_that_is_not_over_says_so() -> None:
     told = two_runs()
-    assert "**Partial: 1 of 37 cases have been measured, and FLA and FlashQLA in none.**" in page.markdown(told)
+    assert "**Partial: 1 of 37 cases have been measured, and FLA and FlashQLA in none.** What stands here" in page.markdown(told)
     assert "pictures/race.svg" not in page.markdown(told)
 
 
@@ -301,6 +301,26 @@ def test_a_case_is_checked_and_timed_and_what_is_wrong_has_no_time(mode: str, mo
         later = measure.measured(case, cells.GROUPS["compiled"], {}, replace(part, entrants=()), rules, "cpu", None)
         assert later.entrants == ()
         assert later.seconds > 0
+
+
+def test_what_get_op_runs_is_asked_again_and_nothing_else_of_a_race_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case, path = cells.Case(cells.Cell(1, 70, 1, 2, 16), "forward"), tmp_path / "race.json"
+    (label,) = {chosen.label for chosen in measure.dispatched(case, "cpu").values()}
+    old = {way: results.Chosen("old", "tuned", "by a row") for way in ("graph", "wall")}
+    part = results.Part((entrant("old", "triton", 10.0), entrant(label, "eager", 20.0)), dispatch=old, candidates=7)
+    results.Results({}, {str(case): {"fla": part}}, {}).write(path)
+    given = ["--ask", "--device", "cpu", "--cell", "1x70 1/2 D16", "--json", str(path)]
+    assert race.main(given) == 0
+    found = results.Results.read(path).cases[str(case)]["fla"]
+    assert {chosen.label for chosen in found.dispatch.values()} == {label}
+    assert replace(found, dispatch=old) == part
+    assert f"{case}, graph: old -> {label} (" in capsys.readouterr().out
+
+    results.Results({}, {str(case): {"fla": replace(part, entrants=part.entrants[:1])}}, {}).write(path)
+    assert race.main(given) == 1
+    assert "which has no time" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds no race"):
+        race.main([*given[:-1], str(tmp_path / "none.json")])
 
 
 def test_the_backward_of_the_named_pair_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

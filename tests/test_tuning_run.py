@@ -192,6 +192,19 @@ def test_what_fails_is_not_tried_again_until_it_changes(workshop: Workshop) -> N
     assert workshop.timed() == ["faulty/good", "faulty/raises"]
 
 
+def test_what_lacked_memory_is_tried_again_where_nothing_else_passed(workshop: Workshop) -> None:
+    buckets = small()
+    workshop.offer("huge", "raises")
+    workshop.tune(buckets)
+    assert not workshop.tune(buckets).nothing_to_do
+    assert workshop.timed() == ["faulty/huge"]
+
+    workshop.offer("good", "huge", "raises")
+    workshop.tune(buckets)
+    assert workshop.timed() == ["faulty/good"]
+    assert workshop.tune(buckets).nothing_to_do  # there is a winner
+
+
 def test_a_bucket_without_a_passing_candidate_has_no_row_and_says_why(workshop: Workshop) -> None:
     workshop.offer("nan")
     buckets = small()

@@ -59,8 +59,14 @@ class Source:
 
 
 def _source(kind: SourceKind, path: Path, loaded: file.Loaded[Table], owner: str = "") -> Source:
-    problem = loaded.reason or ("" if loaded.table is not None else "there is no such file")
+    problem = loaded.reason or ("" if loaded.table is not None else f"there is no such file{_damaged_beside(path)}")
     return Source(kind, path, loaded.table, problem, loaded.world_writable, owner)
+
+
+def _damaged_beside(path: Path) -> str:
+    """What an earlier process, which found the file damaged, left of it."""
+    left = file.set_aside(path)
+    return f" (damaged, it was moved to {', '.join(one.name for one in left)} beside)" if left else ""
 
 
 def own(machine: Machine) -> Iterator[Source]:
@@ -70,7 +76,8 @@ def own(machine: Machine) -> Iterator[Source]:
     if named is not None:
         if not named.exists():
             warnings.warn(
-                f"{switches.PREFIX}CACHE names {named}, which does not exist, so it decides nothing; make it with: titans-backends tune --output {named}",
+                f"{switches.PREFIX}CACHE names {named}, which does not exist{_damaged_beside(named)}, so it decides nothing; "
+                f"make it with: titans-backends tune --output {named}",
                 stacklevel=2,
             )
         yield _source("named", named, file.load(named, defaults_of, device))

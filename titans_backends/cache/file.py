@@ -6,6 +6,7 @@ both are reported as a value. Writing raises CacheError with what to type next.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import warnings
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "read",
     "read_timings",
+    "set_aside",
     "update",
     "update_timings",
 ]
@@ -106,6 +108,11 @@ def load(path: Path | str, defaults_of: DefaultsOf, device: Device | None = None
             return _set_aside(now)
     except CacheError:
         return loaded  # a writer is at it, or no lock is to be had: the problem is reported all the same
+
+
+def set_aside(*paths: Path) -> list[Path]:
+    """What `load` and the writers renamed because it was damaged, of these files."""
+    return sorted(Path(found) for path in paths for found in glob.glob(f"{glob.escape(str(path))}.damaged-*"))
 
 
 def read_timings(path: Path | str, defaults_of: DefaultsOf, device: Device | None = None) -> Loaded[Timings]:

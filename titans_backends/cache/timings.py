@@ -67,6 +67,11 @@ class Measurement:
         return (self.candidate, tuple(sorted(self.params, key=lambda param: param[0])), self.direction, self.saves_states)
 
     @property
+    def lacked_memory(self) -> bool:
+        """Whether it failed for want of memory, which is of that moment: what else is on the device, and what the tuner held."""
+        return self.status == "failed" and "out of memory" in self.reason.lower()
+
+    @property
     def label(self) -> str:
         """The candidate for people: `eager/chunked chunk_size=64`."""
         return " ".join([self.candidate, *(f"{key}={value}" for key, value in self.params)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import shlex
 import sys
 from collections.abc import Callable
@@ -173,7 +172,7 @@ def reset(
     """Remove the user's cache of a device, with its timings."""
     target = paths.user_cache_path(detect(words.device_named(device)).slug)
     beside = paths.timings_path(target)
-    aside = sorted(Path(found) for one in (target, beside) for found in glob.glob(f"{glob.escape(str(one))}.damaged-*"))
+    aside = file.set_aside(target, beside)
     doomed = [one for one in (target, beside) if one.exists() or one.is_symlink()] + (aside if damaged else [])
     out = console()
     if not doomed:

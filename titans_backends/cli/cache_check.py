@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,7 @@ def _report(kind: str, path: Path, machine: Machine) -> CacheReport:
     problems = [told for told in (loaded.reason, timings.reason and f"its timings {beside.name}, {timings.reason}") if told]
     rows = {} if loaded.table is None else loaded.table.rows
     states = {bucket: row_state(machine, loaded.table, bucket, entry) for bucket, entry in rows.items()} if loaded.table is not None else {}
-    damaged = sorted(Path(found) for one in (path, beside) for found in glob.glob(f"{glob.escape(str(one))}.damaged-*"))
+    damaged = file.set_aside(path, beside)
     return CacheReport(
         kind,
         path,

@@ -167,6 +167,10 @@ class _Run:
         else:
             racing = standing.racing(self.request.asks)
             stale = [c for c in racing if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
+            if (
+                not stale and standing.select(self.request.objective, None).winner is None
+            ):  # nobody passed: those for whom there was no memory race again
+                stale = [c for c in racing if standing.current[c].lacked_memory]
         if not stale:
             return []
         entry = self.store.entry(standing.bucket)

@@ -32,21 +32,23 @@ _LEADING = 1
 
 @functools.lru_cache(maxsize=64)
 def _function(op_name: str) -> type[torch.autograd.Function]:
-    """An op's forward and backward; one object per op, which compiles nothing and holds no tensor. Its arguments are what was asked and the call's tensors:
-    every further one costs time in each step."""
+    """An op's forward and backward; one object per op, which compiles nothing and holds no tensor.
+
+    Its arguments are what was asked and the call's tensors, since every further one costs time in each step. In a tensor's place may be a number.
+    """
     op, planner = CONTRACTS[op_name], library.planner(op_name)
     names, options = [one.name for one in op.arguments], [one.name for one in op.options]
     count, width = len(op.outputs), len(names)
     places = [_LEADING + names.index(name) for name in op.differentiable]
     order = [[*names, *options].index(name) for name in op.parameters]
 
-    def forward(ctx: torch.autograd.function.FunctionCtx, asked: _Asked, *tensors: Tensor | None) -> Outputs:
+    def forward(ctx: torch.autograd.function.FunctionCtx, asked: _Asked, *tensors: object) -> Outputs:
         plan, call, backend, invariant = asked
         with torch._C._AutoDispatchBelowAutograd():  # where the registered op's kernels run too
             outputs = planner.execute(plan, call)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *outputs[count:])  # type: ignore[arg-type]  # torch takes None
-        ctx.options = planner.options(call)[0]  # type: ignore[attr-defined]
+        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in tensors], *outputs[count:])  # type: ignore[arg-type]  # torch takes None
+        ctx.others = [None if isinstance(x, Tensor) else x for x in tensors], planner.options(call)[0]  # type: ignore[attr-defined]
         ctx.asked = (backend, invariant, plan.choice.pair.forward.residual)  # type: ignore[attr-defined]
         return outputs[:count]
 
@@ -54,8 +56,9 @@ def _function(op_name: str) -> type[torch.autograd.Function]:
         result: list[Tensor | None] = [None] * (_LEADING + width)
         if all(grad is None for grad in grads):
             return tuple(result)
-        saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        given = (*saved[:width], *ctx.options)  # type: ignore[attr-defined]
+        saved, (others, chosen) = ctx.saved_tensors, ctx.others  # type: ignore[attr-defined]
+        given = [other if tensor is None else tensor for tensor, other in zip(saved[:width], others, strict=True)]
+        given += chosen
         values = tuple([given[place] for place in order])
         needed = ctx.needs_input_grad  # type: ignore[attr-defined]  # made anew each time it is asked for
         needs = [needed[place] for place in places]

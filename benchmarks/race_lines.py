@@ -175,8 +175,6 @@ def partial(results: Results) -> Iterator[str]:
     reached = sum(str(case) in measured for case in CASES)
     if reached < len(CASES) or absent:
         without = f", and {' and '.join(absent)} in none" if absent else ""
+        whole = f"All {reached} cases have been measured" if reached == len(CASES) else f"Partial: {reached} of {len(CASES)} cases have been measured"
         others = " What stands here says nothing about the others, and" if reached < len(CASES) else ""
-        yield (
-            f"**Partial: {reached} of {len(CASES)} cases have been measured{without}.**{others} `fastest` is the fastest of who was there; "
-            "the same command with the same file goes on."
-        )
+        yield (f"**{whole}{without}.**{others} `fastest` is the fastest of who was there; the same command with the same file goes on.")

@@ -262,6 +262,12 @@ def test_a_race_that_is_not_over_says_so() -> None:
     assert "pictures/race.svg" not in page.markdown(told)
 
 
+def test_a_race_of_all_cases_is_not_called_partial_for_a_peer_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "CASES", (CASE,))
+    (told,) = lines.partial(two_runs())  # type: ignore[arg-type]
+    assert told.startswith("**All 1 cases have been measured, and FLA and FlashQLA in none.** `fastest` is")
+
+
 def right(x: Mapping[str, Tensor], state: bool) -> tuple[Tensor | None, ...]:
     return tb.get_op("gated_delta_rule", backend="eager")(**x, output_final_state=state)
 

@@ -156,7 +156,8 @@ def ask(cases: list[Case], asked: argparse.Namespace) -> int:
         part = results.cases[str(case)][first]
         found = dispatched(case, asked.device)
         for way, now in found.items():
-            before, timed = part.dispatch[way].label, any(one.label == now.label and one.us(way) is not None for one in part.entrants)  # type: ignore[arg-type]
+            before = part.dispatch[way].label if way in part.dispatch else "not asked"
+            timed = any(one.label == now.label and one.us(way) is not None for one in part.entrants)
             untimed += not timed
             if now.label != before or not timed:
                 print(f"{case}, {way}: {before} -> {now.label}{'' if timed else ', which has no time'} ({now.reason})", flush=True)

@@ -19,7 +19,7 @@ from race_cells import Case, Group
 from race_choices import Asked, asked_of, leaves, module_of, running, user_of, who_of
 from race_peers import Function, takes
 from race_reach import Rows, members, racing
-from race_results import Chosen, Entrant, Part, Picked, rule_of
+from race_results import Chosen, Entrant, Part, Picked, Way, rule_of
 from training_steps import RULE, Found, Problem, Run, Truth, handed, posed, rule, step
 
 import titans_backends as tb
@@ -452,13 +452,17 @@ def measured(
     )
 
 
-def dispatched(case: Case, device: str) -> dict[str, Chosen]:
+def dispatched(case: Case, device: str) -> dict[Way, Chosen]:
     """What `get_op` runs in a case with what is shipped today; nothing is run."""
     return _chosen(asked_of(_posed(case, device), case.mode == "training"))
 
 
-def _chosen(asked: Asked) -> dict[str, Chosen]:
-    return {way: Chosen(_label(c.pair), c.origin, _reason(c)) for way, c in (("graph", asked.choices["graph"]), ("wall", asked.choices["eager"]))}
+def _chosen(asked: Asked) -> dict[Way, Chosen]:
+    return {"graph": _told(asked.choices["graph"]), "wall": _told(asked.choices["eager"])}
+
+
+def _told(choice: Choice) -> Chosen:
+    return Chosen(_label(choice.pair), choice.origin, _reason(choice))
 
 
 def _reason(choice: Choice) -> str:

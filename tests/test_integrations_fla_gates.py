@@ -69,6 +69,15 @@ class OnGpu:
         return 0
 
 
+def test_lengths_without_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(gates, "_warm", set())
+    monkeypatch.setattr(gates, "_MOST_WARM", 3)
+    for length in range(1, 9):
+        assert gates._in_one((OnGpu((2, length, 4)), OnGpu((2, length, 4)), OnGpu((4,))))  # type: ignore[arg-type]  # a stand-in for a GPU's tensor
+        assert len(gates._warm) <= 3
+
+
 def test_one_launch_is_for_loaded_plain_calls_of_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)

@@ -325,6 +325,9 @@ def test_what_get_op_runs_is_asked_again_and_nothing_else_of_a_race_changes(tmp_
     results.Results({}, {str(case): {"fla": replace(part, entrants=part.entrants[:1])}}, {}).write(path)
     assert race.main(given) == 1
     assert "which has no time" in capsys.readouterr().out
+    results.Results({}, {str(case): {"fla": results.Part(failed="it ran out of memory")}}, {}).write(path)
+    assert race.main(given) == 1
+    assert f"not asked -> {label}, which has no time" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds no race"):
         race.main([*given[:-1], str(tmp_path / "none.json")])
 

@@ -167,9 +167,8 @@ class _Run:
         else:
             racing = standing.racing(self.request.asks)
             stale = [c for c in racing if self.request.force or c not in standing.current or self._may_race_now(standing, c)]
-            if (
-                not stale and standing.select(self.request.objective, None).winner is None
-            ):  # nobody passed: those for whom there was no memory race again
+            nobody = not stale and standing.select(self.request.objective, None).winner is None
+            if nobody:  # none of them passed: those for whom there was no memory race again
                 stale = [c for c in racing if standing.current[c].lacked_memory]
         if not stale:
             return []

@@ -25,6 +25,8 @@ _CODE = """template <typename T> void delta_gates(T g, T beta, T a, {bias}T fact
 Together = Callable[..., tuple[Tensor, Tensor]]
 _warm: set[object] = set()
 """Calls whose code is loaded: what is not cannot be loaded while a graph is captured."""
+_MOST_WARM = 4096
+"""So many are known at a time; then they are forgotten, and a graph that is captured next launches them one by one."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -71,6 +73,8 @@ def _in_one(given: Sequence[Tensor]) -> bool:
     if key not in _warm:
         if torch.cuda.is_current_stream_capturing():
             return False
+        if len(_warm) >= _MOST_WARM:  # every length of a prompt is one
+            _warm.clear()
         _warm.add(key)
     return True
 

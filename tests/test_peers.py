@@ -273,6 +273,24 @@ def test_flash_qla_plans_a_cut_once_a_step_and_again_where_hooks_give_back_other
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", ["fla", "flash_qla"])
+def test_states_with_the_value_dimension_first_are_right_beside_empty_sequences(name: str, on_cpu: Path) -> None:
+    made, op = contract("gated_delta_rule"), tb.get_op("gated_delta_rule")
+    call = build(made, case(lengths=(20, 0, 50), given=("g", "initial_state")), "cpu", requires_grad=True)
+    given = {one: getattr(call, one) for one in made.parameters}
+    turned = call.initial_state.detach().transpose(-1, -2).contiguous().requires_grad_()
+    given["initial_state"] = turned.transpose(-1, -2)
+    d_state = torch.randn_like(turned).transpose(-1, -2)
+    assert not given["initial_state"].is_contiguous()
+    assert not d_state.is_contiguous()
+    found = []
+    for backend in (name, "eager"):
+        o, state = op(**given, backend=backend)
+        found.append((o, state, *torch.autograd.grad((o, state), (call.q, turned), (torch.ones_like(o), d_state))))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=3e-2, atol=3e-2)
+
+
 def test_a_peers_module_is_looked_up_by_importlib_only_until_it_is_there(on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, peers = "flash_qla.ops.gated_delta_rule.chunk", shared()
     first = peers.load("flash_qla", name)

@@ -39,9 +39,9 @@ class Inputs(NamedTuple):  # a tuple is made in a third of a dataclass's time, a
 
     def of_filled(self, states: Tensor | None) -> Tensor | None:
         """The states of the sequences that have tokens, of one for each sequence."""
-        if states is None or self.filled is None:
-            return None if states is None else dense(states)
-        return states[self.filled]
+        if states is None:
+            return None
+        return dense(states if self.filled is None else states[self.filled])  # rows of a transposed state come out transposed
 
     def of_all(self, states: Tensor, others: Tensor | None) -> Tensor:
         """One state for each sequence, where an empty one's is that of `others`, or zero."""
@@ -122,7 +122,7 @@ def made(call: GatedDeltaRule, units: tuple[Tensor, ...] = (), *, decayed: bool 
     scale = k.shape[-1] ** -0.5 if call.scale is None else call.scale
     state = call.initial_state
     if state is not None:
-        state = dense(state) if filled is None else state[filled]
+        state = dense(state if filled is None else state[filled])
     shared = {"q": q, "k": k, "v": v, "beta": beta, "scale": scale, "cu_seqlens": offsets, "initial_state": state}
     return Inputs(shared, g, units, filled, sequences)
 

@@ -123,7 +123,11 @@ def _key(row: Told) -> str:
 def recorded(told: Told) -> str:
     """A line for each model and regime, then what won."""
     left = f", {told['buckets_left']} left when the budget ended" if told["buckets_left"] else ""
-    lines = [machine(told), f"By `{COMMANDS['recorded']}`: one tune of {told['tune_s']:.0f} s for all of them{left}.", ""]
+    each = ", ".join(
+        f"{seconds:.0f} s for {name}" for name, seconds in told.get("tunes", {}).items()
+    )  # of a file put together from a run for each model
+    tuned = f"a tune of {each}" if each else f"one tune of {told['tune_s']:.0f} s for all of them"
+    lines = [machine(told), f"By `{told.get('command', COMMANDS['recorded'])}`: {tuned}{left}.", ""]
     lines += [
         "| model | regime | tokens | untuned ms | before ms | after ms | untuned / after | before / after | rows of problems | covered | outputs differ by |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|---:|---:|",

@@ -55,6 +55,15 @@ def test_eager_gradients_are_those_of_the_registered_op(name: str) -> None:
         assert (got is None and want is None) or torch.equal(got, want)
 
 
+def test_a_number_in_a_tensors_place_reaches_the_backward() -> None:
+    keywords = small("dual_core")
+    assert isinstance(keywords["alpha"], Tensor)
+    alike = {**keywords, "alpha": torch.full_like(keywords["alpha"], 0.25)}
+    op = tb.get_op("dual_core")
+    for got, want in zip(gradients("dual_core", {**keywords, "alpha": 0.25}, op), gradients("dual_core", alike, op), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_a_dispatch_mode_sees_the_registered_ops_and_plain_training_does_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     keywords = small("fast_core")
     with Seen() as seen:

@@ -190,12 +190,12 @@ def test_which_of_flas_functions_runs(on_cpu: Path) -> None:
         assert ran() == [function]
 
 
-def test_the_backward_makes_again_what_the_peers_autograd_would_keep(on_cpu: Path) -> None:
+def test_the_backward_makes_nothing_again_that_the_peers_autograd_would_keep(on_cpu: Path) -> None:
     op, made = tb.get_op("gated_delta_rule"), contract("gated_delta_rule")
     expected = {
-        ("fla", ()): ["chunk_gated_delta_rule_fwd_intra"],
+        ("fla", ()): [],  # its forward hands on what FLA's autograd keeps
         ("fla", ("gate",)): ["chunk_gated_delta_rule_fwd"],
-        ("flash_qla", ()): [],  # its forward hands on what FlashQLA's autograd keeps
+        ("flash_qla", ()): [],
         ("flash_qla", ("gate",)): ["chunk_gated_delta_rule_fwd"],
     }
     for (backend, gates), again in expected.items():
@@ -220,17 +220,87 @@ def test_the_race_hands_a_backward_all_that_its_forward_keeps(on_cpu: Path, monk
     assert all(one.wall_us > 0 and not one.failed for one in stored)
 
 
-def test_a_backward_that_flash_qla_handed_nothing_computes_it(on_cpu: Path) -> None:
+@pytest.mark.parametrize(("name", "again"), [("fla", "chunk_gated_delta_rule_fwd_intra"), ("flash_qla", "kkt_solve")])
+def test_a_backward_that_was_handed_nothing_computes_it(name: str, again: str, on_cpu: Path) -> None:
     made = contract("gated_delta_rule")
     call = build(made, case(dtype=torch.bfloat16), "cpu", requires_grad=True)
-    asked = request("flash_qla", training=True, may_save=False)
+    asked = request(name, training=True, may_save=False)
     pair = planner("gated_delta_rule").plan(call, asked).choice.pair
     assert not pair.forward.saves_states
     seen().clear()
     grads = (torch.ones_like(call.v), None)
     with torch.no_grad():
         planner("gated_delta_rule").plan(call, asked).run_backward(call, grads, None, frozenset({"q", "k"}))
-    assert ran() == ["kkt_solve", "chunk_gated_delta_rule_bwd"]
+    assert ran() == [again, "chunk_gated_delta_rule_bwd"]
+
+
+@pytest.mark.parametrize("name", ["fla", "fla without a decay", "flash_qla"])
+def test_q_and_k_are_brought_to_unit_length_once_a_step_and_their_gradients_are_right(name: str, on_cpu: Path) -> None:
+    made, given = contract("gated_delta_rule"), () if "without" in name else ("g",)
+    call = build(made, case(G=2, given=given, options={"qk_l2norm": True}), "cpu", requires_grad=True)
+    keywords = {one: getattr(call, one) for one in made.parameters}
+    op, leaves = tb.get_op("gated_delta_rule"), [call.q, call.k, call.v, call.beta]
+    d_o = torch.randn_like(call.v)
+    o, _ = op(**keywords, backend=name.split()[0])
+    assert ran().count("l2norm_fwd") == 2
+    got = torch.autograd.grad(o, leaves, d_o)
+    assert ran().count("l2norm_fwd") == 2
+    want = torch.autograd.grad(op(**keywords, backend="eager")[0], leaves, d_o)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=3e-2, atol=3e-2)
+
+
+def test_flash_qla_plans_a_cut_once_a_step_and_again_where_hooks_give_back_other_tensors(on_cpu: Path) -> None:
+    made, op = contract("gated_delta_rule"), tb.get_op("gated_delta_rule")
+    planned = importlib.import_module("flash_qla.ops.gated_delta_rule.chunk").PLANNED
+
+    def gradient(call: Any) -> tuple[torch.Tensor, list[Any]]:
+        seen().clear()
+        planned.clear()
+        o, _ = op(**{name: getattr(call, name) for name in made.parameters}, backend="flash_qla")
+        found = torch.autograd.grad(o, call.q, torch.ones_like(o))[0]
+        return found, [one["plan"] for one in seen() if "plan" in one]
+
+    for lengths in (None, (20, 50), (20, 0, 50)):
+        call = build(made, case(lengths=lengths), "cpu", requires_grad=True)
+        want, (forward, backward) = gradient(call)
+        assert planned == [True], lengths
+        assert backward is forward
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x):
+            got, (forward, backward) = gradient(call)
+        assert planned == [True, True], lengths
+        assert backward is not forward
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["fla", "flash_qla"])
+def test_states_with_the_value_dimension_first_are_right_beside_empty_sequences(name: str, on_cpu: Path) -> None:
+    made, op = contract("gated_delta_rule"), tb.get_op("gated_delta_rule")
+    call = build(made, case(lengths=(20, 0, 50), given=("g", "initial_state")), "cpu", requires_grad=True)
+    given = {one: getattr(call, one) for one in made.parameters}
+    turned = call.initial_state.detach().transpose(-1, -2).contiguous().requires_grad_()
+    given["initial_state"] = turned.transpose(-1, -2)
+    d_state = torch.randn_like(turned).transpose(-1, -2)
+    assert not given["initial_state"].is_contiguous()
+    assert not d_state.is_contiguous()
+    found = []
+    for backend in (name, "eager"):
+        o, state = op(**given, backend=backend)
+        found.append((o, state, *torch.autograd.grad((o, state), (call.q, turned), (torch.ones_like(o), d_state))))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=3e-2, atol=3e-2)
+
+
+def test_a_peers_module_is_looked_up_by_importlib_only_until_it_is_there(on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, peers = "flash_qla.ops.gated_delta_rule.chunk", shared()
+    first = peers.load("flash_qla", name)
+    asked: list[str] = []
+    monkeypatch.setattr(importlib, "import_module", lambda one: (asked.append(one), first)[1])
+    assert peers.load("flash_qla", name) is first
+    assert asked == []
+    monkeypatch.setattr(first.__spec__, "_initializing", True, raising=False)  # as while another thread imports it
+    assert peers.load("flash_qla", name) is first
+    assert asked == [name]
 
 
 # FLA's own dispatch, and ours
@@ -361,7 +431,7 @@ def test_a_version_is_part_of_a_candidates_hash_in_both_directions(site: Path) -
         for candidate in (*found.forward, *found.backward):
             assert pinned <= set(source_modules(candidate, "gated_delta_rule"))
     tilelang = [one for one in offer(registry.get("fla"), signature(regime="training"), H100).backward if ("gradients", "tilelang") in one.params]
-    assert [set(one.sources) for one in tilelang] == [{"fla-core==0.6.0", "tilelang==0.1.15"}]
+    assert [set(one.sources) for one in tilelang] == [{"fla-core==0.6.0", "tilelang==0.1.15"}] * 2  # with what the forward kept, and without
 
 
 # refusals
@@ -421,8 +491,11 @@ def test_flas_backward_takes_the_kernels_that_are_right(
 ) -> None:
     serving = adapter("fla.serving")
     monkeypatch.setattr(serving, "version_of", lambda name: triton if name == "triton" else shared().version_of(name))
-    assert labels("fla", machine, regime="training")[1] == [f"fla/gated_delta_rule gradients={kernel}" for kernel in kernels]
-    assert labels("fla", machine, regime="training", G=2, given=()) == (["fla/delta_rule"], ["fla/delta_rule"])
+    assert labels("fla", machine, regime="training")[1] == [
+        f"fla/gated_delta_rule{kept} gradients={one}" for kept in ("_kept", "") for one in kernels
+    ]
+    assert labels("fla", machine, regime="training", G=2, given=()) == (["fla/delta_rule_kept", "fla/delta_rule"],) * 2
+    assert labels("fla", machine) == (["fla/gated_delta_rule"], [])
 
 
 def test_fla_refuses_to_train_on_hopper_with_a_triton_that_compiles_it_wrong(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,6 +702,9 @@ def test_the_real_flas_functions_take_our_arguments(monkeypatch: pytest.MonkeyPa
         forward = Candidate("fla", variant)
         rule.run(call, forward)
         rule.run_backward(call, (call.v, None), None, frozenset(["q", "beta"]), replace(forward, direction="backward"))
+        keeping = adapter("fla.inputs").keeping(forward)
+        _, _, *kept = rule.run(call, keeping)
+        rule.run_backward(call, (call.v, None), tuple(kept), frozenset(["q", "beta"]), replace(keeping, direction="backward"))
     op = contract("gated_delta_step")
     adapter("fla.gated_delta_step").run(build(op, case(T=1, G=2, options={}), "cpu"), Candidate("fla", "fused_recurrent"))
     assert set(asked) == {

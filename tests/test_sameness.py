@@ -19,6 +19,7 @@ from titans_backends import precision, sameness
 from titans_backends.contracts.fast_core import FastCore
 from titans_backends.errors import BoundCallMismatchError
 from titans_backends.plan import Plan
+from titans_backends.request import request
 
 
 def values() -> tuple[object, ...]:
@@ -141,6 +142,99 @@ def test_calls_like_the_last_few_get_their_plans_without_a_key_and_another_call_
     assert id(planner._recent[0].plan) not in plans, "a forced call has a plan of its own"
 
 
+def test_a_training_step_like_the_last_few_builds_no_key_in_either_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    tb.reset()
+    op = tb.get_op("fast_core")
+    layers = [[torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(3)] for length in (20, 24, 28, 32)]
+
+    def step() -> None:
+        for given in layers:
+            out = op(*given, chunk_size=16)[0]
+            assert out is not None
+            out.sum().backward()
+
+    step()
+    monkeypatch.setattr(type(op._planner), "_key", lambda *_: pytest.fail("a key was built"))
+    step()
+
+
+def trained(*given: torch.Tensor, **options: object) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    out = tb.get_op("fast_core")(*given, chunk_size=16, **options)[0]
+    assert out is not None
+    return out, list(torch.autograd.grad(out, given, torch.ones_like(out)))
+
+
+def test_a_training_step_known_from_before_is_cast_under_autocast() -> None:
+    tb.reset()
+    given = [torch.randn(1, 20, 2, 8, requires_grad=True) for _ in range(3)]
+    for _ in range(2):
+        assert trained(*given)[0].dtype == torch.float32
+    halves = [x.detach().bfloat16().requires_grad_() for x in given]
+    for dtype in (torch.bfloat16, torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            for leaves in (given, halves):
+                out, gradients = trained(*leaves)
+                assert out.dtype == dtype
+                assert {one.dtype for one in gradients} == {leaves[0].dtype}
+
+
+def test_a_training_step_known_from_before_is_seen_by_transforms_and_tracers() -> None:
+    tb.reset()
+    given = [torch.randn(1, 20, 2, 8, requires_grad=True) for _ in range(3)]
+    for _ in range(2):
+        want, _ = trained(*given)
+    op = tb.get_op("fast_core")
+    many = torch.func.vmap(lambda x: x * op(*given, chunk_size=16)[0])(torch.ones(2))  # the op's tensors are not mapped
+    torch.testing.assert_close(many, torch.stack([want, want]))
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record this call"):
+        torch.jit.trace(lambda x: op(*given, chunk_size=16)[0] * x, (torch.ones(1),), check_trace=False)
+
+
+def test_a_training_step_known_from_before_is_forced_or_refused_as_it_is_asked() -> None:
+    tb.reset()
+    given = [torch.randn(1, 20, 2, 8, requires_grad=True) for _ in range(3)]
+    for _ in range(2):
+        trained(*given)
+    with pytest.raises(tb.UnknownNameError, match="nobody"):
+        trained(*given, backend="nobody")
+    with pytest.raises(tb.BackendRefusedError), tb.use_backend("numba"):
+        trained(*given)
+    trained(*given)
+
+
+def test_offsets_of_a_training_step_known_from_before_are_checked_in_every_call() -> None:
+    tb.reset()
+    op = tb.get_op("gated_delta_rule")
+    q, k, v = (torch.randn(1, 12, 2, 8, requires_grad=True) for _ in range(3))
+    beta, offsets = torch.rand(1, 12, 2), torch.tensor([0, 5, 12])
+    for _ in range(2):
+        out = op(q, k, v, beta, cu_seqlens=offsets)[0]
+        assert out is not None
+        out.sum().backward()
+    offsets[1] = 13
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        op(q, k, v, beta, cu_seqlens=offsets)
+
+
+def test_a_step_in_place_is_refused_its_gradient_every_time() -> None:
+    tb.reset()
+    op = tb.get_op("gated_delta_step")
+    q, k, v = (torch.randn(1, 1, 2, 8, requires_grad=True) for _ in range(3))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="inplace=True takes no gradient"):
+            op(q, k, v, torch.rand(1, 1, 2), state=torch.zeros(1, 2, 8, 8), inplace=True)
+
+
+def test_what_is_asked_twice_is_one_request() -> None:
+    with tb.policy(batch_invariant=True):
+        scoped = request("eager", training=True)
+        assert request("eager", training=True) is scoped
+    assert request("eager", training=True) is not scoped
+    assert request("eager", training=True) is request("eager", training=True, may_save=True)
+    assert request("eager", training=True).may_save
+    assert not request("eager", training=True, may_save=False).may_save
+
+
 @pytest.mark.parametrize("odd", ["inference_mode", "no_grad", "parameter"])
 def test_a_first_call_in_a_mode_of_its_own_does_not_slow_the_later_ones(odd: str, plugin_backend: Callable[..., list[str]]) -> None:
     said: list[str] = []
@@ -161,7 +255,8 @@ def test_a_first_call_in_a_mode_of_its_own_does_not_slow_the_later_ones(odd: str
         op(torch.nn.Parameter(q.clone(), requires_grad=False), k, v, chunk_size=16)
     op(q, k, v, chunk_size=16)
     said.clear()
-    seen = [op._planner._like(op._planner.values(op._call((q, k, v), {"chunk_size": 16}))) for _ in range(2)]
+    asked = request("remembering", training=False)
+    seen = [op._planner._like(op._planner.values(op._call((q, k, v), {"chunk_size": 16})), asked) for _ in range(2)]
     assert None not in seen
     op(q, k, v, chunk_size=16)
     assert said == ["again"]

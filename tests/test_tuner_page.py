@@ -78,8 +78,10 @@ def test_a_recorded_line_shows_all_three_ways_and_a_wrong_one_as_wrong() -> None
     text = page.recorded(told)
     assert "| encoder | training | 64 | 4.00 | 3.00 | 2.00 | 2.00 | 1.50 | 2 of 3 | 50.0 % | 3e-01 WRONG |" in text
     assert "dual_core 64 `eager/x`" in text
-    assert "1 left when the budget ended" in text
+    assert "--json benchmarks/results/recorded.json`: one tune of 9 s for all of them, 1 left when the budget ended." in text
     assert "Not measured: b: why." in text
+    text = page.recorded({**told, "command": "tb it", "tunes": {"encoder": 4.0, "transformers": 5.0}})
+    assert "By `tb it`: a tune of 4 s for encoder, 5 s for transformers, 1 left when the budget ended." in text
 
 
 def test_the_assessed_problems_can_be_measured_and_have_midpoints() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from titans_backends.fakes import fake_backward, fake_forward
 from titans_backends.op_schema import flatten, schema_of, unflatten
 from titans_backends.plan import Handed, Outputs, Plan
 from titans_backends.plans import Planner
-from titans_backends.request import Request, request
+from titans_backends.request import Request, asking, request
 from titans_backends.signature import Launch
 from titans_backends.transforms import NO_FORWARD_MODE, transformable
 from titans_backends.watching import watched
@@ -88,9 +89,8 @@ def _asked(
     invariant = scoped.batch_invariant or bool(batch_invariant)
     if not (training or invariant):
         return scoped
-    return Request(
-        scoped.backend, scoped.by, invariant, training, may_save, must_save, scoped.tune_budget_s, launch if launch == "graph" else scoped.launch
-    )
+    launched = launch if launch == "graph" else scoped.launch
+    return asking(scoped.backend, scoped.by, invariant, training, may_save, must_save, scoped.tune_budget_s, launched)
 
 
 def _forward(op: Contract) -> Callable[..., Outputs]:
@@ -113,28 +113,12 @@ def _backward(op: Contract) -> Callable[..., Outputs]:
 
     def run(*flat: object) -> Outputs:
         grads, inputs, (states, needs, backend, batch_invariant) = flat[:count], flat[count:-4], flat[-4:]
-        return _run_backward(op, unflatten(op, inputs), grads, states, needs, backend, batch_invariant)  # type: ignore[arg-type]  # the schema has checked them
+        made, must_save = unflatten(op, inputs), None if states is None else ""
+        asked = _asked(backend, batch_invariant, training=True, may_save=states is not None, must_save=must_save)
+        with torch.no_grad():
+            return _run_backward(op, _plan(op, made, asked), made, grads, states, needs)  # type: ignore[arg-type]  # the schema has checked them
 
     return run
-
-
-def _run_backward(
-    op: Contract,
-    made: Call,
-    grads: Outputs,
-    states: Handed,
-    needs: Sequence[bool],
-    backend: str | None,
-    batch_invariant: bool,
-    residual: str = "",
-    launch: Launch = "eager",
-) -> Outputs:
-    """By the plan of the call as it is now: what saved tensors come back as is their hooks' affair."""
-    saved = None if states is None else residual
-    plan = _plan(op, made, _asked(backend, batch_invariant, training=True, may_save=states is not None, must_save=saved, launch=launch))
-    wanted = frozenset(name for name, need in zip(op.differentiable, needs, strict=True) if need)
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-        return plan.run_backward(made, grads, states, wanted)
 
 
 def gradients(
@@ -149,16 +133,29 @@ def gradients(
     launch: Launch = "eager",
 ) -> Outputs:
     """A backward for autograd, of the call with these field values: by the registered op where its gradients are to be differentiated again, where
-    compiled autograd traces it, and where torch must see it for what arrives or comes back from saved tensors. That takes no residual, and computes again."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched((*grads, *values, *saved)):
-        states = saved[0] if saved and not residual else None
-        registered: Outputs = getattr(torch.ops.titans_backends, f"{op.name}_backward")(
-            *grads, *flatten(op, values), states, needs, backend, batch_invariant
-        )
-        return registered
-    handed = None if not saved else saved if residual else saved[0]
-    call = op.make_call(**dict(zip(op.parameters, values, strict=True)))
-    return _run_backward(op, call, grads, handed, needs, backend, batch_invariant, residual, launch)
+    compiled autograd traces it, and where torch must see it for what arrives or comes back from saved tensors. That takes no residual, and computes again.
+
+    Otherwise by the plan of the call as it is now: what saved tensors come back as is their hooks' affair.
+    """
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or watched((*grads, *saved))):
+        asked = _asked(backend, batch_invariant, training=True, may_save=bool(saved), must_save=residual if saved else None, launch=launch)
+        plan = _PLANNERS[op.name].known(tuple(values), asked)
+        if plan is not None or not watched(values):
+            call = op.make_call(**dict(zip(op.parameters, values, strict=True)))
+            handed = None if not saved else saved if residual else saved[0]
+            return _run_backward(op, _plan(op, call, asked) if plan is None else plan, call, grads, handed, needs)
+    states = saved[0] if saved and not residual else None
+    registered: Outputs = getattr(torch.ops.titans_backends, f"{op.name}_backward")(
+        *grads, *flatten(op, values), states, needs, backend, batch_invariant
+    )
+    return registered
+
+
+def _run_backward(op: Contract, plan: Plan, made: Call, grads: Outputs, states: Handed, needs: Sequence[bool]) -> Outputs:
+    """A plan's backward, below autograd; gradients are off."""
+    wanted = frozenset(compress(op.differentiable, needs))
+    with torch._C._AutoDispatchBelowAutograd():
+        return plan.run_backward(made, grads, states, wanted)
 
 
 def _in_place(op: Contract) -> Callable[..., Tensor]:

@@ -83,6 +83,10 @@ class Op:
             outputs = None if values is None else self._planner.repeated(values, backend)
             if outputs is not None:
                 return outputs
+        if torch.is_grad_enabled():
+            outputs = self._step(args, kwargs, backend)
+            if outputs is not None:
+                return outputs
         call = self._call(args, kwargs)
         tensors = self._planner.tensors(call)
         if watched(tensors):
@@ -94,6 +98,18 @@ class Op:
             refuse_in_place(self.contract, call, True)
             return differentiated(self.name, plan, call, asked.backend, asked.batch_invariant)
         return self._planner.execute(plan, call)
+
+    def _step(self, args: tuple[object, ...], kwargs: dict[str, object], backend: str | None) -> Outputs | None:
+        """A training call just like one of the last few, which nobody watches; None where it may be another, where autocast might cast something, or where
+        it changes its arguments."""
+        values = self._places(args, kwargs)
+        if values is None or not asks_gradient(values) or torch._C._is_any_autocast_enabled():
+            return None
+        asked = request(backend, training=True)
+        plan = self._planner.known(values, asked)
+        if plan is None or plan.written:
+            return None
+        return differentiated(self.name, plan, self._make(*args, **kwargs), asked.backend, asked.batch_invariant)
 
     def bind(self, *args: object, backend: str | None = None, **kwargs: object) -> BoundOp:
         """Chooses once for these tensors' dtype, shape, stride and alignment; the bound op skips policy and lookup.

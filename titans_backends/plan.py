@@ -95,8 +95,7 @@ class Plan:
         backward, module = self.choice.pair.backward, self.backward_module
         if backward is None or module is None:
             raise BackendRefusedError(f"{self.choice.signature.op}: {self.choice.pair.label} has no backward")
-        remembering = registry.remembering_backward(module)
-        if remembering is None or isinstance(states, tuple):
+        if isinstance(states, tuple) or (remembering := registry.remembering_backward(module)) is None:
             return module.run_backward(call, grads, states, needs, backward)
         key = (needs, *[None if x is None else (x.stride(), x.dtype, x.data_ptr() & 15) for x in (*grads, states)])
         known = self.again_backward.get(key)

@@ -34,8 +34,8 @@ from titans_backends.signature import Signature
 __all__ = ["Planner", "invalidate"]
 
 _MEMO_LIMIT = 4096
-_RECENT = 4
-"""Calls that are told from one another without a key: the shapes of a model's layers."""
+_RECENT = 8
+"""Calls that are told from one another without a key: the shapes of a model's layers, in training each with its backward."""
 _LENGTHS = frozenset("BTNMEPZ*")
 _LONGEST_CHUNK = 512
 _PLANNERS: weakref.WeakSet[Planner] = weakref.WeakSet()
@@ -69,18 +69,27 @@ class Planner:
     def plan(self, call: Call, asked: Request) -> Plan:
         """The plan for a call, from the memo where it has one."""
         values = self.values(call)
-        entry = self._like(values)
+        entry = self._like(values, asked)
         if entry is None or entry.settings != _settings(asked, entry.on_cuda):
             key = self._key(call, asked)
             known = self._memo.get(key) if key is not None else None
             plan = self._decide(call, asked) if known is None else known.plan
-            entry = known if known is not None and known.same(values) else self._entry(plan, values, asked)
+            like = known is not None and known.settings[0] is _told(asked) and known.same(values)
+            entry = known if known is not None and like else self._entry(plan, values, asked)
             if key is not None:
                 self._remember(key, entry)
             if known is None:
                 return plan
         if entry.plan.checks_indices:
             check_indices(self.contract, call)
+        return entry.plan
+
+    def known(self, values: tuple[object, ...], asked: Request) -> Plan | None:
+        """The plan of a call that surely is like one of the last few, so that nobody watches its tensors; None where it may be another, or where values of
+        index tensors are to be checked."""
+        entry = self._like(values, asked)
+        if entry is None or entry.plan.checks_indices or entry.settings != _settings(asked, entry.on_cuda):
+            return None
         return entry.plan
 
     def may_repeat(self) -> bool:
@@ -92,17 +101,19 @@ class Planner:
 
     def repeated(self, values: tuple[object, ...], backend: str | None) -> Outputs | None:
         """A call just like one of the last few, repeated; None where it may be another, or something stands between it and the kernel."""
-        entry = self._like(values)
+        asked = request(backend, training=False)
+        entry = self._like(values, asked)
         if entry is None or (entry.differentiable and torch.is_grad_enabled()):
             return None
-        if entry.settings != _settings(request(backend, training=False), entry.on_cuda):
+        if entry.settings != _settings(asked, entry.on_cuda):
             return None
         return entry.plan.repeated(values)
 
-    def _like(self, values: tuple[object, ...]) -> _Entry | None:
-        """The entry of one of the last few calls that this one is surely like."""
+    def _like(self, values: tuple[object, ...], asked: Request) -> _Entry | None:
+        """The entry of one of the last few calls, asked for alike, that this one is surely like: a backward has its forward's values, and a plan of its own."""
+        told = _told(asked)
         for entry in self._recent:
-            if entry.same(values):
+            if entry.settings[0] is told and entry.same(values):
                 return entry
         return None
 
@@ -216,10 +227,15 @@ class Planner:
         return Plan(choice, forward, backward, checks, device, self.values, len(self.contract.outputs), written)
 
 
+def _told(asked: Request) -> Request | None:
+    """A request as settings tell it; None: nothing was asked for. One object each, so that they compare by identity."""
+    return None if asked is PLAIN else asked
+
+
 def _settings(asked: Request, on_cuda: bool) -> tuple[object, ...]:
     """What a choice depends on outside the call."""
     capturing = on_cuda and torch.cuda.is_current_stream_capturing()
-    return None if asked is PLAIN else asked, float32_precision(on_cuda), torch.are_deterministic_algorithms_enabled(), capturing
+    return _told(asked), float32_precision(on_cuda), torch.are_deterministic_algorithms_enabled(), capturing
 
 
 def _compiled_for(signature: Signature) -> object:

@@ -13,7 +13,7 @@ from titans_backends.dispatch import Forced
 from titans_backends.errors import SwitchError
 from titans_backends.signature import Launch
 
-__all__ = ["PLAIN", "Request", "asks_gradient", "request"]
+__all__ = ["PLAIN", "Request", "asking", "asks_gradient", "request"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,25 @@ PLAIN = Request()
 
 
 @functools.lru_cache(maxsize=64)
-def _named(backend: str) -> Request:
-    """The request that names a backend and nothing else: one object, so that two calls' settings compare by identity."""
-    return Request(backend)
+def asking(
+    backend: str | None,
+    by: str = "backend=",
+    batch_invariant: bool = False,
+    training: bool = False,
+    may_save: bool = True,
+    must_save: str | None = None,
+    tune_budget_s: float | None = None,
+    launch: Launch | None = None,
+) -> Request:
+    """A request with these fields, in their order: one object, so that two calls' settings compare by identity."""
+    return Request(backend, by, batch_invariant, training, may_save, must_save, tune_budget_s, launch)
 
 
 def request(backend: str | None, *, training: bool, may_save: bool = True) -> Request:
     """The request of a call: its own `backend=`, then `use_backend`, then the switch; and the scoped policy."""
     scoped, force = scope.current(), switches.current().force
     if not training and scoped is scope.DEFAULT and (backend is not None or force is None):
-        return PLAIN if backend is None else _named(backend)
+        return PLAIN if backend is None else asking(backend)
     by = "backend="
     if backend is None and scoped.forced is not None:
         backend, by = scoped.forced, "use_backend"
@@ -56,7 +65,7 @@ def request(backend: str | None, *, training: bool, may_save: bool = True) -> Re
         backend, by = force, f"{switches.PREFIX}FORCE"
         if force not in registry.known() and force not in registry.broken():
             raise SwitchError(f"{by} names an unknown backend {force!r}; known: {', '.join(sorted(registry.known()))}")
-    return Request(backend, by, scoped.batch_invariant, training, may_save, None, scoped.tune_budget_s, scoped.launch)
+    return asking(backend, by, scoped.batch_invariant, training, may_save, None, scoped.tune_budget_s, scoped.launch)
 
 
 def asks_gradient(tensors: tuple[object, ...]) -> bool:

@@ -17,7 +17,7 @@ from titans_backends.verdict import Verdict
 from ..peers import gated, refuse_packed_graph, sources
 from .dispatching import fla_alone
 from .gradients import backward_candidates, run_backward
-from .inputs import delta, made, rule
+from .inputs import delta, is_gated, keeping, made, rule
 from .serving import DISTRIBUTION, refuse_backward, serves, without_gate
 
 __all__ = ["backward_candidates", "candidates", "run", "run_backward", "supports"]
@@ -29,17 +29,26 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """FLA's one forward: of the plain rule where that serves, else of the gated one."""
+    """FLA's one forward: of the plain rule where that serves, else of the gated one; in training first what hands its backward the inverses."""
     variant = "delta_rule" if without_gate(signature) else "gated_delta_rule"
-    return [Candidate("fla", variant, batch_invariant=False, sources=sources(DISTRIBUTION))]
+    plain = Candidate("fla", variant, batch_invariant=False, sources=sources(DISTRIBUTION))
+    return [plain] if signature.regime == "inference" else [keeping(plain), plain]
 
 
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
-    """o and the final state."""
-    x = made(call, zero_decay=candidate.variant == "gated_delta_rule")
+    """o, the final state and, by what keeps, what FLA's autograd keeps."""
+    with_decay = is_gated(candidate)
+    x = made(call, zero_decay=with_decay)
     with fla_alone():
-        if candidate.variant == "delta_rule":
-            o, _, state = delta().chunk_delta_rule_fwd(beta=x.beta, output_final_state=call.output_final_state, **x.shared)
+        if with_decay:
+            running, o, inverse, state, _, _ = rule().chunk_gated_delta_rule_fwd(
+                g=x.g, beta=x.beta, output_final_state=call.output_final_state, **x.shared
+            )
         else:
-            _, o, _, state, _, _ = rule().chunk_gated_delta_rule_fwd(g=x.g, beta=x.beta, output_final_state=call.output_final_state, **x.shared)
-    return gated(o.to(call.v.dtype), call.gate), state if call.output_final_state else None
+            running, (o, inverse, state) = None, delta().chunk_delta_rule_fwd(beta=x.beta, output_final_state=call.output_final_state, **x.shared)
+    if o.dtype is not call.v.dtype:
+        o = o.to(call.v.dtype)
+    outputs = gated(o, call.gate), state if call.output_final_state else None
+    if not candidate.saves_states:
+        return outputs
+    return (*outputs, inverse, *x.units) if running is None else (*outputs, inverse, running, *x.units)

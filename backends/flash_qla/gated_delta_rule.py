@@ -15,7 +15,7 @@ from titans_backends.signature import Signature
 
 from ..peers import gated, sources
 from .gradients import backward_candidates, run_backward
-from .inputs import cuts, keeping, kernels, made, segments
+from .inputs import Kept, cuts, keeping, kernels, made, plan_of
 from .serving import DISTRIBUTIONS
 from .serving import serves as supports
 
@@ -33,9 +33,10 @@ def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
 
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
     """o, the final state and, by `kept`, what FlashQLA's autograd keeps."""
-    x, keeps = made(call), candidate.saves_states
-    running, inverse, o, _, state, cuts = kernels().chunk_gated_delta_rule_fwd(
-        g=x.g, output_final_state=call.output_final_state, auto_cp=candidate.param("auto_cp"), enable_fwd_cp_cache=keeps, **x.shared
+    x, keeps, auto = made(call), candidate.saves_states, bool(candidate.param("auto_cp"))
+    plan = plan_of(x, auto) if keeps else None
+    running, inverse, o, _, state, segments = kernels().chunk_gated_delta_rule_fwd(
+        g=x.g, output_final_state=call.output_final_state, auto_cp=auto, enable_fwd_cp_cache=keeps, cp_context=plan, **x.shared
     )
     outputs = gated(o, call.gate), x.of_all(state, call.initial_state) if call.output_final_state else None
-    return (*outputs, running, inverse, *segments(cuts)) if keeps else outputs
+    return (*outputs, *Kept(running, inverse, x.units, segments, plan).tensors) if keeps else outputs

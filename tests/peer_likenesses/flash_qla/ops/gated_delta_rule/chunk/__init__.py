@@ -6,6 +6,8 @@ from peer_math import backward, contiguous, forward, inverse, running, saw, sing
 from .cp import CPCache
 
 CHUNK_SIZE = 64
+PLANNED = []
+"""For every plan of a cut that was made, whether it was for training."""
 
 
 def _checked(q, k, v, g, beta, cu_seqlens):
@@ -17,11 +19,13 @@ def _checked(q, k, v, g, beta, cu_seqlens):
 
 
 def _auto_intra_cp_context(k, v, cu_seqlens, chunk_size, auto_cp, is_train, force_intra_cp=False):
-    assert k.shape[0] == 1
-    return types.SimpleNamespace(cu_seqlens=torch.tensor([0, k.shape[1]], dtype=torch.int32) if auto_cp and cu_seqlens is None else cu_seqlens)
+    PLANNED.append(is_train)
+    whole = auto_cp and k.shape[0] == 1 and cu_seqlens is None
+    return types.SimpleNamespace(cu_seqlens=torch.tensor([0, k.shape[1]], dtype=torch.int32) if whole else cu_seqlens)
 
 
 def l2norm_fwd(x, eps=1e-6, dim=-1):
+    saw("l2norm_fwd")
     contiguous(x)
     return unit(x)
 
@@ -44,11 +48,13 @@ def chunk_gated_delta_rule_fwd(
     q, k, v, g, beta, scale=None, initial_state=None, cu_seqlens=None, output_final_state=True, output_h=False, auto_cp=True, state_v_first=False,
     enable_fwd_cp_cache=False, cp_context=None, is_train=None,
 ):  # fmt: skip
-    saw("chunk_gated_delta_rule_fwd", auto_cp=auto_cp, offsets=cu_seqlens)
+    if cp_context is None:
+        cp_context = _auto_intra_cp_context(k, v, cu_seqlens, CHUNK_SIZE, auto_cp, enable_fwd_cp_cache if is_train is None else is_train)
+    saw("chunk_gated_delta_rule_fwd", auto_cp=auto_cp, offsets=cu_seqlens, plan=cp_context)
     _checked(q, k, v, g, beta, cu_seqlens)
     contiguous(initial_state)
     o, state = forward(q, k, v, g, beta, scale or 128**-0.5, initial_state, cu_seqlens)
-    grid = _auto_intra_cp_context(k, v, cu_seqlens, 64, auto_cp, False).cu_seqlens if k.shape[0] == 1 else cu_seqlens
+    grid = cp_context.cu_seqlens
     cut = enable_fwd_cp_cache and auto_cp and k.shape[0] == 1 and k.shape[1] > CHUNK_SIZE
     cache = (
         CPCache(*(x.double().sum().float().view(1) for x in (k, v)), None, *(x.double().sum().float().view(1) for x in (g, beta))) if cut else None
@@ -60,10 +66,12 @@ def chunk_gated_delta_rule_bwd(
     q, k, v, g, beta, A, do, dht=None, scale=None, initial_state=None, cu_seqlens=None, state_v_first=False, auto_cp=True, cp_cache=None,
     cp_context=None,
 ):  # fmt: skip
-    saw("chunk_gated_delta_rule_bwd", auto_cp=auto_cp, cached=cp_cache is not None)
+    if cp_context is None:
+        cp_context = _auto_intra_cp_context(k, v, cu_seqlens, CHUNK_SIZE, auto_cp, True)
+    saw("chunk_gated_delta_rule_bwd", auto_cp=auto_cp, cached=cp_cache is not None, plan=cp_context)
     _checked(q, k, v, g, beta, cu_seqlens)
     contiguous(do, dht, initial_state)
-    grid = _auto_intra_cp_context(k, v, cu_seqlens, 64, auto_cp, True).cu_seqlens if k.shape[0] == 1 else cu_seqlens
+    grid = cp_context.cu_seqlens
     assert torch.equal(A, inverse(k, beta, grid)), "the inverses of other keys"
     if cp_cache is not None:
         kept = (cp_cache.h0, cp_cache.mt, cp_cache.fallback_bwd, cp_cache.num_warmup_bwd)

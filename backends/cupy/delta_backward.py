@@ -1,9 +1,12 @@
 """The gradients of gated_delta_rule: blocks prepared again, states and updates by a walk forward, the state's gradient by a walk back, then every input's in parallel
 (SPEC.md 10; kernels in cuda/delta_prepare.cu, delta_walk.cu, delta_reverse.cu, delta_gradients.cu). A frozen input launches nothing of its own.
+
+The variant wgmma takes the last pass by Hopper's own products (delta_gradients_hopper.cu) where they serve the call.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
+from . import delta_gradients_hopper
 from .chunks import three_strides
 from .delta_prepare import SOURCE as PREPARE_SOURCE
 from .delta_prepare import Factors, Rule, prepare, prepare_bytes, rule_of
@@ -59,6 +63,8 @@ _WAYS = (
     _Way(32, 2, 2, 2, 1),
     _Way(16, 2, 2, 2, 1),
 )
+_SMS = 132
+"""Processors of an unknown card of Hopper's."""
 _FLOAT_WAYS = (_Way(32, 2, 2, 4, 1), _Way(32, 1, 2, 4, 1), _Way(16, 2, 3, 4, 2), _Way(16, 2, 2, 4, 1), _Way(16, 1, 2, 2, 1))
 
 
@@ -73,7 +79,12 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
         if max(walks, prepare_bytes(way.side, keys, dtype), _gradient_bytes(way, keys, dtype, signature.dim("H") != signature.dim("G"))) <= room:
             made = Candidate("cupy", "walks", tuple(way._asdict().items()), "backward", sources=source_names(*_SOURCES))
             found.setdefault((way.side, way.walkers), made)
-    return list(found.values())[:_OFFERED]
+    walks = list(found.values())[:_OFFERED]
+    if not delta_gradients_hopper.is_offered(signature, machine):
+        return walks
+    blocks, files = machine.sms or _SMS, source_names(*_SOURCES, delta_gradients_hopper.SOURCE)
+    wide = [one for one in walks if one.param("side") == delta_gradients_hopper.SIDE]
+    return walks + [replace(one, variant="wgmma", params=(*one.params, ("blocks", blocks)), sources=files) for one in wide]
 
 
 def _reverse_bytes(plan: Plan, keys: int, dtype: torch.dtype) -> int:
@@ -98,6 +109,7 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, beta, g, gate and the initial state, each like its input, None where `needs` leaves one out. `states` are computed again."""
     way = _Way(*(int(candidate.param(name)) for name in _Way._fields))
+    blocks = int(candidate.param("blocks")) if candidate.variant == "wgmma" else 0
     into: dict[str, Tensor] = {}
     for name in _INPUTS:
         like = getattr(call, name)
@@ -108,12 +120,12 @@ def run_backward(
         for name, gradient in into.items():
             gradient.copy_(d_final) if name == "initial_state" and d_final is not None else gradient.zero_()
     elif into:
-        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into)
+        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into, blocks)
     return tuple(into.get(name) for name in _INPUTS)
 
 
-def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: dict[str, Tensor]) -> None:
-    """Runs the kernels that the wanted gradients need."""
+def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: dict[str, Tensor], blocks: int) -> None:
+    """Runs the kernels that the wanted gradients need; `blocks`: as `_gradients` wants it."""
     wanted = set(into)
     inputs, back = bool(wanted - {"initial_state", "v"}), bool(wanted - {"q", "gate"})
     made = prepare(x, evenly=True)
@@ -130,7 +142,7 @@ def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: 
     if back:
         _walk_back(x, made, way.plan, d_o, d_final, leaving, errors, into)
     if inputs:
-        _gradients(x, way, d_o, (states, leaving, updates, errors), into)
+        _gradients(x, way, d_o, (states, leaving, updates, errors), into, blocks)
 
 
 def _macros(x: Rule, d_o: Tensor | None) -> tuple[tuple[str, int | str | bool], ...]:
@@ -163,20 +175,23 @@ def _walk_back(
     )  # fmt: skip
 
 
-def _gradients(x: Rule, way: _Way, d_o: Tensor | None, kept: tuple[Tensor | None, ...], into: dict[str, Tensor]) -> None:
-    """The last pass; `kept`: states, their gradients, updates and errors."""
-    states, leaving, updates, errors = kept
+def _gradients(x: Rule, way: _Way, d_o: Tensor | None, kept: tuple[Tensor | None, ...], into: dict[str, Tensor], blocks: int) -> None:
+    """The last pass; `kept`: states, their gradients, updates and errors; `blocks`: of Hopper's own, 0 for the one of every card."""
     arriving, gates = x.v if d_o is None else d_o, (x.beta, x.g, x.gate)
+    operands = (
+        x.q, x.k, x.v, arriving, *gates, *kept, *(into.get(name) for name in ("q", "k", "beta", "g", "gate")),
+        x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *arriving.stride()[:3],
+        *(step for gate in gates for step in three_strides(gate)),
+    )  # fmt: skip
+    wide = (gate is not None and gate.dtype == torch.float32 for gate in gates)
+    numbers = (x.heads, x.group, *wide, x.slots.wide, x.slots.sequences, x.tokens, x.slots.each)
+    if blocks and delta_gradients_hopper.serves(x, d_o, kept):
+        delta_gradients_hopper.launch(x, blocks, operands, numbers)
+        return
     GRADIENTS(
         (x.places // x.group, 1, 1),
         2 * way.side * way.parts,
         (*_macros(x, d_o), ("PARTS", way.parts), ("STAGES", way.stages), ("GROUPED", x.group > 1)),
-        (
-            x.q, x.k, x.v, arriving, *gates, states, leaving, updates, errors, *(into.get(name) for name in ("q", "k", "beta", "g", "gate")),
-            x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *arriving.stride()[:3],
-            *(step for gate in gates for step in three_strides(gate)), x.heads, x.group,
-            *(gate is not None and gate.dtype == torch.float32 for gate in gates), x.slots.wide, x.slots.sequences, x.tokens, x.slots.each, x.l2norm,
-            d_o is not None, x.scale,
-        ),
+        (*operands, *numbers, x.l2norm, d_o is not None, x.scale),
         _gradient_bytes(way, x.keys, x.v.dtype, x.group > 1),
-    )  # fmt: skip
+    )

@@ -381,6 +381,14 @@ def shuffle(block: Block, one: Instruction) -> None:
     block.write(ops[1], given[block.lane - lane + source])
 
 
+def vote(block: Block, one: Instruction) -> None:
+    """VOTEU: whether a predicate holds in all of a warp's active threads, or in any."""
+    held = block.predicate(one.operands[-1]).reshape(-1, 32)
+    come = block.active.reshape(-1, 32)
+    found = (held | ~come).all(1) if "ALL" in one.opcode else (held & come).any(1)
+    block.write_predicate(one.operands[0], np.repeat(found, 32))
+
+
 OPERATIONS: Mapping[str, Operation] = {
     **dict.fromkeys(("NOP", "MEMBAR", "WARPSYNC", "ENDCOLLECTIVE", "BSSY", "BSYNC", "ERRBAR"), nothing),
     **dict.fromkeys(("IMAD", "UIMAD"), multiply_add),
@@ -398,7 +406,7 @@ OPERATIONS: Mapping[str, Operation] = {
     **dict.fromkeys(("ISETP", "UISETP"), compare),
     "VIADD": add_two, "VIADDMNMX": sum_extreme, "IABS": absolute, "CS2R": zeros, "R2UR": to_uniform, "R2P": unpack_predicates, "PRMT": permute, "UPRMT": permute,
     "FADD": add_floats, "FMUL": multiply_floats, "FFMA": multiply_add_floats, "FMNMX": extreme_float, "FSETP": compare_floats, "MUFU": function,
-    "FRND": round_float, "I2F": to_float, "F2I": to_integer, "F2FP": pack_halves, "HADD2": from_half, "SHFL": shuffle,
+    "FRND": round_float, "I2F": to_float, "F2I": to_integer, "F2FP": pack_halves, "HADD2": from_half, "SHFL": shuffle, "VOTEU": vote,
     "FENCE": fence, "WARPGROUP": warpgroup,
     "BAR": barrier, "USETMAXREG": registers, "F2F": narrow_float, **accesses.OPERATIONS, "HMMA": products.small, "HGMMA": products.large,
 }  # fmt: skip

@@ -259,7 +259,8 @@ DEVICE void row_sums(float* line, const Sums& sums, unsigned char* square, const
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         const float2 x = unpair<DTYPE>(*place.first(square, n)), y = unpair<DTYPE>(*place.second(square, n));
-        first += x.x * sums[4 * n] + x.y * sums[4 * n + 1], second += y.x * sums[4 * n + 2] + y.y * sums[4 * n + 3];
+        first += x.x * sums[4 * n], second += y.x * sums[4 * n + 2];
+        first += x.y * sums[4 * n + 1], second += y.y * sums[4 * n + 3];
     }
 #pragma unroll
     for (int lanes = 1; lanes < 4; lanes *= 2) first += __shfl_xor_sync(0xffffffffu, first, lanes), second += __shfl_xor_sync(0xffffffffu, second, lanes);
@@ -273,7 +274,7 @@ DEVICE float dot(uint4 a, uint4 b) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 one = unpair<DTYPE>(x[i]), other = unpair<DTYPE>(y[i]);
-        sum += one.x * other.x + one.y * other.y;
+        sum += one.x * other.x, sum += one.y * other.y;
     }
     return sum;
 }
@@ -415,14 +416,17 @@ struct Worker {
             const Log others[2] = {Log{there.x, there.y}, Log{there.z, there.w}};
             float x[4];
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int token = row + (e < 2 ? 0 : 8), other = column + e % 2;
-                const float product = by * square[4 * n + e];
-                x[e] = other < token ? exp_between(mine[e / 2], others[e % 2]) * product : 0.0f;  // above the diagonal the decay is perhaps infinite, and not taken
-                if (other == token && !part) lines[DIAGONAL + token] = product;
+            for (int e = 0; e < 4; e++) {  // above the diagonal the decay is perhaps infinite, and not taken
+                const bool below = column + e % 2 < row + (e < 2 ? 0 : 8);
+                x[e] = below ? exp_between(mine[e / 2], others[e % 2]) * (by * square[4 * n + e]) : 0.0f;
             }
             *place.first(to, n) = pair<DTYPE>(x[0], x[1]);
             *place.second(to, n) = pair<DTYPE>(x[2], x[3]);
+            if (!part && n / 2 == thread / 32 % 4) {  // the warp's squares on the diagonal
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (column + e % 2 == row + (e < 2 ? 0 : 8)) lines[DIAGONAL + column + e % 2] = by * square[4 * n + e];
+            }
         }
     }
 

@@ -1,7 +1,8 @@
 """The gradients of gated_delta_rule: blocks prepared again, states and updates by a walk forward, the state's gradient by a walk back, then every input's in parallel
 (SPEC.md 10; kernels in cuda/delta_prepare.cu, delta_walk.cu, delta_reverse.cu, delta_gradients.cu). A frozen input launches nothing of its own.
 
-The variant wgmma takes the last pass by Hopper's own products (delta_gradients_hopper.cu) where they serve the call.
+With what a forward kept (delta_kept.py) only the walk back and the last pass are left. The variant wgmma, and on Hopper what takes kept tensors, does the
+last pass by Hopper's own products (delta_gradients_hopper.cu) where they serve the call.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from titans_backends.signature import Signature
 
 from . import delta_gradients_hopper
 from .chunks import three_strides
+from .delta_kept import Kept, keeping
 from .delta_prepare import SOURCE as PREPARE_SOURCE
 from .delta_prepare import Factors, Rule, prepare, prepare_bytes, rule_of
 from .delta_walk import SOURCE as WALK_SOURCE
@@ -52,6 +54,7 @@ class _Way(NamedTuple):
         return Plan(self.side, self.walkers, self.depth)
 
 
+_KEEPING = 2
 _OFFERED = 3
 """Of the ways below, each first one that fits of those alike in tokens and walkers."""
 _WAYS = (
@@ -81,10 +84,11 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
             found.setdefault((way.side, way.walkers), made)
     walks = list(found.values())[:_OFFERED]
     if not delta_gradients_hopper.is_offered(signature, machine):
-        return walks
+        return walks + keeping(walks, signature, _KEEPING)
     blocks, files = machine.sms or _SMS, source_names(*_SOURCES, delta_gradients_hopper.SOURCE)
     wide = [one for one in walks if one.param("side") == delta_gradients_hopper.SIDE]
-    return walks + [replace(one, variant="wgmma", params=(*one.params, ("blocks", blocks)), sources=files) for one in wide]
+    wide = [replace(one, variant="wgmma", params=(*one.params, ("blocks", blocks)), sources=files) for one in wide]
+    return walks + wide + keeping(wide, signature, _KEEPING)
 
 
 def _reverse_bytes(plan: Plan, keys: int, dtype: torch.dtype) -> int:
@@ -105,11 +109,11 @@ def _gradient_bytes(way: _Way, keys: int, dtype: torch.dtype, grouped: bool) -> 
 
 
 def run_backward(
-    call: GatedDeltaRule, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+    call: GatedDeltaRule, grads: tuple[Tensor | None, ...], states: tuple[Tensor, ...] | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, beta, g, gate and the initial state, each like its input, None where `needs` leaves one out. `states` are computed again."""
+    """Gradients of q, k, v, beta, g, gate and the initial state, each like its input, None where `needs` leaves one out. `states`: the residual, if any."""
     way = _Way(*(int(candidate.param(name)) for name in _Way._fields))
-    blocks = int(candidate.param("blocks")) if candidate.variant == "wgmma" else 0
+    blocks, kept = int(dict(candidate.params).get("blocks", 0)), Kept(*states) if candidate.residual and states is not None else None
     into: dict[str, Tensor] = {}
     for name in _INPUTS:
         like = getattr(call, name)
@@ -120,25 +124,29 @@ def run_backward(
         for name, gradient in into.items():
             gradient.copy_(d_final) if name == "initial_state" and d_final is not None else gradient.zero_()
     elif into:
-        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into, blocks)
+        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into, blocks, kept)
     return tuple(into.get(name) for name in _INPUTS)
 
 
-def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: dict[str, Tensor], blocks: int) -> None:
+def _fill(
+    x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: dict[str, Tensor], blocks: int, kept: Kept | None
+) -> None:
     """Runs the kernels that the wanted gradients need; `blocks`: as `_gradients` wants it."""
     wanted = set(into)
     inputs, back = bool(wanted - {"initial_state", "v"}), bool(wanted - {"q", "gate"})
-    made = prepare(x, evenly=True)
+    made = prepare(x, evenly=True) if kept is None else kept.factors
     errors = updates = leaving = states = None
     if inputs:
-        kept = torch.empty((2, x.places, x.values, x.wide_keys), dtype=x.v.dtype, device=x.v.device)
-        changes = torch.empty((2, *x.v.shape), dtype=x.v.dtype, device=x.v.device)
-        states, updates = kept.select(0, 0), changes.select(0, 0)
-        walk(x, made, way.plan, states=states, updates=updates)
+        if kept is not None:
+            states, updates = kept.states, kept.updates
+        else:
+            states = torch.empty((x.places, x.values, x.wide_keys), dtype=x.v.dtype, device=x.v.device)
+            updates = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
+            walk(x, made, way.plan, states=states, updates=updates)
         if {"k", "g"} & wanted:
-            leaving = kept.select(0, 1)
+            leaving = torch.empty_like(states)
         if {"k", "beta", "g"} & wanted:
-            errors = changes.select(0, 1)
+            errors = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
     if back:
         _walk_back(x, made, way.plan, d_o, d_final, leaving, errors, into)
     if inputs:

@@ -12,12 +12,16 @@ from titans_backends.verdict import Verdict
 
 from .ahead import ahead_of
 from .delta_backward import backward_candidates, run_backward
+from .delta_kept import keeping, residual
 from .delta_segments import segments, segments_candidates
 from .delta_walk import run_walk, walk_candidates
 from .program import remembering, remembering_backward
 from .serving import WIDEST, serves
 
 __all__ = ["backward_candidates", "candidates", "compile_ahead", "remember", "remember_backward", "run", "run_backward", "supports"]
+
+_KEEPING = 2
+"""Walks that are offered with what they made handed on."""
 
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
@@ -26,9 +30,9 @@ def supports(signature: Signature, machine: Machine) -> Verdict:
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """The shapes that fit the card: where heads are narrow segments, and one walk."""
+    """The shapes that fit the card: where heads are narrow segments, and one walk; in training also walks that hand on what they made."""
     segmented, walks = segments_candidates(signature, machine), walk_candidates(signature, machine)
-    return segmented + walks[:1] if segmented else walks
+    return (segmented + walks[:1] if segmented else walks) + keeping(walks, signature, _KEEPING)
 
 
 def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
@@ -36,5 +40,5 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
     return segments(call, candidate) if candidate.variant == "segments" else run_walk(call, candidate)
 
 
-compile_ahead = ahead_of(run, "gated_delta_rule", run_backward)
+compile_ahead = ahead_of(run, "gated_delta_rule", run_backward, residual)
 remember, remember_backward = remembering(run), remembering_backward(run_backward)

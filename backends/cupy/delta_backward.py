@@ -1,8 +1,8 @@
 """The gradients of gated_delta_rule: blocks prepared again, states and updates by a walk forward, the state's gradient by a walk back, then every input's in parallel
 (SPEC.md 10; kernels in cuda/delta_prepare.cu, delta_walk.cu, delta_reverse.cu, delta_gradients.cu). A frozen input launches nothing of its own.
 
-With what a forward kept (delta_kept.py) only the walk back and the last pass are left. The variant wgmma, and on Hopper what takes kept tensors, does the
-last pass by Hopper's own products (delta_gradients_hopper.cu) where they serve the call.
+With what a forward kept (delta_kept.py) only the walk back and the last pass are left. The variant wgmma, and on Hopper what takes kept tensors, walks
+back and does the last pass by Hopper's own products (delta_reverse_hopper.cu, delta_gradients_hopper.cu) where they serve the call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from . import delta_gradients_hopper
+from . import delta_gradients_hopper, delta_reverse_hopper
 from .chunks import three_strides
 from .delta_kept import Kept, keeping
 from .delta_prepare import SOURCE as PREPARE_SOURCE
@@ -55,6 +55,15 @@ class _Way(NamedTuple):
 
 
 _KEEPING = 2
+
+
+class _Hopper(NamedTuple):
+    """Of Hopper's own kernels: warpgroups that carry a head back together, blocks of the last pass; zeros where those of every card run."""
+
+    carriers: int
+    blocks: int
+
+
 _OFFERED = 3
 """Of the ways below, each first one that fits of those alike in tokens and walkers."""
 _WAYS = (
@@ -68,6 +77,8 @@ _WAYS = (
 )
 _SMS = 132
 """Processors of an unknown card of Hopper's."""
+_CROWDED = 0.75
+"""Heads of all sequences for each processor from which two carriers of a head come first."""
 _FLOAT_WAYS = (_Way(32, 2, 2, 4, 1), _Way(32, 1, 2, 4, 1), _Way(16, 2, 3, 4, 2), _Way(16, 2, 2, 4, 1), _Way(16, 1, 2, 2, 1))
 
 
@@ -85,10 +96,16 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     walks = list(found.values())[:_OFFERED]
     if not delta_gradients_hopper.is_offered(signature, machine):
         return walks + keeping(walks, signature, _KEEPING)
-    blocks, files = machine.sms or _SMS, source_names(*_SOURCES, delta_gradients_hopper.SOURCE)
-    wide = [one for one in walks if one.param("side") == delta_gradients_hopper.SIDE]
-    wide = [replace(one, variant="wgmma", params=(*one.params, ("blocks", blocks)), sources=files) for one in wide]
-    return walks + wide + keeping(wide, signature, _KEEPING)
+    wide = _hopper(next(one for one in walks if one.param("side") == delta_gradients_hopper.SIDE), signature, machine)
+    return walks + wide + keeping(wide, signature, len(wide))
+
+
+def _hopper(walk: Candidate, signature: Signature, machine: Machine) -> list[Candidate]:
+    """The same with Hopper's own walk back and last pass: two carriers of a head read its tiles together, one each fill a card with half the heads."""
+    files, sms = source_names(*_SOURCES, delta_reverse_hopper.SOURCE, delta_gradients_hopper.SOURCE), machine.sms or _SMS
+    crowded = signature.dim("N") * signature.dim("H") >= _CROWDED * sms and not signature.batch_invariant
+    params = [(*walk.params, ("carriers", carriers), ("blocks", sms)) for carriers in ((2, 1) if crowded else (1, 2))]
+    return [replace(walk, variant="wgmma", params=each, sources=files) for each in params]
 
 
 def _reverse_bytes(plan: Plan, keys: int, dtype: torch.dtype) -> int:
@@ -113,7 +130,8 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, beta, g, gate and the initial state, each like its input, None where `needs` leaves one out. `states`: the residual, if any."""
     way = _Way(*(int(candidate.param(name)) for name in _Way._fields))
-    blocks, kept = int(dict(candidate.params).get("blocks", 0)), Kept(*states) if candidate.residual and states is not None else None
+    hopper = _Hopper(*(int(dict(candidate.params).get(name, 0)) for name in _Hopper._fields))
+    kept = Kept(*states) if candidate.residual and states is not None else None
     into: dict[str, Tensor] = {}
     for name in _INPUTS:
         like = getattr(call, name)
@@ -124,14 +142,12 @@ def run_backward(
         for name, gradient in into.items():
             gradient.copy_(d_final) if name == "initial_state" and d_final is not None else gradient.zero_()
     elif into:
-        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into, blocks, kept)
+        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into, hopper, kept)
     return tuple(into.get(name) for name in _INPUTS)
 
 
-def _fill(
-    x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: dict[str, Tensor], blocks: int, kept: Kept | None
-) -> None:
-    """Runs the kernels that the wanted gradients need; `blocks`: as `_gradients` wants it."""
+def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: dict[str, Tensor], hopper: _Hopper, kept: Kept | None) -> None:
+    """Runs the kernels that the wanted gradients need; `hopper`: zeros where the kernels of every card serve."""
     wanted = set(into)
     inputs, back = bool(wanted - {"initial_state", "v"}), bool(wanted - {"q", "gate"})
     made = prepare(x, evenly=True) if kept is None else kept.factors
@@ -148,9 +164,9 @@ def _fill(
         if {"k", "beta", "g"} & wanted:
             errors = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
     if back:
-        _walk_back(x, made, way.plan, d_o, d_final, leaving, errors, into)
+        _walk_back(x, made, way.plan, d_o, d_final, leaving, errors, into, hopper.carriers)
     if inputs:
-        _gradients(x, way, d_o, (states, leaving, updates, errors), into, blocks)
+        _gradients(x, way, d_o, (states, leaving, updates, errors), into, hopper.blocks)
 
 
 def _macros(x: Rule, d_o: Tensor | None) -> tuple[tuple[str, int | str | bool], ...]:
@@ -168,19 +184,25 @@ def _walk_back(
     leaving: Tensor | None,
     errors: Tensor | None,
     into: dict[str, Tensor],
+    carriers: int,
 ) -> None:
+    """`carriers`: of Hopper's own walk, 0 for the one of every card."""
     arriving = x.v if d_o is None else d_o
+    operands = (
+        x.q, x.k, arriving, made.inverses, made.scores, made.lines, d_final, leaving, errors, into.get("v"), into.get("initial_state"),
+        x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3], *arriving.stride()[:3],
+    )  # fmt: skip
+    numbers = (x.heads, x.group, x.slots.wide, x.tokens, x.slots.each)
+    if carriers and delta_reverse_hopper.serves(x, d_o):
+        delta_reverse_hopper.launch(x, carriers, operands, numbers)
+        return
     REVERSE(
         (x.slots.sequences * x.heads * -(-x.values // (16 * plan.walkers)), 1, 1),
         THREADS,
         (*_macros(x, d_o), ("WALKERS", plan.walkers), ("DEPTH", plan.depth)),
-        (
-            x.q, x.k, arriving, made.inverses, made.scores, made.lines, d_final, leaving, errors, into.get("v"), into.get("initial_state"),
-            x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3], *arriving.stride()[:3], x.heads, x.group, x.slots.wide, x.tokens, x.slots.each,
-            d_o is not None,
-        ),
+        (*operands, *numbers, d_o is not None),
         _reverse_bytes(plan, x.keys, x.v.dtype),
-    )  # fmt: skip
+    )
 
 
 def _gradients(x: Rule, way: _Way, d_o: Tensor | None, kept: tuple[Tensor | None, ...], into: dict[str, Tensor], blocks: int) -> None:

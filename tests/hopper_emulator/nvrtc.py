@@ -21,11 +21,11 @@ _FORMS: dict[launch.Form, Listing] = {}
 
 
 @contextmanager
-def emulating(races: Counter[tuple[str, str, str]] | None = None, without: str = "", only: str = "") -> Iterator[list[str]]:
+def emulating(races: Counter[tuple[str, str, str]] | None = None, without: str = "", only: tuple[str, ...] = ()) -> Iterator[list[str]]:
     """Launches inside are emulated; gives the names of the kernels in their order. Fault where one reads or writes what it may not, or waits for ever.
 
     `races`: takes the races in shared memory: what they are, the earlier instruction, the later one; the first block alone runs. `without`: instructions
-    of this name do nothing. `only`: the kernel of this name alone, the others are launched as they would be outside.
+    of this name do nothing. `only`: the kernels of these names alone, the others are launched as they would be outside.
     """
     launched: list[str] = []
     before = launch.Kernel.__call__
@@ -34,7 +34,7 @@ def emulating(races: Counter[tuple[str, str, str]] | None = None, without: str =
         kernel: launch.Kernel, blocks: launch.Blocks, threads: int, macros: launch.Macros, values: tuple[launch.Arg, ...], shared: int = 0
     ) -> None:
         launched.append(kernel.name)
-        if only not in ("", kernel.name):
+        if only and kernel.name not in only:
             before(kernel, blocks, threads, macros, values, shared)
             return
         form = launch.Form(kernel.source, kernel.name, macros, shared)

@@ -1,8 +1,8 @@
 """The gradients of gated_delta_rule: blocks prepared again, states and updates by a walk forward, the state's gradient by a walk back, then every input's in parallel
 (SPEC.md 10; kernels in cuda/delta_prepare.cu, delta_walk.cu, delta_reverse.cu, delta_gradients.cu). A frozen input launches nothing of its own.
 
-With what a forward kept (delta_kept.py) only the walk back and the last pass are left. The variant wgmma, and on Hopper what takes kept tensors, walks
-back and does the last pass by Hopper's own products (delta_reverse_hopper.cu, delta_gradients_hopper.cu) where they serve the call.
+With what a forward kept (delta_kept.py) only the walk back and the last pass are left. The variant wgmma, and on Hopper what takes kept tensors, runs
+Hopper's own kernels (delta_hopper.py) where they serve the call, those of every card elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
-from . import delta_gradients_hopper, delta_reverse_hopper
+from . import delta_hopper
 from .chunks import three_strides
 from .delta_kept import Kept, keeping
 from .delta_prepare import SOURCE as PREPARE_SOURCE
@@ -77,8 +77,6 @@ _WAYS = (
 )
 _SMS = 132
 """Processors of an unknown card of Hopper's."""
-_CROWDED = 0.75
-"""Heads of all sequences for each processor from which two carriers of a head come first."""
 _FLOAT_WAYS = (_Way(32, 2, 2, 4, 1), _Way(32, 1, 2, 4, 1), _Way(16, 2, 3, 4, 2), _Way(16, 2, 2, 4, 1), _Way(16, 1, 2, 2, 1))
 
 
@@ -94,18 +92,13 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
             made = Candidate("cupy", "walks", tuple(way._asdict().items()), "backward", sources=source_names(*_SOURCES))
             found.setdefault((way.side, way.walkers), made)
     walks = list(found.values())[:_OFFERED]
-    if not delta_gradients_hopper.is_offered(signature, machine):
+    if not delta_hopper.is_offered(signature, machine):
         return walks + keeping(walks, signature, _KEEPING)
-    wide = _hopper(next(one for one in walks if one.param("side") == delta_gradients_hopper.SIDE), signature, machine)
+    walk = next(one for one in walks if one.param("side") == delta_hopper.SIDE)
+    files, blocks = source_names(*_SOURCES, *delta_hopper.BACKWARD_SOURCES), machine.sms or _SMS
+    params = [(*walk.params, ("carriers", carriers), ("blocks", blocks)) for carriers in delta_hopper.carriers_of(signature, machine)]
+    wide = [replace(walk, variant="wgmma", params=each, sources=files) for each in params]
     return walks + wide + keeping(wide, signature, len(wide))
-
-
-def _hopper(walk: Candidate, signature: Signature, machine: Machine) -> list[Candidate]:
-    """The same with Hopper's own walk back and last pass: two carriers of a head read its tiles together, one each fill a card with half the heads."""
-    files, sms = source_names(*_SOURCES, delta_reverse_hopper.SOURCE, delta_gradients_hopper.SOURCE), machine.sms or _SMS
-    crowded = signature.dim("N") * signature.dim("H") >= _CROWDED * sms and not signature.batch_invariant
-    params = [(*walk.params, ("carriers", carriers), ("blocks", sms)) for carriers in ((2, 1) if crowded else (1, 2))]
-    return [replace(walk, variant="wgmma", params=each, sources=files) for each in params]
 
 
 def _reverse_bytes(plan: Plan, keys: int, dtype: torch.dtype) -> int:
@@ -158,7 +151,10 @@ def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: 
         else:
             states = torch.empty((x.places, x.values, x.wide_keys), dtype=x.v.dtype, device=x.v.device)
             updates = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
-            walk(x, made, way.plan, states=states, updates=updates)
+            if hopper.carriers and delta_hopper.serves(x, d_o):
+                delta_hopper.walk(x, made, hopper.carriers, states=states, updates=updates)
+            else:
+                walk(x, made, way.plan, states=states, updates=updates)
         if {"k", "g"} & wanted:
             leaving = torch.empty_like(states)
         if {"k", "beta", "g"} & wanted:
@@ -193,8 +189,8 @@ def _walk_back(
         x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3], *arriving.stride()[:3],
     )  # fmt: skip
     numbers = (x.heads, x.group, x.slots.wide, x.tokens, x.slots.each)
-    if carriers and delta_reverse_hopper.serves(x, d_o):
-        delta_reverse_hopper.launch(x, carriers, operands, numbers)
+    if carriers and delta_hopper.serves(x, d_o):
+        delta_hopper.walk_back(x, carriers, (*operands, *numbers))
         return
     REVERSE(
         (x.slots.sequences * x.heads * -(-x.values // (16 * plan.walkers)), 1, 1),
@@ -215,8 +211,8 @@ def _gradients(x: Rule, way: _Way, d_o: Tensor | None, kept: tuple[Tensor | None
     )  # fmt: skip
     wide = (gate is not None and gate.dtype == torch.float32 for gate in gates)
     numbers = (x.heads, x.group, *wide, x.slots.wide, x.slots.sequences, x.tokens, x.slots.each)
-    if blocks and delta_gradients_hopper.serves(x, d_o, kept):
-        delta_gradients_hopper.launch(x, blocks, operands, numbers)
+    if blocks and delta_hopper.serves(x, d_o) and all(one is not None for one in kept):
+        delta_hopper.gradients(x, blocks, (*operands, *numbers))
         return
     GRADIENTS(
         (x.places // x.group, 1, 1),

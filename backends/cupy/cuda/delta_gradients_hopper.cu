@@ -14,7 +14,7 @@
 //
 // DTYPE: Bfloat or Half; NORMALIZED: q and k are taken at length 1.
 #include "chunks.cuh"
-#include "hopper.cuh"
+#include "hopper_rows.cuh"
 #include "stores.cuh"
 #include "tiles.cuh"
 
@@ -68,26 +68,6 @@ DEVICE float2 two(const float* line) { return *reinterpret_cast<const float2*>(l
 
 // ---- The feeders, a warp each.
 
-// 64 rows of 64 numbers, `step` numbers from one row to the next; from `length` on zeros
-DEVICE void load_square(unsigned char* to, const DTYPE* from, int64_t step, int length) {
-    const int row = lane_id() / 8, piece = lane_id() % 8, left = length - row;
-    unsigned char *const even = to + row * 128 + (piece ^ row) * 16, *const odd = to + row * 128 + (piece ^ row ^ 4) * 16;
-    from += row * step + piece * 8;
-#pragma unroll
-    for (int i = 0; i < SIDE / 4; i++) {
-        cp_async_16((i % 2 ? odd : even) + i * 512, from, 4 * i < left);
-        from += 4 * step;
-    }
-}
-
-// what is under way lies there, and products may read it
-DEVICE void landed(int barrier) {
-    cp_async_commit();
-    cp_async_wait<0>();
-    fence_for_products();
-    barrier_arrive(barrier, WITH_ONE_WARP);
-}
-
 DEVICE void feed_values(const Params& p, unsigned char* stage, int half) {
     bool again = false;
 #pragma unroll 1
@@ -103,16 +83,16 @@ DEVICE void feed_values(const Params& p, unsigned char* stage, int half) {
             const int64_t at = item.first_row * u_t + head * WIDTH + value, state = ((static_cast<int64_t>(item.slot) * p.heads + head) * WIDTH + value) * WIDTH;
             if (again) barrier_sync(FREED + half, WITH_ONE_WARP);
             again = true;
-            load_square(stage + ARRIVING, p.d_o + chunk.batch * p.o_b + chunk.begin * p.o_t + head * p.o_h + value, p.o_t, length);
-            load_square(stage + UPDATES, p.updates + at, u_t, length);
-            load_square(stage + ERRORS, p.errors + at, u_t, length);
+            load_rows(stage + ARRIVING, p.d_o + chunk.batch * p.o_b + chunk.begin * p.o_t + head * p.o_h + value, p.o_t, length);
+            load_rows(stage + UPDATES, p.updates + at, u_t, length);
+            load_rows(stage + ERRORS, p.errors + at, u_t, length);
 #pragma unroll 1
             for (int part = 0; part < 2; part++) {
-                load_square(stage + STATES + part * SQUARE_BYTES, p.states + state + part * 64, WIDTH, SIDE);
-                load_square(stage + LEAVING + part * SQUARE_BYTES, p.leaving + state + part * 64, WIDTH, SIDE);
+                load_rows(stage + STATES + part * SQUARE_BYTES, p.states + state + part * 64, WIDTH, SIDE);
+                load_rows(stage + LEAVING + part * SQUARE_BYTES, p.leaving + state + part * 64, WIDTH, SIDE);
             }
-            if (p.dbeta) load_square(stage + GIVEN, p.v + chunk.batch * p.v_b + chunk.begin * p.v_t + head * p.v_h + value, p.v_t, length);
-            landed(LOADED + half);
+            if (p.dbeta) load_rows(stage + GIVEN, p.v + chunk.batch * p.v_b + chunk.begin * p.v_t + head * p.v_h + value, p.v_t, length);
+            landed(LOADED + half, WITH_ONE_WARP);
         }
     }
 }
@@ -128,10 +108,10 @@ DEVICE void feed_rows(const Params& p, unsigned char* memory) {
         again = true;
 #pragma unroll 1
         for (int part = 0; part < 2; part++) {
-            load_square(memory + KEYS_AT + part * SQUARE_BYTES, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + item.shared * p.k_h + part * 64, p.k_t, chunk.length);
-            load_square(memory + QUERIES_AT + part * SQUARE_BYTES, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + item.shared * p.q_h + part * 64, p.q_t, chunk.length);
+            load_rows(memory + KEYS_AT + part * SQUARE_BYTES, p.k + chunk.batch * p.k_b + chunk.begin * p.k_t + item.shared * p.k_h + part * 64, p.k_t, chunk.length);
+            load_rows(memory + QUERIES_AT + part * SQUARE_BYTES, p.q + chunk.batch * p.q_b + chunk.begin * p.q_t + item.shared * p.q_h + part * 64, p.q_t, chunk.length);
         }
-        landed(ROWS_LOADED);
+        landed(ROWS_LOADED, WITH_ONE_WARP);
     }
 }
 

@@ -1,31 +1,22 @@
 // What delta_reverse.cu computes, with its formulas, on Hopper for heads of 128 keys and values in 16 bits: the gradient E of the state from the last block of 64
-// tokens to the first. A warpgroup carries 64 values of a head's E, transposed, in registers, and every product's left operand comes from registers:
+// tokens to the first, 64 values a carrier (delta_carriers.cuh):
 //
 //   dU^T = (E^T K^T) write + dO^T P      X^T = dU^T A'      E^T <- total E^T + (dO read)^T Q - (X lost)^T K       64 x 64 x 128, 64, 64, 128 x 64 twice
 //
-// Of a fourth of the threads two warps load ahead and two store what the carriers leave of a block: E, rounded, X, and dV = weight X.
+// The storers keep E, rounded, X, and dV = weight X.
 // A block and half of the values costs 4.2 MFLOP, 1,024 cycles of a processor's tensor cores, of which 640 follow one another, with four roundings between
 // them some 1,500: 128 blocks of 1 x 8192 take about 110 us, whatever the number of heads up to 66. It reads 56 KB (q, k, P and A' from the second-level cache for the
 // other half) and writes 32 KB: 8 x 1024, 16/32 heads, 0.46 GB, 140 us of memory.
 //
-// DTYPE: Bfloat or Half; CARRIERS: 1, half of a head's values, or 2, all of them, which read the tiles of their block together.
-#define KEYS 128
-#define VALUES 128
-#define SIDE 64
-#include "delta_blocks.cuh"
-#include "hopper.cuh"
+// DTYPE; CARRIERS.
+#include "delta_carriers.cuh"
 
-constexpr int GROUP = 128, THREADS = GROUP * (1 + CARRIERS), STAGES = CARRIERS == 1 ? 3 : 2, PART = 64;
-constexpr int FEW_REGISTERS = 56, MANY_REGISTERS = 224;
 // A stage: k and q in two halves of their columns, A', P, columns of dO for each carrier, lines
 constexpr int K_AT = 0, Q_AT = 2 * SQUARE_BYTES, INVERSE_AT = 4 * SQUARE_BYTES, SCORES_AT = 5 * SQUARE_BYTES, ARRIVING_AT = 6 * SQUARE_BYTES;
 constexpr int STAGE_BYTES = (6 + CARRIERS) * SQUARE_BYTES, STAGES_BYTES = STAGES * STAGE_BYTES;
 // What a carrier leaves of a block: 64 rows of E^T, 128 keys in two halves, X and dV by tokens
 constexpr int LEFT_BYTES = 4 * SQUARE_BYTES, ERRORS_AT = 2 * SQUARE_BYTES, GRADIENTS_AT = 3 * SQUARE_BYTES, LINES_AT = STAGES_BYTES + CARRIERS * LEFT_BYTES;
-static_assert(LINES_AT + STAGES * LINES_BYTES <= 232448 && SQUARE_BYTES == 8192, "a block's shared memory");
-
-constexpr int LOADED = 1, FREED = LOADED + STAGES, LEFT = FREED + STAGES, STORED = LEFT + CARRIERS;
-constexpr int WITH_LOADER = CARRIERS * GROUP + 32, STORERS = 64 / CARRIERS, WITH_STORERS = GROUP + STORERS;
+static_assert(LINES_AT + STAGES * LINES_BYTES <= 232448, "a block's shared memory");
 
 struct Params {
     const DTYPE *q, *k, *d_o, *inverses, *scores;
@@ -37,48 +28,7 @@ struct Params {
     int heads, group, cu_wide, tokens, slots;
 };
 
-using Part = Tile<DTYPE, PART>;
-using Sums = float[32];  // of a lane, values r and r + 8 of its warp's 16: of columns 8 n + 2 c and the next one [4 n], [4 n + 1] and [4 n + 2], [4 n + 3]
-using Operand = uint32_t[4][4];  // the same of 64 columns, rounded: a product's left operand, 16 columns each
-
-// What a block of threads carries.
-struct Task {
-    Blocked here;
-    int head, sequence, column;  // column: its first value
-    DEVICE Task(const Params& p) {
-        constexpr int HALVES = 2 / CARRIERS;
-        const int stream = blockIdx.x / HALVES;
-        column = blockIdx.x % HALVES * PART, head = stream % p.heads, sequence = stream / p.heads;
-        here = find_sequence(Grid{p.cu_seqlens, p.cu_wide, 0, p.tokens, SIDE, 0, p.slots}, sequence);
-    }
-    DEVICE int64_t place(const Params& p, int block) const { return static_cast<int64_t>(here.first_slot + block) * p.heads + head; }
-    DEVICE int length(int block) const {
-        const int64_t left = here.count - static_cast<int64_t>(block) * SIDE;
-        return left < SIDE ? static_cast<int>(left) : SIDE;
-    }
-};
-
 // ---- The loaders take blocks by turns, a warp each.
-
-// 64 rows of 64 numbers, `step` from one row to the next; from `length` on zeros
-DEVICE void load_rows(unsigned char* to, const DTYPE* from, int64_t step, int length) {
-    const int row = lane_id() / 8, piece = lane_id() % 8, left = length - row;
-    unsigned char *const even = to + row * 128 + (piece ^ row) * 16, *const odd = to + row * 128 + (piece ^ row ^ 4) * 16;
-    from += row * step + piece * 8;
-#pragma unroll
-    for (int i = 0; i < SIDE / 4; i++) {
-        cp_async_16((i % 2 ? odd : even) + i * 512, from, 4 * i < left);
-        from += 4 * step;
-    }
-}
-// a place's square, whose blocks above the diagonal are no one's memory: zeros
-DEVICE void load_lower(unsigned char* to, const DTYPE* from) {
-    const int row = lane_id() / 8, piece = lane_id() % 8;
-    unsigned char *const even = to + row * 128 + (piece ^ row) * 16, *const odd = to + row * 128 + (piece ^ row ^ 4) * 16;
-    from += row * SIDE + piece * 8;
-#pragma unroll
-    for (int i = 0; i < SIDE / 4; i++) cp_async_16((i % 2 ? odd : even) + i * 512, from + i * 4 * SIDE, piece / 2 <= i / 4);
-}
 
 DEVICE void load(const Params& p, unsigned char* memory, int turn) {
     const Task task(p);
@@ -89,7 +39,7 @@ DEVICE void load(const Params& p, unsigned char* memory, int turn) {
 #pragma unroll 1
     for (int step = turn; step < task.here.blocks; step += 2) {
         const int block = task.here.blocks - 1 - step, stage = step % STAGES, length = task.length(block);
-        const int64_t at = static_cast<int64_t>(block) * SIDE, place = task.place(p, block);
+        const int64_t at = static_cast<int64_t>(block) * SIDE, place = task.place(block);
         unsigned char* const to = memory + stage * STAGE_BYTES;
         if (step >= STAGES) barrier_sync(FREED + stage, WITH_LOADER);
 #pragma unroll 1
@@ -102,24 +52,12 @@ DEVICE void load(const Params& p, unsigned char* memory, int turn) {
 #pragma unroll
         for (int part = 0; part < CARRIERS; part++) load_rows(to + ARRIVING_AT + part * SQUARE_BYTES, d_o + at * p.o_t + part * PART, p.o_t, length);
         for (int i = lane_id(); i < LINES / 4; i += 32) cp_async_16(memory + LINES_AT + stage * LINES_BYTES + 16 * i, p.lines + place * LINES + 4 * i, true);
-        cp_async_commit();
-        cp_async_wait<0>();
-        fence_for_products();
-        barrier_arrive(LOADED + stage, WITH_LOADER);
+        landed(LOADED + stage, WITH_LOADER);
     }
 }
 
 // ---- The storers of a carrier: what it left of a block, to device memory.
 
-DEVICE void store_rows(const unsigned char* from, DTYPE* to, int64_t step, int rows, int thread) {
-    const int row = thread / 8, piece = thread % 8;
-    to += row * step + piece * 8;
-#pragma unroll 4
-    for (int i = 0; i < SIDE; i += STORERS / 8) {
-        const uint4 x = *reinterpret_cast<const uint4*>(Part{const_cast<unsigned char*>(from)}.piece(row + i, piece));
-        if (row + i < rows) *reinterpret_cast<uint4*>(to + i * step) = x;
-    }
-}
 DEVICE void store(const Params& p, const unsigned char* memory, int thread) {
     const Task task(p);
     const int carrier = thread / STORERS, column = task.column + carrier * PART;
@@ -132,7 +70,7 @@ DEVICE void store(const Params& p, const unsigned char* memory, int thread) {
         const int length = task.length(block);
         barrier_sync(LEFT + carrier, WITH_STORERS);
         if (p.leaving) {
-            DTYPE* const to = p.leaving + (task.place(p, block) * VALUES + column) * KEY_WIDTH;
+            DTYPE* const to = p.leaving + (task.place(block) * VALUES + column) * KEY_WIDTH;
 #pragma unroll 1
             for (int half = 0; half < 2; half++) store_rows(left + half * SQUARE_BYTES, to + half * 64, KEY_WIDTH, PART, thread);
         }
@@ -144,49 +82,11 @@ DEVICE void store(const Params& p, const unsigned char* memory, int thread) {
 
 // ---- The carriers.
 
-DEVICE void as_operand(Operand& to, const Sums& from) {
-#pragma unroll
-    for (int s = 0; s < 4; s++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) to[s][i] = pair<DTYPE>(from[8 * s + 2 * i], from[8 * s + 2 * i + 1]);
-}
-// columns of a sum, each times its number
-DEVICE void scale_columns(Sums& sums, const float* line) {
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-        const float2 by = two(line + 8 * n + lane_id() % 4 * 2);
-        sums[4 * n] *= by.x, sums[4 * n + 1] *= by.y, sums[4 * n + 2] *= by.x, sums[4 * n + 3] *= by.y;
-    }
-}
-// 64 values by 64 columns of what a carrier leaves, a warp its 16 values: by values, or turned around
-DEVICE void leave(unsigned char* square, const Operand& x) {
-    const int lane = lane_id(), row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-#pragma unroll
-    for (int s = 0; s < 4; s++) stmatrix_x4(Part{square}.piece(row, 2 * s + lane / 16), x[s]);
-}
-DEVICE void leave_turned(unsigned char* square, const Operand& x) {
-    const int lane = lane_id(), warp = threadIdx.x / 32 % 4, row = lane % 8 + lane / 16 * 8, piece = 2 * warp + lane / 8 % 2;
-#pragma unroll
-    for (int s = 0; s < 4; s++) stmatrix_x4_trans(Part{square}.piece(16 * s + row, piece), x[s]);
-}
-
-// E^T of 64 keys from `key` on, from or to a state [KEYS, VALUES] at this warp's first value
-DEVICE void read_state(Sums& state, const float* from, int key) {
-    const int r = lane_id() / 4, c = lane_id() % 4;
-#pragma unroll
-    for (int i = 0; i < 32; i++) state[i] = from ? from[(key + i / 4 * 8 + 2 * c + i % 2) * VALUES + r + i / 2 % 2 * 8] : 0.0f;
-}
-DEVICE void write_state(float* to, int key, const Sums& state) {
-    const int r = lane_id() / 4, c = lane_id() % 4;
-#pragma unroll
-    for (int i = 0; i < 32; i++) to[(key + i / 4 * 8 + 2 * c + i % 2) * VALUES + r + i / 2 % 2 * 8] = state[i];
-}
-
 DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
     const Task task(p);
     const int warp = threadIdx.x / 32 % 4, c = lane_id() % 4;
     unsigned char* const left = memory + STAGES_BYTES + carrier * LEFT_BYTES;
-    const int64_t of_sequence = (static_cast<int64_t>(task.sequence) * p.heads + task.head) * (KEYS * VALUES) + task.column + carrier * PART + 16 * warp;
+    const int64_t of_sequence = task.state() + carrier * PART + 16 * warp;
     Sums low, high;  // E^T of keys 0 to 63, and of the others
     read_state(low, p.d_final ? p.d_final + of_sequence : nullptr, 0);
     read_state(high, p.d_final ? p.d_final + of_sequence : nullptr, 64);
@@ -210,11 +110,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
         for (int s = 1; s < 4; s++) product<DTYPE, BY_COLUMNS, BY_COLUMNS, true>(answered, further(arriving, s * FURTHER_IN_COLUMNS), further(scores, s * FURTHER_IN_COLUMNS));
         products_commit();
         products_begin();
-        product_of<DTYPE, BY_ROWS, false>(change, low_rounded[0], k);  // E^T K^T
-#pragma unroll
-        for (int s = 1; s < 4; s++) product_of<DTYPE, BY_ROWS, true>(change, low_rounded[s], further(k, s * FURTHER_IN_ROWS));
-#pragma unroll
-        for (int s = 0; s < 4; s++) product_of<DTYPE, BY_ROWS, true>(change, high_rounded[s], further(k, SQUARE_BYTES + s * FURTHER_IN_ROWS));
+        along_rows(change, low_rounded, high_rounded, k);  // E^T K^T
         products_commit();
         if (step > 0) barrier_sync(STORED + carrier, WITH_STORERS);
         if (p.leaving) leave(left, low_rounded), leave(left + SQUARE_BYTES, high_rounded);

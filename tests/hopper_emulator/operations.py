@@ -381,6 +381,13 @@ def shuffle(block: Block, one: Instruction) -> None:
     block.write(ops[1], given[block.lane - lane + source])
 
 
+def turn(block: Block, one: Instruction) -> None:
+    """MOVM.16.MT88: an 8 x 8 matrix of a warp, two numbers a thread, transposed."""
+    words = block.read(one.operands[1]).reshape(-1, 32)
+    matrix = np.stack([words & U32(0xFFFF), words >> U32(16)], 2).reshape(-1, 8, 8).transpose(0, 2, 1).reshape(-1, 32, 2)
+    block.write(one.operands[0], (matrix[..., 0] | matrix[..., 1] << U32(16)).reshape(-1).astype(U32))
+
+
 def vote(block: Block, one: Instruction) -> None:
     """VOTEU: whether a predicate holds in all of a warp's active threads, or in any."""
     held = block.predicate(one.operands[-1]).reshape(-1, 32)
@@ -406,7 +413,7 @@ OPERATIONS: Mapping[str, Operation] = {
     **dict.fromkeys(("ISETP", "UISETP"), compare),
     "VIADD": add_two, "VIADDMNMX": sum_extreme, "IABS": absolute, "CS2R": zeros, "R2UR": to_uniform, "R2P": unpack_predicates, "PRMT": permute, "UPRMT": permute,
     "FADD": add_floats, "FMUL": multiply_floats, "FFMA": multiply_add_floats, "FMNMX": extreme_float, "FSETP": compare_floats, "MUFU": function,
-    "FRND": round_float, "I2F": to_float, "F2I": to_integer, "F2FP": pack_halves, "HADD2": from_half, "SHFL": shuffle, "VOTEU": vote,
+    "FRND": round_float, "I2F": to_float, "F2I": to_integer, "F2FP": pack_halves, "HADD2": from_half, "SHFL": shuffle, "VOTEU": vote, "MOVM": turn,
     "FENCE": fence, "WARPGROUP": warpgroup,
     "BAR": barrier, "USETMAXREG": registers, "F2F": narrow_float, **accesses.OPERATIONS, "HMMA": products.small, "HGMMA": products.large,
 }  # fmt: skip

@@ -105,7 +105,8 @@ def forms(op: str, case: Case, sm: int, *, every: bool = False) -> list[Form]:
     def run(call: Call, candidate: Candidate) -> object:
         if candidate.direction == "forward":
             return module.run(call, candidate)
-        return module.run_backward(call, *arriving(op, call, candidate), candidate)
+        grads, states, needs = arriving(op, call, candidate)
+        return module.run_backward(call, grads, module.residual(call, candidate) if candidate.residual else states, needs, candidate)
 
     either = [offered(op, case, sm, backward=backward) for backward in (False, True)]
     chosen = [candidate for found in either for candidate in (found if every else found[:1])]
@@ -114,6 +115,11 @@ def forms(op: str, case: Case, sm: int, *, every: bool = False) -> list[Form]:
 
 def compiled(form: Form, sm: int) -> Usage:
     """NVRTC's work on a form; what it refuses fails the test with its log."""
+    return compiled_with_log(form, sm)[0]
+
+
+def compiled_with_log(form: Form, sm: int) -> tuple[Usage, str]:
+    """The same, and what the compiler said."""
     from cuda.core import Program, ProgramOptions
 
     log = io.StringIO()
@@ -126,12 +132,13 @@ def compiled(form: Form, sm: int) -> Usage:
     said = log.getvalue()
     registers, spilled = re.findall(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill stores", said)
     assert registers, f"the compiler's log has no registers: {said[:1000]}"
-    return Usage(max(map(int, registers)), max(map(int, spilled), default=0))
+    return Usage(max(map(int, registers)), max(map(int, spilled), default=0)), said
 
 
 def files(sm: int) -> dict[str, Form]:
-    """For every `.cu` that a default launches on a card, in any variant, one of its forms: the last one, of narrow heads."""
-    return {form.source: form for op in OPS for case in (*production(op), *variants(op)) for form in forms(op, case, sm)}
+    """For every `.cu` that a default launches on a card, in any variant, one of its forms: the last one, of narrow heads; then those of other candidates."""
+    found = {form.source: form for op in OPS for case in (*production(op), *variants(op)) for form in forms(op, case, sm)}
+    return {form.source: form for op in OPS for case in production(op) for form in forms(op, case, sm, every=True)} | found
 
 
 @compiles
@@ -160,9 +167,9 @@ def test_every_file_compiles_for_other_cards(sm: int) -> None:
         compiled(form, sm)
 
 
-def test_every_cuda_file_is_launched_by_a_default_that_is_compiled_here() -> None:
+def test_every_cuda_file_is_launched_by_a_candidate_that_is_compiled_here() -> None:
     kernels = {path.name for path in sources.FOLDER.glob("*.cu")}
-    assert kernels == set(files(90)), "a .cu that no op's default launches would never be compiled in the tests"
+    assert kernels == set(files(90)), "a .cu that no op's candidate launches would never be compiled in the tests"
     included = {name for kernel in kernels for name in sources.closure(kernel)}
     assert {path.name for path in sources.FOLDER.iterdir() if path.is_file()} == included, "a header that no kernel includes"
 

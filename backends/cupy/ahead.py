@@ -7,7 +7,7 @@ from typing import Any
 
 from titans_backends.backend import Candidate
 from titans_backends.launching import ahead
-from titans_backends.launching.ahead import CompileAhead, arriving
+from titans_backends.launching.ahead import CompileAhead, Residual, arriving
 from titans_backends.launching.remember import Run, RunBackward
 
 from .compile import architecture, cubin
@@ -21,6 +21,7 @@ def collected(run: Callable[[Any, Candidate], object], call: Any, candidate: Can
     return ahead.collected(TAPING, run, call, candidate)
 
 
-def ahead_of(run: Run, op: str = "", run_backward: RunBackward | None = None) -> CompileAhead:
-    """An op module's `compile_ahead`, from its `run` and, for an op that trains, its name and `run_backward`; CompileError holds NVRTC's log."""
-    return ahead.ahead_of(TAPING, lambda form, sm: cubin(form, architecture(sm)), run, op, run_backward)
+def ahead_of(run: Run, op: str = "", run_backward: RunBackward | None = None, residual: Residual | None = None) -> CompileAhead:
+    """An op module's `compile_ahead`, from its `run` and, for an op that trains, its name, its `run_backward` and what makes residuals; CompileError holds
+    NVRTC's log."""
+    return ahead.ahead_of(TAPING, lambda form, sm: cubin(form, architecture(sm)), run, op, run_backward, residual)

@@ -1,9 +1,13 @@
 """The gradients of gated_delta_rule: blocks prepared again, states and updates by a walk forward, the state's gradient by a walk back, then every input's in parallel
 (SPEC.md 10; kernels in cuda/delta_prepare.cu, delta_walk.cu, delta_reverse.cu, delta_gradients.cu). A frozen input launches nothing of its own.
+
+With what a forward kept (delta_kept.py) only the walk back and the last pass are left. The variant wgmma, and on Hopper what takes kept tensors, runs
+Hopper's own kernels (delta_hopper.py) where they serve the call, those of every card elsewhere.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +18,9 @@ from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
+from . import delta_hopper
 from .chunks import three_strides
+from .delta_kept import Kept, keeping
 from .delta_prepare import SOURCE as PREPARE_SOURCE
 from .delta_prepare import Factors, Rule, prepare, prepare_bytes, rule_of
 from .delta_walk import SOURCE as WALK_SOURCE
@@ -48,6 +54,16 @@ class _Way(NamedTuple):
         return Plan(self.side, self.walkers, self.depth)
 
 
+_KEEPING = 2
+
+
+class _Hopper(NamedTuple):
+    """Of Hopper's own kernels: warpgroups that carry a head back together, blocks of the last pass; zeros where those of every card run."""
+
+    carriers: int
+    blocks: int
+
+
 _OFFERED = 3
 """Of the ways below, each first one that fits of those alike in tokens and walkers."""
 _WAYS = (
@@ -59,6 +75,8 @@ _WAYS = (
     _Way(32, 2, 2, 2, 1),
     _Way(16, 2, 2, 2, 1),
 )
+_SMS = 132
+"""Processors of an unknown card of Hopper's."""
 _FLOAT_WAYS = (_Way(32, 2, 2, 4, 1), _Way(32, 1, 2, 4, 1), _Way(16, 2, 3, 4, 2), _Way(16, 2, 2, 4, 1), _Way(16, 1, 2, 2, 1))
 
 
@@ -73,7 +91,14 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
         if max(walks, prepare_bytes(way.side, keys, dtype), _gradient_bytes(way, keys, dtype, signature.dim("H") != signature.dim("G"))) <= room:
             made = Candidate("cupy", "walks", tuple(way._asdict().items()), "backward", sources=source_names(*_SOURCES))
             found.setdefault((way.side, way.walkers), made)
-    return list(found.values())[:_OFFERED]
+    walks = list(found.values())[:_OFFERED]
+    if not delta_hopper.is_offered(signature, machine):
+        return walks + keeping(walks, signature, _KEEPING)
+    walk = next(one for one in walks if one.param("side") == delta_hopper.SIDE)
+    files, blocks = source_names(*_SOURCES, *delta_hopper.BACKWARD_SOURCES), machine.sms or _SMS
+    params = [(*walk.params, ("carriers", carriers), ("blocks", blocks)) for carriers in delta_hopper.carriers_of(signature, machine)]
+    wide = [replace(walk, variant="wgmma", params=each, sources=files) for each in params]
+    return walks + wide + keeping(wide, signature, len(wide))
 
 
 def _reverse_bytes(plan: Plan, keys: int, dtype: torch.dtype) -> int:
@@ -94,10 +119,12 @@ def _gradient_bytes(way: _Way, keys: int, dtype: torch.dtype, grouped: bool) -> 
 
 
 def run_backward(
-    call: GatedDeltaRule, grads: tuple[Tensor | None, ...], states: Tensor | None, needs: frozenset[str], candidate: Candidate
+    call: GatedDeltaRule, grads: tuple[Tensor | None, ...], states: tuple[Tensor, ...] | None, needs: frozenset[str], candidate: Candidate
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, beta, g, gate and the initial state, each like its input, None where `needs` leaves one out. `states` are computed again."""
+    """Gradients of q, k, v, beta, g, gate and the initial state, each like its input, None where `needs` leaves one out. `states`: the residual, if any."""
     way = _Way(*(int(candidate.param(name)) for name in _Way._fields))
+    hopper = _Hopper(*(int(dict(candidate.params).get(name, 0)) for name in _Hopper._fields))
+    kept = Kept(*states) if candidate.residual and states is not None else None
     into: dict[str, Tensor] = {}
     for name in _INPUTS:
         like = getattr(call, name)
@@ -108,29 +135,34 @@ def run_backward(
         for name, gradient in into.items():
             gradient.copy_(d_final) if name == "initial_state" and d_final is not None else gradient.zero_()
     elif into:
-        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into)
+        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into, hopper, kept)
     return tuple(into.get(name) for name in _INPUTS)
 
 
-def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: dict[str, Tensor]) -> None:
-    """Runs the kernels that the wanted gradients need."""
+def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: dict[str, Tensor], hopper: _Hopper, kept: Kept | None) -> None:
+    """Runs the kernels that the wanted gradients need; `hopper`: zeros where the kernels of every card serve."""
     wanted = set(into)
     inputs, back = bool(wanted - {"initial_state", "v"}), bool(wanted - {"q", "gate"})
-    made = prepare(x, evenly=True)
+    made = prepare(x, evenly=True) if kept is None else kept.factors
     errors = updates = leaving = states = None
     if inputs:
-        kept = torch.empty((2, x.places, x.values, x.wide_keys), dtype=x.v.dtype, device=x.v.device)
-        changes = torch.empty((2, *x.v.shape), dtype=x.v.dtype, device=x.v.device)
-        states, updates = kept.select(0, 0), changes.select(0, 0)
-        walk(x, made, way.plan, states=states, updates=updates)
+        if kept is not None:
+            states, updates = kept.states, kept.updates
+        else:
+            states = torch.empty((x.places, x.values, x.wide_keys), dtype=x.v.dtype, device=x.v.device)
+            updates = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
+            if hopper.carriers and delta_hopper.serves(x, d_o):
+                delta_hopper.walk(x, made, hopper.carriers, states=states, updates=updates)
+            else:
+                walk(x, made, way.plan, states=states, updates=updates)
         if {"k", "g"} & wanted:
-            leaving = kept.select(0, 1)
+            leaving = torch.empty_like(states)
         if {"k", "beta", "g"} & wanted:
-            errors = changes.select(0, 1)
+            errors = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
     if back:
-        _walk_back(x, made, way.plan, d_o, d_final, leaving, errors, into)
+        _walk_back(x, made, way.plan, d_o, d_final, leaving, errors, into, hopper.carriers)
     if inputs:
-        _gradients(x, way, d_o, (states, leaving, updates, errors), into)
+        _gradients(x, way, d_o, (states, leaving, updates, errors), into, hopper.blocks)
 
 
 def _macros(x: Rule, d_o: Tensor | None) -> tuple[tuple[str, int | str | bool], ...]:
@@ -148,35 +180,44 @@ def _walk_back(
     leaving: Tensor | None,
     errors: Tensor | None,
     into: dict[str, Tensor],
+    carriers: int,
 ) -> None:
+    """`carriers`: of Hopper's own walk, 0 for the one of every card."""
     arriving = x.v if d_o is None else d_o
+    operands = (
+        x.q, x.k, arriving, made.inverses, made.scores, made.lines, d_final, leaving, errors, into.get("v"), into.get("initial_state"),
+        x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3], *arriving.stride()[:3],
+    )  # fmt: skip
+    numbers = (x.heads, x.group, x.slots.wide, x.tokens, x.slots.each)
+    if carriers and delta_hopper.serves(x, d_o):
+        delta_hopper.walk_back(x, carriers, (*operands, *numbers))
+        return
     REVERSE(
         (x.slots.sequences * x.heads * -(-x.values // (16 * plan.walkers)), 1, 1),
         THREADS,
         (*_macros(x, d_o), ("WALKERS", plan.walkers), ("DEPTH", plan.depth)),
-        (
-            x.q, x.k, arriving, made.inverses, made.scores, made.lines, d_final, leaving, errors, into.get("v"), into.get("initial_state"),
-            x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3], *arriving.stride()[:3], x.heads, x.group, x.slots.wide, x.tokens, x.slots.each,
-            d_o is not None,
-        ),
+        (*operands, *numbers, d_o is not None),
         _reverse_bytes(plan, x.keys, x.v.dtype),
-    )  # fmt: skip
+    )
 
 
-def _gradients(x: Rule, way: _Way, d_o: Tensor | None, kept: tuple[Tensor | None, ...], into: dict[str, Tensor]) -> None:
-    """The last pass; `kept`: states, their gradients, updates and errors."""
-    states, leaving, updates, errors = kept
+def _gradients(x: Rule, way: _Way, d_o: Tensor | None, kept: tuple[Tensor | None, ...], into: dict[str, Tensor], blocks: int) -> None:
+    """The last pass; `kept`: states, their gradients, updates and errors; `blocks`: of Hopper's own, 0 for the one of every card."""
     arriving, gates = x.v if d_o is None else d_o, (x.beta, x.g, x.gate)
+    operands = (
+        x.q, x.k, x.v, arriving, *gates, *kept, *(into.get(name) for name in ("q", "k", "beta", "g", "gate")),
+        x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *arriving.stride()[:3],
+        *(step for gate in gates for step in three_strides(gate)),
+    )  # fmt: skip
+    wide = (gate is not None and gate.dtype == torch.float32 for gate in gates)
+    numbers = (x.heads, x.group, *wide, x.slots.wide, x.slots.sequences, x.tokens, x.slots.each)
+    if blocks and delta_hopper.serves(x, d_o) and all(one is not None for one in kept):
+        delta_hopper.gradients(x, blocks, (*operands, *numbers))
+        return
     GRADIENTS(
         (x.places // x.group, 1, 1),
         2 * way.side * way.parts,
         (*_macros(x, d_o), ("PARTS", way.parts), ("STAGES", way.stages), ("GROUPED", x.group > 1)),
-        (
-            x.q, x.k, x.v, arriving, *gates, states, leaving, updates, errors, *(into.get(name) for name in ("q", "k", "beta", "g", "gate")),
-            x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], *arriving.stride()[:3],
-            *(step for gate in gates for step in three_strides(gate)), x.heads, x.group,
-            *(gate is not None and gate.dtype == torch.float32 for gate in gates), x.slots.wide, x.slots.sequences, x.tokens, x.slots.each, x.l2norm,
-            d_o is not None, x.scale,
-        ),
+        (*operands, *numbers, x.l2norm, d_o is not None, x.scale),
         _gradient_bytes(way, x.keys, x.v.dtype, x.group > 1),
-    )  # fmt: skip
+    )

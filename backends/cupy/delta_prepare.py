@@ -17,7 +17,7 @@ from .launch import DTYPES, Kernel, Macros
 from .serving import padded
 from .strides import aligned_rows, unit_stride
 
-__all__ = ["SOURCE", "Factors", "Rule", "prepare", "prepare_bytes", "rule_of"]
+__all__ = ["SOURCE", "Factors", "Rule", "factors_of", "prepare", "prepare_bytes", "rule_of"]
 
 SOURCE = "delta_prepare.cu"
 PREPARE = Kernel(SOURCE, "delta_prepare", "9P15q10if")
@@ -114,10 +114,15 @@ def prepare_bytes(side: int, keys: int, dtype: torch.dtype) -> int:
     return 2 * max(side * padded(keys, 32), square) * dtype.itemsize + 4 * square + side * 20 * 4 + side * 24
 
 
-def prepare(x: Rule, *, evenly: bool = False) -> Factors:
-    """Launches the first pass; `evenly`: for gradients."""
+def factors_of(x: Rule) -> Factors:
+    """Room for the factors of every block."""
     inverses, scores = torch.empty((2, x.places, x.side, x.side), dtype=x.v.dtype, device=x.v.device).unbind()
-    lines = torch.empty((x.places, 4 * x.side + 4), dtype=torch.float32, device=x.v.device)
+    return Factors(inverses, scores, torch.empty((x.places, 4 * x.side + 4), dtype=torch.float32, device=x.v.device))
+
+
+def prepare(x: Rule, *, evenly: bool = False, into: Factors | None = None) -> Factors:
+    """Launches the first pass; `evenly`: for gradients; `into`: where the factors go."""
+    made = factors_of(x) if into is None else into
     macros = tuple((name, value) for name, value in x.macros() if name != "VALUES")
     gates = (x.beta, x.g, x.gate)
     PREPARE(
@@ -125,11 +130,11 @@ def prepare(x: Rule, *, evenly: bool = False) -> Factors:
         2 * x.side,
         (*macros, ("EVENLY", evenly)),
         (
-            x.q, x.k, *gates, inverses, scores, lines, x.slots.cu_seqlens, *three_strides(x.q), *three_strides(x.k),
+            x.q, x.k, *gates, made.inverses, made.scores, made.lines, x.slots.cu_seqlens, *three_strides(x.q), *three_strides(x.k),
             *(step for gate in gates for step in three_strides(gate)), x.heads, x.group,
             *(gate is not None and gate.dtype == torch.float32 for gate in gates), x.slots.wide, x.slots.sequences, x.tokens, x.slots.each,
             x.l2norm, x.scale,
         ),
         prepare_bytes(x.side, x.keys, x.v.dtype),
     )  # fmt: skip
-    return Factors(inverses, scores, lines)
+    return made

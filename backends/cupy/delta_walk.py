@@ -15,6 +15,7 @@ from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
+from .delta_kept import kept_of
 from .delta_prepare import SOURCE as PREPARE_SOURCE
 from .delta_prepare import Factors, Rule, prepare, prepare_bytes, rule_of
 from .launch import Kernel
@@ -78,14 +79,19 @@ def walk_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     return list(found.values())[:_OFFERED]
 
 
-def run_walk(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor, Tensor | None]:
-    """o `[B, T, H, V]` and the final state."""
+def run_walk(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
+    """o `[B, T, H, V]` and the final state; by a candidate with a residual its tensors, too."""
     plan = Plan(*(int(candidate.param(name)) for name in Plan._fields))
     x = rule_of(call, plan.side)
     o = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
     final = None
     if call.output_final_state:
         final = torch.empty((x.slots.sequences, x.heads, x.keys, x.values), dtype=torch.float32, device=x.v.device)
+    if candidate.residual:
+        kept = kept_of(x)
+        if x.tokens or final is not None:
+            walk(x, prepare(x, evenly=True, into=kept.factors), plan, o=o, final=final, states=kept.states, updates=kept.updates)
+        return o, final, *kept
     if x.tokens or final is not None:
         walk(x, prepare(x), plan, o=o, final=final)
     return o, final
@@ -101,12 +107,12 @@ def walk(
     states: Tensor | None = None,
     updates: Tensor | None = None,
 ) -> None:
-    """Walks forward. With `o` it is computed; else `states` `[places, V, wide keys]` at every block's start and `updates` `[B, T, H, V]` may be kept."""
-    columns = 16 * plan.walkers
+    """Walks forward. With `o` it is computed; `states` `[places, V, wide keys]` at every block's start and `updates` `[B, T, H, V]` may be kept."""
+    columns, keeps = 16 * plan.walkers, states is not None or updates is not None
     WALK(
         (x.slots.sequences * x.heads * -(-x.values // columns), 1, 1),
         THREADS,
-        (*x.macros(), ("WALKERS", plan.walkers), ("DEPTH", plan.depth), ("OUTPUTS", o is not None)),
+        (*x.macros(), ("WALKERS", plan.walkers), ("DEPTH", plan.depth), ("OUTPUTS", o is not None), ("KEEPS", keeps)),
         (
             x.q, x.k, x.v, made.inverses, made.scores, made.lines, x.initial, o, states, updates, final, x.slots.cu_seqlens,
             *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], x.heads, x.group, x.slots.wide, x.tokens, x.slots.each,

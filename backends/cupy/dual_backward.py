@@ -25,7 +25,8 @@ from .strides import unit_stride
 
 __all__ = ["backward_candidates", "run_backward"]
 
-_MOST = 3
+_MOST = 5
+"""Ways of the slow part: three of any card's, and two with Hopper's products."""
 
 
 def _chunk_of(call: DualCore) -> int:

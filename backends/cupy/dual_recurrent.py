@@ -32,7 +32,7 @@ __all__ = ["EXACT_CHUNK", "is_exact", "on_chunks_of", "recurrent", "recurrent_ca
 
 EXACT_CHUNK = 64
 """Tokens of the slow core's chunks where it is the exact rule, for which any will do."""
-_MOST = 5
+_MOST = 7
 
 
 def serves_recurrent(signature: Signature, machine: Machine) -> Verdict:

@@ -29,6 +29,8 @@ def load(block: Block, one: Instruction) -> None:
         data = block.memory.read(addresses, size)
     elif one.name == "LDS":
         data = block.shared.read(addresses, size)
+        if block.races:
+            block.races.reads(block.lane[block.active] // 32, addresses, size, block.place)
     else:
         data = block.local[addresses[:, None] + np.arange(size), block.lane[block.active][:, None]]
     words = np.zeros((addresses.size, max(size, 4)), np.uint8)
@@ -50,6 +52,8 @@ def store(block: Block, one: Instruction) -> None:
         block.memory.write(addresses, data)
     elif one.name == "STS":
         block.shared.write(addresses, data)
+        if block.races:
+            block.races.writes(block.lane[block.active] // 32, addresses, size, block.place)
     else:
         block.local[addresses[:, None] + np.arange(size), block.lane[block.active][:, None]] = data
 
@@ -63,26 +67,34 @@ def copy(block: Block, one: Instruction) -> None:
     data = np.zeros((to.size, size), np.uint8)
     if wanted.any():
         data[wanted] = block.memory.read(source[wanted], size)
-    block.copying.append((to, data))
+    warps = block.lane[block.active] // 32
+    for warp in np.unique(warps):
+        block.copying[warp].append((to[warps == warp], data[warps == warp]))
+    if block.races:
+        block.races.writes(warps, to, size, block.place, lands=False)
 
 
 def commit(block: Block, one: Instruction) -> None:
     """LDGDEPBAR: the copies so far are a group."""
-    block.committed.append(block.copying)
-    block.copying = []
+    for warp in np.unique(block.lane[block.active] // 32):
+        block.committed[warp].append(block.copying[warp])
+        block.copying[warp] = []
 
 
 def wait(block: Block, one: Instruction) -> None:
     """DEPBAR: until so many groups are left."""
     left = int(one.operands[1], 16)
-    while len(block.committed) > left:
-        for to, data in block.committed.pop(0):
-            block.shared.write(to, data)
+    for warp in np.unique(block.lane[block.active] // 32):
+        while len(block.committed[warp]) > left:
+            for to, data in block.committed[warp].pop(0):
+                block.shared.write(to, data)
+                if block.races:
+                    block.races.landed(int(warp), to, data.shape[1])
 
 
 def _rows(block: Block, operand: str, matrix: int) -> NDArray[np.int64]:
     """Where the eight rows of each warp's matrix lie: eight threads hold their addresses."""
-    return block.address(operand).reshape(block.warps, 32)[:, 8 * matrix : 8 * matrix + 8].reshape(-1)
+    return block.address(operand).reshape(-1, 32)[:, 8 * matrix : 8 * matrix + 8].reshape(-1)
 
 
 def _count(one: Instruction) -> int:
@@ -95,12 +107,17 @@ def load_matrices(block: Block, one: Instruction) -> None:
     row, pair = lane // 4, lane % 4
     found: list[Lanes] = []
     for matrix in range(_count(one)):
-        data = block.shared.read(_rows(block, one.operands[1], matrix), _MATRIX_ROW)
-        held = np.ascontiguousarray(data).view(np.uint16).reshape(block.warps, 8, 8)
+        rows = _rows(block, one.operands[1], matrix)
+        data = block.shared.read(rows, _MATRIX_ROW)
+        if block.races:
+            block.races.reads(np.repeat(block.warps_of(block.active), 8), rows, _MATRIX_ROW, block.place)
+        held = np.ascontiguousarray(data).view(np.uint16).reshape(-1, 8, 8)
         if "MT88" in one.opcode:
             held = held.transpose(0, 2, 1)
         lower, upper = held[:, row, 2 * pair], held[:, row, 2 * pair + 1]
-        found.append((lower.astype(U32) | upper.astype(U32) << U32(16)).reshape(-1))
+        words = np.zeros(block.threads, U32)
+        words[block.active] = (lower.astype(U32) | upper.astype(U32) << U32(16)).reshape(-1)
+        found.append(words)
     for index, word in enumerate(found):
         block.write(one.operands[0], word, index)
 
@@ -110,12 +127,15 @@ def store_matrices(block: Block, one: Instruction) -> None:
     lane = np.arange(32)
     row, pair = lane // 4, lane % 4
     for matrix, word in enumerate(block.many(one.operands[1], _count(one))):
-        given = word.reshape(block.warps, 32)
-        held = np.zeros((block.warps, 8, 8), np.uint16)
+        given = word[block.active].reshape(-1, 32)
+        held = np.zeros((given.shape[0], 8, 8), np.uint16)
         held[:, row, 2 * pair], held[:, row, 2 * pair + 1] = given & U32(0xFFFF), given >> U32(16)
         if "MT88" in one.opcode:
             held = held.transpose(0, 2, 1)
-        block.shared.write(_rows(block, one.operands[0], matrix), np.ascontiguousarray(held).view(np.uint8).reshape(-1, _MATRIX_ROW))
+        rows = _rows(block, one.operands[0], matrix)
+        block.shared.write(rows, np.ascontiguousarray(held).view(np.uint8).reshape(-1, _MATRIX_ROW))
+        if block.races:
+            block.races.writes(np.repeat(block.warps_of(block.active), 8), rows, _MATRIX_ROW, block.place)
 
 
 OPERATIONS: Mapping[str, Callable[[Block, Instruction], None]] = {

@@ -1,7 +1,8 @@
 """A block of threads that runs a listing: its registers, its predicates, its shared memory, and which threads an instruction is for.
 
 Threads that part at a branch go on at the lowest address that any of them waits at, so that those that skip ahead wait for the others there. What
-takes all threads of a warp is a fault while they are apart.
+takes all threads of a warp, or of four, is a fault while they are apart. Warps may have roles of their own: those that wait at a barrier are passed over
+until as many have come as it names, and when all wait it is a fault.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from tests.hopper_emulator.listing import Instruction, Listing
 from tests.hopper_emulator.memory import Fault, Memory, Shared
+from tests.hopper_emulator.races import Races
 
 __all__ = ["U32", "U64", "Block", "Lanes", "Mask"]
 
@@ -20,22 +22,30 @@ U32, U64 = np.uint32, np.uint64
 Lanes = NDArray[np.uint32]
 Wide = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
+Copies = list[tuple[NDArray[np.int64], NDArray[np.uint8]]]
 
 _STACK = 2048
 _PARAMETERS = 0x210
+_GRID = 0xC
 _MOST = 1_000_000
 _REGISTER = re.compile(r"(U?R)(\d+|Z)")
 _CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
-_TOGETHER = frozenset(["BAR", "HGMMA", "HMMA", "LDSM", "STSM", "SHFL", "WARPGROUP"])
+_TOGETHER = {"BAR": 32, "HGMMA": 128, "HMMA": 32, "LDSM": 32, "STSM": 32, "SHFL": 32, "WARPGROUP": 128, "USETMAXREG": 128}
+"""Of how many threads an instruction takes all or none."""
 
 
 class Block:
-    """`given`: the kernel's parameters as they lie in the constant bank."""
+    """`given`: the kernel's parameters as they lie in the constant bank; `blocks` of the launch; `watched`: races in shared memory are looked for."""
 
-    def __init__(self, code: Listing, warps: int, shared: int, memory: Memory, given: bytes, index: int) -> None:
+    def __init__(
+        self, code: Listing, warps: int, shared: int, memory: Memory, given: bytes, index: int, blocks: int = 1, watched: bool = False
+    ) -> None:
         self.code, self.warps, self.threads, self.memory, self.given, self.index = code, warps, 32 * warps, memory, given, index
+        self.blocks = blocks
         self.lane = np.arange(self.threads)
         self.shared = Shared(shared)
+        self.races = Races(warps, self.shared.end) if watched else None
+        self.place = self.group = 0
         self.local = np.zeros((2 * _STACK, self.threads), np.uint8)
         rubbish = np.random.default_rng(index)
         self.registers: NDArray[np.uint32] = rubbish.integers(0, 2**32, (256, self.threads), dtype=U32)
@@ -44,8 +54,10 @@ class Block:
         self.uniform_predicates = np.zeros((8, self.threads), np.bool_)
         self.predicates[7] = self.uniform_predicates[7] = True
         self.registers[1] = _STACK
-        self.copying: list[tuple[NDArray[np.int64], NDArray[np.uint8]]] = []
-        self.committed: list[list[tuple[NDArray[np.int64], NDArray[np.uint8]]]] = []
+        self.copying: list[Copies] = [[] for _ in range(warps)]
+        self.committed: list[list[Copies]] = [[] for _ in range(warps)]
+        self.waiting: dict[int, tuple[int, Mask]] = {}
+        self.blocked: Mask = np.zeros(self.threads, np.bool_)
         self.active: Mask = np.ones(self.threads, np.bool_)
         self.floats = False
 
@@ -56,31 +68,61 @@ class Block:
         at = np.zeros(self.threads, np.int64)
         alive = np.ones(self.threads, np.bool_)
         for _ in range(_MOST):
-            position = int(at[alive].min()) if alive.any() else len(self.code.instructions)
-            if position >= len(self.code.instructions):
+            if not alive.any():
                 return
-            here = alive & (at == position)
+            free = alive & ~self.blocked
+            if not free.any():
+                raise Fault(f"all threads wait, at barriers {sorted(self.waiting)}")
+            position = int(at[free].min())
+            here = free & (at == position)
             one = self.code.instructions[position]
             self.active = here & self.predicate(one.predicate) if one.predicate else here
+            self.place = one.address
             at[here] = position + 1
             if one.name == "EXIT":
                 alive &= ~self.active
             elif one.name == "BRA":
                 at[self.active] = self.code.labels[one.operands[-1].strip("`()")]
             else:
-                self._step(one, OPERATIONS.get(one.name), (here == alive).all())
+                self._step(one, OPERATIONS.get(one.name), here, alive)
         raise Fault("it runs on and on")
 
-    def _step(self, one: Instruction, operation: object, together: bool) -> None:
+    def _step(self, one: Instruction, operation: object, here: Mask, alive: Mask) -> None:
         if operation is None:
             raise NotImplementedError(f"{one.text} at {one.address:#x}")
-        if one.name in _TOGETHER and not together:
-            raise Fault(f"threads are apart at {one.address:#x}: {one.text}")
+        group = min(_TOGETHER.get(one.name, 1), self.threads)
+        if group > 1:
+            come, wanted = here.reshape(-1, group), alive.reshape(-1, group)
+            if (come.any(1) & (come != wanted).any(1)).any() or (
+                here.any() and not self.active.reshape(-1, 32).all(1)[self.active.reshape(-1, 32).any(1)].all()
+            ):
+                raise Fault(f"threads are apart at {one.address:#x}: {one.text}")
         self.floats = False
         try:
             operation(self, one)  # type: ignore[operator]
         except Fault as fault:
             raise Fault(f"{fault}, at {one.address:#x}: {one.text}") from None
+
+    def arrive(self, barrier: int, come: Mask, count: int, waits: bool) -> None:
+        """Threads reach a barrier, and wait there or do not, until `count` have reached it."""
+        there, held = self.waiting.get(barrier, (0, np.zeros(self.threads, np.bool_)))
+        there, held = there + int(come.sum()), held | come if waits else held
+        if there > count:
+            raise Fault(f"{there} threads at barrier {barrier}, where {count} meet")
+        self.blocked |= come & waits
+        if self.races:
+            self.races.arrive(barrier, self.warps_of(come))
+        if there == count:
+            self.blocked &= ~held
+            if self.races:
+                self.races.release(barrier, self.warps_of(held))
+            self.waiting.pop(barrier, None)
+        else:
+            self.waiting[barrier] = there, held
+
+    def warps_of(self, threads: Mask) -> NDArray[np.int64]:
+        """The warps that any of these threads belong to."""
+        return np.unique(self.lane[threads] // 32)
 
     def read(self, operand: str) -> Lanes:
         """32 bits of each thread. `-` negates as `floats` says."""
@@ -111,6 +153,8 @@ class Block:
     def _constant(self, offset: int) -> int:
         if offset == 0x28:
             return _STACK
+        if offset == _GRID:
+            return self.blocks
         return int.from_bytes(self.given[offset - _PARAMETERS :][:4], "little") if offset >= _PARAMETERS else 0
 
     def signed(self, operand: str) -> NDArray[np.int32]:

@@ -33,6 +33,35 @@ def nothing(block: Block, one: Instruction) -> None:
     """Waits and fences: everything is done at once here."""
 
 
+def registers(block: Block, one: Instruction) -> None:
+    """USETMAXREG: who asks for more gets them."""
+    if len(one.operands) > 1:
+        block.write_predicate(one.operands[0], np.ones(block.threads, np.bool_))
+
+
+def barrier(block: Block, one: Instruction) -> None:
+    """BAR: SYNC waits until as many threads as it says have come, ARV goes on."""
+    operands = [name for name in one.operands if not _IS_PREDICATE.fullmatch(name)]
+    ids = block.read(operands[0])
+    counts = block.read(operands[1]) if len(operands) > 1 else np.full(block.threads, block.threads, U32)
+    for barrier in np.unique(ids[block.active]):
+        come = block.active & (ids == barrier)
+        block.arrive(int(barrier), come, int(counts[come][0]), one.opcode[1] == "SYNC")
+
+
+def fence(block: Block, one: Instruction) -> None:
+    """FENCE: what a thread wrote so far, products may read."""
+    if block.races and "ASYNC" in one.opcode:
+        block.races.fence(block.warps_of(block.active))
+
+
+def warpgroup(block: Block, one: Instruction) -> None:
+    """WARPGROUP: DEPBAR waits until so many groups of products are left; they were done at once."""
+    if block.races and "DEPBAR" in one.opcode:
+        for group in np.unique(block.lane[block.active] // 128):
+            block.races.wait(int(group), int(one.operands[-1], 16))
+
+
 def multiply_add(block: Block, one: Instruction) -> None:
     """IMAD and its kinds: MOV, SHL, IADD, U32, X, WIDE, HI."""
     ops = one.operands
@@ -90,12 +119,18 @@ def shifted_add(block: Block, one: Instruction) -> None:
         if first == 2:
             block.write_predicate(ops[1], total >> U64(32) > 0)
         return
+    carries = ops[1] if _IS_PREDICATE.fullmatch(ops[1]) else ""
+    if carries:
+        ops = (ops[0], *ops[2:])
     if "SX32" in one.opcode:
         wide, rest = block.signed(ops[1]).astype(np.int64).view(U64), ops[3:]
     else:
         wide, rest = block.read(ops[1]).astype(U64) | block.read(ops[3]).astype(U64) << U64(32), ops[4:]
     carry = block.predicate(rest[1]).astype(U32) if len(rest) > 1 else U32(0)
-    block.write(ops[0], (wide << U64(int(rest[0], 16)) >> U64(32)).astype(U32) + block.read(ops[2]) + carry)
+    total = (wide << U64(int(rest[0], 16)) >> U64(32)) + block.read(ops[2]).astype(U64) + carry.astype(U64)
+    block.write(ops[0], (total & U64(0xFFFFFFFF)).astype(U32))
+    if carries:
+        block.write_predicate(carries, total >> U64(32) > 0)
 
 
 def shift(block: Block, one: Instruction) -> None:
@@ -321,6 +356,13 @@ def pack_halves(block: Block, one: Instruction) -> None:
     block.write(one.operands[0], lower.astype(U32) | upper.astype(U32) << U32(16))
 
 
+def narrow_float(block: Block, one: Instruction) -> None:
+    """F2F: one number in 16 bits."""
+    if {"BF16", "F16"}.isdisjoint(one.opcode[1:2]):
+        raise NotImplementedError(one.text)
+    block.write(one.operands[0], products.to_half(block.number(one.operands[1]).astype(np.float32), one.opcode[1] == "BF16").astype(U32))
+
+
 def from_half(block: Block, one: Instruction) -> None:
     """HADD2.F32 of nothing and one half of a word."""
     word = block.read(one.operands[2].split(".")[0])
@@ -333,12 +375,29 @@ def shuffle(block: Block, one: Instruction) -> None:
     ops = one.operands
     given, by, lane = block.read(ops[2]), block.read(ops[3]).astype(np.int64) & 31, block.lane % 32
     source = {"IDX": by, "BFLY": lane ^ by, "UP": lane - by, "DOWN": lane + by}[one.opcode[1]]
-    source = np.where((source >= 0) & (source < 32), source, lane)
+    inside = (source >= 0) & (source < 32)
+    source = np.where(inside, source, lane)
+    block.write_predicate(ops[0], inside)
     block.write(ops[1], given[block.lane - lane + source])
 
 
+def turn(block: Block, one: Instruction) -> None:
+    """MOVM.16.MT88: an 8 x 8 matrix of a warp, two numbers a thread, transposed."""
+    words = block.read(one.operands[1]).reshape(-1, 32)
+    matrix = np.stack([words & U32(0xFFFF), words >> U32(16)], 2).reshape(-1, 8, 8).transpose(0, 2, 1).reshape(-1, 32, 2)
+    block.write(one.operands[0], (matrix[..., 0] | matrix[..., 1] << U32(16)).reshape(-1).astype(U32))
+
+
+def vote(block: Block, one: Instruction) -> None:
+    """VOTEU: whether a predicate holds in all of a warp's active threads, or in any."""
+    held = block.predicate(one.operands[-1]).reshape(-1, 32)
+    come = block.active.reshape(-1, 32)
+    found = (held | ~come).all(1) if "ALL" in one.opcode else (held & come).any(1)
+    block.write_predicate(one.operands[0], np.repeat(found, 32))
+
+
 OPERATIONS: Mapping[str, Operation] = {
-    **dict.fromkeys(("NOP", "BAR", "MEMBAR", "FENCE", "WARPGROUP", "WARPSYNC", "BSSY", "BSYNC", "ERRBAR"), nothing),
+    **dict.fromkeys(("NOP", "MEMBAR", "WARPSYNC", "ENDCOLLECTIVE", "BSSY", "BSYNC", "ERRBAR"), nothing),
     **dict.fromkeys(("IMAD", "UIMAD"), multiply_add),
     **dict.fromkeys(("IADD3", "UIADD3"), add),
     **dict.fromkeys(("LEA", "ULEA"), shifted_add),
@@ -352,9 +411,10 @@ OPERATIONS: Mapping[str, Operation] = {
     **dict.fromkeys(("SEL", "USEL", "FSEL"), select),
     **dict.fromkeys(("P2R", "UP2UR"), pack_predicates),
     **dict.fromkeys(("ISETP", "UISETP"), compare),
-    "VIADD": add_two, "VIADDMNMX": sum_extreme, "IABS": absolute, "CS2R": zeros, "R2UR": to_uniform, "R2P": unpack_predicates, "PRMT": permute,
+    "VIADD": add_two, "VIADDMNMX": sum_extreme, "IABS": absolute, "CS2R": zeros, "R2UR": to_uniform, "R2P": unpack_predicates, "PRMT": permute, "UPRMT": permute,
     "FADD": add_floats, "FMUL": multiply_floats, "FFMA": multiply_add_floats, "FMNMX": extreme_float, "FSETP": compare_floats, "MUFU": function,
-    "FRND": round_float, "I2F": to_float, "F2I": to_integer, "F2FP": pack_halves, "HADD2": from_half, "SHFL": shuffle,
-    **accesses.OPERATIONS, "HMMA": products.small, "HGMMA": products.large,
+    "FRND": round_float, "I2F": to_float, "F2I": to_integer, "F2FP": pack_halves, "HADD2": from_half, "SHFL": shuffle, "VOTEU": vote, "MOVM": turn,
+    "FENCE": fence, "WARPGROUP": warpgroup,
+    "BAR": barrier, "USETMAXREG": registers, "F2F": narrow_float, **accesses.OPERATIONS, "HMMA": products.small, "HGMMA": products.large,
 }  # fmt: skip
 """By name."""

@@ -93,7 +93,11 @@ def large(block: Block, one: Instruction) -> None:
         lefts = _left(block.many(one.operands[1], 4), block.warps, kind).reshape(-1, 64, depth)
     products = []
     for group in range(block.threads // _GROUP):
+        if not block.active[group * _GROUP]:
+            products.append(np.zeros((64, columns)))
+            continue
         words = held[:, group * _GROUP : (group + 1) * _GROUP]
+        block.group = group
         left = lefts[group] if in_registers else _described(block, words[:2], 64, depth, kind, "tnspA" in operand)
         products.append(left @ _described(block, words[2:], columns, depth, kind, "tnspB" in operand).T)
     found = np.concatenate(products)
@@ -104,6 +108,9 @@ def large(block: Block, one: Instruction) -> None:
         if before != "RZ":
             value = value + block.many(before, index + 1)[index].view(np.float32)
         block.write(one.operands[0], value.astype(np.float32), index)
+    if block.races and "gsb0" in one.operands:
+        for group in np.unique(block.lane[block.active] // _GROUP):
+            block.races.commit(int(group))
 
 
 def _described(block: Block, words: NDArray[np.uint32], rows: int, depth: int, kind: str, transposed: bool) -> Matrix:
@@ -124,6 +131,8 @@ def _described(block: Block, words: NDArray[np.uint32], rows: int, depth: int, k
         at = start + row // 8 * stride + row % 8 * width + column * size
     at ^= (at >> 7 & exchanged) << 4
     data = np.ascontiguousarray(block.shared.read(at.reshape(-1), size))
+    if block.races:
+        block.races.product(block.group, at.reshape(-1), size, block.place)
     if size == 4:
         return _cut(data.view(U32).reshape(rows, depth))
     return _halves(data.view(np.uint16).reshape(rows, depth), kind)

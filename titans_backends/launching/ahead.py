@@ -17,6 +17,7 @@ from titans_backends.machine import Machine
 
 __all__ = ["CompileAhead", "ahead_of", "arriving", "collected"]
 
+Residual = Callable[[Any, Candidate], tuple[Tensor, ...]]
 CompileAhead = Callable[[Any, Candidate, Machine], None]
 F = TypeVar("F")
 
@@ -29,17 +30,25 @@ def collected(taping: Taping[F], run: Callable[[Any, Candidate], object], call: 
 
 
 def ahead_of(
-    taping: Taping[F], compiled: Callable[[F, int], object], run: Run, op: str = "", run_backward: RunBackward | None = None
+    taping: Taping[F],
+    compiled: Callable[[F, int], object],
+    run: Run,
+    op: str = "",
+    run_backward: RunBackward | None = None,
+    residual: Residual | None = None,
 ) -> CompileAhead:
     """An op module's `compile_ahead`, from its `run` and, for an op that trains, its name and `run_backward`.
 
-    `compiled(form, sm)` compiles a form for a compute capability (90 for 9.0), and raises where the compiler does.
+    `compiled(form, sm)` compiles a form for a compute capability (90 for 9.0), and raises where the compiler does. `residual` makes tensors of the sizes that
+    a backward with a residual is handed.
     """
 
     def either(call: Any, candidate: Candidate) -> object:
         if candidate.direction == "forward" or run_backward is None:
             return run(call, candidate)
-        return run_backward(call, *arriving(op, call, candidate), candidate)
+        grads, states, needs = arriving(op, call, candidate)
+        handed = residual(call, candidate) if candidate.residual and residual is not None else states
+        return run_backward(call, grads, handed, needs, candidate)
 
     def compile_ahead(call: Any, candidate: Candidate, machine: Machine) -> None:
         """Compiles what running the candidate would launch. ValueError for a machine that is no CUDA card; what the compiler raises."""

@@ -21,8 +21,9 @@ __all__ = ["Remember", "RememberBackward", "Run", "RunBackward", "from_values", 
 
 Run = Callable[[Any, Candidate], Outputs]
 Remember = Callable[[Any, Candidate], tuple[Outputs, Again | None]]
-RunBackward = Callable[[Any, Outputs, Tensor | None, frozenset[str], Candidate], Outputs]
-RememberBackward = Callable[[Any, Outputs, Tensor | None, frozenset[str], Candidate], tuple[Outputs, AgainBackward | None]]
+Saved = Tensor | tuple[Tensor, ...] | None
+RunBackward = Callable[[Any, Outputs, Saved, frozenset[str], Candidate], Outputs]
+RememberBackward = Callable[[Any, Outputs, Saved, frozenset[str], Candidate], tuple[Outputs, AgainBackward | None]]
 
 _VIEWS = frozenset(
     ["view", "_unsafe_view", "slice", "select", "split", "as_strided", "expand", "unsqueeze", "squeeze", "transpose", "permute", "alias", "detach",
@@ -45,11 +46,11 @@ def remembering_backward(taping: Taping[Any], run_backward: RunBackward) -> Reme
     """An op module's `remember_backward`, from its `run_backward`."""
 
     def remember_backward(
-        call: Any, grads: Outputs, states: Tensor | None, needs: frozenset[str], candidate: Candidate
+        call: Any, grads: Outputs, states: Saved, needs: frozenset[str], candidate: Candidate
     ) -> tuple[Outputs, AgainBackward | None]:
         """The gradients, and what repeats them for other values of the same facts and the same needs, or None."""
-        found, program = _record(taping, lambda: run_backward(call, grads, states, needs, candidate), (*_values(call), *grads, states))
-        return found, None if program is None else lambda later, arriving, saved: program((*later, *arriving, saved))
+        found, program = _record(taping, lambda: run_backward(call, grads, states, needs, candidate), (*_values(call), *grads, *_each(states)))
+        return found, None if program is None else lambda later, arriving, saved: program((*later, *arriving, *_each(saved)))
 
     return remember_backward
 
@@ -58,6 +59,11 @@ def from_values(make_call: Callable[..., Any], again: Callable[[Any], Outputs]) 
     """What repeats a call from its values, for a module whose `again` wants them as the op's argument class."""
     names = tuple(field.name for field in fields(make_call))  # type: ignore[arg-type]  # a dataclass by contract
     return lambda values: again(make_call(**dict(zip(names, values, strict=True))))
+
+
+def _each(saved: Saved) -> tuple[Tensor | None, ...]:
+    """Saved states, or the tensors of a residual, side by side."""
+    return saved if isinstance(saved, tuple) else (saved,)
 
 
 def _values(call: Any) -> Values:

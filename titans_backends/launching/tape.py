@@ -20,7 +20,7 @@ Outputs = tuple[Tensor | None, ...]
 Values = tuple[object, ...]
 """A call's values, in the order of its fields."""
 Again = Callable[[Values], Outputs]
-AgainBackward = Callable[[Values, Outputs, Tensor | None], Outputs]
+AgainBackward = Callable[[Values, Outputs, Tensor | tuple[Tensor, ...] | None], Outputs]
 F = TypeVar("F")
 
 

@@ -9,7 +9,7 @@
 // from memory, 75 us; 128 blocks of tokens one after the other, each 148 products of 16 x 8 x 16 in a walker, about 900 cycles: 65 us. Every slice of columns reads q,
 // k and the factors again, 0.8 GB with two walkers from the second-level cache, half of it with four.
 //
-// DTYPE; KEYS, VALUES: head_dims; SIDE; WALKERS: 1, 2 or 4; DEPTH: blocks in shared memory, 2 or more; OUTPUTS: o is computed, else states and U are kept;
+// DTYPE; KEYS, VALUES: head_dims; SIDE; WALKERS: 1, 2 or 4; DEPTH: blocks in shared memory, 2 or more; OUTPUTS: o is computed; KEEPS: states and U are kept;
 // ALIGNED: 16-byte copies can take all rows.
 #include "delta_roles.cuh"
 
@@ -181,7 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk(const __grid
                     __syncwarp();
                     store_rows<COLUMNS>(queries, 16 * i, 16, o, o_t, length, VALUES - column, lane, 32);
                 }
-            } else {
+            }
+            if constexpr (KEEPS) {
                 const int thread = follower * 32 + lane;
                 if (p.states) keep_state(states, p.states + place_of(done) * (VALUES * KEY_WIDTH), column, thread);
                 if (p.updates) {

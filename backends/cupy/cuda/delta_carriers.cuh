@@ -1,0 +1,113 @@
+// Warps of a walk over blocks of 64 tokens on Hopper, heads of 128 keys and values in 16 bits (delta_walk_hopper.cu, delta_reverse_hopper.cu): a warpgroup carries 64
+// values of a head's state, transposed, in registers, so that every product's left operand comes from registers and a block waits for no other warp. Of the first four
+// warps two load ahead by turns and two store what the carriers leave of a block.
+//
+// DTYPE: Bfloat or Half; CARRIERS: 1, half of a head's values, or 2, all of them, which read the tiles of their block together.
+#ifndef TITANS_DELTA_CARRIERS_CUH
+#define TITANS_DELTA_CARRIERS_CUH
+
+#define KEYS 128
+#define VALUES 128
+#define SIDE 64
+#include "delta_blocks.cuh"
+#include "hopper_rows.cuh"
+
+constexpr int GROUP = 128, THREADS = GROUP * (1 + CARRIERS), STAGES = CARRIERS == 1 ? 3 : 2, PART = 64;
+constexpr int FEW_REGISTERS = 56, MANY_REGISTERS = 224;
+constexpr int LOADED = 1, FREED = LOADED + STAGES, LEFT = FREED + STAGES, STORED = LEFT + CARRIERS;  // barriers: of a stage, of a carrier
+constexpr int WITH_LOADER = CARRIERS * GROUP + 32, STORERS = 64 / CARRIERS, WITH_STORERS = GROUP + STORERS;
+static_assert(SQUARE_BYTES == 8192, "64 x 64 numbers");
+
+using Part = Tile<DTYPE, PART>;
+using Sums = float[32];  // of a lane, values r and r + 8 of its warp's 16: of columns 8 n + 2 c and the next one [4 n], [4 n + 1] and [4 n + 2], [4 n + 3]
+using Operand = uint32_t[4][4];  // the same of 64 columns, rounded: a product's left operand, 16 columns each
+
+// What a block of threads carries.
+struct Task {
+    Blocked here;
+    int head, heads, sequence, column;  // column: its first value
+    template <typename P> DEVICE Task(const P& p) {
+        constexpr int HALVES = 2 / CARRIERS;
+        const int stream = blockIdx.x / HALVES;
+        column = blockIdx.x % HALVES * PART, heads = p.heads, head = stream % p.heads, sequence = stream / p.heads;
+        here = find_sequence(Grid{p.cu_seqlens, p.cu_wide, 0, p.tokens, SIDE, 0, p.slots}, sequence);
+    }
+    DEVICE int64_t place(int block) const { return static_cast<int64_t>(here.first_slot + block) * heads + head; }
+    DEVICE int64_t state() const { return (static_cast<int64_t>(sequence) * heads + head) * (KEYS * VALUES) + column; }
+    DEVICE int length(int block) const {
+        const int64_t left = here.count - static_cast<int64_t>(block) * SIDE;
+        return left < SIDE ? static_cast<int>(left) : SIDE;
+    }
+};
+
+// ---- What loaders do.
+
+// a place's square, whose blocks above the diagonal are no one's memory: zeros
+DEVICE void load_lower(unsigned char* to, const DTYPE* from) {
+    const int row = lane_id() / 8, piece = lane_id() % 8;
+    unsigned char *const even = to + row * 128 + (piece ^ row) * 16, *const odd = to + row * 128 + (piece ^ row ^ 4) * 16;
+    from += row * SIDE + piece * 8;
+#pragma unroll
+    for (int i = 0; i < SIDE / 4; i++) cp_async_16((i % 2 ? odd : even) + i * 512, from + i * 4 * SIDE, piece / 2 <= i / 4);
+}
+
+// ---- What a carrier's storers do: 64 rows that it left, below `rows`, to device memory; `thread` of theirs.
+
+DEVICE void store_rows(const unsigned char* from, DTYPE* to, int64_t step, int rows, int thread) {
+    const int row = thread / 8, piece = thread % 8;
+    to += row * step + piece * 8;
+#pragma unroll 4
+    for (int i = 0; i < SIDE; i += STORERS / 8) {
+        const uint4 x = *reinterpret_cast<const uint4*>(Part{const_cast<unsigned char*>(from)}.piece(row + i, piece));
+        if (row + i < rows) *reinterpret_cast<uint4*>(to + i * step) = x;
+    }
+}
+// ---- What carriers do.
+
+DEVICE void as_operand(Operand& to, const Sums& from) {
+#pragma unroll
+    for (int s = 0; s < 4; s++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[s][i] = pair<DTYPE>(from[8 * s + 2 * i], from[8 * s + 2 * i + 1]);
+}
+// sums of a state's rows with rows of 128 keys, 64 of them: x = S^T K^T
+DEVICE void along_rows(Sums& sums, const Operand& low, const Operand& high, uint64_t rows) {
+    product_of<DTYPE, BY_ROWS, false>(sums, low[0], rows);
+#pragma unroll
+    for (int s = 1; s < 4; s++) product_of<DTYPE, BY_ROWS, true>(sums, low[s], further(rows, s * FURTHER_IN_ROWS));
+#pragma unroll
+    for (int s = 0; s < 4; s++) product_of<DTYPE, BY_ROWS, true>(sums, high[s], further(rows, SQUARE_BYTES + s * FURTHER_IN_ROWS));
+}
+// columns of a sum, each times its number
+DEVICE void scale_columns(Sums& sums, const float* line) {
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        const float2 by = two(line + 8 * n + lane_id() % 4 * 2);
+        sums[4 * n] *= by.x, sums[4 * n + 1] *= by.y, sums[4 * n + 2] *= by.x, sums[4 * n + 3] *= by.y;
+    }
+}
+// 64 values by 64 columns of what a carrier leaves, a warp its 16 values: by values, or turned around
+DEVICE void leave(unsigned char* square, const Operand& x) {
+    const int lane = lane_id(), row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+    for (int s = 0; s < 4; s++) stmatrix_x4(Part{square}.piece(row, 2 * s + lane / 16), x[s]);
+}
+DEVICE void leave_turned(unsigned char* square, const Operand& x) {
+    const int lane = lane_id(), warp = threadIdx.x / 32 % 4, row = lane % 8 + lane / 16 * 8, piece = 2 * warp + lane / 8 % 2;
+#pragma unroll
+    for (int s = 0; s < 4; s++) stmatrix_x4_trans(Part{square}.piece(16 * s + row, piece), x[s]);
+}
+
+// E^T of 64 keys from `key` on, from or to a state [KEYS, VALUES] at this warp's first value
+DEVICE void read_state(Sums& state, const float* from, int key) {
+    const int r = lane_id() / 4, c = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < 32; i++) state[i] = from ? from[(key + i / 4 * 8 + 2 * c + i % 2) * VALUES + r + i / 2 % 2 * 8] : 0.0f;
+}
+DEVICE void write_state(float* to, int key, const Sums& state) {
+    const int r = lane_id() / 4, c = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < 32; i++) to[(key + i / 4 * 8 + 2 * c + i % 2) * VALUES + r + i / 2 % 2 * 8] = state[i];
+}
+
+#endif

@@ -1,0 +1,120 @@
+"""gated_delta_rule by Hopper's own products: both walks with a state in a warpgroup's registers, and the gradients of every input in one pass.
+
+Heads of 128 keys and values in bfloat16 or float16, compute capability 9.0, blocks of 64 tokens whose factors delta_prepare.cu makes, rows that 16-byte copies
+can take. Kernels in cuda/delta_walk_hopper.cu, delta_reverse_hopper.cu and delta_gradients_hopper.cu.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from titans_backends.backend import Candidate
+from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
+from titans_backends.machine import Machine
+from titans_backends.signature import Signature
+
+from .delta_kept import kept_of
+from .delta_prepare import SOURCE as PREPARE_SOURCE
+from .delta_prepare import Factors, Rule, prepare, rule_of
+from .launch import DTYPES, Arg, Kernel
+from .serving import candidate as _candidate
+from .strides import aligned_rows
+
+__all__ = ["BACKWARD_SOURCES", "SIDE", "carriers_of", "forward_candidates", "gradients", "is_offered", "run", "serves", "walk", "walk_back"]
+
+SIDE = 64
+"""Tokens of a block."""
+WALK = Kernel("delta_walk_hopper.cu", "delta_walk_hopper", "12P9q5i")
+REVERSE = Kernel("delta_reverse_hopper.cu", "delta_reverse_hopper", "12P9q5i")
+GRADIENTS = Kernel("delta_gradients_hopper.cu", "delta_gradients_hopper", "17P21q10if")
+BACKWARD_SOURCES = (WALK.source, REVERSE.source, GRADIENTS.source)
+_SM, _WIDTH, _GROUP, _SQUARE, _LINES, _SMS = 90, 128, 128, 8192, 1152, 132
+_STAGES = {1: 3, 2: 2}
+_GRADIENT_BYTES = 2 * 8 * _SQUARE + 4 * 2 * _SQUARE + 2 * _SQUARE + (2 * 1040 + 6 * 64) * 4
+"""Of the last pass: two stages, rows of q and k, as they are and weighed, two squares, lines."""
+_CROWDED = 0.75
+"""Heads of all sequences for each processor from which two carriers of a head come first."""
+
+
+def is_offered(signature: Signature, machine: Machine) -> bool:
+    """Whether a card has them for a call's heads and dtype."""
+    wide = signature.dim("K") == signature.dim("V") == _WIDTH and signature.dtype in (torch.bfloat16, torch.float16)
+    return wide and machine.sm == _SM and (machine.shared_memory_bytes or 0) >= _GRADIENT_BYTES
+
+
+def carriers_of(signature: Signature, machine: Machine) -> tuple[int, int]:
+    """Warpgroups that carry a head together, the likelier number first: two read its tiles once, one each fill a card with half the heads."""
+    crowded = signature.dim("N") * signature.dim("H") >= _CROWDED * (machine.sms or _SMS)
+    return (2, 1) if crowded and not signature.batch_invariant else (1, 2)
+
+
+def forward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
+    """One for each number of carriers; none where they are not offered."""
+    if not is_offered(signature, machine):
+        return []
+    files = (PREPARE_SOURCE, WALK.source)
+    return [_candidate("wgmma", files, side=SIDE, carriers=carriers) for carriers in carriers_of(signature, machine)]
+
+
+def serves(x: Rule, d_o: Tensor | None) -> bool:
+    """Whether a backward's gradient of o arrives, and all rows lie where copies can take them."""
+    return d_o is not None and all(aligned_rows(one, whole=True) for one in (x.q, x.k, x.v, d_o))
+
+
+def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]:
+    """o `[B, T, H, V]`, the final state and, by a candidate with a residual, its tensors."""
+    x = rule_of(call, SIDE)
+    x = replace(x, **{name: one.contiguous().clone() for name in "qkv" if not aligned_rows(one := getattr(x, name), whole=True)})
+    o, final = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device), None
+    if call.output_final_state:
+        final = torch.empty((x.slots.sequences, x.heads, x.keys, x.values), dtype=torch.float32, device=x.v.device)
+    kept = kept_of(x) if candidate.residual else None
+    if x.tokens or final is not None:
+        made = prepare(x) if kept is None else prepare(x, evenly=True, into=kept.factors)
+        states, updates = (None, None) if kept is None else (kept.states, kept.updates)
+        walk(x, made, int(candidate.param("carriers")), o=o, final=final, states=states, updates=updates)
+    return o, final, *(kept or ())
+
+
+def walk(
+    x: Rule,
+    made: Factors,
+    carriers: int,
+    *,
+    o: Tensor | None = None,
+    final: Tensor | None = None,
+    states: Tensor | None = None,
+    updates: Tensor | None = None,
+) -> None:
+    """Walks forward; with `o` it is computed, and `states` `[places, V, K]` at every block's start and `updates` `[B, T, H, V]` may be kept."""
+    outputs, keeps = o is not None, states is not None or updates is not None
+    WALK(
+        *_grid(x, carriers),
+        (("DTYPE", DTYPES[x.v.dtype]), ("CARRIERS", carriers), ("OUTPUTS", outputs), ("KEEPS", keeps)),
+        (
+            x.q, x.k, x.v, made.inverses, made.scores, made.lines, x.initial, o, states, updates, final, x.slots.cu_seqlens,
+            *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], x.heads, x.group, x.slots.wide, x.tokens, x.slots.each,
+        ),
+        _STAGES[carriers] * ((3 + carriers + 3 * outputs) * _SQUARE + _LINES) + carriers * (outputs + 3 * keeps) * _SQUARE,
+    )  # fmt: skip
+
+
+def walk_back(x: Rule, carriers: int, values: tuple[Arg, ...]) -> None:
+    """Walks back. `values`: those of the walk of every card, without what says that a gradient of o arrives."""
+    macros = (("DTYPE", DTYPES[x.v.dtype]), ("CARRIERS", carriers))
+    REVERSE(*_grid(x, carriers), macros, values, _STAGES[carriers] * ((6 + carriers) * _SQUARE + _LINES) + carriers * 4 * _SQUARE)
+
+
+def gradients(x: Rule, blocks: int, values: tuple[Arg, ...]) -> None:
+    """The last pass, in at most so many blocks. `values`: those of the pass of every card as far as they are the same."""
+    items = x.places // x.group
+    macros = (("DTYPE", DTYPES[x.v.dtype]), ("NORMALIZED", x.l2norm))
+    GRADIENTS((min(items, blocks), 1, 1), 3 * _GROUP, macros, (*values, items, x.scale), _GRADIENT_BYTES)
+
+
+def _grid(x: Rule, carriers: int) -> tuple[tuple[int, int, int], int]:
+    """Blocks and threads of a walk."""
+    return (x.slots.sequences * x.heads * 2 // carriers, 1, 1), _GROUP * (1 + carriers)

@@ -338,7 +338,7 @@ def shuffle(block: Block, one: Instruction) -> None:
 
 
 OPERATIONS: Mapping[str, Operation] = {
-    **dict.fromkeys(("NOP", "BAR", "MEMBAR", "FENCE", "WARPGROUP", "WARPSYNC", "BSSY", "BSYNC", "ERRBAR"), nothing),
+    **dict.fromkeys(("NOP", "BAR", "MEMBAR", "FENCE", "WARPGROUP", "WARPSYNC", "BREAK", "BSSY", "BSYNC", "ERRBAR"), nothing),
     **dict.fromkeys(("IMAD", "UIMAD"), multiply_add),
     **dict.fromkeys(("IADD3", "UIADD3"), add),
     **dict.fromkeys(("LEA", "ULEA"), shifted_add),

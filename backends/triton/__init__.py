@@ -34,6 +34,7 @@ _BACKWARD = (
     "delta_backward_plans",
     "delta_gradients",
     "delta_reverse",
+    "delta_together",
     "delta_updates",
     "dual_backward",
     "dual_joins",

@@ -7,7 +7,7 @@ in both directions, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from .delta_gradients import ERASED, QUERIES, VECTORS, WRITTEN
 from .delta_reverse import ENDS, REVERSE
 from .delta_schedules import Factors, Operands, Params, divide, prepare, run_scan
+from .delta_together import TOGETHER
 from .delta_updates import UPDATES
 from .grid import in_rows, strides
 from .serving import tile_width
@@ -190,19 +191,72 @@ def _run_gradients(
     carried: Tensor | None,
     into: Mapping[str, Tensor],
 ) -> None:
-    """The parallel kernels. Writes over the factors, which nothing reads any more."""
+    """The parallel kernels. With `gradients=one` a single one makes those of q, k and w, where all of them are wanted; else there are three, as wanted."""
+    block, rule = int(p["block"]), x.w is None
+    one = p.get("gradients") == "one" and {"q", "k"} | (set() if rule else {"w"}) <= set(into)
+    columns = tile_width(x.keys) if one or x.l2norm else min(tile_width(x.keys), int(p["gradient_keys"]))
+    tiles, places = -(-x.keys // columns), x.slots(block) * x.heads
+    diagonal, *lines = _lines(places, block, tiles, x, into, one)
+    kept = (states, leaving, updates, errors)
+    if one:
+        _run_together(x, made, p, d_o, kept, lines, into)
+    else:
+        _run_three(x, made, p, d_o, kept, columns, diagonal, lines, into)
+    d_g, d_gate, d_beta, d_decay = (into.get(name) for name in ("g", "gate", "beta", "chunk_decay"))
+    if d_g is not None or d_gate is not None or d_beta is not None or d_decay is not None:
+        told, past, seen, taken, gone, asked, shed = lines
+        parts = -(-x.values // int(p["value_tile"]))
+        chunks = 0 if d_decay is None else d_decay.shape[1]
+        args = (x.beta, x.g, x.gate, told, past, direct, seen, taken, gone, asked, shed, carried, d_beta, d_g, d_gate, d_decay, x.cu_seqlens)
+        args += (x.v.shape[1], x.sequences, x.heads, places, parts, tiles, chunks, *strides(x.beta), *strides(x.g), *strides(x.gate))
+        VECTORS(places, args, (block, x.k.dtype == torch.float32), 1 if block <= 32 else 2, 1)
+
+
+def _run_together(
+    x: Operands,
+    made: Factors,
+    p: Params,
+    d_o: Tensor,
+    kept: tuple[Tensor | None, ...],
+    lines: Sequence[Tensor | None],
+    into: Mapping[str, Tensor],
+) -> None:
+    """One kernel for the gradients of q, k and w. `kept`: states, their gradients, updates and errors."""
+    block, stages = int(p["block"]), int(p["gradient_stages"])
+    told, past, seen, taken, gone, asked, shed = lines
+    erase = made.lines[1] if x.chunk_decay is not None else None
+    args = (x.q, x.k, x.w, x.beta, x.g, x.gate, d_o, *kept, erase, told, past, asked, seen, shed, taken, gone, into["q"], into["k"], into.get("w"))
+    args += (x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group, x.scale)
+    for tensor in (x.q, x.k, x.w, x.beta, x.g, x.gate, d_o):
+        args += strides(tensor)
+    constants = (x.keys, x.values, tile_width(x.keys), block, int(p["gradient_tile"]), x.group > 1, x.l2norm, p["dot"], stages)
+    TOGETHER(x.slots(block) * (x.heads // x.group), args, constants, int(p["gradient_warps"]), stages)
+
+
+def _run_three(
+    x: Operands,
+    made: Factors,
+    p: Params,
+    d_o: Tensor,
+    kept: tuple[Tensor | None, ...],
+    columns: int,
+    diagonal: Tensor | None,
+    lines: Sequence[Tensor | None],
+    into: Mapping[str, Tensor],
+) -> None:
+    """Three kernels, each where something wants it. They write over the factors, which nothing reads any more. `kept` as above."""
     block, width, stages, rule = int(p["block"]), int(p["gradient_tile"]), int(p["gradient_stages"]), x.w is None
-    columns = tile_width(x.keys) if x.l2norm else min(tile_width(x.keys), int(p["gradient_keys"]))
-    tiles, places, device = -(-x.keys // columns), x.slots(block) * x.heads, x.v.device
+    states, leaving, updates, errors = kept
+    told, past, seen, taken, gone, asked, shed = lines
+    tiles, places = -(-x.keys // columns), x.slots(block) * x.heads
     d_q, d_k, d_g, d_gate, d_beta, d_decay = (into.get(name) for name in ("q", "k", "g", "gate", "beta", "chunk_decay"))
     d_w = into.get("w")
     writes, grouped = d_k is not None or d_g is not None, x.group > 1
     pairs, links = (made.scores, made.inverses) if writes else (None, None)
-    diagonal, told, past, seen, taken, gone, asked, shed = _lines(places, block, tiles, x, into)
     erase = made.lines[1] if x.chunk_decay is not None else None
     sums = None
     if (d_q is not None and grouped) or (d_k is not None and (rule or grouped)):
-        sums = torch.empty(places // x.group * block * columns * tiles, dtype=torch.float32, device=device)
+        sums = torch.empty(places // x.group * block * columns * tiles, dtype=torch.float32, device=x.v.device)
     constants = (x.keys, x.values, columns, block, width, x.l2norm, p["dot"], stages)
     warps, sizes, programs = int(p["gradient_warps"]), (x.v.shape[1], x.sequences, x.heads, x.group, places), places // x.group * tiles
     q, k, beta, g, gate = (strides(tensor) for tensor in (x.q, x.k, x.beta, x.g, x.gate))
@@ -217,19 +271,13 @@ def _run_gradients(
         more = sums if d_k is not None and (rule or grouped) else None
         args = (x.q, x.k, x.beta, x.g, x.gate, leaving, updates, pairs, diagonal, links, taken, gone, more, d_k, x.cu_seqlens)
         WRITTEN(programs, (*args, *sizes, *q, *k, *beta, *g, *gate), constants, warps, stages)
-    if d_g is not None or d_gate is not None or d_beta is not None or d_decay is not None:
-        parts = -(-x.values // int(p["value_tile"]))
-        chunks = 0 if d_decay is None else d_decay.shape[1]
-        args = (x.beta, x.g, x.gate, told, past, direct, seen, taken, gone, asked, shed, carried, d_beta, d_g, d_gate, d_decay, x.cu_seqlens)
-        args += (x.v.shape[1], x.sequences, x.heads, places, parts, tiles, chunks, *beta, *g, *gate)
-        VECTORS(places, args, (block, x.k.dtype == torch.float32), 1 if block <= 32 else 2, 1)
 
 
-def _lines(places: int, block: int, tiles: int, x: Operands, into: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-    """Room for the diagonal of the scores, and for what `vectors` reads: told, past, seen, taken, gone, asked and shed, each where something asks for it."""
+def _lines(places: int, block: int, tiles: int, x: Operands, into: Mapping[str, Tensor], one: bool) -> tuple[Tensor | None, ...]:
+    """Room for the diagonal of the scores, and for what `vectors` reads: told, past, seen, taken, gone, asked and shed, each where something asks for it; `one` kernel needs no diagonal."""
     line, rule, decay, factor = places * block, x.w is None, "g" in into, "chunk_decay" in into
     sizes = (
-        line * ("k" in into),
+        line * ("k" in into and not one),
         tiles * line * ("gate" in into),
         tiles * line * decay,
         tiles * line * (rule and (decay or "beta" in into)),

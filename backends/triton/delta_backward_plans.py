@@ -17,7 +17,7 @@ from titans_backends.signature import Signature
 from .delta_plans import LONG, SMS, shared_bytes
 from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, narrow_warps, tile_width
 
-__all__ = ["backward_plans", "reverse_bytes"]
+__all__ = ["backward_plans", "reverse_bytes", "together_bytes"]
 
 
 class _Way(NamedTuple):
@@ -31,6 +31,8 @@ class _Way(NamedTuple):
     gradient_tile: int
     gradient_warps: int
     gradient_stages: int
+    one: bool = False
+    """Whether a single kernel makes the gradients of q, k and w, with all key columns in a program (`delta_together`)."""
 
 
 _MOST_SAVED = 5
@@ -44,6 +46,8 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
     size, wide = signature.dtype.itemsize, max(keys, values)
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     ways = [*_ways(signature.dtype, wide, values), *_LAST_RESORTS]
+    if size == 4 or copies_rows(signature):
+        ways += _untimed(signature.dtype, wide, keys, values)
     if fixed:
         ways = [way for way in ways if way.block == grid] or [ways[0]._replace(block=grid)]
     least = 16
@@ -53,7 +57,7 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
         ways = sorted(wider, key=lambda way: (way.block != 32, way))
     found: list[Candidate] = []
     for index, way in enumerate(ways):
-        rows, columns = way.block, min(keys, way.gradient_keys)
+        rows, columns = way.block, keys if way.one else min(keys, way.gradient_keys)
         plan: dict[str, Param] = {
             "block": rows,
             "prepare_warps": 1 if wide <= 32 and rows == 32 and size == 2 else 4,
@@ -68,15 +72,19 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
             "gradient_warps": narrow_warps(signature.dtype, rows, columns, way.gradient_warps),
             "gradient_stages": way.gradient_stages,
             "dot": dots(signature)[0],
+            **({"gradients": "one"} if way.one else {}),
         }
         chain: dict[str, Param] = {"chain_tile": 16, "chain_warps": 1 if wide <= 32 else 4, "chain_stages": 3}
         maps: dict[str, Param] = {"map_tile": 64 if size == 2 else 32, "map_warps": 2 if wide <= 32 and rows < 64 else 4}
         cuts: list[dict[str, Param]] = [{"segment": tokens // rows, **maps, **chain} for tokens in ((256, 512) if wide <= 64 else (1024, 2048))]
         last = (way.gradient_stages * (columns + 2 * rows) * way.gradient_tile + 2 * rows * columns + 3 * rows * rows) * size
+        if way.one:
+            last = together_bytes(way.gradient_stages, way.gradient_tile, rows, columns, size)
         back = (
             reverse_bytes(plan, keys, values, products=3 if signature.has("w") else 2) if size == 2 else 0
         )  # float32 takes less than its scan forward
-        for cut in ({}, *(cuts if index == 0 else cuts[1:] if index == 1 and rows >= ways[0].block else ())):
+        sides = cuts if index == 0 else cuts[1:] if index == 1 and rows >= ways[0].block else cuts[:1] if way.one and not ways[index - 1].one else ()
+        for cut in ({}, *sides):
             if max(shared_bytes("split" if cut else "scan", {**plan, **cut}, keys, values, size), back, last) <= room:
                 params = {**plan, **cut, **rest}
                 found.append(Candidate("triton", "split" if cut else "again", tuple(params.items()), direction="backward"))
@@ -98,6 +106,24 @@ def _ways(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
     if wide <= 128:
         return [_Way(64, 32, 4, 3, 64, 32, 4, 3), _Way(64, 64, 4, 2, 64, 32, 4, 3), _Way(64, 32, 4, 3, 64, 64, 4, 2)]
     return []
+
+
+def _untimed(dtype: torch.dtype, wide: int, keys: int, values: int) -> list[_Way]:
+    """What no card has timed yet, and so comes last: one kernel for all inputs, and for wide heads the three with all keys in a program or more bytes on their way."""
+    if wide <= 32:
+        first = _ways(dtype, wide, values)[0]
+        return [first._replace(gradient_stages=1 if dtype.itemsize == 2 else 2, one=True)]
+    if dtype.itemsize == 4 or wide > 128:
+        return []
+    if wide <= 64 or keys <= 64:
+        return [_Way(64, 32, 4, 3, keys, 32, 4, 3, one=True)]
+    one = _Way(64, 32, 4, 3, keys, 64, 8, 3, one=True)
+    return [one, one._replace(gradient_tile=32), one._replace(one=False), one._replace(gradient_keys=64, gradient_warps=4, one=False)]
+
+
+def together_bytes(stages: int, tile: int, rows: int, keys: int, size: int) -> int:
+    """Shared memory of the one kernel: its loads, or what stands behind its last loop; k of the block beside either."""
+    return (max(stages * (keys + 3 * rows) * tile, 4 * rows * keys + 2 * rows * rows) + rows * keys) * size
 
 
 def _is_few(signature: Signature, machine: Machine, values: int) -> bool:

@@ -34,7 +34,7 @@ __all__ = ["ERASED", "QUERIES", "VECTORS", "WRITTEN"]
 
 
 @triton.jit
-def _load_state(at, key, value, K: tl.constexpr, V: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
+def load_state(at, key, value, K: tl.constexpr, V: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
     """Columns of a state `[K, V]`."""
     place = at + key[:, None] * V + value[None, :]
     tile = tl.load(place) if WHOLE else tl.load(place, mask=(key[:, None] < K) & (value[None, :] < V), other=0.0)
@@ -42,26 +42,26 @@ def _load_state(at, key, value, K: tl.constexpr, V: tl.constexpr, WHOLE: tl.cons
 
 
 @triton.jit
-def _load_rows(at, row_t, row, column, here, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+def load_rows(at, row_t, row, column, here, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     """Rows of a block; zero where a token or a column is not there."""
     place = at + row[:, None] * row_t + column[None, :]
     return tl.load(place, mask=here[:, None] if WHOLE else here[:, None] & (column[None, :] < COLUMNS), other=0.0)
 
 
 @triton.jit
-def _load_line(at, row_t, row, here):
+def load_line(at, row_t, row, here):
     """A number for each token, in float32."""
     return tl.load(at + row * row_t, mask=here, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _unnormed(found, wide, norm):
+def unnormed(found, wide, norm):
     """The gradient of rows through their normalisation."""
     return norm[:, None] * (found - wide * (norm * norm * tl.sum(wide * found, 1))[:, None])
 
 
 @triton.jit
-def _normed(tile, norm, L2NORM: tl.constexpr):
+def normed(tile, norm, L2NORM: tl.constexpr):
     """Rows as the rule sees them."""
     return (tile.to(tl.float32) * norm[:, None]).to(tile.dtype) if L2NORM else tile
 
@@ -119,19 +119,19 @@ def _queries(
         at_do = do + at * do_b + first * do_t + head * do_h
         at_u = updates + (rows * heads + head) * V
         if g is not None:
-            step = _load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
+            step = load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
         if READ:
-            k_tile = _load_rows(at_k, k_t, row, key, here, K, WHOLE_K)
-            q_tile = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K)
+            k_tile = load_rows(at_k, k_t, row, key, here, K, WHOLE_K)
+            q_tile = load_rows(at_q, q_t, row, key, here, K, WHOLE_K)
         scored = tl.zeros([BLOCK, BLOCK], tl.float32)
         read = tl.zeros([BLOCK, BLOCK_K], tl.float32)
         for column in tl.range(0, stop, BLOCK_V, num_stages=STAGES):
             value = column + tl.arange(0, BLOCK_V)
-            do_tile = _load_rows(at_do, do_t, row, value, here, V, WHOLE_V)
-            u_tile = _load_rows(at_u, heads * V, row, value, here, V, WHOLE_V)
+            do_tile = load_rows(at_do, do_t, row, value, here, V, WHOLE_V)
+            u_tile = load_rows(at_u, heads * V, row, value, here, V, WHOLE_V)
             scored = tl.dot(do_tile, tl.trans(u_tile), acc=scored, input_precision=DOT)
             if READ:
-                s_tile = _load_state(states + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
+                s_tile = load_state(states + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
                 read = tl.dot(do_tile, tl.trans(s_tile), acc=read, input_precision=DOT)
         scored = tl.where(causal, scored, 0.0) * scale
         if g is not None:
@@ -149,14 +149,14 @@ def _queries(
             if asked is not None:
                 line = tl.sum(q_tile.to(tl.float32) * read, 1) * scale
                 if gate is not None:
-                    line *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
+                    line *= load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
                 tl.store(asked + tile * places + place, tl.sum(line, 0))
             if erase is not None:
                 read *= tl.load(erase + place * BLOCK + row)[:, None]
             norm = tl.full([BLOCK], 1.0, tl.float32)
             if L2NORM:
                 norm = row_norm(k_tile)
-            read = tl.dot(p_tile, _normed(k_tile, norm, L2NORM), acc=read * scale, input_precision=DOT)
+            read = tl.dot(p_tile, normed(k_tile, norm, L2NORM), acc=read * scale, input_precision=DOT)
             wide = q_tile.to(tl.float32)
             if past is not None:
                 line = tl.sum(wide * read, 1)
@@ -164,7 +164,7 @@ def _queries(
                     line *= row_norm(wide)
                 tl.store(past + (tile * places + place) * BLOCK + row, line)
             if WHOLE:
-                k_tile = _load_rows(at_k, k_t, row, key, here, K, WHOLE_K)  # again: registers are scarce
+                k_tile = load_rows(at_k, k_t, row, key, here, K, WHOLE_K)  # again: registers are scarce
                 read += k_tile.to(tl.float32) * (own * norm)[:, None]
             if told is not None:
                 line = tl.sum(wide * read, 1)
@@ -172,13 +172,13 @@ def _queries(
                     line *= row_norm(wide)
                 tl.store(told + (tile * places + place) * BLOCK + row, line)
             if gate is not None:
-                read *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)[:, None]
+                read *= load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)[:, None]
             if dq is not None:
                 if sums is not None:
                     read = _add(read, sums, at_sums, member)
                 if member == group - 1:
                     if L2NORM:
-                        read = _unnormed(read, wide, row_norm(wide))
+                        read = unnormed(read, wide, row_norm(wide))
                     at_dq = dq + (rows * groups + shared) * K + row[:, None] * (groups * K) + key[None, :]
                     tl.store(at_dq, read.to(dq.dtype.element_ty), mask=here[:, None] & (key[None, :] < K))
 
@@ -225,24 +225,24 @@ def _erased(
         at_x = errors + (rows * heads + head) * V
         b = tl.full([BLOCK], 1.0, tl.float32)
         if beta is not None:
-            b = _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
+            b = load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
         if g is not None:
-            step = _load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
+            step = load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
         if LEFT:
-            k_tile = _load_rows(k + at * k_b + first * k_t + shared * k_h, k_t, row, key, here, K, WHOLE_K)
+            k_tile = load_rows(k + at * k_b + first * k_t + shared * k_h, k_t, row, key, here, K, WHOLE_K)
         bound = tl.zeros([BLOCK, BLOCK], tl.float32)
         lost = tl.zeros([BLOCK, BLOCK_K], tl.float32)
         for column in tl.range(0, stop, BLOCK_V, num_stages=STAGES):
             value = column + tl.arange(0, BLOCK_V)
-            x_tile = _load_rows(at_x, heads * V, row, value, here, V, WHOLE_V)
+            x_tile = load_rows(at_x, heads * V, row, value, here, V, WHOLE_V)
             if BOUND:
-                u_tile = _load_rows(updates + (rows * heads + head) * V, heads * V, row, value, here, V, WHOLE_V)
+                u_tile = load_rows(updates + (rows * heads + head) * V, heads * V, row, value, here, V, WHOLE_V)
                 bound = tl.dot(x_tile, tl.trans(u_tile), acc=bound, input_precision=DOT)
             if LEFT or dw is not None or shed is not None:
-                s_tile = _load_state(states + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
+                s_tile = load_state(states + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
                 lost = tl.dot(x_tile, tl.trans(s_tile), acc=lost, input_precision=DOT)
         if shed is not None:
-            w_tile = _load_rows(w + at * w_b + first * w_t + head * w_h, w_t, row, key, here, K, WHOLE_K)
+            w_tile = load_rows(w + at * w_b + first * w_t + head * w_h, w_t, row, key, here, K, WHOLE_K)
             tl.store(shed + tile * places + place, tl.sum(tl.sum(w_tile.to(tl.float32) * lost, 1), 0))
         if erase is not None:
             lost *= tl.load(erase + place * BLOCK + row)[:, None]
@@ -262,7 +262,7 @@ def _erased(
             norm = tl.full([BLOCK], 1.0, tl.float32)
             if L2NORM:
                 norm = row_norm(k_tile)
-            left = tl.dot(bound.to(DTYPE), _normed(k_tile, norm, L2NORM), acc=lost * -back[:, None], input_precision=DOT)
+            left = tl.dot(bound.to(DTYPE), normed(k_tile, norm, L2NORM), acc=lost * -back[:, None], input_precision=DOT)
             if seen is not None:
                 tl.store(seen + (tile * places + place) * BLOCK + row, norm * tl.sum(k_tile.to(tl.float32) * left, 1))
             if sums is not None:
@@ -308,17 +308,17 @@ def _written(
         at_u = updates + (rows * heads + head) * V
         square = place * (BLOCK * BLOCK) + row[:, None] * BLOCK + row[None, :]
         if g is not None:
-            step = _load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
-        k_tile = _load_rows(at_k, k_t, row, key, here, K, WHOLE_K)
-        q_tile = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K)
+            step = load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
+        k_tile = load_rows(at_k, k_t, row, key, here, K, WHOLE_K)
+        q_tile = load_rows(at_q, q_t, row, key, here, K, WHOLE_K)
         p_tile = tl.load(pairs + square)
         if links is not None:
             l_tile = tl.load(links + square)
         right = tl.zeros([BLOCK, BLOCK_K], tl.float32)
         for column in tl.range(0, stop, BLOCK_V, num_stages=STAGES):
             value = column + tl.arange(0, BLOCK_V)
-            u_tile = _load_rows(at_u, heads * V, row, value, here, V, WHOLE_V)
-            e_tile = _load_state(leaving + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
+            u_tile = load_rows(at_u, heads * V, row, value, here, V, WHOLE_V)
+            e_tile = load_state(leaving + place * (K * V), key, value, K, V, WHOLE_K & WHOLE_V, DTYPE)
             right = tl.dot(u_tile, tl.trans(e_tile), acc=right, input_precision=DOT)
         norm = tl.full([BLOCK], 1.0, tl.float32)
         through = norm
@@ -336,17 +336,17 @@ def _written(
         if SPLIT:
             inner = tl.zeros([BLOCK, BLOCK_K], tl.float32)
         if gate is not None:
-            through *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
-        inner = tl.dot(tl.trans(p_tile), _normed(q_tile, through, L2NORM or gate is not None), acc=inner, input_precision=DOT)
+            through *= load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
+        inner = tl.dot(tl.trans(p_tile), normed(q_tile, through, L2NORM or gate is not None), acc=inner, input_precision=DOT)
         if links is not None:
-            bent = norm * _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
-            inner = tl.dot(tl.trans(l_tile), _normed(k_tile, bent, True), acc=inner, input_precision=DOT)
+            bent = norm * load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
+            inner = tl.dot(tl.trans(l_tile), normed(k_tile, bent, True), acc=inner, input_precision=DOT)
         if taken is not None:
             found = norm * tl.sum(k_tile.to(tl.float32) * inner, 1)
             tl.store(taken + line, found if SPLIT else found - left)
         right = right + inner if SPLIT else inner
         if dk is not None:
-            q_tile = _load_rows(at_q, q_t, row, key, here, K, WHOLE_K)  # again: registers are scarce
+            q_tile = load_rows(at_q, q_t, row, key, here, K, WHOLE_K)  # again: registers are scarce
             right += q_tile.to(tl.float32) * (through * tl.load(diagonal + place * BLOCK + row))[:, None]
             if sums is not None:
                 if links is not None:  # noqa: SIM114  (decided when it compiles)
@@ -359,7 +359,7 @@ def _written(
                     tl.debug_barrier()
             if member == group - 1:
                 if L2NORM:
-                    right = _unnormed(right, k_tile.to(tl.float32), norm)
+                    right = unnormed(right, k_tile.to(tl.float32), norm)
                 at_dk = dk + (rows * groups + shared) * K + row[:, None] * (groups * K) + key[None, :]
                 tl.store(at_dk, right.to(dk.dtype.element_ty), mask=here[:, None] & (key[None, :] < K))
 
@@ -422,10 +422,10 @@ def _vectors(
         tl.store(dbeta + out, wanted.to(dbeta.dtype.element_ty), mask=here)
     if dg is not None:
         if gate is not None:
-            asked *= _load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
+            asked *= load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
         if seen is not None:
-            erased *= _load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
-        _coarse, _fine, coarse_last, fine_last = running_log(_load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
+            erased *= load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
+        _coarse, _fine, coarse_last, fine_last = running_log(load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here), SPLIT)
         total *= tl.exp(coarse_last + fine_last)
         steep = tl.where(here, steep + asked + erased, 0.0)
         found = tl.sum(steep, 0) - tl.cumsum(steep, 0) + steep + tl.cumsum(held, 0) + total

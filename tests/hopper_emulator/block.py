@@ -83,7 +83,7 @@ class Block:
                 alive &= ~self.active
             elif one.name == "BRA":
                 at[self.active] = self.code.labels[one.operands[-1].strip("`()")]
-            else:
+            elif self.active.any():  # else its predicate holds for nobody
                 self._step(one, OPERATIONS.get(one.name), here, alive)
         raise Fault("it runs on and on")
 

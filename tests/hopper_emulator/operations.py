@@ -397,7 +397,7 @@ def vote(block: Block, one: Instruction) -> None:
 
 
 OPERATIONS: Mapping[str, Operation] = {
-    **dict.fromkeys(("NOP", "MEMBAR", "WARPSYNC", "ENDCOLLECTIVE", "BSSY", "BSYNC", "ERRBAR"), nothing),
+    **dict.fromkeys(("NOP", "MEMBAR", "WARPSYNC", "ENDCOLLECTIVE", "BREAK", "BSSY", "BSYNC", "ERRBAR"), nothing),
     **dict.fromkeys(("IMAD", "UIMAD"), multiply_add),
     **dict.fromkeys(("IADD3", "UIADD3"), add),
     **dict.fromkeys(("LEA", "ULEA"), shifted_add),

@@ -27,6 +27,7 @@ from typing import cast
 import torch
 from device_timing import arriving, work
 from seeds import LARGE, SMALL, STATE, Task, call_of
+from torch import Tensor
 
 from titans_backends import registry
 from titans_backends.backend import Candidate, TrainableOpModule
@@ -35,7 +36,8 @@ from titans_backends.contracts.contract import Call
 from titans_backends.contracts.validate import validate
 from titans_backends.facts import signature_of
 from titans_backends.machine import detect
-from titans_backends.offers import offer
+from titans_backends.offers import Offer, offer
+from titans_backends.plan import Handed
 from titans_backends.signature import Regime
 
 TRAFFIC = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum"}
@@ -67,7 +69,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """A problem, and whose candidate of which variant is looked at ("": its first)."""
+    """A problem, and whose candidate is looked at: the first of this variant or with this parameter ("": its first)."""
 
     task: Task
     variant: str = ""
@@ -78,15 +80,19 @@ class Looked:
         return f"{self.task.op}{' backward' * self.backward} {self.task.what}"
 
     def candidate(self, call: Call) -> Candidate | None:
-        """The first of its variant that the backend offers for a captured call, if any; SystemExit where it refuses."""
-        made = CONTRACTS[self.task.op]
-        regime: Regime = "training" if self.backward else "inference"
-        signature = signature_of(made, call, validate(made, call), regime=regime, launch="graph")
-        answer = offer(registry.get(self.backend), signature, detect("cuda"))
+        """The first of its variant, or with that parameter, that the backend offers for a captured call, if any; SystemExit where it refuses."""
+        answer = self.offered(call)
         offered = answer.backward if self.backward else answer.forward
         if not offered:
             raise SystemExit(f"{self}: {self.backend} refuses: {answer.verdict}")
-        return next((one for one in offered if self.variant in ("", one.variant)), None)
+        return next((one for one in offered if self.variant in one.label), None)
+
+    def offered(self, call: Call) -> Offer:
+        """What the backend offers for a captured call."""
+        made = CONTRACTS[self.task.op]
+        regime: Regime = "training" if self.backward else "inference"
+        signature = signature_of(made, call, validate(made, call), regime=regime, launch="graph")
+        return offer(registry.get(self.backend), signature, detect("cuda"))
 
     def runs(self, call: Call, candidate: Candidate) -> Callable[[], object]:
         """What launches it."""
@@ -94,8 +100,12 @@ class Looked:
         assert module is not None
         if not self.backward:
             return lambda: module.run(call, candidate)
-        given = arriving(self.task.op, call, candidate)
-        return lambda: cast(TrainableOpModule, module).run_backward(call, *given, candidate)
+        grads, states, needs = arriving(self.task.op, call, candidate)
+        given: Handed = states
+        if candidate.residual:
+            maker = next(one for one in self.offered(call).forward if one.agrees(candidate))
+            given = cast("tuple[Tensor, ...]", module.run(call, maker)[len(CONTRACTS[self.task.op].outputs) :])
+        return lambda: cast(TrainableOpModule, module).run_backward(call, grads, given, needs, candidate)
 
     def bytes(self, call: Call) -> float:
         """What the direction cannot avoid to read and write."""
@@ -117,7 +127,14 @@ def problems() -> Iterator[Looked]:
         yield Looked(Task("short", "gated_delta_rule", replace(case, given=("g",), options=STATE)))
     for case in (LARGE, replace(LARGE, name="8x1024 16/32 D128", B=8, T=1024), SMALL):
         rule = Task("short", "gated_delta_rule", replace(case, given=("g",), options=STATE))
-        for backend, variant in (("triton", "again"), ("triton", "saved"), ("cupy", "walks")):
+        for backend, variant in (
+            ("triton", "again"),
+            ("triton", "saved"),
+            ("triton", "gradients=one"),
+            ("cupy", "walks"),
+            ("cupy", "wgmma"),
+            ("cupy", "kept"),
+        ):
             yield Looked(rule, variant, backend, backward=True)
 
 

@@ -1,7 +1,7 @@
 """Which candidates a race measures: those that could win, by what the shipped timings say of the nearest calls. Pure.
 
-Every candidate of every case would take half an hour of a card, most of it compiling what is known to lose. What dispatch chooses and each backend's
-untuned default always race. Where nothing is known of a head_dim, a backend's first candidates do, which it puts first for a reason.
+Every candidate of every case would take half an hour of a card, most of it compiling what is known to lose. What dispatch chooses, each backend's untuned
+default and what no alike row has timed always race. Where nothing is known of a head_dim, a backend's first candidates do, which it puts first for a reason.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ def _reaching(side: Sequence[Candidate], bucket: Bucket, rows: Rows) -> set[Cand
     kept = set(side[:1])
     known = {(one.name, tuple(sorted(one.params)), one.direction, one.saves_states): one for one in side}
     backends = {one.backend for one in side}
+    alike = [other for other in rows if _alike(other, bucket)]
+    timed = {(one.candidate, tuple(sorted(one.params)), one.direction, one.saves_states) for row in alike for one in rows[row]}
     asked = 0
-    for row in sorted((other for other in rows if _alike(other, bucket)), key=lambda other: _distance(other, bucket)):
+    for row in sorted(alike, key=lambda other: _distance(other, bucket)):
         found = [one for one in rows[row] if one.us is not None and one.candidate.partition("/")[0] in backends]
         mine = [
             (known[key], one.us) for one in found if (key := (one.candidate, tuple(sorted(one.params)), one.direction, one.saves_states)) in known
@@ -65,7 +67,7 @@ def _reaching(side: Sequence[Candidate], bucket: Bucket, rows: Rows) -> set[Cand
         asked += bool(mine)
         if asked == NEAREST:
             break
-    return kept if asked else kept | set(side[: MOST + 1])
+    return kept | ({one for key, one in known.items() if key not in timed} if asked else set(side[: MOST + 1]))
 
 
 def _alike(row: Bucket, bucket: Bucket) -> bool:

@@ -47,7 +47,7 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     ways = [*_ways(signature.dtype, wide, values), *_LAST_RESORTS]
     if size == 4 or copies_rows(signature):
-        ways += _untimed(signature.dtype, wide, keys, values)
+        ways += _later(signature.dtype, wide, values)
     if fixed:
         ways = [way for way in ways if way.block == grid] or [ways[0]._replace(block=grid)]
     least = 16
@@ -108,17 +108,12 @@ def _ways(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
     return []
 
 
-def _untimed(dtype: torch.dtype, wide: int, keys: int, values: int) -> list[_Way]:
-    """What no card has timed yet, and so comes last: one kernel for all inputs, and for wide heads the three with all keys in a program or more bytes on their way."""
+def _later(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
+    """What is seldom the fastest and compiles long: one kernel for all inputs of narrow heads, faster on long sequences; more bytes on their way for wide ones."""
     if wide <= 32:
         first = _ways(dtype, wide, values)[0]
         return [first._replace(gradient_stages=1 if dtype.itemsize == 2 else 2, one=True)]
-    if dtype.itemsize == 4 or wide > 128:
-        return []
-    if wide <= 64 or keys <= 64:
-        return [_Way(64, 32, 4, 3, keys, 32, 4, 3, one=True)]
-    one = _Way(64, 32, 4, 3, keys, 64, 8, 3, one=True)
-    return [one, one._replace(gradient_tile=32), one._replace(one=False), one._replace(gradient_keys=64, gradient_warps=4, one=False)]
+    return [_Way(64, 32, 4, 3, 64, 64, 4, 3)] if 64 < wide <= 128 and dtype.itemsize == 2 else []
 
 
 def together_bytes(stages: int, tile: int, rows: int, keys: int, size: int) -> int:

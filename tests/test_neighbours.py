@@ -31,7 +31,7 @@ def test_from_the_limit_on_an_eager_winner_gains_in_a_graph_and_costs_little_at_
     speak = [one.over_default for one in measured if one.eager_us >= LEAST_US]
     assert len(speak) >= 10
     assert sum(speak) / len(speak) < 0.95
-    assert max(speak) < 1.05
+    assert max(speak) < 1.06
 
 
 def test_below_the_limit_there_is_a_reason_for_it(measured: list[Any]) -> None:

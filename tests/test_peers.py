@@ -220,6 +220,49 @@ def test_the_race_hands_a_backward_all_that_its_forward_keeps(on_cpu: Path, monk
     assert all(one.wall_us > 0 and not one.failed for one in stored)
 
 
+_WANTS = "backward fla/gated_delta_rule_kept gradients=triton: ValueError: it wants fla/gated_delta_rule, but no forward that saves them was right"
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("right", ()),
+        ("wrong", ("backward fla/gated_delta_rule_kept gradients=triton: ValueError: wrong: dk is off by",)),
+        ("raises", ("backward fla/gated_delta_rule_kept gradients=triton: RuntimeError: out of shared memory",)),
+        ("forward wrong", ("forward fla/gated_delta_rule_kept: ValueError: wrong: o is off by", _WANTS)),
+        ("forward raises", ("forward fla/gated_delta_rule_kept: RuntimeError: out of shared memory", _WANTS)),
+    ],
+)
+def test_the_race_checks_and_times_what_fla_keeps_and_chooses_nothing_of_it_that_fails(
+    what: str, told: tuple[str, ...], on_cpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, measure, results = (script(f"benchmarks/race_{name}.py") for name in ("cells", "measure", "results"))
+    rule = adapter("fla.gated_delta_rule")
+    run, run_backward = rule.run, rule.run_backward
+
+    def bent(found: Any, place: int, candidate: Candidate) -> Any:
+        if not candidate.saves_states or not what.endswith(("wrong", "raises")) or what.startswith("forward") != (candidate.direction == "forward"):
+            return found
+        if what.endswith("raises"):
+            raise RuntimeError("out of shared memory")
+        return tuple(x * 1.2 if index == place else x for index, x in enumerate(found))
+
+    monkeypatch.setattr(rule, "run", lambda call, candidate: bent(run(call, candidate), 0, candidate))
+    monkeypatch.setattr(rule, "run_backward", lambda *given: bent(run_backward(*given), 1, given[-1]))
+    plain = "fla/gated_delta_rule + fla/gated_delta_rule gradients=triton"
+    kept = "fla/gated_delta_rule_kept + fla/gated_delta_rule_kept gradients=triton (states stored)"
+    anchors = results.Part(tuple(results.Entrant(label, "fla", graph_us=1.0) for label in (plain, kept)))  # which is the faster, a CPU says by chance
+    group = replace(cells.GROUPS["fla"], backends=("eager", "fla"))
+    part = measure.measured(cells.Case(cells.Cell(1, 70, 1, 2, 16), "training"), group, {}, anchors, measure.Rules(0.0, 0.0, 0.0, 2), "cpu", None)
+    assert len(part.failed.split("; ")) == max(1, len(told))
+    assert all(one in part.failed for one in told)
+    assert bool(part.failed) == bool(told)
+    fla = {one.label: one for one in part.entrants if one.who == "fla"}
+    assert set(fla) == {plain, *([] if told else [kept])}
+    assert all(one.graph_us > 0 and one.wall_us > 0 and not one.failed for one in fla.values())
+    assert not told or kept not in {one.label for one in part.contenders}  # so no rule can choose it
+
+
 @pytest.mark.parametrize(("name", "again"), [("fla", "chunk_gated_delta_rule_fwd_intra"), ("flash_qla", "kkt_solve")])
 def test_a_backward_that_was_handed_nothing_computes_it(name: str, again: str, on_cpu: Path) -> None:
     made = contract("gated_delta_rule")

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from titans_backends.backends.cupy import delta_hopper, gated_delta_rule, launch
+from titans_backends.backends.cupy import delta_hopper, delta_prepare, gated_delta_rule, launch
 from torch import Tensor
 
 from tests import cuda_emulator
@@ -37,7 +37,7 @@ if find_spec("triton") is None:
 from tests.hopper_emulator.nvrtc import emulating
 
 MADE = CONTRACTS["gated_delta_rule"]
-KERNELS = ("delta_walk_hopper", "delta_reverse_hopper", "delta_gradients_hopper")
+KERNELS = ("delta_prepare_hopper", "delta_walk_hopper", "delta_reverse_hopper", "delta_gradients_hopper")
 """Executed as machine code; the others as C++."""
 MOST_SPILLED = 128
 """Bytes a thread, of addresses that loaders hold."""
@@ -144,7 +144,7 @@ def test_a_backward_takes_what_its_forward_kept() -> None:
     with emulating(only=KERNELS) as launched:
         kept = check_forward(case, one_of(case, "kept", "forward", carriers=1), call)
         check_backward(case, one_of(case, "kept", "backward", carriers=2, blocks=1), call, kept)
-    assert launched == ["delta_prepare", *KERNELS]
+    assert launched == [*KERNELS]
 
 
 @compiles
@@ -162,7 +162,7 @@ def test_everything_is_computed_again_where_nothing_is_kept(case: Case, carriers
     call = call_of(case)
     with emulating(only=KERNELS) as launched:
         check_backward(case, one_of(case, "wgmma", "backward", carriers=carriers), call, None)
-    assert launched == ["delta_prepare", *KERNELS]
+    assert launched == [*KERNELS]
 
 
 @compiles
@@ -196,10 +196,10 @@ def test_what_it_does_not_serve_other_kernels_do() -> None:
         found = gated_delta_rule.run_backward(call, (None, d_final), None, frozenset(wanted), candidate)
         assert all(one is not None and bool(one.isfinite().all()) for one in found)
     assert not set(launched) & set(KERNELS)
-    with emulating(only=(*KERNELS[:1], *KERNELS[2:])) as launched:
+    with emulating(only=KERNELS) as launched:
         queries = gated_delta_rule.run_backward(call, (d_o, None), None, frozenset(["q"]), candidate)[0]
         assert queries is not None
-    assert launched == ["delta_prepare", "delta_walk_hopper", "delta_gradients"]
+    assert launched == [*KERNELS[:2], "delta_gradients"]
 
 
 @compiles
@@ -207,6 +207,7 @@ def test_what_it_does_not_serve_other_kernels_do() -> None:
 @pytest.mark.parametrize(
     ("source", "macros"),
     [
+        *((delta_hopper.PREPARE.source, (("NORMALIZED", each), ("EVENLY", each))) for each in (0, 1)),
         *(
             (delta_hopper.WALK.source, (("CARRIERS", each), ("OUTPUTS", outputs), ("KEEPS", keeps)))
             for each, outputs, keeps in ((1, 1, 0), (2, 1, 1), (2, 0, 1))
@@ -220,6 +221,29 @@ def test_the_compiler_lets_products_run_on(source: str, macros: tuple[tuple[str,
     for word in ("serialized", "injected", "setmaxnreg"):
         assert word not in said, said
     assert used.spilled <= MOST_SPILLED, said
+
+
+@compiles
+@emulates
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("together", [False, True])
+def test_the_first_pass_makes_what_that_of_every_card_does(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a block takes a v head or two, the second time one of three alone; above the diagonal's squares nothing is written, of an empty slot nothing at all."""
+    monkeypatch.setattr(delta_hopper, "_FULL", 0 if together else 1 << 30)
+    case = replace(BASE, T=101, lengths=(64, 0, 37), H=3, given=("g", "gate"), keys="correlated")
+    rule = delta_prepare.rule_of(call_of(case), delta_hopper.SIDE)
+    wanted, found = (delta_prepare.factors_of(rule) for _ in range(2))
+    for one in (wanted, found):
+        for tensor in (one.inverses, one.scores, one.lines):
+            tensor.fill_(float("nan"))
+    delta_prepare.prepare(rule, into=wanted)
+    with emulating(only=KERNELS):
+        delta_hopper.prepare(rule, into=found)
+    for name in ("inverses", "scores", "lines"):
+        ours, theirs = getattr(found, name).double(), getattr(wanted, name).double()
+        assert not bool(ours.isnan().all()), name
+        assert torch.equal(ours.isnan(), theirs.isnan()), name
+        assert error(ours.nan_to_num(), theirs.nan_to_num()) < 1e-4, name
 
 
 def races_of(case: Case, without: str = "") -> Counter[tuple[str, str, str]]:

@@ -143,7 +143,8 @@ def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: 
     """Runs the kernels that the wanted gradients need; `hopper`: zeros where the kernels of every card serve."""
     wanted = set(into)
     inputs, back = bool(wanted - {"initial_state", "v"}), bool(wanted - {"q", "gate"})
-    made = prepare(x, evenly=True) if kept is None else kept.factors
+    own = bool(hopper.carriers) and delta_hopper.serves(x, d_o)
+    made = kept.factors if kept is not None else (delta_hopper.prepare if own else prepare)(x, evenly=True)
     errors = updates = leaving = states = None
     if inputs:
         if kept is not None:
@@ -151,7 +152,7 @@ def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: 
         else:
             states = torch.empty((x.places, x.values, x.wide_keys), dtype=x.v.dtype, device=x.v.device)
             updates = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
-            if hopper.carriers and delta_hopper.serves(x, d_o):
+            if own:
                 delta_hopper.walk(x, made, hopper.carriers, states=states, updates=updates)
             else:
                 walk(x, made, way.plan, states=states, updates=updates)

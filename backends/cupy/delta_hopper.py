@@ -1,7 +1,7 @@
 """gated_delta_rule by Hopper's own products: both walks with a state in a warpgroup's registers, and the gradients of every input in one pass.
 
-Heads of 128 keys and values in bfloat16 or float16, compute capability 9.0, blocks of 64 tokens whose factors delta_prepare.cu makes, rows that 16-byte copies
-can take. Kernels in cuda/delta_walk_hopper.cu, delta_reverse_hopper.cu and delta_gradients_hopper.cu.
+Heads of 128 keys and values in bfloat16 or float16, compute capability 9.0, blocks of 64 tokens, rows that 16-byte copies can take. Kernels in
+cuda/delta_prepare_hopper.cu, delta_walk_hopper.cu, delta_reverse_hopper.cu and delta_gradients_hopper.cu.
 """
 
 from __future__ import annotations
@@ -16,25 +16,40 @@ from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
+from .chunks import three_strides
 from .delta_kept import kept_of
-from .delta_prepare import SOURCE as PREPARE_SOURCE
-from .delta_prepare import Factors, Rule, prepare, rule_of
+from .delta_prepare import Factors, Rule, factors_of, rule_of
 from .launch import DTYPES, Arg, Kernel
 from .serving import candidate as _candidate
 from .strides import aligned_rows
 
-__all__ = ["BACKWARD_SOURCES", "SIDE", "carriers_of", "forward_candidates", "gradients", "is_offered", "run", "serves", "walk", "walk_back"]
+__all__ = [
+    "BACKWARD_SOURCES",
+    "SIDE",
+    "carriers_of",
+    "forward_candidates",
+    "gradients",
+    "is_offered",
+    "prepare",
+    "run",
+    "serves",
+    "walk",
+    "walk_back",
+]
 
 SIDE = 64
 """Tokens of a block."""
+PREPARE = Kernel("delta_prepare_hopper.cu", "delta_prepare_hopper", "9P15q12if")
 WALK = Kernel("delta_walk_hopper.cu", "delta_walk_hopper", "12P9q5i")
 REVERSE = Kernel("delta_reverse_hopper.cu", "delta_reverse_hopper", "12P9q5i")
 GRADIENTS = Kernel("delta_gradients_hopper.cu", "delta_gradients_hopper", "17P21q10if")
-BACKWARD_SOURCES = (WALK.source, REVERSE.source, GRADIENTS.source)
+BACKWARD_SOURCES = (PREPARE.source, WALK.source, REVERSE.source, GRADIENTS.source)
 _SM, _WIDTH, _GROUP, _SQUARE, _LINES, _SMS = 90, 128, 128, 8192, 1152, 132
 _STAGES = {1: 3, 2: 2}
 _GRADIENT_BYTES = 2 * 8 * _SQUARE + 4 * 2 * _SQUARE + 2 * _SQUARE + (2 * 1040 + 6 * 64) * 4
 """Of the last pass: two stages, rows of q and k, as they are and weighed, two squares, lines."""
+_PREPARE_BYTES, _EACH, _FULL = 4 * _SQUARE + 18 * 1024 + (2 * 512 + 2 * 64) * 4, 2, 264
+"""Of the first pass; v heads of a q/k head that a block of it may take, and how many such blocks there must be."""
 _CROWDED = 0.75
 """Heads of all sequences for each processor from which two carriers of a head come first."""
 
@@ -55,7 +70,7 @@ def forward_candidates(signature: Signature, machine: Machine) -> list[Candidate
     """One for each number of carriers; none where they are not offered."""
     if not is_offered(signature, machine):
         return []
-    files = (PREPARE_SOURCE, WALK.source)
+    files = (PREPARE.source, WALK.source)
     return [_candidate("wgmma", files, side=SIDE, carriers=carriers) for carriers in carriers_of(signature, machine)]
 
 
@@ -77,6 +92,26 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
         states, updates = (None, None) if kept is None else (kept.states, kept.updates)
         walk(x, made, int(candidate.param("carriers")), o=o, final=final, states=states, updates=updates)
     return o, final, *(kept or ())
+
+
+def prepare(x: Rule, *, evenly: bool = False, into: Factors | None = None) -> Factors:
+    """The first pass, as the one of every card; `evenly`: for gradients; `into`: where the factors go."""
+    made, gates = factors_of(x) if into is None else into, (x.beta, x.g, x.gate)
+    each = _EACH if x.group >= _EACH and x.places >= _EACH * _FULL else 1
+    parts = -(-x.group // each)
+    PREPARE(
+        (x.places // x.group * parts, 1, 1),
+        _GROUP,
+        (("DTYPE", DTYPES[x.v.dtype]), ("NORMALIZED", x.l2norm), ("EVENLY", evenly)),
+        (
+            x.q, x.k, *gates, made.inverses, made.scores, made.lines, x.slots.cu_seqlens, *x.q.stride()[:3], *x.k.stride()[:3],
+            *(step for gate in gates for step in three_strides(gate)), x.heads, x.group,
+            *(gate is not None and gate.dtype == torch.float32 for gate in gates), x.slots.wide, x.slots.sequences, x.tokens, x.slots.each,
+            each, x.heads // x.group, parts, x.scale,
+        ),
+        _PREPARE_BYTES,
+    )  # fmt: skip
+    return made
 
 
 def walk(

@@ -274,7 +274,7 @@ def _run_three(
 
 
 def _lines(places: int, block: int, tiles: int, x: Operands, into: Mapping[str, Tensor], one: bool) -> tuple[Tensor | None, ...]:
-    """Room for the diagonal of the scores, and for what `vectors` reads: told, past, seen, taken, gone, asked and shed, each where something asks for it; `one` kernel needs no diagonal."""
+    """Room for the diagonal of the scores, and for what `vectors` reads: told, past, seen, taken, gone, asked and shed, each where asked for; `one`: no diagonal."""
     line, rule, decay, factor = places * block, x.w is None, "g" in into, "chunk_decay" in into
     sizes = (
         line * ("k" in into and not one),

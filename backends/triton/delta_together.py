@@ -62,7 +62,9 @@ def _together(
     rows = at * tokens + first
     at_q = q + at * q_b + first * q_t + shared * q_h
     at_k = k + at * k_b + first * k_t + shared * k_h
-    nothing = tl.program_id(1)  # 0, but the compiler does not know: it leaves the loops loops, and keeps no part's addresses in registers for the next
+    nothing = tl.program_id(
+        1
+    )  # 0, but the compiler does not know: it leaves the loops loops, and keeps no part's addresses in registers for the next
     stop = V + nothing
     all_q = tl.zeros([BLOCK, BLOCK_K], tl.float32)
     all_k = all_q

@@ -8,9 +8,9 @@
 // EVENLY: A' is rounded up or down by its place, so that errors of equal numbers in a diagonal cancel: gradients are small differences of sums over it.
 #include "delta_blocks.cuh"
 #include "inverse.cuh"
+#include "rounding.cuh"
 
 constexpr int THREADS = 2 * SIDE;
-constexpr bool HALF = Dtype<DTYPE>::half;
 constexpr int SPACE_BYTES = 2 * (KEY_BYTES > SQUARE_BYTES ? KEY_BYTES : SQUARE_BYTES);
 
 struct Params {
@@ -38,15 +38,6 @@ DEVICE void inverse_norms(float* norms, const KeyTile& tile) {
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     norms[row] = rsqrtf(sum + 1e-6f);
-}
-
-// x as one of DTYPE's numbers, rounded up as often as the part that is dropped says, by its place in the block
-template <typename T> constexpr int DROPPED = 16;
-template <> constexpr int DROPPED<Half> = 13;
-DEVICE float evenly(float x, int row, int column) {
-    if constexpr (!HALF || !EVENLY) return x;
-    const int level = ((row * 37344 + column * 49473) & 0xffff) >> (16 - DROPPED<DTYPE>);  // 2^16 times two irrational numbers
-    return x == x ? __int_as_float((__float_as_int(x) + level) & -(1 << DROPPED<DTYPE>)) : x;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) delta_prepare(const __grid_constant__ Params p) {

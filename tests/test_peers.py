@@ -710,6 +710,9 @@ def test_what_flashinfer_swallowed_when_it_imported_its_kernels_is_told(on_cpu: 
         raise NotImplementedError("SM90 GDN prefill DSL kernel is unavailable")
 
     monkeypatch.setattr(prefill, "chunk_gated_delta_rule", unavailable)
+    with pytest.raises(NotImplementedError, match="SM90 GDN prefill DSL kernel is unavailable"):  # no card to know of: what it says stands
+        op(**given, backend="flashinfer")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     kernels = on_cpu / "flashinfer" / "gdn_kernels" / "delta_rule_dsl"
     kernels.mkdir(parents=True)

@@ -26,7 +26,7 @@ _KERNELS = {
     10: ("flashinfer.gdn_kernels.blackwell.gdn_prefill", ("chunk_gated_delta_rule_sm100",)),
     12: ("flashinfer.gdn_kernels.delta_rule_dsl.delta_rule_sm120", ("delta_rule_prefill_dsl",)),
 }
-"""Where FlashInfer has its kernels for the cards of a major compute capability. It swallows what importing them raises, and knows none then."""
+"""Where FlashInfer has its kernels for the cards of a major compute capability."""
 
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -59,10 +59,17 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
             **lengths,
         )
     except NotImplementedError:  # as it says that a kernel is unavailable
-        load("flashinfer", *_KERNELS[torch.cuda.get_device_capability(v.device)[0]])
+        _import_kernels(v.device)
         raise
     o, state = found if call.output_final_state else (found, None)
     return gated(o.view(call.v.shape), call.gate), None if state is None else state.transpose(-1, -2).contiguous()
+
+
+def _import_kernels(device: torch.device) -> None:
+    """BackendError with what importing the kernels of a card raises: FlashInfer swallows that, and knows none then."""
+    major = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 0
+    if major in _KERNELS:
+        load("flashinfer", *_KERNELS[major])
 
 
 def _packed(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from titans_backends import registry
 from titans_backends.errors import BackendError
 from titans_backends.machine import Machine
 from titans_backends.plans import invalidate
@@ -28,12 +29,11 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 __all__ = [
-    "NO_NVCC",
     "as_given",
     "dense",
     "gated",
-    "has_nvcc",
     "load",
+    "missing_nvcc",
     "numbers",
     "own_offsets",
     "refuse_card",
@@ -48,11 +48,9 @@ __all__ = [
     "version_of",
 ]
 
-NO_NVCC = "no nvcc was found in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or the wheel nvidia-cuda-nvcc 13"
-"""What `has_nvcc` looked at, as a clause."""
-
 _ALIGNMENT = 16
 _FAILED: dict[str, str] = {}
+_LOADED: dict[str, ModuleType] = {}
 _OFFSETS = WeakTensorKeyDictionary()
 
 
@@ -75,20 +73,32 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[a-z+-]", version, maxsplit=1)[0]))
 
 
-def load(backend: str, module: str) -> ModuleType:
-    """A peer's module, imported at its first run. BackendError where that fails; the backend refuses every later call."""
-    there = sys.modules.get(module)  # what importlib does first costs the host four microseconds, several times in a call
-    if there is not None and not getattr(there.__spec__, "_initializing", False):  # by another thread
+def load(backend: str, module: str, functions: tuple[str, ...]) -> ModuleType:
+    """A peer's module that has these functions, imported at its first run. BackendError where that fails or one is missing; the backend then refuses every later
+    call."""
+    there = _LOADED.get(module)
+    if there is not None and sys.modules.get(module) is there:  # what importlib does first costs the host four microseconds, several times in a call
         return there
     try:
-        return importlib.import_module(module)
-    except Exception as error:  # whatever a stranger's import raises is the reason
-        _FAILED[backend] = f"importing {module} raised {type(error).__name__}: {error}"
-        invalidate()  # a choice that named it is made again
-        raise BackendError(
-            f"backend {backend!r} is installed and cannot be used: {_FAILED[backend]}. It refuses every call from now on. "
-            f"See: titans-backends doctor --traceback {backend}; or set TITANS_BACKENDS_DISABLE={backend}"
-        ) from error
+        found = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # whatever a stranger's import raises is the reason
+        raise _unusable(backend, f"importing {module} raised {type(error).__name__}{f': {error}' if str(error) else ''}") from error
+    missing = [name for name in functions if not hasattr(found, name)]
+    if missing:
+        where = getattr(found, "__file__", None) or "a folder without __init__.py, as an uninstall may leave one"
+        raise _unusable(backend, f"{module} ({where}) lacks {', '.join(missing)}; install it again: {registry.get(backend).install}")
+    _LOADED[module] = found
+    return found
+
+
+def _unusable(backend: str, reason: str) -> BackendError:
+    """The error to raise for a peer that is there and cannot run; from now on it refuses."""
+    _FAILED[backend] = reason
+    invalidate()  # a choice that named it is made again
+    return BackendError(
+        f"backend {backend!r} is installed and cannot be used: {reason}. It refuses every call from now on. "
+        f"See: titans-backends doctor --traceback {backend}; or set TITANS_BACKENDS_DISABLE={backend}"
+    )
 
 
 def refuse_version(backend: str, distribution: str, least: tuple[int, ...], below: tuple[int, ...], install: str) -> Verdict:
@@ -149,11 +159,16 @@ def refuse_scale_zero(signature: Signature) -> Verdict:
     return refused("scale=0 would be taken for K ** -0.5; use backend='eager'") if signature.option("scale") == 0 else ACCEPTED
 
 
-def has_nvcc() -> bool:
-    """Whether TileLang would find nvcc, in the places where it looks. The wheel has one from 13.0 on."""
-    homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
-    found = shutil.which("nvcc") or any((Path(home) / "bin" / "nvcc").exists() for home in (*homes, "/usr/local/cuda"))
-    return bool(found) or numbers(version_of("nvidia-cuda-nvcc") or "0") >= (13,)
+def missing_nvcc() -> str:
+    """Why TileLang would find no nvcc, as a clause; empty where it finds one. It looks where CUDA_HOME or else CUDA_PATH says and then nowhere else; where
+    neither is set in PATH, /usr/local/cuda and the wheel, which has one from 13.0 on."""
+    named = next((name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)), None)
+    if named is not None:
+        there = (Path(os.environ[named]) / "bin" / "nvcc").exists()
+        return "" if there else f"there is no bin/nvcc in {os.environ[named]}, which {named} names, and it looks nowhere else then"
+    if shutil.which("nvcc") or (Path("/usr/local/cuda") / "bin" / "nvcc").exists() or numbers(version_of("nvidia-cuda-nvcc") or "0") >= (13,):
+        return ""
+    return "no nvcc was found in PATH, /usr/local/cuda or the wheel nvidia-cuda-nvcc 13, and neither CUDA_HOME nor CUDA_PATH is set"
 
 
 def own_offsets(cu_seqlens: Tensor, device: torch.device) -> Tensor:

@@ -141,8 +141,9 @@ def parent(names: list[str], paths: dict[str, str], cases: list[Case], asked: ar
             print(f"{name}: {at}: its process ended with status {status}; the others go on", flush=True)
     results = Results.read(asked.json)
     print(compact(results, [str(case) for case in cases]), flush=True)
-    measured = [entrant for parts in results.cases.values() for part in parts.values() for entrant in part.entrants]
-    return int(any(entrant.failed.startswith("wrong") for entrant in measured if entrant.kind == "backend"))
+    measured = [part for parts in results.cases.values() for part in parts.values()]
+    called = [entrant.failed for part in measured for entrant in part.entrants if entrant.kind == "backend"]
+    return int(any("wrong: " in failed for failed in (*called, *(part.failed for part in measured))))  # as called, and candidate by candidate
 
 
 def ask(cases: list[Case], asked: argparse.Namespace) -> int:

@@ -220,6 +220,46 @@ def test_the_race_hands_a_backward_all_that_its_forward_keeps(on_cpu: Path, monk
     assert all(one.wall_us > 0 and not one.failed for one in stored)
 
 
+_WANTS = "backward fla/gated_delta_rule_kept gradients=triton: ValueError: it wants fla/gated_delta_rule, but no forward that saves them was right"
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("right", ()),
+        ("backward wrong", ("backward fla/gated_delta_rule_kept gradients=triton: ValueError: wrong: dq is off by",)),
+        ("forward raises", ("forward fla/gated_delta_rule_kept: RuntimeError: out of shared memory", _WANTS)),
+    ],
+)
+def test_the_race_checks_and_times_what_fla_keeps_and_chooses_nothing_of_it_that_fails(
+    what: str, told: tuple[str, ...], on_cpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, measure, results = (script(f"benchmarks/race_{name}.py") for name in ("cells", "measure", "results"))
+    rule = adapter("fla.gated_delta_rule")
+    run, run_backward = rule.run, rule.run_backward
+
+    def bent(found: Any, candidate: Candidate) -> Any:
+        if candidate.saves_states and what == f"{candidate.direction} raises":
+            raise RuntimeError("out of shared memory")
+        wrong = candidate.saves_states and what == f"{candidate.direction} wrong"
+        return tuple(None if x is None else x * 1.2 for x in found) if wrong else found
+
+    monkeypatch.setattr(rule, "run", lambda call, candidate: bent(run(call, candidate), candidate))
+    monkeypatch.setattr(rule, "run_backward", lambda *given: bent(run_backward(*given), given[-1]))
+    plain = "fla/gated_delta_rule + fla/gated_delta_rule gradients=triton"
+    kept = "fla/gated_delta_rule_kept + fla/gated_delta_rule_kept gradients=triton (states stored)"
+    anchors = results.Part(tuple(results.Entrant(label, "fla", graph_us=1.0) for label in (plain, kept)))  # which is the faster, a CPU says by chance
+    group = replace(cells.GROUPS["fla"], backends=("eager", "fla"))
+    part = measure.measured(cells.Case(cells.Cell(1, 70, 1, 2, 16), "training"), group, {}, anchors, measure.Rules(0.0, 0.0, 0.0, 2), "cpu", None)
+    assert len(part.failed.split("; ")) == max(1, len(told))
+    assert all(one in part.failed for one in told)
+    assert bool(part.failed) == bool(told)
+    fla = {one.label: one for one in part.entrants if one.who == "fla"}
+    assert set(fla) == {plain, *([] if told else [kept])}
+    assert all(one.graph_us > 0 and one.wall_us > 0 and not one.failed for one in fla.values())
+    assert not told or kept not in {one.label for one in part.contenders}  # so no rule can choose it
+
+
 @pytest.mark.parametrize(("name", "again"), [("fla", "chunk_gated_delta_rule_fwd_intra"), ("flash_qla", "kkt_solve")])
 def test_a_backward_that_was_handed_nothing_computes_it(name: str, again: str, on_cpu: Path) -> None:
     made = contract("gated_delta_rule")
@@ -292,14 +332,13 @@ def test_states_with_the_value_dimension_first_are_right_beside_empty_sequences(
 
 
 def test_a_peers_module_is_looked_up_by_importlib_only_until_it_is_there(on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, peers = "flash_qla.ops.gated_delta_rule.chunk", shared()
-    first = peers.load("flash_qla", name)
+    name, wanted, peers = "flash_qla.ops.gated_delta_rule.chunk", ("kkt_solve",), shared()
+    first = importlib.import_module(name)
     asked: list[str] = []
     monkeypatch.setattr(importlib, "import_module", lambda one: (asked.append(one), first)[1])
-    assert peers.load("flash_qla", name) is first
-    assert asked == []
-    monkeypatch.setattr(first.__spec__, "_initializing", True, raising=False)  # as while another thread imports it
-    assert peers.load("flash_qla", name) is first
+    assert peers.load("flash_qla", name, wanted) is first
+    assert asked == [name]  # for importlib waits where another thread is importing it
+    assert peers.load("flash_qla", name, wanted) is first
     assert asked == [name]
 
 
@@ -502,13 +541,13 @@ def test_fla_refuses_to_train_on_hopper_with_a_triton_that_compiles_it_wrong(sit
     serving = adapter("fla.serving")
     monkeypatch.setattr(serving, "version_of", lambda name: "3.6.0" if name == "triton" else shared().version_of(name))
     shutil.rmtree(site / "tilelang")
-    monkeypatch.setattr(serving, "has_nvcc", lambda: False)
+    monkeypatch.setattr(serving, "missing_nvcc", lambda: "no nvcc was found in PATH")
     monkeypatch.setenv("FLA_DISABLE_BACKEND_DISPATCH", "1")
     told = refusal("fla", regime="training")
     assert "it refuses its own backward on NVIDIA H100 with Triton 3.6.0" in told
     for part in (
         "the package tilelang is not installed",
-        "no nvcc was found in CUDA_HOME",
+        "no nvcc was found in PATH",
         "FLA_DISABLE_BACKEND_DISPATCH=1 keeps it",
         "Triton 3.7.1 or later",
     ):
@@ -517,13 +556,35 @@ def test_fla_refuses_to_train_on_hopper_with_a_triton_that_compiles_it_wrong(sit
     assert refusal("fla", A100, regime="training") == "accepted"
 
 
-def test_without_nvcc_tilelang_cannot_compile(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared().shutil, "which", lambda name: None)
-    monkeypatch.setattr(shared(), "version_of", lambda name: "12.9.86" if name == "nvidia-cuda-nvcc" else "0.1.3")
-    nowhere = Path("/nonexistent")
-    monkeypatch.setattr(shared(), "Path", lambda given: nowhere)
-    monkeypatch.setenv("CUDA_HOME", str(site))
-    assert "TileLang compiles its kernels with nvcc, and no nvcc was found" in refusal("flash_qla")
+@pytest.mark.parametrize(
+    ("home", "path", "on_path", "wheel", "says"),
+    [
+        ("toolkit", None, False, None, ""),
+        (None, "toolkit", False, None, ""),
+        ("empty", "toolkit", True, "13.0.1", "there is no bin/nvcc in {empty}, which CUDA_HOME names, and it looks nowhere else then"),
+        (None, "empty", True, None, "there is no bin/nvcc in {empty}, which CUDA_PATH names"),
+        (None, None, True, None, ""),
+        (None, None, False, "13.0.1", ""),
+        (None, None, False, "12.9.86", "no nvcc was found in PATH, /usr/local/cuda or the wheel nvidia-cuda-nvcc 13, and neither CUDA_HOME nor"),
+        ("", "", False, None, "no nvcc was found in PATH"),
+    ],
+)
+def test_nvcc_is_looked_for_where_tilelang_does(
+    home: str | None, path: str | None, on_path: bool, wheel: str | None, says: str, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"toolkit": tmp_path / "cuda", "empty": tmp_path}
+    for name, given in (("CUDA_HOME", home), ("CUDA_PATH", path)):
+        monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv(name, str(folders.get(given, "")))
+    monkeypatch.setattr(shared().shutil, "which", lambda name: "/somewhere/nvcc" if on_path else None)
+    monkeypatch.setattr(shared(), "Path", lambda given: tmp_path / "none" if given == "/usr/local/cuda" else Path(given))
+    real = shared().version_of
+    monkeypatch.setattr(shared(), "version_of", lambda name: wheel if name == "nvidia-cuda-nvcc" else real(name))
+    wanted = f"TileLang compiles its kernels with nvcc, and {says.format(empty=tmp_path)}" if says else "accepted"
+    assert refusal("flash_qla").startswith(wanted), refusal("flash_qla")
+    kernels = labels("fla", replace(H100, sm=90), regime="training")[1] if not says else []
+    assert bool(says) or "fla/gated_delta_rule gradients=tilelang" in kernels
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -598,6 +659,82 @@ def test_a_broken_package_disables_its_backend_and_nothing_else(name: str, on_cp
     for other in {*PEERS, "eager"} - {name}:
         o, _ = op(**given, backend=other)
         assert o.isfinite().all()
+
+
+def given_and_op() -> tuple[dict[str, Any], Any]:
+    made = contract("gated_delta_rule")
+    call = build(made, case(), "cpu")
+    return {one: getattr(call, one) for one in made.parameters}, tb.get_op("gated_delta_rule")
+
+
+MODULES = {
+    "fla": ("fla.ops.delta_rule.chunk", "chunk_delta_rule_bwd, chunk_delta_rule_fwd, prepare_wy_repr_fwd"),
+    "flash_qla": ("flash_qla.ops.gated_delta_rule.chunk", "CHUNK_SIZE, _auto_intra_cp_context, chunk_gated_delta_rule_bwd"),
+    "flashinfer": ("flashinfer.gdn_prefill", "chunk_gated_delta_rule"),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_module_without_the_functions_that_are_called_disables_its_backend(name: str, on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, lacks = MODULES[name]
+    monkeypatch.setitem(sys.modules, module, type(sys)(module))  # as an uninstall leaves it, or another version
+    given, op = given_and_op()
+    if name == "fla":
+        given["g"] = None
+        given["q"], given["k"] = (x.repeat_interleave(2, 2) for x in (given["q"], given["k"]))
+    told = rf"backend '{name}' is installed and cannot be used: {module} \(a folder without __init__.py.*\) lacks {lacks}.*; install it again: pip install "
+    with pytest.raises(tb.BackendError, match=told):
+        op(**given, backend=name)
+    with pytest.raises(tb.BackendRefusedError, match=rf"{module} \(.*lacks {lacks}"):
+        op(**given, backend=name)
+
+
+@pytest.mark.parametrize(("raised", "told"), [("SystemExit(3)", "raised SystemExit: 3. It"), ("AssertionError", "raised AssertionError. It")])
+def test_an_import_that_would_end_the_process_or_says_nothing_is_a_reason(raised: str, told: str, on_cpu: Path) -> None:
+    (on_cpu / "flash_qla" / "__init__.py").write_text(f"raise {raised}")
+    given, op = given_and_op()
+    with pytest.raises(tb.BackendError, match=rf"importing flash_qla\.ops\.gated_delta_rule\.chunk {told}"):
+        op(**given, backend="flash_qla")
+    with pytest.raises(tb.BackendRefusedError, match=told.partition(".")[0]):
+        op(**given, backend="flash_qla")
+
+
+def test_what_flashinfer_swallowed_when_it_imported_its_kernels_is_told(on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, op = given_and_op()
+    prefill = importlib.import_module("flashinfer.gdn_prefill")
+
+    def unavailable(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("SM90 GDN prefill DSL kernel is unavailable")
+
+    monkeypatch.setattr(prefill, "chunk_gated_delta_rule", unavailable)
+    with pytest.raises(NotImplementedError, match="SM90 GDN prefill DSL kernel is unavailable"):  # no card to know of: what it says stands
+        op(**given, backend="flashinfer")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kernels = on_cpu / "flashinfer" / "gdn_kernels" / "delta_rule_dsl"
+    kernels.mkdir(parents=True)
+    (kernels / "delta_rule_sm90.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
+    importlib.invalidate_caches()
+    for error in (tb.BackendError, tb.BackendRefusedError):
+        with pytest.raises(error, match=r"importing flashinfer\.gdn_kernels\.delta_rule_dsl\.delta_rule_sm90 raised ImportError: libcuda\.so\.1"):
+            op(**given, backend="flashinfer")
+    (kernels / "delta_rule_sm90.py").write_text("delta_rule_prefill_dsl_sm90 = None")
+    importlib.invalidate_caches()
+    forget()
+    with pytest.raises(NotImplementedError, match="SM90 GDN prefill DSL kernel is unavailable"):  # they are there: what it says is all that is known
+        op(**given, backend="flashinfer")
+
+
+def test_flashinfer_is_handed_nothing_that_wants_a_gradient(on_cpu: Path) -> None:
+    made, adapted = contract("gated_delta_rule"), adapter("flashinfer.gated_delta_rule")
+    for view in ("contiguous", "transposed"):
+        call = build(made, case(given=("g", "initial_state"), view=view), "cpu", requires_grad=True)
+        turned = call.initial_state.detach().transpose(-1, -2).contiguous().requires_grad_().transpose(-1, -2)
+        call.initial_state = turned  # with the value dimension first it is FlashInfer's own layout, and no copy
+        with torch._C._AutoDispatchBelowAutograd():  # as in a training call's forward, where a view of a leaf still says so
+            o, _ = adapted.run(call, adapted.candidates(signature(), H100)[0])
+        assert torch.isfinite(o).all()
+    assert set(ran()) == {"chunk_gated_delta_rule"}
 
 
 def test_the_probe_runs_the_smallest_case_and_says_broken_with_a_traceback(on_cpu: Path) -> None:

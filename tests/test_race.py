@@ -225,6 +225,31 @@ def test_a_process_that_dies_costs_its_case_alone(monkeypatch: pytest.MonkeyPatc
     assert results.Results.read(path).cases[CASE]["fla"].failed == "its process ended with status -11"
 
 
+@pytest.mark.parametrize(
+    ("kind", "entrant_failed", "part_failed", "status"),
+    [
+        ("backend", "", "", 0),
+        ("backend", "wrong: o is off by 3.0e-01, where 2e-02 is allowed", "", 1),
+        ("own", "wrong: o is off by 3.0e-01, where 2e-02 is allowed", "", 0),
+        ("backend", "", "backward fla/kept: ValueError: wrong: dq is off by 3.0e-01, where 4e-02 is allowed", 1),
+        ("backend", "RuntimeError: out of memory", "backward fla/kept: RuntimeError: out of memory", 0),
+    ],
+)
+def test_the_status_says_whether_a_backend_was_wrong(
+    kind: str, entrant_failed: str, part_failed: str, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "race.json"
+
+    def measured(name: str, *_: object) -> int:
+        one = results.Entrant("fla/rule", "fla", kind, failed=entrant_failed)
+        results.Results({}, {CASE: {name: results.Part((one,), failed=part_failed)}}, {}).write(path)
+        return 0
+
+    monkeypatch.setattr(race, "process", measured)
+    asked = argparse.Namespace(seconds=30.0, warm=False, device="cpu", json=path, again=False)
+    assert race.parent(["fla"], {}, list(cells.CASES), asked) == status
+
+
 def test_what_cannot_win_by_the_shipped_timings_does_not_race() -> None:
     some = [Candidate("triton", name) for name in ("first", "near", "far", "unknown")]
     peer = [Candidate("flash_qla", "auto"), Candidate("flash_qla", "not")]

@@ -19,6 +19,8 @@ from .serving import DISTRIBUTION, serves
 
 __all__ = ["candidates", "run", "supports"]
 
+_FUNCTIONS = ("fused_recurrent_gated_delta_rule_fwd",)
+
 
 def supports(signature: Signature, machine: Machine) -> Verdict:
     """What `serving.serves` says, in float32 exactly; no pool."""
@@ -35,7 +37,7 @@ def run(call: GatedDeltaStep, candidate: Candidate) -> tuple[Tensor | None, ...]
     """o and the state."""
     q, k, v, beta, state = (dense(x) for x in (call.q, call.k, call.v, call.beta, call.state))
     with fla_alone():
-        o, after = load("fla", "fla.ops.gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd(
+        o, after = load("fla", "fla.ops.gated_delta_rule.fused_recurrent", _FUNCTIONS).fused_recurrent_gated_delta_rule_fwd(
             q=q,
             k=k,
             v=v,

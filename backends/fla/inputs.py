@@ -19,6 +19,12 @@ __all__ = ["CHUNK", "Inputs", "delta", "is_gated", "keeping", "made", "rule"]
 CHUNK = 64
 """FLA's chunk size, which its users get unless they ask for another."""
 
+_RULE = (
+    "RCP_LN2", "chunk_gated_delta_rule_bwd", "chunk_gated_delta_rule_fwd", "chunk_gated_delta_rule_fwd_intra", "chunk_local_cumsum",
+    "l2norm_bwd", "l2norm_fwd", "prepare_chunk_indices",
+)  # fmt: skip
+_DELTA = ("chunk_delta_rule_bwd", "chunk_delta_rule_fwd", "prepare_wy_repr_fwd")
+
 
 class Inputs(NamedTuple):  # a tuple is made in a third of a dataclass's time, and this is in every call
     """`shared` are the arguments of all of FLA's functions; `units` q, k and their norms, nothing where q and k are taken as they are."""
@@ -47,12 +53,12 @@ def is_gated(candidate: Candidate) -> bool:
 
 def rule() -> ModuleType:
     """FLA's module of the gated delta rule."""
-    return load("fla", "fla.ops.gated_delta_rule.chunk")
+    return load("fla", "fla.ops.gated_delta_rule.chunk", _RULE)
 
 
 def delta() -> ModuleType:
     """FLA's module of the delta rule without a decay."""
-    return load("fla", "fla.ops.delta_rule.chunk")
+    return load("fla", "fla.ops.delta_rule.chunk", _DELTA)
 
 
 def made(call: GatedDeltaRule, units: tuple[Tensor, ...] = (), *, decayed: bool = True, zero_decay: bool = False) -> Inputs:

@@ -11,7 +11,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
-from ..peers import NO_NVCC, has_nvcc, numbers, refuse_dtype, refuse_empty, refuse_hip, refuse_version, version_of
+from ..peers import missing_nvcc, numbers, refuse_dtype, refuse_empty, refuse_hip, refuse_version, version_of
 
 __all__ = ["DISTRIBUTION", "INSTALL", "gradient_kernels", "refuse_backward", "serves", "without_gate"]
 
@@ -70,8 +70,8 @@ def _missing_for_tilelang() -> list[str]:
     missing = []
     if importlib.util.find_spec("tilelang") is None:
         missing.append("the package tilelang is not installed")
-    if not has_nvcc():
-        missing.append(NO_NVCC)
+    if nvcc := missing_nvcc():
+        missing.append(nvcc)
     if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
         missing.append("FLA_DISABLE_BACKEND_DISPATCH=1 keeps it from TileLang")
     return missing

@@ -25,6 +25,10 @@ _FILLED = WeakTensorKeyDictionary()
 _CACHED = ("h0", "mt", "fallback_bwd", "num_warmup_bwd")
 _PLAN = "_titans_backends_plan"
 _UNITS = 4
+_FUNCTIONS = (
+    "CHUNK_SIZE", "_auto_intra_cp_context", "chunk_gated_delta_rule_bwd", "chunk_gated_delta_rule_fwd", "chunk_local_cumsum", "kkt_solve",
+    "l2norm_bwd", "l2norm_fwd",
+)  # fmt: skip
 
 
 class Inputs(NamedTuple):  # a tuple is made in a third of a dataclass's time, and this is in every call
@@ -88,14 +92,15 @@ def kept_of(call: GatedDeltaRule, tensors: tuple[Tensor, ...]) -> Kept:
     """What was handed on by a forward of the same call."""
     running, inverse, *more = tensors
     begin = _UNITS if call.qk_l2norm else 0
-    cut = more[begin:]
-    segments = load("flash_qla", "flash_qla.ops.gated_delta_rule.chunk.cp").CPCache(**dict(zip(_CACHED, cut, strict=True))) if cut else None
+    segments = None
+    if cut := more[begin:]:
+        segments = load("flash_qla", "flash_qla.ops.gated_delta_rule.chunk.cp", ("CPCache",)).CPCache(**dict(zip(_CACHED, cut, strict=True)))
     return Kept(running, inverse, tuple(more[:begin]), segments, getattr(inverse, _PLAN, None))
 
 
 def kernels() -> ModuleType:
     """FlashQLA's module of the gated delta rule."""
-    return load("flash_qla", "flash_qla.ops.gated_delta_rule.chunk")
+    return load("flash_qla", "flash_qla.ops.gated_delta_rule.chunk", _FUNCTIONS)
 
 
 def plan_of(x: Inputs, auto: bool) -> Any:

@@ -7,8 +7,7 @@ from titans_backends.signature import Signature
 from titans_backends.verdict import ACCEPTED, Verdict, refused
 
 from ..peers import (
-    NO_NVCC,
-    has_nvcc,
+    missing_nvcc,
     refuse_card,
     refuse_dtype,
     refuse_empty,
@@ -44,6 +43,5 @@ def serves(signature: Signature, machine: Machine) -> Verdict:
 
 
 def _refuse_without_nvcc() -> Verdict:
-    if has_nvcc():
-        return ACCEPTED
-    return refused(f"TileLang compiles its kernels with nvcc, and {NO_NVCC}; install a CUDA toolkit and set CUDA_HOME to it")
+    why = missing_nvcc()
+    return refused(f"TileLang compiles its kernels with nvcc, and {why}; install a CUDA toolkit and set CUDA_HOME to it") if why else ACCEPTED

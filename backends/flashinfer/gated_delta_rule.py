@@ -20,6 +20,14 @@ from .serving import serves as supports
 
 __all__ = ["candidates", "run", "supports"]
 
+_PREFILL = ("chunk_gated_delta_rule",)
+_KERNELS = {
+    9: ("flashinfer.gdn_kernels.delta_rule_dsl.delta_rule_sm90", ("delta_rule_prefill_dsl_sm90",)),
+    10: ("flashinfer.gdn_kernels.blackwell.gdn_prefill", ("chunk_gated_delta_rule_sm100",)),
+    12: ("flashinfer.gdn_kernels.delta_rule_dsl.delta_rule_sm120", ("delta_rule_prefill_dsl",)),
+}
+"""Where FlashInfer has its kernels for the cards of a major compute capability."""
+
 
 def candidates(signature: Signature, machine: Machine) -> list[Candidate]:
     """FlashInfer's own choice between one fused kernel and context parallelism, which is exact here."""
@@ -36,23 +44,34 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
         lengths["max_seqlen"] = tokens  # of a packed call it would have to be read from the device
     else:
         offsets = dense(call.cu_seqlens.to(v.device))
-    found = load("flashinfer", "flashinfer.gdn_prefill").chunk_gated_delta_rule(
-        q=q,
-        k=k,
-        v=v,
-        g=None if call.g is None else _packed(call.g.to(torch.float32).exp()),
-        beta=_packed(call.beta.to(torch.float32)),
-        scale=k.shape[-1] ** -0.5 if call.scale is None else call.scale,
-        initial_state=None if call.initial_state is None else dense(call.initial_state.transpose(-1, -2)),
-        output_final_state=call.output_final_state,
-        cu_seqlens=offsets,
-        use_qk_l2norm_in_kernel=call.qk_l2norm,
-        **lengths,
-    )
+    try:
+        found = load("flashinfer", "flashinfer.gdn_prefill", _PREFILL).chunk_gated_delta_rule(
+            q=q,
+            k=k,
+            v=v,
+            g=None if call.g is None else _packed(call.g.to(torch.float32).exp()),
+            beta=_packed(call.beta.to(torch.float32)),
+            scale=k.shape[-1] ** -0.5 if call.scale is None else call.scale,
+            initial_state=None if call.initial_state is None else dense(call.initial_state.transpose(-1, -2)).detach(),
+            output_final_state=call.output_final_state,
+            cu_seqlens=offsets,
+            use_qk_l2norm_in_kernel=call.qk_l2norm,
+            **lengths,
+        )
+    except NotImplementedError:  # as it says that a kernel is unavailable
+        _import_kernels(v.device)
+        raise
     o, state = found if call.output_final_state else (found, None)
     return gated(o.view(call.v.shape), call.gate), None if state is None else state.transpose(-1, -2).contiguous()
 
 
+def _import_kernels(device: torch.device) -> None:
+    """BackendError with what importing the kernels of a card raises: FlashInfer swallows that, and knows none then."""
+    major = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 0
+    if major in _KERNELS:
+        load("flashinfer", *_KERNELS[major])
+
+
 def _packed(x: Tensor) -> Tensor:
-    """`[B, T, ...]` as `[B T, ...]`, contiguous."""
-    return dense(x).flatten(0, 1)
+    """`[B, T, ...]` as `[B T, ...]`, contiguous, and no longer known to want a gradient: DLPack, by which some of these kernels take it, refuses what does."""
+    return dense(x).flatten(0, 1).detach()

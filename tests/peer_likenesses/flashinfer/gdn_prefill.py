@@ -9,6 +9,8 @@ def chunk_gated_delta_rule(
 ):  # fmt: skip
     saw("chunk_gated_delta_rule", max_seqlen=max_seqlen)
     contiguous(q, k, v, g, beta, initial_state, cu_seqlens)
+    for x in (q, k, v, g, beta, initial_state):
+        assert x is None or not x.requires_grad, "DLPack hands on no tensor that wants a gradient"
     assert q.dim() == k.dim() == v.dim() == 3
     assert k.shape[-1] == v.shape[-1] == 128
     assert beta.dtype == torch.float32

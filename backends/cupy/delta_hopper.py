@@ -46,8 +46,8 @@ GRADIENTS = Kernel("delta_gradients_hopper.cu", "delta_gradients_hopper", "17P21
 BACKWARD_SOURCES = (PREPARE.source, WALK.source, REVERSE.source, GRADIENTS.source)
 _SM, _WIDTH, _GROUP, _SQUARE, _LINES, _SMS = 90, 128, 128, 8192, 1152, 132
 _STAGES = {1: 3, 2: 2}
-_GRADIENT_BYTES = 2 * 8 * _SQUARE + 4 * 2 * _SQUARE + 2 * _SQUARE + (2 * 1040 + 6 * 64) * 4
-"""Of the last pass: two stages, rows of q and k, as they are and weighed, two squares, lines."""
+_GRADIENT_BYTES = 2 * 8 * _SQUARE + 4 * 2 * _SQUARE + 3 * _SQUARE + (2 * 1040 + 6 * 64) * 4
+"""Of the last pass: two stages, rows of q and k, as they are and weighed, three squares, lines."""
 _PREPARE_BYTES, _EACH, _FULL = 4 * _SQUARE + 18 * 1024 + (2 * 512 + 2 * 64) * 4, 2, 264
 """Of the first pass; v heads of a q/k head that a block of it may take, and how many such blocks there must be."""
 _CROWDED = 0.75

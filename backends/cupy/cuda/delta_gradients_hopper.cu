@@ -27,7 +27,8 @@ constexpr int SQUARE_BYTES = SIDE * 128, WIDE_BYTES = 2 * SQUARE_BYTES;   // 64 
 constexpr int ARRIVING = 0, UPDATES = SQUARE_BYTES, ERRORS = 2 * SQUARE_BYTES, GIVEN = 3 * SQUARE_BYTES, STATES = 4 * SQUARE_BYTES, LEAVING = 6 * SQUARE_BYTES;
 constexpr int STAGE_BYTES = 8 * SQUARE_BYTES, HALVES = 2;
 constexpr int KEYS_AT = HALVES * STAGE_BYTES, QUERIES_AT = KEYS_AT + WIDE_BYTES, WEIGHED_AT = QUERIES_AT + WIDE_BYTES, GATED_AT = WEIGHED_AT + WIDE_BYTES;
-constexpr int SCORES_AT = GATED_AT + WIDE_BYTES, LINKS_AT = SCORES_AT + SQUARE_BYTES, LINES_AT = LINKS_AT + SQUARE_BYTES;
+constexpr int SCORES_AT = GATED_AT + WIDE_BYTES, LINKS_AT = SCORES_AT + SQUARE_BYTES;
+constexpr int RESTS_AT = LINKS_AT + SQUARE_BYTES, LINES_AT = RESTS_AT + SQUARE_BYTES;  // rests: what rounding left out of L
 // Lines of a v head, float32: G, beta and the gate come from the feeders, the others from the workers; those of row sums have a part of either warpgroup.
 constexpr int LOGS = 0, BETA = 128, THROUGH = 192, DIAGONAL = 256, DIRECT = 320, TOLD = 384, PAST = 512, SEEN = 640, TAKEN = 768, GONE = 896, CARRIED = 1024;
 constexpr int LINES = 1040, NORMS = 2 * LINES, DOTS = NORMS + 2 * SIDE;   // inverse norms of k and q; their rows times dk^ and dq^, in parts
@@ -385,7 +386,7 @@ struct Worker {
     // P' of the first warpgroup, L of the second, below their diagonal
     DEVICE void round_square(float* lines, const Sums& square) const {
         const Log* const logs = reinterpret_cast<const Log*>(lines + LOGS);
-        unsigned char* const to = memory + (part ? LINKS_AT : SCORES_AT);
+        unsigned char *const to = memory + (part ? LINKS_AT : SCORES_AT), *const rests = memory + RESTS_AT;
         const int row = place.row, c = lane_id() % 4;
         const float by = part ? -1.0f : p.scale;
         const Log mine[2] = {logs[row], logs[row + 8]};
@@ -400,8 +401,9 @@ struct Worker {
                 const bool below = column + e % 2 < row + (e < 2 ? 0 : 8);
                 x[e] = below ? exp_between(mine[e / 2], others[e % 2]) * (by * square[4 * n + e]) : 0.0f;
             }
-            *place.first(to, n) = pair<DTYPE>(x[0], x[1]);
-            *place.second(to, n) = pair<DTYPE>(x[2], x[3]);
+            const uint32_t first = pair<DTYPE>(x[0], x[1]), second = pair<DTYPE>(x[2], x[3]);
+            *place.first(to, n) = first, *place.second(to, n) = second;
+            if (part) *place.first(rests, n) = Make<DTYPE>::rest(x[0], x[1], first), *place.second(rests, n) = Make<DTYPE>::rest(x[2], x[3], second);
             if (!part && n / 2 == thread / 32 % 4) {  // the warp's squares on the diagonal
 #pragma unroll
                 for (int e = 0; e < 4; e++)
@@ -415,7 +417,7 @@ struct Worker {
         const int row = place.row;
         const Log last = logs[SIDE - 1], first_log = logs[row], second_log = logs[row + 8];
         unsigned char *const keys = half_of(KEYS_AT), *const queries = half_of(QUERIES_AT);
-        const uint64_t scores = operand(memory + SCORES_AT), links = operand(memory + LINKS_AT), k = operand(keys);
+        const uint64_t scores = operand(memory + SCORES_AT), links = operand(memory + LINKS_AT), rests = operand(memory + RESTS_AT), k = operand(keys);
         const uint64_t gated = operand(p.gate ? half_of(GATED_AT) : queries), weighed = operand(half_of(WEIGHED_AT));
         {
             const float first = exp_log(first_log), second = exp_log(second_log);
@@ -426,7 +428,10 @@ struct Worker {
 #pragma unroll
         for (int s = 0; s < 4; s++) product<DTYPE, BY_ROWS, BY_COLUMNS, true>(read, further(scores, s * FURTHER_IN_ROWS), further(k, s * FURTHER_IN_COLUMNS));
 #pragma unroll
-        for (int s = 0; s < 4; s++) product<DTYPE, BY_ROWS, BY_COLUMNS, true>(lost, further(links, s * FURTHER_IN_ROWS), further(k, s * FURTHER_IN_COLUMNS));
+        for (int s = 0; s < 4; s++) {
+            product<DTYPE, BY_ROWS, BY_COLUMNS, true>(lost, further(links, s * FURTHER_IN_ROWS), further(k, s * FURTHER_IN_COLUMNS));
+            product<DTYPE, BY_ROWS, BY_COLUMNS, true>(lost, further(rests, s * FURTHER_IN_ROWS), further(k, s * FURTHER_IN_COLUMNS));
+        }
         products_commit();
         scale_rows(right, exp_between(last, first_log), exp_between(last, second_log));
         if (p.dg) row_sums(lines + GONE + part * SIDE, right, keys, place);
@@ -435,8 +440,10 @@ struct Worker {
         for (int s = 0; s < 4; s++)
             product<DTYPE, BY_COLUMNS, BY_COLUMNS, true>(right, further(scores, s * FURTHER_IN_COLUMNS), further(gated, s * FURTHER_IN_COLUMNS));
 #pragma unroll
-        for (int s = 0; s < 4; s++)
+        for (int s = 0; s < 4; s++) {
             product<DTYPE, BY_COLUMNS, BY_COLUMNS, true>(right, further(links, s * FURTHER_IN_COLUMNS), further(weighed, s * FURTHER_IN_COLUMNS));
+            product<DTYPE, BY_COLUMNS, BY_COLUMNS, true>(right, further(rests, s * FURTHER_IN_COLUMNS), further(weighed, s * FURTHER_IN_COLUMNS));
+        }
         products_commit();
         products_wait<1>();
         settled(read), settled(lost);

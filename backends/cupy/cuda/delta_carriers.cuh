@@ -13,8 +13,11 @@
 #include "hopper_rows.cuh"
 
 constexpr int GROUP = 128, THREADS = GROUP * (1 + CARRIERS), STAGES = CARRIERS == 1 ? 3 : 2, PART = 64;
-constexpr int FEW_REGISTERS = 56, MANY_REGISTERS = 224;
-constexpr int LOADED = 1, FREED = LOADED + STAGES, LEFT = FREED + STAGES, STORED = LEFT + CARRIERS;  // barriers: of a stage, of a carrier
+constexpr int FEW_REGISTERS = 72, MANY_REGISTERS = 216;
+// Barriers: of a stage; of what a carrier leaves, its state at a block's beginning and all else at the end, so that either is stored while the other is made.
+enum Leaves { STATE = 0, REST = 1 };
+constexpr int LOADED = 1, FREED = LOADED + STAGES, LEFT = FREED + STAGES, STORED = LEFT + 2 * CARRIERS;
+static_assert(STORED + 2 * CARRIERS <= 16, "named barriers");
 constexpr int WITH_LOADER = CARRIERS * GROUP + 32, STORERS = 64 / CARRIERS, WITH_STORERS = GROUP + STORERS;
 static_assert(SQUARE_BYTES == 8192, "64 x 64 numbers");
 
@@ -54,14 +57,20 @@ DEVICE void load_lower(unsigned char* to, const DTYPE* from) {
 // ---- What a carrier's storers do: 64 rows that it left, below `rows`, to device memory; `thread` of theirs.
 
 DEVICE void store_rows(const unsigned char* from, DTYPE* to, int64_t step, int rows, int thread) {
+    constexpr int AT_ONCE = 8, ROUND = STORERS / 8 * AT_ONCE;
     const int row = thread / 8, piece = thread % 8;
     to += row * step + piece * 8;
-#pragma unroll 4
-    for (int i = 0; i < SIDE; i += STORERS / 8) {
-        const uint4 x = *reinterpret_cast<const uint4*>(Part{const_cast<unsigned char*>(from)}.piece(row + i, piece));
-        if (row + i < rows) *reinterpret_cast<uint4*>(to + i * step) = x;
+#pragma unroll 1
+    for (int first = 0; first < SIDE; first += ROUND) {
+        uint4 x[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) x[i] = *reinterpret_cast<const uint4*>(Part{const_cast<unsigned char*>(from)}.piece(first + row + i * STORERS / 8, piece));
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (first + row + i * STORERS / 8 < rows) *reinterpret_cast<uint4*>(to + (first + i * STORERS / 8) * step) = x[i];
     }
 }
+
 // ---- What carriers do.
 
 DEVICE void as_operand(Operand& to, const Sums& from) {

@@ -68,15 +68,17 @@ DEVICE void store(const Params& p, const unsigned char* memory, int thread) {
     for (int block = task.here.blocks - 1; block >= 0; block--) {
         const int64_t row = task.here.batch * p.tokens + task.here.start + static_cast<int64_t>(block) * SIDE, at = row * stride + task.head * VALUES + column;
         const int length = task.length(block);
-        barrier_sync(LEFT + carrier, WITH_STORERS);
         if (p.leaving) {
+            barrier_sync(LEFT + 2 * carrier + STATE, WITH_STORERS);
             DTYPE* const to = p.leaving + (task.place(block) * VALUES + column) * KEY_WIDTH;
 #pragma unroll 1
             for (int half = 0; half < 2; half++) store_rows(left + half * SQUARE_BYTES, to + half * 64, KEY_WIDTH, PART, thread);
+            barrier_arrive(STORED + 2 * carrier + STATE, WITH_STORERS);
         }
+        barrier_sync(LEFT + 2 * carrier + REST, WITH_STORERS);
         if (p.errors) store_rows(left + ERRORS_AT, p.errors + at, stride, length, thread);
         if (p.d_v) store_rows(left + GRADIENTS_AT, p.d_v + at, stride, length, thread);
-        barrier_arrive(STORED + carrier, WITH_STORERS);
+        barrier_arrive(STORED + 2 * carrier + REST, WITH_STORERS);
     }
 }
 
@@ -112,8 +114,11 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
         products_begin();
         along_rows(change, low_rounded, high_rounded, k);  // E^T K^T
         products_commit();
-        if (step > 0) barrier_sync(STORED + carrier, WITH_STORERS);
-        if (p.leaving) leave(left, low_rounded), leave(left + SQUARE_BYTES, high_rounded);
+        if (p.leaving) {
+            if (step > 0) barrier_sync(STORED + 2 * carrier + STATE, WITH_STORERS);
+            leave(left, low_rounded), leave(left + SQUARE_BYTES, high_rounded);
+            barrier_arrive(LEFT + 2 * carrier + STATE, WITH_STORERS);
+        }
         const Part columns{from + ARRIVING_AT + carrier * SQUARE_BYTES};
 #pragma unroll
         for (int s = 0; s < 4; s++) {
@@ -159,13 +164,14 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
             product_of<DTYPE, BY_COLUMNS, true>(high, lost[s], further(k, SQUARE_BYTES + s * FURTHER_IN_COLUMNS));
         }
         products_commit();
+        if (step > 0) barrier_sync(STORED + 2 * carrier + REST, WITH_STORERS);
         if (p.errors) leave_turned(left + ERRORS_AT, kept);
         if (p.d_v) {
             scale_columns(error, lines + WEIGHT);
             as_operand(kept, error);
             leave_turned(left + GRADIENTS_AT, kept);
         }
-        barrier_arrive(LEFT + carrier, WITH_STORERS);
+        barrier_arrive(LEFT + 2 * carrier + REST, WITH_STORERS);
         products_wait<0>();
         settled(low), settled(high);
         barrier_arrive(FREED + stage, WITH_LOADER);

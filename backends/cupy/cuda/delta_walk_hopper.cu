@@ -69,17 +69,21 @@ DEVICE void store(const Params& p, const unsigned char* memory, int thread) {
     for (int block = 0; block < task.here.blocks; block++) {
         const int64_t row = task.here.batch * p.tokens + task.here.start + static_cast<int64_t>(block) * SIDE, at = row * stride + task.head * VALUES + column;
         const int length = task.length(block);
-        barrier_sync(LEFT + carrier, WITH_STORERS);
-        if constexpr (OUTPUTS) store_rows(left + O_AT, p.o + at, stride, length, thread);
         if constexpr (KEEPS) {
             if (p.states) {
+                barrier_sync(LEFT + 2 * carrier + STATE, WITH_STORERS);
                 DTYPE* const to = p.states + (task.place(block) * VALUES + column) * KEY_WIDTH;
 #pragma unroll 1
                 for (int half = 0; half < 2; half++) store_rows(left + STATES_AT + half * SQUARE_BYTES, to + half * 64, KEY_WIDTH, PART, thread);
+                barrier_arrive(STORED + 2 * carrier + STATE, WITH_STORERS);
             }
+        }
+        barrier_sync(LEFT + 2 * carrier + REST, WITH_STORERS);
+        if constexpr (OUTPUTS) store_rows(left + O_AT, p.o + at, stride, length, thread);
+        if constexpr (KEEPS) {
             if (p.updates) store_rows(left + UPDATES_AT, p.updates + at, stride, length, thread);
         }
-        barrier_arrive(STORED + carrier, WITH_STORERS);
+        barrier_arrive(STORED + 2 * carrier + REST, WITH_STORERS);
     }
 }
 
@@ -114,9 +118,12 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
             along_rows(out, low_rounded, high_rounded, q);  // S^T Q^T
             products_commit();
         }
-        if (block > 0) barrier_sync(STORED + carrier, WITH_STORERS);
         if constexpr (KEEPS) {
-            if (p.states) leave(left + STATES_AT, low_rounded), leave(left + STATES_AT + SQUARE_BYTES, high_rounded);
+            if (p.states) {
+                if (block > 0) barrier_sync(STORED + 2 * carrier + STATE, WITH_STORERS);
+                leave(left + STATES_AT, low_rounded), leave(left + STATES_AT + SQUARE_BYTES, high_rounded);
+                barrier_arrive(LEFT + 2 * carrier + STATE, WITH_STORERS);
+            }
         }
         const Part values{from + V_AT + carrier * SQUARE_BYTES};
         Operand given;
@@ -162,6 +169,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
             for (int s = 0; s < 4; s++) product_of<DTYPE, BY_ROWS, true>(out, rounded[s], further(scores, s * FURTHER_IN_ROWS));  // U^T P^T
         }
         products_commit();
+        if (block > 0) barrier_sync(STORED + 2 * carrier + REST, WITH_STORERS);
         if constexpr (KEEPS) {
             if (p.updates) leave_turned(left + UPDATES_AT, rounded);
         }
@@ -172,7 +180,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
             as_operand(rounded, out);
             leave_turned(left + O_AT, rounded);
         }
-        barrier_arrive(LEFT + carrier, WITH_STORERS);
+        barrier_arrive(LEFT + 2 * carrier + REST, WITH_STORERS);
         barrier_arrive(FREED + stage, WITH_LOADER);
     }
     if (p.final) write_state(p.final + of_sequence, 0, low), write_state(p.final + of_sequence, 64, high);

@@ -152,4 +152,4 @@ def gradients(x: Rule, blocks: int, values: tuple[Arg, ...]) -> None:
 
 def _grid(x: Rule, carriers: int) -> tuple[tuple[int, int, int], int]:
     """Blocks and threads of a walk."""
-    return (x.slots.sequences * x.heads * 2 // carriers, 1, 1), _GROUP * (1 + carriers)
+    return (x.slots.sequences * x.heads * 2 // carriers, 1, 1), _GROUP * (2 + carriers)

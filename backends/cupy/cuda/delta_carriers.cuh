@@ -1,6 +1,6 @@
 // Warps of a walk over blocks of 64 tokens on Hopper, heads of 128 keys and values in 16 bits (delta_walk_hopper.cu, delta_reverse_hopper.cu): a warpgroup carries 64
-// values of a head's state, transposed, in registers, so that every product's left operand comes from registers and a block waits for no other warp. Of the first four
-// warps two load ahead by turns and two store what the carriers leave of a block.
+// values of a head's state, transposed, in registers, so that every product's left operand comes from registers and a block waits for no other warp. Of the first eight
+// warps four load ahead, two of them a block, and four store what the carriers leave of one.
 //
 // DTYPE: Bfloat or Half; CARRIERS: 1, half of a head's values, or 2, all of them, which read the tiles of their block together.
 #ifndef TITANS_DELTA_CARRIERS_CUH
@@ -12,13 +12,14 @@
 #include "delta_blocks.cuh"
 #include "hopper_rows.cuh"
 
-constexpr int GROUP = 128, THREADS = GROUP * (1 + CARRIERS), STAGES = CARRIERS == 1 ? 3 : 2, PART = 64;
-constexpr int FEW_REGISTERS = 72, MANY_REGISTERS = 216;
+constexpr int GROUP = 128, THREADS = GROUP * (2 + CARRIERS), STAGES = CARRIERS == 1 ? 3 : 2, PART = 64;
+constexpr int LOADER_REGISTERS = 40, STORER_REGISTERS = 56, CARRIER_REGISTERS = CARRIERS == 1 ? 240 : 208;
+static_assert(GROUP * (LOADER_REGISTERS + STORER_REGISTERS + CARRIERS * CARRIER_REGISTERS) <= 65536, "a processor's registers");
 // Barriers: of a stage; of what a carrier leaves, its state at a block's beginning and all else at the end, so that either is stored while the other is made.
 enum Leaves { STATE = 0, REST = 1 };
 constexpr int LOADED = 1, FREED = LOADED + STAGES, LEFT = FREED + STAGES, STORED = LEFT + 2 * CARRIERS;
 static_assert(STORED + 2 * CARRIERS <= 16, "named barriers");
-constexpr int WITH_LOADER = CARRIERS * GROUP + 32, STORERS = 64 / CARRIERS, WITH_STORERS = GROUP + STORERS;
+constexpr int WITH_LOADERS = CARRIERS * GROUP + 64, STORERS = GROUP / CARRIERS, WITH_STORERS = GROUP + STORERS;
 static_assert(SQUARE_BYTES == 8192, "64 x 64 numbers");
 
 using Part = Tile<DTYPE, PART>;
@@ -57,7 +58,7 @@ DEVICE void load_lower(unsigned char* to, const DTYPE* from) {
 // ---- What a carrier's storers do: 64 rows that it left, below `rows`, to device memory; `thread` of theirs.
 
 DEVICE void store_rows(const unsigned char* from, DTYPE* to, int64_t step, int rows, int thread) {
-    constexpr int AT_ONCE = 8, ROUND = STORERS / 8 * AT_ONCE;
+    constexpr int AT_ONCE = 4, ROUND = STORERS / 8 * AT_ONCE;
     const int row = thread / 8, piece = thread % 8;
     to += row * step + piece * 8;
 #pragma unroll 1

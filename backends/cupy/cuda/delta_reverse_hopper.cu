@@ -28,9 +28,9 @@ struct Params {
     int heads, group, cu_wide, tokens, slots;
 };
 
-// ---- The loaders take blocks by turns, a warp each.
+// ---- The loaders take blocks by turns, two warps each: one has the first columns of q and k and A', the other the last ones and P, and both of a block's other rows.
 
-DEVICE void load(const Params& p, unsigned char* memory, int turn) {
+DEVICE void load(const Params& p, unsigned char* memory, int turn, int half) {
     const Task task(p);
     const int64_t shared = task.head / p.group;
     const DTYPE* const k = p.k + task.here.batch * p.k_b + task.here.start * p.k_t + shared * p.k_h;
@@ -41,18 +41,14 @@ DEVICE void load(const Params& p, unsigned char* memory, int turn) {
         const int block = task.here.blocks - 1 - step, stage = step % STAGES, length = task.length(block);
         const int64_t at = static_cast<int64_t>(block) * SIDE, place = task.place(block);
         unsigned char* const to = memory + stage * STAGE_BYTES;
-        if (step >= STAGES) barrier_sync(FREED + stage, WITH_LOADER);
-#pragma unroll 1
-        for (int half = 0; half < 2; half++) {
-            load_rows(to + K_AT + half * SQUARE_BYTES, k + at * p.k_t + half * 64, p.k_t, length);
-            load_rows(to + Q_AT + half * SQUARE_BYTES, q + at * p.q_t + half * 64, p.q_t, length);
-        }
-        load_lower(to + INVERSE_AT, p.inverses + place * (SIDE * SIDE));
-        load_lower(to + SCORES_AT, p.scores + place * (SIDE * SIDE));
-#pragma unroll
-        for (int part = 0; part < CARRIERS; part++) load_rows(to + ARRIVING_AT + part * SQUARE_BYTES, d_o + at * p.o_t + part * PART, p.o_t, length);
-        for (int i = lane_id(); i < LINES / 4; i += 32) cp_async_16(memory + LINES_AT + stage * LINES_BYTES + 16 * i, p.lines + place * LINES + 4 * i, true);
-        landed(LOADED + stage, WITH_LOADER);
+        if (step >= STAGES) barrier_sync(FREED + stage, WITH_LOADERS);
+        load_rows(to + K_AT + half * SQUARE_BYTES, k + at * p.k_t + half * 64, p.k_t, length);
+        load_rows(to + Q_AT + half * SQUARE_BYTES, q + at * p.q_t + half * 64, p.q_t, length);
+        if (half == 0) load_lower(to + INVERSE_AT, p.inverses + place * (SIDE * SIDE));
+        else load_lower(to + SCORES_AT, p.scores + place * (SIDE * SIDE));
+        if (CARRIERS == 2 || half == 1) load_rows(to + ARRIVING_AT + half * (CARRIERS - 1) * SQUARE_BYTES, d_o + at * p.o_t + half * (CARRIERS - 1) * PART, p.o_t, length);
+        for (int i = lane_id() + 32 * half; i < LINES / 4; i += 64) cp_async_16(memory + LINES_AT + stage * LINES_BYTES + 16 * i, p.lines + place * LINES + 4 * i, true);
+        landed(LOADED + stage, WITH_LOADERS);
     }
 }
 
@@ -102,7 +98,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
         Sums answered, change;
         Operand low_rounded, high_rounded, given;
         as_operand(low_rounded, low), as_operand(high_rounded, high);
-        barrier_sync(LOADED + stage, WITH_LOADER);
+        barrier_sync(LOADED + stage, WITH_LOADERS);
         const float total = lines[TOTAL];  // before products: the compiler lets nothing touch what one added to while others are under way
 #pragma unroll
         for (int i = 0; i < 32; i++) low[i] *= total, high[i] *= total;
@@ -174,7 +170,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
         barrier_arrive(LEFT + 2 * carrier + REST, WITH_STORERS);
         products_wait<0>();
         settled(low), settled(high);
-        barrier_arrive(FREED + stage, WITH_LOADER);
+        barrier_arrive(FREED + stage, WITH_LOADERS);
     }
     if (p.d_initial) write_state(p.d_initial + of_sequence, 0, low), write_state(p.d_initial + of_sequence, 64, high);
 }
@@ -183,11 +179,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_reverse_hopper(co
     SHARED_MEMORY(memory);
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (warp < 4) {
-        if constexpr (CARRIERS == 2) leave_registers<FEW_REGISTERS>();
-        if (warp < 2) load(p, memory, warp);
-        else store(p, memory, threadIdx.x - 64);
+        leave_registers<LOADER_REGISTERS>();
+        load(p, memory, warp / 2, warp % 2);
+    } else if (warp < 8) {
+        leave_registers<STORER_REGISTERS>();
+        store(p, memory, threadIdx.x - GROUP);
     } else {
-        if constexpr (CARRIERS == 2) take_registers<MANY_REGISTERS>();
-        carry(p, memory, warp / 4 - 1);
+        take_registers<CARRIER_REGISTERS>();
+        carry(p, memory, warp / 4 - 2);
     }
 }

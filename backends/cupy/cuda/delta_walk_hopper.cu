@@ -29,9 +29,9 @@ struct Params {
     int heads, group, cu_wide, tokens, slots;
 };
 
-// ---- The loaders take blocks by turns, a warp each.
+// ---- The loaders take blocks by turns, two warps each: one has the first columns of q and k and A', the other the last ones and P, and both of a block's other rows.
 
-DEVICE void load(const Params& p, unsigned char* memory, int turn) {
+DEVICE void load(const Params& p, unsigned char* memory, int turn, int half) {
     const Task task(p);
     const int64_t shared = task.head / p.group;
     const DTYPE* const k = p.k + task.here.batch * p.k_b + task.here.start * p.k_t + shared * p.k_h;
@@ -42,18 +42,14 @@ DEVICE void load(const Params& p, unsigned char* memory, int turn) {
         const int stage = block % STAGES, length = task.length(block);
         const int64_t at = static_cast<int64_t>(block) * SIDE, place = task.place(block);
         unsigned char* const to = memory + stage * STAGE_BYTES;
-        if (block >= STAGES) barrier_sync(FREED + stage, WITH_LOADER);
-#pragma unroll 1
-        for (int half = 0; half < 2; half++) {
-            load_rows(to + K_AT + half * SQUARE_BYTES, k + at * p.k_t + half * 64, p.k_t, length);
-            if constexpr (OUTPUTS) load_rows(to + Q_AT + half * SQUARE_BYTES, q + at * p.q_t + half * 64, p.q_t, length);
-        }
-        load_lower(to + INVERSE_AT, p.inverses + place * (SIDE * SIDE));
-        if constexpr (OUTPUTS) load_lower(to + SCORES_AT, p.scores + place * (SIDE * SIDE));
-#pragma unroll
-        for (int part = 0; part < CARRIERS; part++) load_rows(to + V_AT + part * SQUARE_BYTES, v + at * p.v_t + part * PART, p.v_t, length);
-        for (int i = lane_id(); i < LINES / 4; i += 32) cp_async_16(memory + LINES_AT + stage * LINES_BYTES + 16 * i, p.lines + place * LINES + 4 * i, true);
-        landed(LOADED + stage, WITH_LOADER);
+        if (block >= STAGES) barrier_sync(FREED + stage, WITH_LOADERS);
+        load_rows(to + K_AT + half * SQUARE_BYTES, k + at * p.k_t + half * 64, p.k_t, length);
+        if constexpr (OUTPUTS) load_rows(to + Q_AT + half * SQUARE_BYTES, q + at * p.q_t + half * 64, p.q_t, length);
+        if (half == 0) load_lower(to + INVERSE_AT, p.inverses + place * (SIDE * SIDE));
+        else if constexpr (OUTPUTS) load_lower(to + SCORES_AT, p.scores + place * (SIDE * SIDE));
+        if (CARRIERS == 2 || half == 1) load_rows(to + V_AT + half * (CARRIERS - 1) * SQUARE_BYTES, v + at * p.v_t + half * (CARRIERS - 1) * PART, p.v_t, length);
+        for (int i = lane_id() + 32 * half; i < LINES / 4; i += 64) cp_async_16(memory + LINES_AT + stage * LINES_BYTES + 16 * i, p.lines + place * LINES + 4 * i, true);
+        landed(LOADED + stage, WITH_LOADERS);
     }
 }
 
@@ -106,7 +102,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
         Sums error, out;
         Operand low_rounded, high_rounded, rounded;
         as_operand(low_rounded, low), as_operand(high_rounded, high);
-        barrier_sync(LOADED + stage, WITH_LOADER);
+        barrier_sync(LOADED + stage, WITH_LOADERS);
         const float total = lines[TOTAL];  // before products: the compiler lets nothing touch what one added to while others are under way
 #pragma unroll
         for (int i = 0; i < 32; i++) low[i] *= total, high[i] *= total;
@@ -181,7 +177,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
             leave_turned(left + O_AT, rounded);
         }
         barrier_arrive(LEFT + 2 * carrier + REST, WITH_STORERS);
-        barrier_arrive(FREED + stage, WITH_LOADER);
+        barrier_arrive(FREED + stage, WITH_LOADERS);
     }
     if (p.final) write_state(p.final + of_sequence, 0, low), write_state(p.final + of_sequence, 64, high);
 }
@@ -190,11 +186,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk_hopper(const
     SHARED_MEMORY(memory);
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (warp < 4) {
-        if constexpr (CARRIERS == 2) leave_registers<FEW_REGISTERS>();
-        if (warp < 2) load(p, memory, warp);
-        else store(p, memory, threadIdx.x - 64);
+        leave_registers<LOADER_REGISTERS>();
+        load(p, memory, warp / 2, warp % 2);
+    } else if (warp < 8) {
+        leave_registers<STORER_REGISTERS>();
+        store(p, memory, threadIdx.x - GROUP);
     } else {
-        if constexpr (CARRIERS == 2) take_registers<MANY_REGISTERS>();
-        carry(p, memory, warp / 4 - 1);
+        take_registers<CARRIER_REGISTERS>();
+        carry(p, memory, warp / 4 - 2);
     }
 }

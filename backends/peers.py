@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from titans_backends import registry
+from titans_backends.backend import Backend
 from titans_backends.errors import BackendError
 from titans_backends.machine import Machine
 from titans_backends.plans import invalidate
@@ -86,9 +86,15 @@ def load(backend: str, module: str, functions: tuple[str, ...]) -> ModuleType:
     missing = [name for name in functions if not hasattr(found, name)]
     if missing:
         where = getattr(found, "__file__", None) or "a folder without __init__.py, as an uninstall may leave one"
-        raise _unusable(backend, f"{module} ({where}) lacks {', '.join(missing)}; install it again: {registry.get(backend).install}")
+        raise _unusable(backend, f"{module} ({where}) lacks {', '.join(missing)}; install it again: {_install_of(backend)}")
     _LOADED[module] = found
     return found
+
+
+def _install_of(backend: str) -> str:
+    """What installs a peer, as its manifest says."""
+    manifest: Backend = importlib.import_module(f"{__package__}.{backend}").BACKEND
+    return manifest.install
 
 
 def _unusable(backend: str, reason: str) -> BackendError:

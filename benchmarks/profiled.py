@@ -130,7 +130,6 @@ def problems() -> Iterator[Looked]:
         for backend, variant in (
             ("triton", "again"),
             ("triton", "saved"),
-            ("triton", "gradients=one"),
             ("cupy", "walks"),
             ("cupy", "wgmma"),
             ("cupy", "kept"),

@@ -116,14 +116,16 @@ def _untimed(dtype: torch.dtype, wide: int, keys: int, values: int) -> list[_Way
     if dtype.itemsize == 4 or wide > 128:
         return []
     if wide <= 64 or keys <= 64:
-        return [_Way(64, 32, 4, 3, keys, 32, 4, 3, one=True)]
-    one = _Way(64, 32, 4, 3, keys, 64, 8, 3, one=True)
-    return [one, one._replace(gradient_tile=32), one._replace(one=False), one._replace(gradient_keys=64, gradient_warps=4, one=False)]
+        one = _Way(64, 32, 4, 3, keys, 32, 4, 3, one=True)
+        return [one, one._replace(gradient_warps=8)] if keys > 32 else [one]
+    one = _Way(64, 32, 4, 3, keys, 32, 8, 5, one=True)
+    three = _Way(64, 32, 4, 3, keys, 64, 8, 3)
+    return [one, one._replace(gradient_tile=64, gradient_stages=3), three, three._replace(gradient_keys=64, gradient_warps=4)]
 
 
 def together_bytes(stages: int, tile: int, rows: int, keys: int, size: int) -> int:
-    """Shared memory of the one kernel: its loads, or what stands behind its last loop; k of the block beside either."""
-    return (max(stages * (keys + 3 * rows) * tile, 4 * rows * keys + 2 * rows * rows) + rows * keys) * size
+    """Shared memory of the one kernel: its loads, or what stands behind its loop; q and k of the block beside either."""
+    return (max(stages * (2 * keys + 3 * rows) * tile, 4 * rows * keys + 2 * rows * rows) + 2 * rows * keys) * size
 
 
 def _is_few(signature: Signature, machine: Machine, values: int) -> bool:

@@ -111,8 +111,7 @@ def _ways(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
 def _untimed(dtype: torch.dtype, wide: int, keys: int, values: int) -> list[_Way]:
     """What no card has timed yet, and so comes last: one kernel for all inputs, and for wide heads the three with all keys in a program or more bytes on their way."""
     if wide <= 32:
-        first = _ways(dtype, wide, values)[0]
-        return [first._replace(gradient_stages=1 if dtype.itemsize == 2 else 2, one=True)]
+        return [way._replace(one=True) for way in _ways(dtype, wide, values)]
     if dtype.itemsize == 4 or wide > 128:
         return []
     if wide <= 64 or keys <= 64:

@@ -86,6 +86,8 @@ def test_three_kernels_with_all_keys_in_a_program_are_offered_behind_those_that_
 
 def test_a_small_card_is_offered_it_where_its_shared_memory_does() -> None:
     assert not shapes(plans("gated_delta_rule", CARDS[89]))
+    assert not shapes(plans("gated_delta_rule", CARDS[80]))
+    assert shapes(plans("gated_delta_rule", CARDS[80], K=64, V=64))
     assert shapes(plans("gated_delta_rule", CARDS[89], K=32, V=32))
 
 

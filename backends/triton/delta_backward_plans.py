@@ -111,12 +111,12 @@ def _ways(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
 def _untimed(dtype: torch.dtype, wide: int, keys: int, values: int) -> list[_Way]:
     """What no card has timed yet, and so comes last: one kernel for all inputs, and for wide heads the three with all keys in a program or more bytes on their way."""
     if wide <= 32:
-        return [way._replace(one=True) for way in _ways(dtype, wide, values)]
-    if dtype.itemsize == 4 or wide > 128:
+        return [_ways(dtype, wide, values)[0]._replace(one=True)]
+    if dtype.itemsize == 4 or wide > 128 or keys <= 32:  # 64 rows of so few keys are two warps' (`narrow_warps`), which would spill 3 kB a thread
         return []
-    if wide <= 64 or keys <= 64:
+    if keys <= 64:
         one = _Way(64, 32, 4, 3, keys, 32, 4, 3, one=True)
-        return [one, one._replace(gradient_warps=8)] if keys > 32 else [one]
+        return [one, one._replace(gradient_warps=8)]
     one = _Way(64, 32, 4, 3, keys, 32, 8, 5, one=True)
     three = _Way(64, 32, 4, 3, keys, 64, 8, 3)
     return [one, one._replace(gradient_tile=64, gradient_stages=3), three, three._replace(gradient_keys=64, gradient_warps=4)]

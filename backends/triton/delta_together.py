@@ -71,6 +71,11 @@ def _together(
         here = start + row < end
         if g is not None:
             step = load_line(g + at * g_b + first * g_t + head * g_h, g_t, row, here)
+        if beta is not None:
+            bent = load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
+        output = tl.full([BLOCK], 1.0, tl.float32)
+        if gate is not None:
+            output = load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
         k_tile = load_rows(at_k, k_t, row, key, here, K, WHOLE_K)
         q_tile = load_rows(at_q, q_t, row, key, here, K, WHOLE_K)
         scored = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -126,14 +131,10 @@ def _together(
             if seen is not None:
                 tl.store(seen + line, norm * tl.sum(k_tile.to(tl.float32) * lost, 1))
             if beta is not None:
-                bent = load_line(beta + at * beta_b + first * beta_t + head * beta_h, beta_t, row, here)
                 lost *= bent[:, None]
                 weight = norm * bent
         if g is not None:
             read *= back[:, None]
-        output = tl.full([BLOCK], 1.0, tl.float32)
-        if gate is not None:
-            output = load_line(gate + at * gate_b + first * gate_t + head * gate_h, gate_t, row, here)
         if asked is not None:
             tl.store(asked + place, tl.sum(tl.sum(q_tile.to(tl.float32) * read, 1) * scale * output, 0))
         if erase is not None:

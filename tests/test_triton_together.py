@@ -55,8 +55,8 @@ def shapes(found: list[Candidate]) -> set[tuple[object, ...]]:
 @pytest.mark.parametrize(
     ("changes", "tiles"),
     [
-        ({}, {(64, 128, 32, 8, 5), (64, 128, 64, 8, 3)}),
-        ({"K": 128, "V": 64}, {(64, 128, 32, 8, 5), (64, 128, 64, 8, 3)}),
+        ({}, {(64, 128, 32, 8, 3), (64, 128, 32, 8, 5)}),
+        ({"K": 128, "V": 64}, {(64, 128, 32, 8, 3), (64, 128, 32, 8, 5)}),
         ({"K": 64, "V": 64}, {(64, 64, 32, 4, 3), (64, 64, 32, 8, 3)}),
         ({"K": 64, "V": 128}, {(64, 64, 32, 4, 3), (64, 64, 32, 8, 3)}),
         ({"K": 32, "V": 128}, set()),
@@ -86,7 +86,7 @@ def test_three_kernels_with_all_keys_in_a_program_are_offered_behind_those_that_
 
 def test_a_small_card_is_offered_it_where_its_shared_memory_does() -> None:
     assert not shapes(plans("gated_delta_rule", CARDS[89]))
-    assert not shapes(plans("gated_delta_rule", CARDS[80]))
+    assert not shapes(plans("gated_delta_rule", CARDS[80]))  # the scans of such a plan take more
     assert shapes(plans("gated_delta_rule", CARDS[80], K=64, V=64))
     assert shapes(plans("gated_delta_rule", CARDS[89], K=32, V=32))
 

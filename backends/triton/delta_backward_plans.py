@@ -117,9 +117,9 @@ def _untimed(dtype: torch.dtype, wide: int, keys: int, values: int) -> list[_Way
     if keys <= 64:
         one = _Way(64, 32, 4, 3, keys, 32, 4, 3, one=True)
         return [one, one._replace(gradient_warps=8)]
-    one = _Way(64, 32, 4, 3, keys, 32, 8, 5, one=True)
+    one = _Way(64, 32, 4, 3, keys, 32, 8, 3, one=True)  # what it spills finds room in the cache beside few tiles
     three = _Way(64, 32, 4, 3, keys, 64, 8, 3)
-    return [one, one._replace(gradient_tile=64, gradient_stages=3), three, three._replace(gradient_keys=64, gradient_warps=4)]
+    return [one, one._replace(gradient_stages=5), three, three._replace(gradient_keys=64, gradient_warps=4)]
 
 
 def together_bytes(stages: int, tile: int, rows: int, keys: int, size: int) -> int:

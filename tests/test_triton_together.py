@@ -78,6 +78,16 @@ def test_where_it_is_offered_it_is_never_first(op: str, changes: dict[str, objec
             assert not is_one(next(one for one in found if one.variant == variant))
 
 
+@pytest.mark.parametrize(("variant", "transform"), [("exact", "exact"), ("recurrent", "lam")])
+@pytest.mark.parametrize("heads", [128, 64, 32])
+def test_dual_core_is_offered_one_of_them_behind_as_many_of_the_others(variant: str, transform: str, heads: int) -> None:
+    case = replace(LONG, K=heads, V=heads, options={"transform": transform, "chunk_size": 64}, given=("g", "fast_gate", "slow_gate"))
+    found = offered("dual_core", signature("dual_core", case, regime="training")[1], H100)
+    assert {one.variant for one in found} == {variant}
+    ones = [is_one(one) for one in found]
+    assert ones == [False] * 4 + [True] if heads > 32 or variant == "exact" else not any(ones)  # blocks of 64 for chunks of 64
+
+
 def test_three_kernels_with_all_keys_in_a_program_are_offered_behind_those_that_were_timed() -> None:
     wide = [index for index, one in enumerate(plans("gated_delta_rule")) if not is_one(one) and one.param("gradient_keys") == 128]
     assert wide

@@ -17,7 +17,7 @@ from titans_backends.signature import Signature
 from .delta_plans import LONG, SMS, shared_bytes
 from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, narrow_warps, tile_width
 
-__all__ = ["backward_plans", "reverse_bytes", "together_bytes"]
+__all__ = ["backward_plans", "has_one_kernel", "reverse_bytes", "together_bytes"]
 
 
 class _Way(NamedTuple):
@@ -92,7 +92,12 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
         dense = [one for one in found if one.param("block") == grid]
         found += [replace(one, variant="saved", saves_states=True) for one in dense[:_MOST_SAVED]]
     few = _is_few(signature, machine, values)
-    return sorted(found, key=lambda one: (one.variant == "split") != few)
+    return sorted(found, key=lambda one: (has_one_kernel(one), (one.variant == "split") != few))
+
+
+def has_one_kernel(candidate: Candidate) -> bool:
+    """Whether a single kernel makes the gradients of q, k and w: no card has timed it, so that it comes behind all others."""
+    return ("gradients", "one") in candidate.params
 
 
 def _ways(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:

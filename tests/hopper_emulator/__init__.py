@@ -23,7 +23,7 @@ from tests.hopper_emulator.block import Block
 from tests.hopper_emulator.listing import Listing, listing
 from tests.hopper_emulator.memory import Fault, Memory
 
-__all__ = ["Fault", "assembler", "emulating", "run"]
+__all__ = ["Fault", "assembled", "assembler", "emulating", "run"]
 
 _FORMS: dict[object, tuple[Listing, int]] = {}
 
@@ -54,11 +54,7 @@ def emulating() -> Iterator[list[str]]:
 
 def run(kernel: launch.Kernel, blocks: int, args: tuple[Tensor | int | float | None, ...], form: launch.Form) -> None:
     """One launch: the tensors' memory is read, and written at the end."""
-    key = (kernel, form)
-    if key not in _FORMS:
-        made = lanes.compiled(launch.source_of(kernel, form), launch.options_of(form), GPUTarget("cuda", 90, 32))
-        _FORMS[key] = listing(cast(bytes, made.asm["cubin"])), int(made.metadata.shared)
-    code, shared = _FORMS[key]
+    code, shared = assembled(kernel, form)
     memory = Memory()
     given = b""
     for name, arg in zip(kernel.names, args, strict=True):
@@ -71,6 +67,15 @@ def run(kernel: launch.Kernel, blocks: int, args: tuple[Tensor | int | float | N
     for block in range(blocks):
         Block(code, form.warps, shared, memory, _padded(given, 8) + bytes(16), block).run()
     memory.write_back()
+
+
+def assembled(kernel: launch.Kernel, form: launch.Form) -> tuple[Listing, int]:
+    """A form's instructions, and the bytes of shared memory that a block of it takes; compiled once a process."""
+    key = (kernel, form)
+    if key not in _FORMS:
+        made = lanes.compiled(launch.source_of(kernel, form), launch.options_of(form), GPUTarget("cuda", 90, 32))
+        _FORMS[key] = listing(cast(bytes, made.asm["cubin"])), int(made.metadata.shared)
+    return _FORMS[key]
 
 
 def assembler() -> str:

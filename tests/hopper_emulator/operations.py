@@ -221,6 +221,14 @@ def move(block: Block, one: Instruction) -> None:
         block.write(one.operands[0], block.read(one.operands[1]))
 
 
+def constant_halves(block: Block, one: Instruction) -> None:
+    """HFMA2 of zeros: two float16 numbers become a register's halves, the upper one first."""
+    if one.operands[1:3] != ("-RZ", "RZ"):
+        raise NotImplementedError(one.text)
+    upper, lower = (int(np.float16(float(operand)).view(np.uint16)) for operand in one.operands[3:5])
+    block.write(one.operands[0], np.full(block.threads, upper << 16 | lower, U32))
+
+
 def zeros(block: Block, one: Instruction) -> None:
     """CS2R of no special register."""
     block.write_pair(one.operands[0], np.zeros(block.threads, U64))
@@ -414,7 +422,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "VIADD": add_two, "VIADDMNMX": sum_extreme, "IABS": absolute, "CS2R": zeros, "R2UR": to_uniform, "R2P": unpack_predicates, "PRMT": permute, "UPRMT": permute,
     "FADD": add_floats, "FMUL": multiply_floats, "FFMA": multiply_add_floats, "FMNMX": extreme_float, "FSETP": compare_floats, "MUFU": function,
     "FRND": round_float, "I2F": to_float, "F2I": to_integer, "F2FP": pack_halves, "HADD2": from_half, "SHFL": shuffle, "VOTEU": vote, "MOVM": turn,
-    "FENCE": fence, "WARPGROUP": warpgroup,
+    "FENCE": fence, "WARPGROUP": warpgroup, "HFMA2": constant_halves,
     "BAR": barrier, "USETMAXREG": registers, "F2F": narrow_float, **accesses.OPERATIONS, "HMMA": products.small, "HGMMA": products.large,
 }  # fmt: skip
 """By name."""

@@ -86,7 +86,8 @@ def assessed(told: Told) -> str:
         lines.append(
             f"| first call of a fresh process with {which} | no tuning | {use['first_s']:.2f} s, the second {1e3 * use['second_s']:.2f} ms ({chosen}) |"
         )
-    lines += _rows("Tuned buckets", told["tuned"]) + _rows("Midpoints, chosen by lookup", told["midpoints"])
+    lines += _rows("Tuned buckets", told["tuned"]) + _rows("Midpoints between rows, chosen by lookup", told["midpoints"])
+    lines += _rows("Rows where two neighbours' choices met", told.get("refined", []))
     left = Counter(one["reason"] for one in told["left"])
     lines += ["", "Not assessed: " + "; ".join(f"{count} because {reason}" for reason, count in left.items()) + "."] if left else []
     return "\n".join(lines)

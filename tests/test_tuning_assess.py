@@ -26,9 +26,10 @@ from titans_backends.tuning import assess as assessing
 from titans_backends.tuning import assess_full, assess_tunes, first_use
 from titans_backends.tuning.ahead import Job, Limits, Target
 from titans_backends.tuning.assess import Assessment, assess
-from titans_backends.tuning.assess_order import in_order, midpoints, spread_out, units
+from titans_backends.tuning.assess_order import in_order, spread_out, units
 from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import FirstUse
+from titans_backends.tuning.midpoints import midpoints
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.regret import Assessed, Choice, Flip, flip_of, judged, summary

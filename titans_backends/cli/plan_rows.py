@@ -14,6 +14,7 @@ from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, heading, table
 from titans_backends.machine import Machine
 from titans_backends.offers import Offer, offers, pairs, unpaired
+from titans_backends.tuning.midpoints import midpoints
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.request import TuneRequest
 
@@ -65,16 +66,21 @@ def _planned(request: TuneRequest, machine: Machine, racing: Sequence[str]) -> l
 
 
 def plan_json(request: TuneRequest, machine: Machine, racing: Sequence[str]) -> list[Json]:
-    """One object per bucket."""
-    return [
+    """One object per bucket; then one for each midpoint, with its neighbours in `between`, which is measured where they choose differently: those two alone."""
+    asked: list[Json] = [
         {
             **key_json(row.bucket),
             "candidates": list(row.candidates),
             "choices": row.choices,
             "refusals": [{"backend": name, "reason": reason} for name, reason in row.refusals],
             "problem": row.problem,
+            "between": None,
         }
         for row in _planned(request, machine, racing)
+    ]
+    possible = midpoints(request.buckets) if request.midpoints and not request.doubtful else ()
+    return asked + [
+        {**key_json(bucket), "candidates": [], "choices": 2, "refusals": [], "problem": "", "between": list(ends)} for bucket, ends in possible
     ]
 
 

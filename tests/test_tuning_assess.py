@@ -271,7 +271,7 @@ def test_the_command_writes_the_figures_with_the_machine_and_shows_them(tmp_path
     assert told["device"]["slug"] == detect("cpu").slug
     assert told["environment"]["torch"]
     assert told["command"] == "titans-backends tune --op fused_uw --seq-lens 64,128 --device cpu --assess --limit 1"
-    assert (told["left"], told["batches"], told["planned"]) == ([], 3, {"buckets": 1, "midpoints": 0})
+    assert (told["left"], told["batches"], told["planned"]) == ([], 3, {"buckets": 1, "midpoints": 0, "refined": 0})
     assert told["summary"]["worst_regret"] == 0.1
     assert told["tuned"][0]["choices"][0]["label"] == "eager/x"
     assert "; worst cost 10 %" in result.stdout

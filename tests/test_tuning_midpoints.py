@@ -30,17 +30,17 @@ from titans_backends.tuning.run import tune
 from titans_backends.tuning.standing import Standing, measurement_of
 
 PLUGINS = Path(__file__).parent / "plugins"
-RUN = '''    if name in ("late", "later"):
+RUN = """    if name in ("late", "later"):
         time.sleep(0.004)
-'''
-CROSSING = '''
+"""
+CROSSING = """
     length = call.q.shape[1]
     timed = call.q.shape == (1, length, 1, 8) and length in (4, 12, 36)
     if timed and (name == "later" or name == "short" and length > 20 or name == "long" and length < 20):
         time.sleep(0.01)
     if timed and length == 12 and name == os.environ.get("FAULTY_AT_12"):
         raise ValueError("not at this length")
-'''
+"""
 
 
 @pytest.fixture

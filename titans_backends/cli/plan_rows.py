@@ -66,21 +66,19 @@ def _planned(request: TuneRequest, machine: Machine, racing: Sequence[str]) -> l
 
 
 def plan_json(request: TuneRequest, machine: Machine, racing: Sequence[str]) -> list[Json]:
-    """One object per bucket; then one for each midpoint, with its neighbours in `between`, which is measured where they choose differently: those two alone."""
-    asked: list[Json] = [
+    """One object per bucket. `midpoint`: the length between it and the next longer one, which is measured too where the two choose differently."""
+    possible = midpoints(request.buckets) if request.midpoints and not request.doubtful else ()
+    above = {bucket._replace(seq_len=shorter): bucket.seq_len for bucket, (shorter, _) in possible}
+    return [
         {
             **key_json(row.bucket),
             "candidates": list(row.candidates),
             "choices": row.choices,
             "refusals": [{"backend": name, "reason": reason} for name, reason in row.refusals],
             "problem": row.problem,
-            "between": None,
+            "midpoint": above.get(row.bucket),
         }
         for row in _planned(request, machine, racing)
-    ]
-    possible = midpoints(request.buckets) if request.midpoints and not request.doubtful else ()
-    return asked + [
-        {**key_json(bucket), "candidates": [], "choices": 2, "refusals": [], "problem": "", "between": list(ends)} for bucket, ends in possible
     ]
 
 

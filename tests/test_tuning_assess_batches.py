@@ -177,7 +177,7 @@ def test_a_larger_budget_reaches_more_and_all_of_it_has_midpoints(world: World) 
 
 def test_a_full_measurement_for_which_no_time_is_left_is_not_begun(world: World) -> None:
     world.full_s = 20.0
-    found = assess(TuneRequest(planned("gated_delta_rule", "dual_core", "fused_uw", seq_lens=(64, 256, 1024, 4096))), 150.0)
+    found = assess(TuneRequest(planned("gated_delta_rule", seq_lens=(64, 256, 1024, 4096))), 106.0)
     assert world.now - 9.0 <= 7 / 8 * 106.0  # an eighth is the first use's
     assert len(found.tuned) >= 2
     assert "the budget ended before its turn" in {reason for _, reason in found.left}

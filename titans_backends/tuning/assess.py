@@ -201,12 +201,18 @@ class _Run:
             for piece in unit:
                 if piece.bucket in self.second.reached:
                     self._measure(piece.bucket, None, self.tuned)
-            for bucket, neighbours in self._midpoints((*(one.bucket for one in self.tuned), *self.first.refined)):
+            for bucket, neighbours in self._midpoints(one.bucket for one in self.tuned):
                 self._measure(bucket, neighbours, self.between)
+        self._measure_between()
+        return self._unreached(batch, {*twice, *(bucket for bucket in asked if bucket not in there)})
+
+    def _measure_between(self) -> None:
+        """The rows that nobody asked for, and the midpoints beside them: after all that was tuned, which says nothing before it is measured."""
+        for bucket, neighbours in self._midpoints((*(one.bucket for one in self.tuned), *self.first.refined)):
+            self._measure(bucket, neighbours, self.between)
         for bucket, neighbours in self.first.refined.items():
             if bucket not in self.failed and bucket not in {one.bucket for one in self.refined}:
                 self._measure(bucket, neighbours, self.refined)
-        return self._unreached(batch, {*twice, *(bucket for bucket in asked if bucket not in there)})
 
     def _fitting(self, batch: Sequence[Unit], cost: Cost) -> tuple[Bucket, ...]:
         """Those of a batch for which there is time still: it was planned by what things were expected to take, and more is known by now."""

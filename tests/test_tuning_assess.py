@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,29 @@ def test_a_bad_choice_a_flip_and_a_bad_midpoint_are_found(faulty: None, monkeypa
     assert [reason for _, reason in found.left] == ["its first use in a fresh process failed: out of luck"]
     assert [(len(one.tuned), len(one.midpoints), len(one.left)) for one in kept] == [(1, 0, 2), (2, 0, 1), (2, 1, 0)]
     assert {reason for one in kept for _, reason in one.left} == {"it was not finished when this was written"}
+
+
+def test_a_row_that_the_first_tune_made_between_is_judged_among_everybody_and_splits_the_midpoint(
+    faulty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, good = 0, 1
+    (middle,) = buckets([8])
+    make = made_up({"first": {4: good, 8: late, 16: late}, "second": {4: good, 16: late}})
+
+    def tune(request: TuneRequest, *given: object) -> TuneReport:
+        report = make(replace(request, buckets=(*request.buckets, middle)), *given)  # type: ignore[operator]
+        between = tuple(replace(row, between=(4, 16)) for row in report.rows if row.bucket == middle)
+        return replace(report, rows=tuple(row for row in report.rows if row.bucket != middle), midpoints=between)
+
+    monkeypatch.setattr(assess_tunes, "tune", tune)
+    monkeypatch.setattr(assessing, "_MOST_CAP_S", 0.3)
+    found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)))
+    (between,) = found.refined
+    assert (between.bucket, between.between, between.best, between.candidates) == (middle, (4, 16), "faulty/good", 2)
+    assert [choice.label for choice in between.choices] == ["faulty/late"]
+    assert found.summary.worst_refined_regret == between.choices[0].regret > 0.5
+    chosen = {one.bucket.seq_len: [choice.label for choice in one.choices] for one in found.midpoints}
+    assert chosen == {6: ["faulty/late"], 11: ["faulty/late"]}  # a length as far from both takes the longer one's row
 
 
 def test_without_time_nothing_is_begun_and_all_of_it_is_left(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:

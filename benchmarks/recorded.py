@@ -172,7 +172,7 @@ def tuned(found: Sequence[Met], device: str, budget_s: float, table: Path) -> Tu
     buckets = tuple(dict.fromkeys(cost.demand.bucket for cost in turns))
     heads = {cost.demand.bucket: cost.demand.heads for cost in turns if cost.demand.heads is not None}
     with showing(status_console()) as on_event:
-        return tune(TuneRequest(buckets, device=device, budget_s=budget_s, output=table, heads_by_bucket=heads), on_event)
+        return tune(TuneRequest(buckets, device=device, budget_s=budget_s, output=table, heads_by_bucket=heads, midpoints=False), on_event)
 
 
 def compare(met: Met, report: TuneReport, device: str, table: Path) -> Line:

@@ -75,6 +75,8 @@ def assessed(told: Told) -> str:
         f"| worst cost of a flip | at most 3 % | {cost} |",
         f"| midpoints with at most 5 % regret | at least 95 % | {within} |",
     ]
+    if summary.get("refined"):
+        lines.append(f"| rows where two neighbours' choices met | | {summary['refined']}, worst regret {percent(summary['worst_refined_regret'])} |")
     ahead = told["compiled_ahead"]
     if ahead is not None:
         lines.append(f"| compiled ahead | | {ahead['candidates']} candidates in {ahead['processes']} processes, {ahead['seconds']:.0f} s |")
@@ -87,6 +89,7 @@ def assessed(told: Told) -> str:
             f"| first call of a fresh process with {which} | no tuning | {use['first_s']:.2f} s, the second {1e3 * use['second_s']:.2f} ms ({chosen}) |"
         )
     lines += _rows("Tuned buckets", told["tuned"]) + _rows("Midpoints, chosen by lookup", told["midpoints"])
+    lines += _rows("Rows where two neighbours' choices met", told.get("refined", []))
     left = Counter(one["reason"] for one in told["left"])
     lines += ["", "Not assessed: " + "; ".join(f"{count} because {reason}" for reason, count in left.items()) + "."] if left else []
     return "\n".join(lines)

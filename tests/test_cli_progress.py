@@ -20,9 +20,11 @@ from titans_backends.tuning.events import (
     CompiledAhead,
     Event,
     Planned,
+    Refining,
     Remaining,
     Skipped,
     Unpaired,
+    Unrefined,
 )
 
 GIVEN = {"dtype": "float32", "head_dim": (16, 16), "streams": 2}
@@ -85,3 +87,20 @@ def test_on_a_terminal_finished_buckets_stand_above_a_bar_with_the_time_left() -
     assert "100 µs" in text
     assert "left" in text or "estimating" in text
     assert "3/3" in text
+
+
+def test_midpoints_are_announced_and_counted_with_what_was_asked_for() -> None:
+    for width, terminal in ((200, False), (200, True)):
+        to = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+        with showing(to) as on_event:
+            for event in (
+                Planned(1, 1),
+                BucketDone(BUCKET, ENTRY, None, None, 2.0),
+                Refining((BUCKET, BUCKET)),
+                BucketDone(BUCKET, ENTRY, None, None, 1.0),
+            ):
+                on_event(event)
+            on_event(Unrefined((BUCKET,)))
+        said = to.file.getvalue()  # type: ignore[attr-defined]
+        assert "2 midpoints of neighbours that chose differently: their choices alone meet there" in said
+        assert ("[2/3] ✓ gated_delta_rule" if not terminal else "2/3") in said

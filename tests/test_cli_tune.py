@@ -107,6 +107,13 @@ def test_a_dry_run_lists_the_grid_and_measures_nothing(tmp_path: Path, monkeypat
     assert all(bucket.op in result.stdout for bucket in plan("cpu"))
     rows = json.loads(run(app, ["tune", "--dry-run", "--json", "--device", "cpu"]).stdout)
     assert f"{len(rows)} buckets would be measured" in result.stdout
+    between = [row["midpoint"] for row in rows if row["midpoint"]]
+    assert f"then up to {len(between)} midpoints, where neighbouring lengths choose differently" in result.stdout
+    without = [*("tune", "--dry-run", "--no-midpoints", "--device", "cpu", "--seq-lens", "128,512")]
+    assert "midpoint" not in run(app, without).stdout
+    assert [(row["seq_len"], row["midpoint"]) for row in json.loads(run(app, [*without, "--json"]).stdout)][:2] == [(128, None), (512, None)]
+    without.remove("--no-midpoints")
+    assert [(row["seq_len"], row["midpoint"]) for row in json.loads(run(app, [*without, "--json"]).stdout)][:2] == [(128, 256), (512, None)]
     assert all(row["candidates"] for row in rows)
     assert list(tmp_path.iterdir()) == []
 
@@ -145,6 +152,30 @@ def test_gains_are_over_the_default_and_the_reference(monkeypatch: pytest.Monkey
     result = ending(monkeypatch, lambda request, _: report(request))
     line = next(line for line in result.stdout.splitlines() if "eager/x" in line)
     assert re.search(r"100 µs\s+1\.50×\s+4\.00×\s+eager/y 120 µs", line)
+
+
+def refined(request: TuneRequest, left: int = 0) -> TuneReport:
+    """Two buckets and what lies between them."""
+    between = request.buckets[0]._replace(seq_len=91)
+    row = Row(between, replace(entry(between), use="eager/y", next="eager/x"), measured=True, choices=2, between=(64, 128))
+    return replace(report(request), midpoints=() if left else (row,), unrefined=(between,) * left)
+
+
+def test_a_midpoint_is_told_as_such_in_the_table_and_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ending(monkeypatch, lambda request, _: refined(request))
+    assert result.exit_code == 0
+    assert re.search(r"^ *~91  eager/y", result.stdout, re.MULTILINE)
+    assert "~ a midpoint, which nobody asked for: its two neighbours chose differently, and their choices alone raced there" in result.stdout
+    assert "measured 2 buckets and 1 midpoint in 3.0 s" in result.stdout
+    rows = json.loads(ending(monkeypatch, lambda request, _: refined(request), "--json").stdout)
+    assert [(row["seq_len"], row["between"], row["choices"]) for row in rows] == [(64, None, 0), (128, None, 0), (91, [64, 128], 2)]
+
+
+def test_midpoints_that_the_budget_left_are_told_with_the_command_and_nothing_that_was_asked_for_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ending(monkeypatch, lambda request, _: refined(request, left=1), "--budget", "5")
+    assert result.exit_code == 0
+    assert "the budget ended with 1 midpoint left. Go on with:" in result.stdout
+    assert "--budget 5" in result.stdout
 
 
 def test_at_80_columns_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +251,10 @@ def test_the_request_holds_what_was_asked(monkeypatch: pytest.MonkeyPatch, tmp_p
         "--regime",
         "training",
     ]
-    ending(monkeypatch, tuner, *words, "--force", "--output", str(tmp_path / "x.yaml"))
+    ending(monkeypatch, tuner, *words, "--force", "--no-midpoints", "--output", str(tmp_path / "x.yaml"))
     ending(monkeypatch, tuner)
     assert (seen[0].quick, seen[0].backends, seen[0].objective, seen[0].max_memory_mib, seen[0].budget_s) == (False, ("eager",), "memory", 8.0, 9.0)
+    assert (seen[0].midpoints, seen[1].midpoints) == (False, True)
     assert (seen[0].force, seen[0].output, seen[0].timeout_s, seen[1].timeout_s) == (True, tmp_path / "x.yaml", 300.0, 60.0)
     assert {dict(bucket.when)["regime"] for bucket in seen[0].buckets} == {"training"}
     assert (seen[1].quick, seen[1].backends, seen[1].output, seen[1].force) == (True, None, None, False)

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ from titans_backends.tuning import assess as assessing
 from titans_backends.tuning import assess_full, assess_tunes, first_use
 from titans_backends.tuning.ahead import Job, Limits, Target
 from titans_backends.tuning.assess import Assessment, assess
-from titans_backends.tuning.assess_order import in_order, midpoints, spread_out, units
+from titans_backends.tuning.assess_order import in_order, spread_out, units
 from titans_backends.tuning.events import CompiledAhead
 from titans_backends.tuning.first_use import FirstUse
+from titans_backends.tuning.midpoints import midpoints
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.regret import Assessed, Choice, Flip, flip_of, judged, summary
@@ -189,6 +191,29 @@ def test_a_bad_choice_a_flip_and_a_bad_midpoint_are_found(faulty: None, monkeypa
     assert {reason for one in kept for _, reason in one.left} == {"it was not finished when this was written"}
 
 
+def test_a_row_that_the_first_tune_made_between_is_judged_among_everybody_and_splits_the_midpoint(
+    faulty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, good = 0, 1
+    (middle,) = buckets([8])
+    make = made_up({"first": {4: good, 8: late, 16: late}, "second": {4: good, 16: late}})
+
+    def tune(request: TuneRequest, *given: object) -> TuneReport:
+        report = make(replace(request, buckets=(*request.buckets, middle)), *given)  # type: ignore[operator]
+        between = tuple(replace(row, between=(4, 16)) for row in report.rows if row.bucket == middle)
+        return replace(report, rows=tuple(row for row in report.rows if row.bucket != middle), midpoints=between)
+
+    monkeypatch.setattr(assess_tunes, "tune", tune)
+    monkeypatch.setattr(assessing, "_MOST_CAP_S", 0.3)
+    found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)))
+    (between,) = found.refined
+    assert (between.bucket, between.between, between.best, between.candidates) == (middle, (4, 16), "faulty/good", 2)
+    assert [choice.label for choice in between.choices] == ["faulty/late"]
+    assert found.summary.worst_refined_regret == between.choices[0].regret > 0.5
+    chosen = {one.bucket.seq_len: [choice.label for choice in one.choices] for one in found.midpoints}
+    assert chosen == {6: ["faulty/late"], 11: ["faulty/late"]}  # a length as far from both takes the longer one's row
+
+
 def test_without_time_nothing_is_begun_and_all_of_it_is_left(faulty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assess_tunes, "tune", lambda *_: pytest.fail("tuned"))
     found = assess(TuneRequest(buckets([4, 16]), backends=("faulty",)), budget_s=1e-9)
@@ -270,7 +295,7 @@ def test_the_command_writes_the_figures_with_the_machine_and_shows_them(tmp_path
     assert told["device"]["slug"] == detect("cpu").slug
     assert told["environment"]["torch"]
     assert told["command"] == "titans-backends tune --op fused_uw --seq-lens 64,128 --device cpu --assess --limit 1"
-    assert (told["left"], told["batches"], told["planned"]) == ([], 3, {"buckets": 1, "midpoints": 0})
+    assert (told["left"], told["batches"], told["planned"]) == ([], 3, {"buckets": 1, "midpoints": 0, "refined": 0})
     assert told["summary"]["worst_regret"] == 0.1
     assert told["tuned"][0]["choices"][0]["label"] == "eager/x"
     assert "; worst cost 10 %" in result.stdout

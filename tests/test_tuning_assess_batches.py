@@ -82,6 +82,7 @@ class World:
     full_s: float = 3.0
     start_s: float = 4.0
     caps: set[float] = field(default_factory=set)
+    refine: dict[str, dict[Bucket, tuple[int, int]]] = field(default_factory=dict)
 
     def tune(self, request: TuneRequest, on_event: object, host: Host) -> TuneReport:
         assert request.output is not None
@@ -95,7 +96,11 @@ class World:
             self.now += 2.0
             done.append(Row(bucket, None, reason="all failed") if bucket.op == "short_conv" and bucket.seq_len == 64 else Row(bucket, ENTRY))
         left = tuple(bucket for bucket in request.buckets if bucket not in {row.bucket for row in done})
-        report = TuneReport(request.output, tuple(done), left, self.now - begun)
+        rows = {*request.beside, *(row.bucket for row in done)}
+        between = [(one, ends) for one, ends in self.refine.get(name, {}).items() if all(one._replace(seq_len=length) in rows for length in ends)]
+        self.now += len(between)
+        midpoints = tuple(Row(one, ENTRY, between=ends) for one, ends in between)
+        report = TuneReport(request.output, tuple(done), left, self.now - begun, midpoints)
         if self.interrupt_at == len(self.tunes):
             raise TuneInterrupted(report)
         return report
@@ -302,3 +307,42 @@ def test_a_child_that_began_early_is_the_one_that_is_used_and_is_gone_afterwards
         assert not child.alive
         assert host._child is None
     assert report.complete
+
+
+def test_a_midpoint_lies_between_two_rows_that_there_are_and_a_row_that_a_tune_made_between_is_none(world: World) -> None:
+    asked = planned("dual_core")
+    inner, outer = asked[0]._replace(seq_len=128), asked[0]._replace(seq_len=512)
+    assert inner not in asked
+    world.refine = {"first": {inner: (64, 256)}, "second": {outer: (256, 1024)}}
+    found = assess(TuneRequest(asked), 1000.0)
+    assert [(one.bucket.seq_len, one.between) for one in found.refined] == [(128, (64, 256))]
+    assert sorted((one.bucket.seq_len, one.between) for one in found.midpoints) == [(91, (64, 128)), (181, (128, 256))]
+    assert found.planned == (3, 3), "the second tune's rows choose nowhere"
+    assert found.planned_refined == found.summary.refined == 1
+    assert {bucket.seq_len for bucket, _ in found.left} == {1024, 512}  # it cannot be measured, nor what lies below it
+    assert found.summary.buckets == 2
+
+
+def test_a_row_between_for_which_no_time_is_left_is_told(world: World) -> None:
+    asked = planned("gated_delta_rule", seq_lens=(64, 256))
+    world.refine, world.interrupt_at = {"first": {asked[0]._replace(seq_len=128): (64, 256)}}, -2 - 4
+    found = assess(TuneRequest(asked))
+    assert [one.bucket.seq_len for one in (*found.tuned, *found.midpoints)] == [64, 256, 91, 181]
+    assert (found.refined, found.planned_refined) == ((), 1)
+    assert [bucket.seq_len for bucket, _ in found.left] == [128]
+
+
+def test_neighbours_of_two_batches_are_named_to_the_later_tune(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside: list[tuple[str, int, tuple[Bucket, ...]]] = []
+    tune = assess_tunes.tune
+
+    def seen(request: TuneRequest, *given: object) -> TuneReport:
+        assert request.output is not None
+        beside.append((request.output.stem, len(request.buckets), request.beside))
+        return tune(request, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(assess_tunes, "tune", seen)
+    assess(TuneRequest(planned("gated_delta_rule", "dual_core", "fused_uw", seq_lens=(64, 256, 1024, 4096))), 150.0)
+    assert len(beside) > 2
+    assert beside[:2] == [("first", beside[0][1], ()), ("second", beside[1][1], ())]
+    assert all(len(one) == sum(count for name, count, _ in beside[:index] if name == beside[index][0]) for index, (_, _, one) in enumerate(beside))

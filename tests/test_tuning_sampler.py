@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from titans_backends.tuning import sampler
-from titans_backends.tuning.sampler import CudaSampler
+from titans_backends.tuning.sampler import GraphSampler
 
 FLUSH_US, REPLAY_US, HOST_US = 40.0, 9.0, 60.0
 
@@ -56,11 +56,11 @@ class Event:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Device, CudaSampler]]:
-    def make() -> tuple[Device, CudaSampler]:
+def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Device, GraphSampler]]:
+    def make() -> tuple[Device, GraphSampler]:
         device = Device()
-        found = object.__new__(CudaSampler)
-        found._flush, found._device, found._launch = device, torch.device("cpu"), "graph"  # type: ignore[assignment]
+        found = object.__new__(GraphSampler)
+        found._flush, found._device = device, torch.device("cpu")  # type: ignore[assignment]
         found._graphs, found._flushes = {"k": device}, 1  # type: ignore[dict-item]
         monkeypatch.setattr(sampler, "_events", lambda: (Event(device), Event(device)))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda _: device.synchronize())
@@ -69,7 +69,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Device, CudaSamp
     return make
 
 
-def test_a_replay_that_the_device_waited_for_is_run_again_behind_a_longer_flush(made: Callable[[], tuple[Device, CudaSampler]]) -> None:
+def test_a_replay_that_the_device_waited_for_is_run_again_behind_a_longer_flush(made: Callable[[], tuple[Device, GraphSampler]]) -> None:
     device, found = made()
     assert found.sample("k", lambda: None) == pytest.approx(REPLAY_US)
     assert found._flushes == 2  # one flush of 40 µs is over before the host's 60 µs are
@@ -79,7 +79,7 @@ def test_a_replay_that_the_device_waited_for_is_run_again_behind_a_longer_flush(
     assert device.flushes == 2  # and stays as long
 
 
-def test_a_host_that_is_late_once_lengthens_nothing(made: Callable[[], tuple[Device, CudaSampler]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_late_once_lengthens_nothing(made: Callable[[], tuple[Device, GraphSampler]], monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = made()
     found._flushes = 2
     delays = iter([1e4, 10.0, 10.0])
@@ -94,7 +94,7 @@ def test_a_host_that_is_late_once_lengthens_nothing(made: Callable[[], tuple[Dev
 
 
 def test_a_host_that_is_never_soon_enough_gets_an_answer_all_the_same(
-    made: Callable[[], tuple[Device, CudaSampler]], monkeypatch: pytest.MonkeyPatch
+    made: Callable[[], tuple[Device, GraphSampler]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, found = made()
     monkeypatch.setattr(f"{__name__}.HOST_US", 1e4)
@@ -140,7 +140,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def test_captures_share_one_pool_and_keep_no_results(pools: list[object]) -> None:
     """Each with its own pool held its results and scratch: eighteen long backwards did not fit a card."""
-    found, results = CudaSampler(torch.device("cpu"), "graph"), list[weakref.ref[torch.Tensor]]()
+    found, results = GraphSampler(torch.device("cpu")), list[weakref.ref[torch.Tensor]]()
 
     def kernel() -> torch.Tensor:
         made = torch.zeros(4)
@@ -156,7 +156,7 @@ def test_captures_share_one_pool_and_keep_no_results(pools: list[object]) -> Non
 
 def test_where_memory_ends_the_captures_before_are_given_up(pools: list[object]) -> None:
     """One large capture's pool left no room for another's call, and every backward of 32768 tokens counted as failed."""
-    found, room = CudaSampler(torch.device("cpu"), "graph"), 2
+    found, room = GraphSampler(torch.device("cpu")), 2
 
     def kernel() -> None:
         if len(found._graphs) >= room:

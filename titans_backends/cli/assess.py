@@ -76,7 +76,7 @@ def _json(found: Assessment, request: TuneRequest, command: str) -> dict[str, Js
         "tune_s": list(found.tune_s),
         "tuned_buckets": list(found.tuned_buckets),
         "batches": found.batches,
-        "planned": {"buckets": found.planned[0], "midpoints": found.planned[1]},
+        "planned": {"buckets": found.planned[0], "midpoints": found.planned[1], "refined": found.planned_refined},
         "seconds": found.seconds,
         "first_uses": [
             {**key_json(one.bucket), "first_s": one.first_s, "second_s": one.second_s, "origin": one.origin, "shipped": one.shipped}
@@ -84,6 +84,7 @@ def _json(found: Assessment, request: TuneRequest, command: str) -> dict[str, Js
         ],
         "tuned": [_row(one) for one in found.tuned],
         "midpoints": [_row(one) for one in found.midpoints],
+        "refined": [_row(one) for one in found.refined],
         "left": [{**key_json(bucket), "reason": reason} for bucket, reason in found.left],
     }
 
@@ -102,7 +103,8 @@ def _row(one: Assessed) -> dict[str, Json]:
 
 
 def _show(out: Console, found: Assessment, path: Path) -> None:
-    for title, rows in (("tuned buckets, first tune | second", found.tuned), ("midpoints, chosen by lookup", found.midpoints)):
+    parts = [("tuned buckets, first tune | second", found.tuned), ("midpoints between the first tune's rows, chosen by lookup", found.midpoints)]
+    for title, rows in (*parts, ("the first tune's rows where two neighbours' choices met", found.refined)):
         if rows:
             heading(out, title)
             _table(out, rows)
@@ -115,6 +117,8 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
     if figures.midpoints:
         within = f"{_percent(figures.midpoints_within)} of {figures.midpoints} within 5 %, worst {_percent(figures.worst_midpoint_regret)}"
         pairs.append(("midpoints", within))
+    if figures.refined:
+        pairs.append(("rows between", f"{figures.refined}, where two neighbours' choices met; worst regret {_percent(figures.worst_refined_regret)}"))
     if found.compiled is not None:
         pairs.append(("compiled ahead", f"{numbers.amount(found.compiled.candidates, 'candidate')}, {numbers.seconds(found.compiled.seconds)}"))
     batches = f", in {numbers.amount(found.batches, 'batch', 'batches')}"
@@ -127,6 +131,8 @@ def _show(out: Console, found: Assessment, path: Path) -> None:
     if found.left:
         missing = f"{found.planned[0] - len(found.tuned)} of {numbers.amount(found.planned[0], 'bucket')}"
         between = f"{found.planned[1] - len(found.midpoints)} of {numbers.amount(found.planned[1], 'midpoint')}"
+        if found.planned_refined:
+            between += f", {found.planned_refined - len(found.refined)} of {numbers.amount(found.planned_refined, 'row')} between"
         said = "; ".join(f"{count} because {reason}" for reason, count in Counter(reason for _, reason in found.left).most_common(3))
         say(out, Text(f"not assessed: {missing}, {between} ({said})", "yellow"))
     say(out, f"measured in {numbers.seconds(found.seconds)}; the figures are in {path}")

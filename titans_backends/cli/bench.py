@@ -57,7 +57,7 @@ def bench(
     device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1.", show_default="the first GPU, else cpu")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The table's rows as JSON on stdout.")] = False,
 ) -> None:
-    """Time what dispatch chooses against the untuned default and the plain reference, in this process, from cold caches.
+    """Time what dispatch chooses against the untuned default and the plain reference, in this process, as the tuner times.
 
     Outputs (in training gradients too) are compared with the float64 reference first.
     The floor is the work that the contract counts, at the speed that this machine multiplies and copies; in training it is not known.

@@ -14,6 +14,7 @@ from titans_backends.cli.keys import by_key, key_json, key_title
 from titans_backends.cli.show import Column, Group, Json, heading, table
 from titans_backends.machine import Machine
 from titans_backends.offers import Offer, offers, pairs, unpaired
+from titans_backends.tuning.midpoints import midpoints
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.request import TuneRequest
 
@@ -65,7 +66,9 @@ def _planned(request: TuneRequest, machine: Machine, racing: Sequence[str]) -> l
 
 
 def plan_json(request: TuneRequest, machine: Machine, racing: Sequence[str]) -> list[Json]:
-    """One object per bucket."""
+    """One object per bucket. `midpoint`: the length between it and the next longer one, which is measured too where the two choose differently."""
+    possible = midpoints(request.buckets) if request.midpoints and not request.doubtful else ()
+    above = {bucket._replace(seq_len=shorter): bucket.seq_len for bucket, (shorter, _) in possible}
     return [
         {
             **key_json(row.bucket),
@@ -73,6 +76,7 @@ def plan_json(request: TuneRequest, machine: Machine, racing: Sequence[str]) -> 
             "choices": row.choices,
             "refusals": [{"backend": name, "reason": reason} for name, reason in row.refusals],
             "problem": row.problem,
+            "midpoint": above.get(row.bucket),
         }
         for row in _planned(request, machine, racing)
     ]

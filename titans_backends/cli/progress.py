@@ -27,9 +27,11 @@ from titans_backends.tuning.events import (
     Event,
     OnEvent,
     Planned,
+    Refining,
     Remaining,
     Skipped,
     Unpaired,
+    Unrefined,
 )
 
 __all__ = ["Estimate", "showing"]
@@ -103,6 +105,8 @@ class _Lines:
         estimate = self._estimate
         if isinstance(event, Planned):
             estimate.to_measure = event.to_measure
+        if isinstance(event, Refining):
+            estimate.to_measure += len(event.buckets)
         if isinstance(event, CompiledAhead):
             estimate.begin()
         if isinstance(event, (BucketDone, BucketFailed)):
@@ -131,6 +135,9 @@ class _Bar:
         if isinstance(event, Planned):
             self._estimate.to_measure = event.to_measure
             self._bar.update(self._task, total=event.to_measure, description="preparing" if event.to_measure else "")
+        elif isinstance(event, Refining):
+            self._estimate.to_measure += len(event.buckets)
+            self._bar.update(self._task, total=self._estimate.to_measure)
         elif isinstance(event, CompiledAhead):
             self._estimate.begin()
         elif isinstance(event, BucketStarted):
@@ -164,7 +171,11 @@ def finished_line(event: Event) -> Text | None:
         return Text.assemble(("! ", "yellow"), f"{event.op}: {event.label} ({event.direction}) does not race: {event.reason}")
     if isinstance(event, BackendProbed) and event.state in ("broken", "refused"):
         return Text.assemble(("! ", "yellow"), f"backend {event.backend} is {event.state}: {event.reason}")
-    if isinstance(event, (BackendProbed, BucketStarted, CandidateDone, Planned, Remaining, Skipped)):
+    if isinstance(event, Refining):
+        return Text(
+            f"{numbers.amount(len(event.buckets), 'midpoint')} of neighbours that chose differently: their choices alone meet there", style="dim"
+        )
+    if isinstance(event, (BackendProbed, BucketStarted, CandidateDone, Planned, Remaining, Skipped, Unrefined)):
         return None
     raise TypeError(f"unknown event {event!r}")
 

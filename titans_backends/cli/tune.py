@@ -72,6 +72,10 @@ def tune(
         bool, typer.Option("--assess", help="Say how good the tuner is: two fresh tunes against every candidate timed fully. Changes no table.")
     ] = False,
     limit: Annotated[int | None, typer.Option(metavar="N", help="With --assess: so many buckets of the grid.", show_default="all")] = None,
+    no_midpoints: Annotated[
+        bool,
+        typer.Option("--no-midpoints", help="Measure what is asked for alone: no lengths between neighbours that chose differently."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be measured; measure nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The table's rows as JSON on stdout.")] = False,
 ) -> None:
@@ -115,6 +119,7 @@ def tune(
         doubtful=doubtful,
         heads=grid.value_heads,
         heads_by_bucket={} if recorded is None else recorded.heads,
+        midpoints=not no_midpoints,
     )
     if limit is not None and (limit < 1 or not assess):
         raise MisuseError(f"--limit must be at least 1 and stand with --assess, got {limit}{'' if assess else ' without it'}")

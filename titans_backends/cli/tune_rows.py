@@ -16,9 +16,12 @@ from titans_backends.tuning.report import Row
 
 __all__ = ["rows_json", "show_rows"]
 
+_MARK = "~"
+
 
 def rows_json(rows: Sequence[Row]) -> list[Json]:
-    """One object per bucket; times in microseconds, gains as factors, null where a number was not measured."""
+    """One object per bucket; times in microseconds, gains as factors, null where a number was not measured. `choices`: how many raced and passed;
+    `between`: of a midpoint its neighbours' lengths."""
     return [_row_json(row) for row in rows]
 
 
@@ -33,6 +36,9 @@ def show_rows(to: Console, rows: Sequence[Row]) -> None:
     if any(entry.next_us is not None and entry.next_us < entry.us for entry in by_time):
         to.print()
         say(to, "a runner-up that is faster within the noise does not replace the default, nor a simpler winner", "dim")
+    if any(row.between is not None for row in rows):
+        to.print()
+        say(to, f"{_MARK} a midpoint, which nobody asked for: its two neighbours chose differently, and their choices alone raced there", "dim")
     doubtful = [row.entry for row in rows if row.entry is not None and row.entry.doubt is not None]
     if doubtful:
         again = " ".join(word for word in ("titans-backends tune --doubtful", doubtful[0].tuned_with) if word)  # one tune has one limit
@@ -41,7 +47,7 @@ def show_rows(to: Console, rows: Sequence[Row]) -> None:
 
 
 def _cells(to: Console, row: Row) -> list[str | Text]:
-    length, entry = str(row.bucket.seq_len), row.entry
+    length, entry = f"{_MARK if row.between is not None else ''}{row.bucket.seq_len}", row.entry
     if entry is None:
         nothing: list[str | Text] = [length, Text(f"none: {row.reason}", "red"), "", "", ""]
         return nothing if is_narrow(to) else [*nothing, ""]
@@ -67,6 +73,8 @@ def _row_json(row: Row) -> dict[str, Json]:
         "gain_over_reference": _factor(row.reference_us, entry.us if entry else None),
         "runner_up": entry.next if entry else None,
         "runner_up_us": entry.next_us if entry else None,
+        "choices": row.choices,
+        "between": None if row.between is None else list(row.between),
         "measured": row.measured,
         "reason": row.reason,
     }

@@ -22,6 +22,7 @@ from titans_backends.cli.tune_rows import rows_json, show_rows
 from titans_backends.machine import Machine
 from titans_backends.reporting import numbers
 from titans_backends.tuning import ranks
+from titans_backends.tuning.midpoints import midpoints
 from titans_backends.tuning.report import Row, TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
 from titans_backends.tuning.run import tune as run_tune
@@ -107,7 +108,7 @@ class TuneSession:
         facts(out, [("see them", f"titans-backends cache show{_file(self.request)}"), ("measure again", f"{self.again} --force")])
 
     def _show(self, report: TuneReport) -> None:
-        shown = [row for row in report.rows if row.entry is not None or row.reason]
+        shown = [row for row in (*report.rows, *report.midpoints) if row.entry is not None or row.reason]
         if self.as_json:
             self._print(report, shown)
         elif shown:
@@ -120,7 +121,11 @@ class TuneSession:
     def _print(self, report: TuneReport, rows: Sequence[Row]) -> None:
         """The rows; of a recording with what they cover."""
         told = rows_json(rows)
-        print_json(told if self.recorded is None else {"rows": told, "coverage": coverage_json(self.recorded.covered(report))})
+        if self.recorded is None:
+            print_json(told)
+            return
+        between = {"measured": len(report.midpoints), "left": len(report.unrefined)}
+        print_json({"rows": told, "coverage": coverage_json(self.recorded.covered(report)), "midpoints": between})
 
     def _show_coverage(self, report: TuneReport) -> None:
         if self.recorded is not None:
@@ -128,12 +133,10 @@ class TuneSession:
             console().print()
 
     def _ended(self, to: Console, report: TuneReport) -> None:
-        measured = sum(row.measured for row in report.rows)
+        measured, between = sum(row.measured for row in report.rows), len(report.midpoints)
         rows = any(row.entry is not None for row in report.rows)
-        say(
-            to,
-            f"measured {numbers.amount(measured, 'bucket')} in {numbers.seconds(report.seconds)}; {'the winners are in' if rows else 'nothing won'}",
-        )
+        what = numbers.amount(measured, "bucket") + (f" and {numbers.amount(between, 'midpoint')}" if between else "")
+        say(to, f"measured {what} in {numbers.seconds(report.seconds)}; {'the winners are in' if rows else 'nothing won'}")
         if rows:
             command(to, str(report.path))
         without = [row for row in report.rows if row.entry is None and row.bucket not in report.remaining]
@@ -145,6 +148,9 @@ class TuneSession:
             say(to, Text(f"the budget ended with {numbers.amount(len(report.remaining), 'bucket')} left. Go on with:", "yellow"))
             command(to, self.again + self._budget())
             return
+        if report.unrefined:
+            say(to, Text(f"the budget ended with {numbers.amount(len(report.unrefined), 'midpoint')} left. Go on with:", "yellow"))
+            command(to, self.again + self._budget())
         if not rows:
             return
         op = report.rows[0].bucket.op if report.rows else "gated_delta_rule"
@@ -177,6 +183,10 @@ def show_dry_run(request: TuneRequest, machine: Machine, as_json: bool, from_fil
         return
     show_plan(out, request, machine, racing)
     say(out, f"\n{numbers.amount(len(request.buckets), 'bucket')} would be measured on {machine.name}, and written to {_path(request, machine)}")
+    most = len(midpoints(request.buckets)) if request.midpoints and not request.doubtful else 0
+    if most:
+        said = f"then up to {numbers.amount(most, 'midpoint')}, where neighbouring lengths choose differently: their two choices alone"
+        say(out, f"{said} (--no-midpoints leaves them out)")
 
 
 def _path(request: TuneRequest, machine: Machine) -> Path:

@@ -46,7 +46,8 @@ _INTERRUPTED = "it was interrupted"
 @dataclass(frozen=True, slots=True)
 class Assessment:
     """What came of it. `tune_s`: seconds of each of the two tunes over all batches, of `tuned_buckets` each; `left`: buckets and midpoints that have no
-    figures, with reasons; `planned`: how many of each there were; `interrupted`: by Ctrl-C.
+    figures, with reasons; `planned`: how many of each there were; `interrupted`: by Ctrl-C. `refined`: the rows that the first tune made between neighbours
+    that chose differently, of `planned_refined`; `midpoints` lie between any two neighbouring rows that there are with them.
 
     `compiled`: what was compiled side by side before them, midpoints too; None where nothing was, and the first tune compiled what it measured.
     """
@@ -62,11 +63,13 @@ class Assessment:
     batches: int = 1
     planned: tuple[int, int] = (0, 0)
     interrupted: bool = False
+    refined: tuple[Assessed, ...] = ()
+    planned_refined: int = 0
 
     @property
     def summary(self) -> Summary:
         """Its figures."""
-        return summary(self.tuned, self.midpoints)
+        return summary(self.tuned, self.midpoints, self.refined)
 
 
 Keep = Callable[[Assessment], None]
@@ -102,6 +105,7 @@ class _Run:
     costs: Costs = field(default_factory=Costs)
     tuned: list[Assessed] = field(default_factory=list)
     between: list[Assessed] = field(default_factory=list)
+    refined: list[Assessed] = field(default_factory=list)
     uses: list[FirstUse] = field(default_factory=list)
     failed: dict[Bucket, str] = field(default_factory=dict)
     unused: list[tuple[Bucket, str]] = field(default_factory=list)
@@ -127,9 +131,9 @@ class _Run:
 
     def _found(self, why: str) -> Assessment:
         """What there is; whatever has no figures and no reason of its own has none because of `why`."""
-        done = {one.bucket for one in (*self.tuned, *self.between)}
-        plan = in_order(self.request.buckets)
-        left = [(bucket, self._why(bucket, ends) or why) for bucket, ends in plan if bucket not in done]
+        done = {one.bucket for one in (*self.tuned, *self.between, *self.refined)}
+        plan = in_order(self.request.buckets, tuple(self.first.refined))
+        left = [(bucket, self._why(bucket, ends) or why) for bucket, ends in (*plan, *self.first.refined.items()) if bucket not in done]
         return Assessment(
             tuple(self.tuned),
             tuple(self.between),
@@ -142,6 +146,8 @@ class _Run:
             self.batches,
             (len(self.request.buckets), len(plan) - len(self.request.buckets)),
             why == _INTERRUPTED,
+            tuple(self.refined),
+            len(self.first.refined),
         )
 
     def _why(self, bucket: Bucket, ends: tuple[int, int] | None) -> str:
@@ -194,10 +200,19 @@ class _Run:
         for unit in batch:
             for piece in unit:
                 if piece.bucket in self.second.reached:
-                    self._measure(piece.bucket, None)
+                    self._measure(piece.bucket, None, self.tuned)
             for bucket, neighbours in self._midpoints(one.bucket for one in self.tuned):
-                self._measure(bucket, neighbours)
+                self._measure(bucket, neighbours, self.between)
+        self._measure_between()
         return self._unreached(batch, {*twice, *(bucket for bucket in asked if bucket not in there)})
+
+    def _measure_between(self) -> None:
+        """The rows that nobody asked for, and the midpoints beside them: after all that was tuned, which says nothing before it is measured."""
+        for bucket, neighbours in self._midpoints((*(one.bucket for one in self.tuned), *self.first.refined)):
+            self._measure(bucket, neighbours, self.between)
+        for bucket, neighbours in self.first.refined.items():
+            if bucket not in self.failed and bucket not in {one.bucket for one in self.refined}:
+                self._measure(bucket, neighbours, self.refined)
 
     def _fitting(self, batch: Sequence[Unit], cost: Cost) -> tuple[Bucket, ...]:
         """Those of a batch for which there is time still: it was planned by what things were expected to take, and more is known by now."""
@@ -219,7 +234,8 @@ class _Run:
         """Those between two of these that are neighbours, and that have no figures yet."""
         known = {*there}
         done = {*self.failed, *(one.bucket for one in self.between)}
-        plan = [(bucket, ends) for bucket, ends in in_order(self.request.buckets) if ends is not None and bucket not in done]
+        rows = in_order(self.request.buckets, tuple(self.first.refined))
+        plan = [(bucket, ends) for bucket, ends in rows if ends is not None and bucket not in done]
         return [(bucket, ends) for bucket, ends in plan if all(bucket._replace(seq_len=length) in known for length in ends)]
 
     def _compile_ahead(self, buckets: Sequence[Bucket]) -> None:
@@ -231,7 +247,7 @@ class _Run:
         if todo:
             self.progress(f"compiling ahead, {len(todo)} candidates")
             limits = Limits(min(AHEAD_S, self._left_s() * _AHEAD_SHARE), self.request.timeout_s)
-            done = compile_ahead(todo, Target(self.machine, self.request.device, self.full.heads), limits, most)
+            done = compile_ahead(todo, Target(self.machine, self.request.device, self.request.heads_of), limits, most)
             self.compiled = done if self.compiled is None else _both(self.compiled, done)
         self.costs.ahead.saw(0.0 if done is None else done.seconds, sum(map(self._work, buckets)))
 
@@ -245,13 +261,14 @@ class _Run:
         self.starting += done.start_s
         return done.there
 
-    def _measure(self, bucket: Bucket, neighbours: tuple[int, int] | None) -> None:
-        """A bucket's full measurement, where there is time for it."""
+    def _measure(self, bucket: Bucket, neighbours: tuple[int, int] | None, to: list[Assessed]) -> None:
+        """A bucket's full measurement, where there is time for it; `neighbours`: of a length between them, where lookup says what the first tune chose."""
         left, work = self._left_s(), self._work(bucket)
         if left <= 0 or left < self.costs.full.each * work:
             return
         cap_s = _MOST_CAP_S if self.budget_s is None else min(_MOST_CAP_S, max(_LEAST_CAP_S, _CAP_SHARE * self.budget_s))
-        self.progress(f"every candidate of {bucket.op} at seq_len {bucket.seq_len}{'' if neighbours is None else ', a midpoint'}")
+        what = "" if neighbours is None else ", a midpoint" if to is self.between else ", where two neighbours' choices met"
+        self.progress(f"every candidate of {bucket.op} at seq_len {bucket.seq_len}{what}")
         begun = time.monotonic()
         try:
             found = self.full.measured(bucket, neighbours, min(cap_s, left))
@@ -259,7 +276,7 @@ class _Run:
             self.failed[bucket] = str(error)
             return
         self.costs.full.saw(time.monotonic() - begun, work)
-        (self.tuned if neighbours is None else self.between).append(found)
+        to.append(found)
         self.keep(self._found("it was not finished when this was written"))
 
     def _first_use(self) -> None:

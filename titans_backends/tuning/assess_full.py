@@ -56,15 +56,10 @@ class Full:
         """A tune's file."""
         return self.folder / f"{name}.yaml"
 
-    def heads(self, bucket: Bucket) -> int | None:
-        """The v heads of a bucket, and of a midpoint as of its neighbours."""
-        known = self.request.heads_by_bucket
-        return self.request.heads_of(bucket) if bucket in known else next((h for b, h in known.items() if b[:2] == bucket[:2]), self.request.heads)
-
     def standing(self, bucket: Bucket) -> Standing:
         """What is offered for a bucket, nothing measured yet."""
         if bucket not in self._standings:
-            signature = signature_of_bucket(bucket, self.request.device, self.heads(bucket))
+            signature = signature_of_bucket(bucket, self.request.device, self.request.heads_of(bucket))
             self._standings[bucket] = Standing.of(bucket, signature, offers(signature, self.machine), ())
         return self._standings[bucket]
 
@@ -80,7 +75,7 @@ class Full:
         standing = self.standing(bucket)
         bench = Bench(self.host, bucket, rules(cap_s), self.request.timeout_s)
         try:
-            bench.open(self.heads(bucket), references=False)
+            bench.open(self.request.heads_of(bucket), references=False)
             standing = standing.with_measured(self._timed(bench, standing, between))
             chosen = [self._chosen(name, bucket, standing) for name in (("first", "second") if between is None else ("first",))]
             pairs = [pair for pair in chosen if pair is not None]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 
-from titans_backends.buckets import Bucket, defaults_of
+from titans_backends.buckets import Bucket
+from titans_backends.tuning.midpoints import Ends, midpoints
 
-__all__ = ["in_order", "midpoints", "spread_out", "units"]
+__all__ = ["in_order", "spread_out", "units"]
 
 _FOREMOST = ("gated_delta_rule", "dual_core")
 """The ops that are a whole layer's core: most is chosen there, and a wrong choice costs most."""
@@ -37,38 +37,13 @@ def _pairs(lengths: Sequence[Bucket]) -> list[tuple[Bucket, ...]]:
     return [tuple(ordered[first : first + _TOGETHER]) for first in range(0, len(ordered), _TOGETHER)]
 
 
-def midpoints(buckets: Sequence[Bucket]) -> tuple[tuple[Bucket, tuple[int, int]], ...]:
-    """The lengths in the middle, in log2, of neighbours that differ in nothing else; where there is a whole number between them."""
-    lengths: dict[tuple[str, object], list[Bucket]] = {}
-    for bucket in buckets:
-        lengths.setdefault((bucket.op, bucket.when), []).append(bucket)
-    found = []
-    for group in lengths.values():
-        ordered = sorted(group, key=lambda bucket: bucket.seq_len)
-        for shorter, longer in pairwise(ordered):
-            middle = _middle(shorter, longer)
-            if shorter.seq_len < middle < longer.seq_len:
-                found.append((shorter._replace(seq_len=middle), (shorter.seq_len, longer.seq_len)))
-    return tuple(found)
-
-
-def in_order(buckets: Sequence[Bucket]) -> list[tuple[Bucket, tuple[int, int] | None]]:
-    """The buckets of each key, then the midpoints between them."""
+def in_order(buckets: Sequence[Bucket], refined: Sequence[Bucket] = ()) -> list[tuple[Bucket, Ends | None]]:
+    """The buckets of each key, then the midpoints between the rows that there are: these, and those of `refined`."""
     groups: dict[tuple[str, object], list[Bucket]] = {}
     for bucket in buckets:
         groups.setdefault((bucket.op, bucket.when), []).append(bucket)
-    found: list[tuple[Bucket, tuple[int, int] | None]] = []
-    for group in groups.values():
+    found: list[tuple[Bucket, Ends | None]] = []
+    for key, group in groups.items():
         found += [(bucket, None) for bucket in group]
-        found += midpoints(group)
+        found += midpoints((*group, *(one for one in refined if (one.op, one.when) == key)))
     return found
-
-
-def _middle(shorter: Bucket, longer: Bucket) -> int:
-    """For `fused_uw` a whole number of matrices."""
-    middle = round(math.sqrt(shorter.seq_len * longer.seq_len))
-    if shorter.op != "fused_uw":
-        return middle
-    chunk = dict(shorter.when).get("chunk_size", defaults_of("fused_uw")["chunk_size"])
-    assert isinstance(chunk, int)
-    return max(1, round(middle / chunk)) * chunk

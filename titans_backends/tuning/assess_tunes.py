@@ -29,13 +29,17 @@ class Done:
 
 @dataclass(slots=True)
 class Tunes:
-    """Its file, and what it took and reached so far. The file holds what the batches before wrote, of other buckets: a tune reads nothing but its own."""
+    """Its file, what it took and reached so far, and the rows between neighbours that it made beside.
+
+    The file holds what the batches before wrote, of other buckets: a tune reads nothing but its own.
+    """
 
     name: str
     path: Path
     request: TuneRequest
     seconds: float = 0.0
     reached: list[Bucket] = field(default_factory=list)
+    refined: dict[Bucket, tuple[int, int]] = field(default_factory=dict)
 
     def run(self, buckets: tuple[Bucket, ...], host: Host, budget_s: float | None) -> Done:
         """Tunes these by the rules that `tune` has; TuneInterrupted at Ctrl-C."""
@@ -45,7 +49,7 @@ class Tunes:
             if isinstance(event, BucketStarted):
                 started.append(time.monotonic() - begun)
 
-        asked = replace(self.request, buckets=buckets, output=self.path, force=False, budget_s=budget_s, ahead=False)
+        asked = replace(self.request, buckets=buckets, output=self.path, force=False, budget_s=budget_s, ahead=False, beside=tuple(self.reached))
         try:
             report = tune(asked, heard, host)
         except TuneInterrupted as stop:
@@ -58,4 +62,5 @@ class Tunes:
 
     def _count(self, report: TuneReport) -> None:
         self.seconds += report.seconds
+        self.refined |= {row.bucket: row.between for row in report.midpoints if row.entry is not None and row.between is not None}
         self.reached += [row.bucket for row in report.rows if row.entry is not None and row.bucket not in self.reached]

@@ -1,7 +1,8 @@
 """What the tuner says while it works, as values: the command line turns them into a progress bar, tests compare them.
 
 Every tune begins with one `Planned`, after which any number of `Unpaired` and one `CompiledAhead` may come; then each bucket is `Skipped` (nothing to measure), or
-`BucketStarted`, any number of `CandidateDone` and one `BucketDone` or `BucketFailed`; where the budget ended first, one `Remaining` closes it.
+`BucketStarted`, any number of `CandidateDone` and one `BucketDone` or `BucketFailed`; where the budget ended first, one `Remaining` closes it. Otherwise one
+`Refining` may follow, and the same for each of its buckets, which nobody asked for; where the budget ended among them, one `Unrefined` closes it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ __all__ = [
     "Event",
     "OnEvent",
     "Planned",
+    "Refining",
     "Remaining",
     "Skipped",
     "Unpaired",
+    "Unrefined",
     "ignore",
 ]
 
@@ -131,7 +134,22 @@ class Remaining:
     buckets: tuple[Bucket, ...]
 
 
-Event = Planned | Unpaired | CompiledAhead | BackendProbed | BucketStarted | CandidateDone | BucketDone | BucketFailed | Skipped | Remaining
+@dataclass(frozen=True, slots=True)
+class Refining:
+    """Everything asked for has been seen to; the midpoints of neighbours that chose differently follow, where the two choices alone race."""
+
+    buckets: tuple[Bucket, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unrefined:
+    """The midpoints that the budget did not reach."""
+
+    buckets: tuple[Bucket, ...]
+
+
+Told = Planned | Unpaired | CompiledAhead | BackendProbed | Remaining | Refining | Unrefined
+Event = Told | BucketStarted | CandidateDone | BucketDone | BucketFailed | Skipped
 OnEvent = Callable[[Event], None]
 
 

@@ -152,7 +152,7 @@ def tune(
     measured: list[Event] = []
 
     def heard(event: Event) -> None:
-        if isinstance(event, BucketDone):
+        if isinstance(event, BucketDone) and event.bucket in request.buckets:
             measured.append(event)
         meeting.check()
         on_event(event)

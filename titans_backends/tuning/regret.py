@@ -40,7 +40,7 @@ class Flip:
 
 @dataclass(frozen=True, slots=True)
 class Assessed:
-    """A bucket measured exhaustively. `choices`: those of the two tunes, or the one that lookup gives at a midpoint."""
+    """A bucket measured exhaustively. `choices`: those of the two tunes, or the one that lookup gives between its neighbours `between`."""
 
     bucket: Bucket
     best: str
@@ -54,7 +54,10 @@ class Assessed:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run's figures; None where nothing was assessed. `worst_beyond_noise`: the worst regret of those that are more than noise, 0 where none is."""
+    """A run's figures; None where nothing was assessed. `worst_beyond_noise`: the worst regret of those that are more than noise, 0 where none is.
+
+    `refined`: rows between neighbours that chose differently, for which two choices raced; they are neither buckets nor midpoints.
+    """
 
     buckets: int
     mean_regret: float | None
@@ -66,6 +69,8 @@ class Summary:
     midpoints: int
     midpoints_within: float | None
     worst_midpoint_regret: float | None
+    refined: int = 0
+    worst_refined_regret: float | None = None
 
 
 MIDPOINT_BAND = 0.05
@@ -100,7 +105,7 @@ def flip_of(first: Pair, second: Pair, contenders: Mapping[Pair, Contender]) -> 
     return Flip(within, slow.us / fast.us - 1)
 
 
-def summary(tuned: Sequence[Assessed], midpoints: Sequence[Assessed]) -> Summary:
+def summary(tuned: Sequence[Assessed], midpoints: Sequence[Assessed], refined: Sequence[Assessed] = ()) -> Summary:
     """The figures of a run: every choice of every tune counts."""
     regrets = [choice.regret for one in tuned for choice in one.choices]
     flips = [one.flip for one in tuned if one.flip is not None and one.flip.within != "same"]
@@ -116,4 +121,6 @@ def summary(tuned: Sequence[Assessed], midpoints: Sequence[Assessed]) -> Summary
         midpoints=len(between),
         midpoints_within=sum(regret <= MIDPOINT_BAND for regret in between) / len(between) if between else None,
         worst_midpoint_regret=max(between, default=None),
+        refined=len(refined),
+        worst_refined_regret=max((choice.regret for one in refined for choice in one.choices), default=None),
     )

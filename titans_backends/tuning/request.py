@@ -24,6 +24,7 @@ class TuneRequest:
     the whole, `bucket_s` one race, `timeout_s` one candidate's compilation and check. `output` names another file than the user's cache.
     `force` measures what is current too, `doubtful` those alone whom current measurements leave open. `heads`: v heads of a sequence,
     where that divides a bucket's streams; `heads_by_bucket` has them for some buckets. `ahead`: compiles side by side first.
+    `midpoints`: where two neighbouring lengths chose differently their choices meet between them, too; `beside` are neighbours that were tuned earlier.
     """
 
     buckets: tuple[Bucket, ...]
@@ -41,10 +42,13 @@ class TuneRequest:
     heads: int | None = None
     heads_by_bucket: Mapping[Bucket, int] = field(default_factory=dict)
     ahead: bool = True
+    midpoints: bool = True
+    beside: tuple[Bucket, ...] = ()
 
     def heads_of(self, bucket: Bucket) -> int | None:
-        """The v heads of a bucket's sequences, where somebody said."""
-        return self.heads_by_bucket.get(bucket, self.heads)
+        """The v heads of a bucket's sequences, where somebody said; of a length that nobody named those of its key's others."""
+        known = self.heads_by_bucket
+        return known[bucket] if bucket in known else next((heads for one, heads in known.items() if one[:2] == bucket[:2]), self.heads)
 
     def asks(self, backend: str) -> bool:
         """Whether a backend's candidates are to race."""

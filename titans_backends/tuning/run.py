@@ -27,12 +27,15 @@ from titans_backends.tuning.events import (
     CandidateDone,
     OnEvent,
     Planned,
+    Refining,
     Remaining,
     Skipped,
     Unpaired,
+    Unrefined,
     ignore,
 )
 from titans_backends.tuning.host import ChildAnswerError, ChildDied, Host, OpenFailed
+from titans_backends.tuning.midpoints import Ends, Midpoint, disagreeing
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.report import Row, TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
@@ -96,6 +99,8 @@ class _Run:
     wrote: bool = False
     rows: dict[Bucket, Row] = field(default_factory=dict)
     remaining: tuple[Bucket, ...] = ()
+    refined: dict[Bucket, Ends] = field(default_factory=dict)
+    unrefined: tuple[Bucket, ...] = ()
     started: float = field(default_factory=time.monotonic)
     measuring: float = field(default_factory=time.monotonic)
     probed: dict[str, str] = field(default_factory=dict)
@@ -123,11 +128,49 @@ class _Run:
         self._compile_ahead(work)
         self.measuring = time.monotonic()
         for position, (index, standing, todo) in enumerate(work):
-            if self.request.budget_s is not None and time.monotonic() - self.started >= self.request.budget_s:
+            if self._is_over():
                 self.remaining = tuple(entry[1].bucket for entry in work[position:])
                 self.say(Remaining(self.remaining))
                 return
             self._measure(index, standing, todo, self._race_s(len(work) - position))
+        if self.request.midpoints and not self.request.doubtful:
+            self._refine()
+
+    def _is_over(self) -> bool:
+        """Whether the budget has ended."""
+        return self.request.budget_s is not None and time.monotonic() - self.started >= self.request.budget_s
+
+    def _refine(self) -> None:
+        """Where two neighbours chose differently, their choices meet in the middle: a call there would get the nearer one's, whichever is the faster."""
+        rows = {} if self.store.table is None else self.store.table.rows
+        found = disagreeing(self.request.buckets, self.request.beside, rows, self._standing)
+        work = [(one, standing, todo) for one in found if (standing := self._there(one)) is not None and (todo := self._meeting(one, standing))]
+        if not work:
+            return
+        self.store.require_writable()
+        self.say(Refining(tuple(one.bucket for one, _, _ in work)))
+        for position, (one, standing, todo) in enumerate(work):
+            if self._is_over():
+                self.unrefined = tuple(entry[0].bucket for entry in work[position:])
+                self.say(Unrefined(self.unrefined))
+                return
+            self.refined[one.bucket] = one.ends
+            self._measure(len(self.request.buckets) + position, standing, todo, self._race_s(len(work) - position))
+
+    def _there(self, one: Midpoint) -> Standing | None:
+        """What is offered at a midpoint; None where no call is such a bucket's."""
+        try:
+            return self._standing(one.bucket)
+        except ValueError:
+            return None
+
+    def _meeting(self, one: Midpoint, standing: Standing) -> list[Candidate]:
+        """The neighbours' choices, as far as they are offered there and asked for; nobody where all of them have been measured there."""
+        meeting = {candidate for pair in standing.pairs if pair in one.choices for candidate in members(pair)}
+        if not all(self.request.asks(candidate.backend) for candidate in meeting):
+            return []
+        missing = self.request.force or any(candidate not in standing.current for candidate in meeting)
+        return [candidate for candidate in standing.candidates if candidate in meeting] if missing else []
 
     def _compile_ahead(self, work: Sequence[tuple[int, Standing, list[Candidate]]]) -> None:
         """Compiles side by side what is about to be measured, where there are cores for it and modules that can."""
@@ -157,7 +200,8 @@ class _Run:
         """What has been done so far, in the order of the request."""
         done = tuple(self.rows[bucket] for bucket in self.request.buckets if bucket in self.rows)
         missing = tuple(bucket for bucket in self.request.buckets if bucket not in self.rows)
-        return TuneReport(self.store.path, done, self.remaining or missing, time.monotonic() - self.started)
+        between = tuple(replace(self.rows[bucket], between=ends) for bucket, ends in self.refined.items() if bucket in self.rows)
+        return TuneReport(self.store.path, done, self.remaining or missing, time.monotonic() - self.started, between, self.unrefined)
 
     def _standing(self, bucket: Bucket) -> Standing:
         signature = signature_of_bucket(bucket, self.request.device, self.request.heads_of(bucket))
@@ -222,7 +266,7 @@ class _Run:
         if entry is None:
             self._fail(bucket, chosen.reason, time.monotonic())
             return
-        self.rows[bucket] = Row(bucket, entry, standing.default_us(), reference_us)
+        self.rows[bucket] = Row(bucket, entry, standing.default_us(), reference_us, choices=len(standing.contenders()))
         self.say(Skipped(bucket, entry, standing.default_us(), reference_us))
 
     def _measure(self, index: int, standing: Standing, todo: Sequence[Candidate], race_s: float) -> None:
@@ -244,20 +288,20 @@ class _Run:
                 standing = standing.with_measured(rescaled(older, measured) | measured)
                 chosen = standing.select(self.request.objective, self.request.max_memory_mib).winner
                 wanted = [] if chosen is None else [c for c in members(chosen.pair) if c not in measured]  # a winner was timed today
-            reference = bench.reference() if measured != refused else None
+            reference = bench.reference() if measured != refused and bucket not in self.refined else None
         except OpenFailed as error:
             self._fail(bucket, f"its inputs could not be made: {error}", begun)
             return
-        kept = [*standing.with_measured(measured).current.values(), *([reference] if reference is not None else [])]
-        entries = self._entries(standing.with_measured(measured))
+        standing = standing.with_measured(measured)
+        kept = [*standing.current.values(), *([reference] if reference is not None else [])]
+        entries = self._entries(standing)
         self._write(bucket, kept, entries)
         reference_us = None if reference is None else reference.us
         if bucket not in entries:
-            chosen_reason = standing.with_measured(measured).select(self.request.objective, self.request.max_memory_mib).reason
-            self._fail(bucket, chosen_reason, begun)
+            self._fail(bucket, standing.select(self.request.objective, self.request.max_memory_mib).reason, begun)
             return
         default_us = standing.default_us()
-        self.rows[bucket] = Row(bucket, entries[bucket], default_us, reference_us, measured=True)
+        self.rows[bucket] = Row(bucket, entries[bucket], default_us, reference_us, measured=True, choices=len(standing.contenders()))
         self.say(BucketDone(bucket, entries[bucket], default_us, reference_us, time.monotonic() - begun))
 
     def _decide(self, bench: Bench, standing: Standing, measured: Mapping[Candidate, Measurement]) -> dict[Candidate, Measurement]:

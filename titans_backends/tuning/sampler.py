@@ -1,94 +1,52 @@
-"""One cold run of a kernel, in microseconds: on a CPU by the wall clock, on CUDA between events, or as a graph that is replayed.
+"""What one run of a kernel takes, in microseconds: as a graph that is replayed from a cold cache, or called as a loop calls it (`back_to_back`).
 
-The caches are flushed before every run, so that no candidate lives on what the one before it left there. Used in the child only.
+No candidate lives on what the one before it left in a cache. Used in the child only.
 """
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from titans_backends.signature import Launch
+from titans_backends.tuning.back_to_back import CpuSampler, EagerSampler
 
-__all__ = ["CpuSampler", "CudaSampler", "Sampler", "sampler_for"]
+__all__ = ["GraphSampler", "Sampler", "once", "sampler_for"]
 
-_L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-_L3_BYTES, _MOST_BYTES = 32 << 20, 128 << 20
 _FLUSHES, _MOST_FLUSHES, _TRIES = 2, 16, 6
 
 Kernel = Callable[[], object]
 
 
 class Sampler(Protocol):
-    """Runs a kernel once from cold caches and says how long it took; `key` names it, for what is prepared once."""
+    """Runs a kernel and says what one run took; `key` names it, for what is prepared once."""
 
     def sample(self, key: Hashable, kernel: Kernel) -> float: ...
 
     def synchronize(self) -> None: ...
 
 
-def _last_level_bytes() -> int:
-    try:
-        found = re.fullmatch(r"(\d+)K", _L3.read_text(encoding="ascii").strip())
-    except OSError:  # no such level, or not Linux
-        found = None
-    return int(found[1]) << 10 if found else _L3_BYTES
-
-
-class CpuSampler:
-    """Reads a buffer of twice the last level's size before each run; every torch thread reads its part."""
-
-    def __init__(self) -> None:
-        self._flush = torch.ones(min(2 * _last_level_bytes(), _MOST_BYTES) // 4, dtype=torch.float32)
-
-    def sample(self, key: Hashable, kernel: Kernel) -> float:
-        """The wall clock around one call; what it returns is freed afterwards."""
-        self._flush.sum()
-        start = time.perf_counter_ns()
-        kept = kernel()
-        stop = time.perf_counter_ns()
-        del kept
-        return (stop - start) / 1e3
-
-    def synchronize(self) -> None:
-        """Nothing runs behind a CPU's back."""
-
-
-class CudaSampler:
-    """Writes a buffer of twice the L2 before each run and measures between two events; `graph` replays a capture made once per key.
+class GraphSampler:
+    """Writes a buffer of twice the L2 before each run and measures between two events; replays a capture made once per key.
 
     The captures share one pool of memory and write over each other's results, which nobody reads: each with its own would hold gigabytes. Where a large
     call leaves no room for the next all the same, those before it are given up.
     """
 
-    def __init__(self, device: torch.device, launch: Launch) -> None:
+    def __init__(self, device: torch.device) -> None:
         size = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
         self._flush = torch.empty(2 * size, dtype=torch.int8, device=device)
-        self._device, self._launch = device, launch
+        self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if launch == "graph" else None
+        self._pool = torch.cuda.graph_pool_handle()
         self._side = torch.cuda.Stream(device)
         self._flushes = _FLUSHES
 
     def sample(self, key: Hashable, kernel: Kernel) -> float:
-        """The time between the events. Without a graph the device is idle when the launch begins, so that launch costs show; a replay is queued
-        behind the flush, so that they do not."""
-        if self._launch == "graph":
-            return self._replayed(self._captured(key, kernel))
-        self._flush.zero_()
-        self.synchronize()
-        start, stop = _events()
-        start.record()
-        kept = kernel()
-        stop.record()
-        self.synchronize()
-        del kept
-        return float(start.elapsed_time(stop)) * 1e3
+        """The time between the events. A replay is queued behind the flush, so that launch costs do not show."""
+        return self._replayed(self._captured(key, kernel))
 
     def _replayed(self, replay: Kernel) -> float:
         """A replay that was queued whole before the device came to it. Where it was not, the run is another; from the second on behind a longer flush, for good."""
@@ -147,5 +105,12 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
 
 
 def sampler_for(device: torch.device, launch: Launch) -> Sampler:
-    """The sampler of a device."""
-    return CudaSampler(device, launch) if device.type == "cuda" else CpuSampler()
+    """The sampler of a device and a way to launch."""
+    if device.type != "cuda":
+        return CpuSampler()
+    return GraphSampler(device) if launch == "graph" else EagerSampler(device)
+
+
+def once(device: torch.device, kernel: Kernel) -> float:
+    """Microseconds of a single eager call."""
+    return CpuSampler().once(kernel) if device.type != "cuda" else EagerSampler(device).once(kernel)

@@ -30,7 +30,7 @@ from titans_backends.tuning.guarded_run import run_backward, run_forward
 from titans_backends.tuning.ledger import Ledger, Rejected, limits
 from titans_backends.tuning.peak import peak_mib
 from titans_backends.tuning.problem import case_of, set_torch
-from titans_backends.tuning.sampler import Sampler, sampler_for
+from titans_backends.tuning.sampler import Sampler, once, sampler_for
 from titans_backends.tuning.slices import Part, group_part, heads_part
 from titans_backends.tuning.suite import Outputs, suite, suite_key, wanted_gradients
 
@@ -76,6 +76,7 @@ class Session:
         self._grads: Outputs | None = None
         self._saved: dict[str, tuple[Tensor, ...]] = {}
         self._warm: set[Candidate] = set()
+        self._planned: dict[Candidate, Callable[[], object]] = {}
         if references:
             self._references()
 
@@ -131,13 +132,15 @@ class Session:
         return saved if saved is None or candidate.residual else saved[0]
 
     def sample(self, candidate: Candidate, states_from: Candidate | None) -> float:
-        """One cold run in microseconds; a process that was started anew warms the candidate up first."""
+        """What a run takes in microseconds, its plan made once, as a caller's is; a process that was started anew warms the candidate up first."""
         if candidate not in self._warm:
             self._prepare(candidate, states_from)
             self._kernel(candidate)()
             self.sampler.synchronize()
             self._warm.add(candidate)
-        return self.sampler.sample(candidate, self._kernel(candidate))
+        if candidate not in self._planned:
+            self._planned[candidate] = self._kernel(candidate)
+        return self.sampler.sample(candidate, self._planned[candidate])
 
     def reference(self, most_s: float) -> float | None:
         """One run of the contract's plain reference in microseconds, in training with its gradients; None where that takes over `most_s`."""
@@ -147,7 +150,7 @@ class Session:
             self._run_reference(short)
             if (time.perf_counter() - start) * self.dims["T"] / _REFERENCE_TOKENS > most_s:
                 return None
-        return sampler_for(torch.device(self.device), "eager").sample("reference", lambda: self._run_reference(self.call))
+        return once(torch.device(self.device), lambda: self._run_reference(self.call))
 
     def _run_reference(self, call: Call) -> object:
         if not self.training:
@@ -165,6 +168,7 @@ class Session:
         del self.call, self.timed, self.sampler
         self._grads = None
         self._saved.clear()
+        self._planned.clear()
         gc.collect()
         if torch.device(self.device).type == "cuda":
             torch.cuda.empty_cache()

@@ -1,0 +1,93 @@
+"""Lengths between tuned ones: which lie in the middle, in log2, and where the two neighbours chose differently, so that their choices are to meet there.
+
+Pure. A call between two rows gets the nearer one's choice, whichever of the two is the faster there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from titans_backends.buckets import Bucket, defaults_of
+from titans_backends.cache.schema import Entry
+from titans_backends.offers import Pair
+from titans_backends.tuning.standing import Standing
+
+__all__ = ["Ends", "Midpoint", "disagreeing", "midpoints"]
+
+Ends = tuple[int, int]
+"""The two neighbouring lengths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Midpoint:
+    """A length between two that chose differently, and the choices, the shorter length's first. `swing`: by how much who is the faster changes from the one
+    length to the other, the sum of what each choice gains over the other's at its own, in natural logarithms."""
+
+    bucket: Bucket
+    ends: Ends
+    choices: tuple[Pair, Pair]
+    swing: float
+
+
+def midpoints(buckets: Sequence[Bucket]) -> tuple[tuple[Bucket, Ends], ...]:
+    """The lengths in the middle, in log2, of neighbours that differ in nothing else; where there is a whole number between them."""
+    lengths: dict[tuple[str, object], list[Bucket]] = {}
+    for bucket in buckets:
+        lengths.setdefault((bucket.op, bucket.when), []).append(bucket)
+    found = []
+    for group in lengths.values():
+        ordered = sorted(group, key=lambda bucket: bucket.seq_len)
+        for shorter, longer in pairwise(ordered):
+            middle = _middle(shorter, longer)
+            if shorter.seq_len < middle < longer.seq_len:
+                found.append((shorter._replace(seq_len=middle), (shorter.seq_len, longer.seq_len)))
+    return tuple(found)
+
+
+def disagreeing(
+    asked: Sequence[Bucket], beside: Sequence[Bucket], rows: Mapping[Bucket, Entry], standing: Callable[[Bucket], Standing]
+) -> tuple[Midpoint, ...]:
+    """The midpoints of neighbours whose rows name different choices, those that swing most first: between two of `asked`, or one of them and one of `beside`.
+
+    Not where a row lies between the two elsewhere than in the middle: it is nearer to what is left and right of it.
+    """
+    found, known = [], {*asked}
+    for middle, ends in midpoints(tuple(dict.fromkeys((*asked, *beside)))):
+        shorter, longer = (middle._replace(seq_len=length) for length in ends)
+        if not {shorter, longer} & known or shorter not in rows or longer not in rows or _same(rows[shorter], rows[longer]):
+            continue
+        if any(row[:2] == middle[:2] and ends[0] < row.seq_len < ends[1] and row != middle for row in rows):
+            continue
+        here, there = standing(shorter), standing(longer)
+        one, other = here.named_by(rows[shorter]), there.named_by(rows[longer])
+        if one is not None and other is not None and one != other:
+            found.append(Midpoint(middle, ends, (one, other), _gain(here, one, other) + _gain(there, other, one)))
+    return tuple(sorted(found, key=lambda one: -one.swing))
+
+
+def _gain(standing: Standing, chosen: Pair, other: Pair) -> float:
+    """How much longer the other takes there, in logarithms; 0 where it was not timed, or is the faster one."""
+    us = {one.pair: one.us for one in standing.contenders()}
+    return max(0.0, math.log(us[other] / us[chosen])) if us.get(chosen) and us.get(other) else 0.0
+
+
+def _same(one: Entry, other: Entry) -> bool:
+    """Whether two rows name one choice."""
+    return _choice(one) == _choice(other)
+
+
+def _choice(entry: Entry) -> tuple[object, ...]:
+    return entry.use, tuple(sorted(entry.params)), entry.saves_states, entry.backward, tuple(sorted(entry.backward_params))
+
+
+def _middle(shorter: Bucket, longer: Bucket) -> int:
+    """For `fused_uw` a whole number of matrices."""
+    middle = round(math.sqrt(shorter.seq_len * longer.seq_len))
+    if shorter.op != "fused_uw":
+        return middle
+    chunk = dict(shorter.when).get("chunk_size", defaults_of("fused_uw")["chunk_size"])
+    assert isinstance(chunk, int)
+    return max(1, round(middle / chunk)) * chunk

@@ -115,8 +115,7 @@ def test_faults_are_recorded_with_their_reasons_and_the_rest_is_raced(workshop: 
     assert {name for name, one in found.items() if one.status == "ok"} == {"good", "later", "reference/contract"}
     (row,) = report.rows
     assert row.entry is not None
-    assert row.entry.use == "faulty/good"
-    assert row.entry.next == "faulty/later"
+    assert {row.entry.use, row.entry.next} == {"faulty/good", "faulty/later"}  # the same but for the list's order: a busy machine may tell them apart
     assert row.default_us is None  # the default is the one that raises
     done = {event.label: event.status for event in workshop.events if isinstance(event, events.CandidateDone)}
     assert done == {**{f"faulty/{name}": "failed" for name in said}, "faulty/good": "ok", "faulty/later": "ok"}

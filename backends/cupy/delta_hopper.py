@@ -147,7 +147,7 @@ def gradients(x: Rule, blocks: int, values: tuple[Arg, ...]) -> None:
     """The last pass, in at most so many blocks. `values`: those of the pass of every card as far as they are the same."""
     items = x.places // x.group
     macros = (("DTYPE", DTYPES[x.v.dtype]), ("NORMALIZED", x.l2norm))
-    GRADIENTS((min(items, blocks), 1, 1), 3 * _GROUP, macros, (*values, items, x.scale), _GRADIENT_BYTES)
+    GRADIENTS((min(items, blocks), 1, 1), 4 * _GROUP, macros, (*values, items, x.scale), _GRADIENT_BYTES)
 
 
 def _grid(x: Rule, carriers: int) -> tuple[tuple[int, int, int], int]:

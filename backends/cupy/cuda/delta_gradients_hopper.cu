@@ -4,13 +4,13 @@
 //   square   dO U^T (first warpgroup) and X U^T (second): P' and -L before their decays and masks        64 x 64
 //   read     dO S^T, then += P' k^       lost   X S^T, then += L k^       right   U E^T, then += P'^T (gate q^) + L^T (beta k^)      64 x 64 each
 //
-// A warpgroup has 64 of the 128 key columns of read, lost and right, and of dq^ and dk^ summed over the v heads of a q/k head: 192 registers. A fourth of the
-// threads feeds them: a warp for each half of the values (dO, U, X, v, S, E: 64 KB), one for q and k, and one that sums the gates up and, behind the others,
+// A warpgroup has 64 of the 128 key columns of read, lost and right, and of dq^ and dk^ summed over the v heads of a q/k head: 192 registers. Half of the
+// threads feed them: three warps for each half of the values (dO, U, X, v, S, E: 64 KB), one for q and k, and one that sums the gates up and, behind the others,
 // makes of row sums the gradients of beta, g and gate. While a head's last products and sums run, the next head's tiles are under way.
-// P' and L are rounded once for the products from both sides, without their diagonal (delta_gradients.cu); k^, beta k^ and gate q^ are rounded.
+// P' is rounded once for the products from both sides, L to two numbers, without their diagonal (delta_gradients.cu); k^, beta k^ and gate q^ are rounded.
 //
-// Of a block of tokens and v head: 112 KB read, dO, U, X, v, S and E, and for a q/k head 32 KB more and 32 KB written; at 1 x 8192, 16/32 heads 0.54 GB, 160 us of
-// memory. 12.6 MFLOP: 3,100 cycles of a processor's tensor cores beside 9,000 of memory.
+// Of a block of tokens and v head: 128 KB read, dO, U, X, v, S and E, and for a q/k head 32 KB more and 32 KB written; at 1 x 8192, 16/32 heads 0.67 GB, 200 us of
+// memory. 14.7 MFLOP: 3,600 cycles of a processor's tensor cores beside 10,500 of memory.
 //
 // DTYPE: Bfloat or Half; NORMALIZED: q and k are taken at length 1.
 #include "chunks.cuh"
@@ -18,9 +18,9 @@
 #include "stores.cuh"
 #include "tiles.cuh"
 
-constexpr int SIDE = 64, WIDTH = 128, FEEDERS = 128, WORKERS = 256, THREADS = FEEDERS + WORKERS;
-constexpr int FEW_REGISTERS = 56, MANY_REGISTERS = 224;
-static_assert(FEEDERS * FEW_REGISTERS + WORKERS * MANY_REGISTERS <= 65536, "a processor's registers");
+constexpr int SIDE = 64, WIDTH = 128, FEEDERS = 256, WORKERS = 256, THREADS = FEEDERS + WORKERS;
+constexpr int LOADER_REGISTERS = 32, FEEDER_REGISTERS = 48, WORKER_REGISTERS = 216;
+static_assert(128 * (LOADER_REGISTERS + FEEDER_REGISTERS) + WORKERS * WORKER_REGISTERS <= 65536, "a processor's registers");
 
 constexpr int SQUARE_BYTES = SIDE * 128, WIDE_BYTES = 2 * SQUARE_BYTES;   // 64 x 64 numbers; 64 x 128, in two halves of the columns
 // a stage, of 64 values: columns of dO, U, X and v; rows of S^T and E^T, 128 keys each
@@ -35,7 +35,7 @@ constexpr int LINES = 1040, NORMS = 2 * LINES, DOTS = NORMS + 2 * SIDE;   // inv
 static_assert(LINES_AT + (DOTS + 4 * SIDE) * 4 <= 232448, "a block's shared memory");
 
 // Named barriers. LOADED and FREED of each half of the values, of q and k the same; lines of two v heads by turns: made, and read again; the workers' own.
-constexpr int LOADED = 1, FREED = 3, ROWS_LOADED = 5, ROWS_FREED = 6, MADE = 7, SUMMED = 9, TOGETHER = 11, WITH_ONE_WARP = WORKERS + 32;
+constexpr int LOADED = 1, FREED = 3, ROWS_LOADED = 5, ROWS_FREED = 6, MADE = 7, SUMMED = 9, TOGETHER = 11, WITH_ONE_WARP = WORKERS + 32, LOADERS = 3, WITH_LOADERS = WORKERS + 32 * LOADERS;
 
 struct Params {
     const DTYPE *q, *k, *v, *d_o;
@@ -67,9 +67,9 @@ DEVICE Item find_item(const Params& p, int index) {
 }
 DEVICE float2 two(const float* line) { return *reinterpret_cast<const float2*>(line); }
 
-// ---- The feeders, a warp each.
+// ---- The feeders: three warps for either half of the values, `share` says which of them, and one each for q and k and for the lines.
 
-DEVICE void feed_values(const Params& p, unsigned char* stage, int half) {
+DEVICE void feed_values(const Params& p, unsigned char* stage, int half, int share) {
     bool again = false;
 #pragma unroll 1
     for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
@@ -82,18 +82,20 @@ DEVICE void feed_values(const Params& p, unsigned char* stage, int half) {
         for (int member = 0; member < p.group; member++) {
             const int head = item.shared * p.group + member;
             const int64_t at = item.first_row * u_t + head * WIDTH + value, state = ((static_cast<int64_t>(item.slot) * p.heads + head) * WIDTH + value) * WIDTH;
-            if (again) barrier_sync(FREED + half, WITH_ONE_WARP);
+            if (again) barrier_sync(FREED + half, WITH_LOADERS);
             again = true;
-            load_rows(stage + ARRIVING, p.d_o + chunk.batch * p.o_b + chunk.begin * p.o_t + head * p.o_h + value, p.o_t, length);
-            load_rows(stage + UPDATES, p.updates + at, u_t, length);
-            load_rows(stage + ERRORS, p.errors + at, u_t, length);
+            if (share == 0) {
+                load_rows(stage + ARRIVING, p.d_o + chunk.batch * p.o_b + chunk.begin * p.o_t + head * p.o_h + value, p.o_t, length);
+                load_rows(stage + UPDATES, p.updates + at, u_t, length);
+                load_rows(stage + ERRORS, p.errors + at, u_t, length);
+            } else {
+                const DTYPE* const from = (share == 1 ? p.states : p.leaving) + state;
+                unsigned char* const to = stage + (share == 1 ? STATES : LEAVING);
 #pragma unroll 1
-            for (int part = 0; part < 2; part++) {
-                load_rows(stage + STATES + part * SQUARE_BYTES, p.states + state + part * 64, WIDTH, SIDE);
-                load_rows(stage + LEAVING + part * SQUARE_BYTES, p.leaving + state + part * 64, WIDTH, SIDE);
+                for (int part = 0; part < 2; part++) load_rows(to + part * SQUARE_BYTES, from + part * 64, WIDTH, SIDE);
+                if (share == 1 && p.dbeta) load_rows(stage + GIVEN, p.v + chunk.batch * p.v_b + chunk.begin * p.v_t + head * p.v_h + value, p.v_t, length);
             }
-            if (p.dbeta) load_rows(stage + GIVEN, p.v + chunk.batch * p.v_b + chunk.begin * p.v_t + head * p.v_h + value, p.v_t, length);
-            landed(LOADED + half, WITH_ONE_WARP);
+            landed(LOADED + half, WITH_LOADERS);
         }
     }
 }
@@ -284,7 +286,7 @@ struct Worker {
     Sums dq, dk;
 
     DEVICE Worker(const Params& params, unsigned char* bytes)
-        : p(params), memory(bytes), thread(threadIdx.x - FEEDERS), part(__shfl_sync(0xffffffffu, threadIdx.x / 128 - 1, 0)), place(threadIdx.x / 32 % 4 * 16),
+        : p(params), memory(bytes), thread(threadIdx.x - FEEDERS), part(__shfl_sync(0xffffffffu, threadIdx.x / 128 - 2, 0)), place(threadIdx.x / 32 % 4 * 16),
           shared_lines(reinterpret_cast<float*>(bytes + LINES_AT)) {}
 
     DEVICE unsigned char* half_of(int at) const { return memory + at + part * SQUARE_BYTES; }
@@ -323,7 +325,7 @@ struct Worker {
             const uint64_t arriving = operand(stage + ARRIVING), updates = operand(stage + UPDATES), errors = operand(stage + ERRORS);
             const uint64_t states = operand(stage + STATES + part * SQUARE_BYTES), leaving = operand(stage + LEAVING + part * SQUARE_BYTES);
             const uint64_t mine = operand(stage + (part ? ERRORS : ARRIVING));
-            barrier_sync(LOADED + half, WITH_ONE_WARP);
+            barrier_sync(LOADED + half, WITH_LOADERS);
             products_begin();
 #pragma unroll
             for (int s = 0; s < 4; s++) {
@@ -363,7 +365,7 @@ struct Worker {
             }
             products_wait<0>();
             settled(read), settled(lost), settled(right), settled(square);
-            barrier_arrive(FREED + half, WITH_ONE_WARP);
+            barrier_arrive(FREED + half, WITH_LOADERS);
         }
         if (p.dbeta) {
 #pragma unroll
@@ -516,14 +518,17 @@ struct Worker {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_gradients_hopper(const __grid_constant__ Params p) {
     SHARED_MEMORY(memory);
-    if (threadIdx.x < FEEDERS) {
-        leave_registers<FEW_REGISTERS>();
-        const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-        if (warp < HALVES) feed_values(p, memory + warp * STAGE_BYTES, warp);
-        else if (warp == 2) feed_rows(p, memory);
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    if (warp < 4) {
+        leave_registers<LOADER_REGISTERS>();
+        feed_values(p, memory + warp / LOADERS * STAGE_BYTES, warp / LOADERS, warp % LOADERS);
+    } else if (warp < 8) {
+        leave_registers<FEEDER_REGISTERS>();
+        if (warp < 2 * LOADERS) feed_values(p, memory + STAGE_BYTES, 1, warp - LOADERS);
+        else if (warp == 2 * LOADERS) feed_rows(p, memory);
         else feed_lines(p, reinterpret_cast<float*>(memory + LINES_AT));
     } else {
-        take_registers<MANY_REGISTERS>();
+        take_registers<WORKER_REGISTERS>();
         Worker(p, memory).run();
     }
 }

@@ -88,10 +88,14 @@ def test_dual_core_is_offered_one_of_them_behind_as_many_of_the_others(variant: 
     assert ones == [False] * 4 + [True] if heads > 32 or variant == "exact" else not any(ones)  # blocks of 64 for chunks of 64
 
 
-def test_three_kernels_with_all_keys_in_a_program_are_offered_behind_those_that_were_timed() -> None:
-    wide = [index for index, one in enumerate(plans("gated_delta_rule")) if not is_one(one) and one.param("gradient_keys") == 128]
-    assert wide
-    assert min(wide) > 4
+def test_three_kernels_with_more_on_their_way_are_offered_behind_those_that_were_first() -> None:
+    deep = [
+        index
+        for index, one in enumerate(plans("gated_delta_rule"))
+        if not is_one(one) and (one.param("gradient_tile"), one.param("gradient_stages")) == (64, 3)
+    ]
+    assert deep
+    assert min(deep) > 4
 
 
 def test_a_small_card_is_offered_it_where_its_shared_memory_does() -> None:

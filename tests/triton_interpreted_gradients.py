@@ -15,6 +15,7 @@ from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.triton_forms import AROUND, TRAINED
 from tests.triton_interpreted import LIMIT, NOT_INTERPRETED, around, every_size, expect_none, is_chosen, module_of, poisoned_memory
@@ -126,6 +127,22 @@ def alone(made: Contract) -> Iterator[Case]:
     yield replace(richest(made), name="grouped heads", T=5 if made.name in AROUND else 20, H=2)
 
 
+def together(made: Contract) -> Iterator[Case]:
+    """What the one kernel for the gradients of q, k and w tells apart; short, but for several blocks and tiles of values."""
+    base = replace(richest(made), T=35)
+    yield replace(base, name="grouped heads, strided, K != V, odd", H=2, K=20, V=36, view="transposed")
+    yield replace(base, name="packed with empty sequences", H=2, lengths=(33, 0, 1, 20, 0))
+    yield replace(base, name="g -7 to -3, correlated keys, beta 0 1 2", decay="fast", keys="correlated", beta="extreme", K=100, V=16)
+    for variant in made.variants[1:3]:  # without g; keys of length 1, or a chunk_decay
+        yield replace(base, name=variant.name, options=variant.options, given=variant.given)
+
+
+def as_one(candidate: Candidate, case: Case) -> Candidate:
+    """The same with one kernel for the gradients of q, k and w, also where it is not offered."""
+    params = {**dict(candidate.params), "gradient_keys": max(16, 1 << (case.K - 1).bit_length()), "gradients": "one"}
+    return replace(candidate, params=tuple(params.items()))
+
+
 def offered(made: Contract, call: Call) -> list[Candidate]:
     """What the op offers an H100 for the backward of a call; segments of one block, packed ones of two, so that short calls have several."""
     module, signature = cast(TrainableOpModule, module_of(made.name)), signature_of(made, call, validate(made, call), regime="training")
@@ -189,6 +206,32 @@ def test_every_other_candidates_gradients_are_right(op: str, case: Case) -> None
     expect_none(problems(CONTRACTS[op], case, lambda found: covering(found, values=values)[1:]))
 
 
+@pytest.mark.parametrize(
+    ("op", "case"), [pytest.param(op, case, id=f"{op}-{case.name}") for op in ("gated_delta_rule", "slow_core") for case in together(CONTRACTS[op])]
+)
+def test_one_kernel_for_the_gradients_of_q_k_and_w_is_right(op: str, case: Case) -> None:
+    expect_none(problems(CONTRACTS[op], case, lambda found: [as_one(found[0], case)]))
+
+
+@pytest.mark.parametrize("op", ["gated_delta_rule", "slow_core"], ids=lambda op: f"{op}-")
+def test_what_is_frozen_beside_them_changes_no_bit_of_the_others(op: str) -> None:
+    made = CONTRACTS[op]
+    case = replace(richest(made), name="frozen", T=20, H=2)
+    call = build(made, case)
+    one, grads = as_one(offered(made, call)[0], case), exams(made, case, call, partly=False).grads[0][0]
+    inputs = [name for name in made.differentiable if getattr(call, name) is not None]
+
+    def run(needs: list[str]) -> dict[str, Tensor]:
+        found = cast(TrainableOpModule, module_of(op)).run_backward(call, grads, None, frozenset(needs), one)
+        return {name: grad for name, grad in zip(made.differentiable, found, strict=True) if grad is not None}
+
+    whole = run(inputs)
+    for frozen in set(inputs) - {"q", "k", "w"}:
+        rest = run([name for name in inputs if name != frozen])
+        assert rest.keys() == whole.keys() - {frozen}
+        assert all(torch.equal(grad, whole[name]) for name, grad in rest.items()), frozen
+
+
 @pytest.mark.parametrize(("op", "case"), listed(alone))
 def test_a_gradient_is_the_same_where_nothing_else_is_needed(op: str, case: Case) -> None:
     made = CONTRACTS[op]
@@ -213,7 +256,8 @@ def test_rounding_does_not_show_in_dg_where_gates_forget_within_a_token(op: str,
     chosen = next(one for one in made.variants if one.name == variant)
     case = replace(richest(made), name=variant, dtype=torch.float16, decay="fast", options=chosen.options, given=chosen.given)
     call = build(made, case)
-    for candidate in covering(offered(made, call), values=False)[:2]:
+    found = covering(offered(made, call), values=False)[:2]
+    for candidate in [*found, as_one(found[0], case)] if op != "dual_core" else found:
         check_backward(made, candidate, module_of(op), exams(made, case, call, partly=False), FAST, Ledger(), candidate.label, again=False)
 
 

@@ -69,7 +69,7 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """A problem, and whose candidate is looked at: the first of this variant or with this parameter ("": its first)."""
+    """A problem, and whose candidate of which variant is looked at ("": its first)."""
 
     task: Task
     variant: str = ""
@@ -80,12 +80,12 @@ class Looked:
         return f"{self.task.op}{' backward' * self.backward} {self.task.what}"
 
     def candidate(self, call: Call) -> Candidate | None:
-        """The first of its variant, or with that parameter, that the backend offers for a captured call, if any; SystemExit where it refuses."""
+        """The first of its variant that the backend offers for a captured call, if any; SystemExit where it refuses."""
         answer = self.offered(call)
         offered = answer.backward if self.backward else answer.forward
         if not offered:
             raise SystemExit(f"{self}: {self.backend} refuses: {answer.verdict}")
-        return next((one for one in offered if self.variant in one.label), None)
+        return next((one for one in offered if self.variant in ("", one.variant)), None)
 
     def offered(self, call: Call) -> Offer:
         """What the backend offers for a captured call."""

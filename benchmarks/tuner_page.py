@@ -126,9 +126,8 @@ def _key(row: Told) -> str:
 def recorded(told: Told) -> str:
     """A line for each model and regime, then what won."""
     left = f", {told['buckets_left']} left when the budget ended" if told["buckets_left"] else ""
-    each = ", ".join(
-        f"{seconds:.0f} s for {name}" for name, seconds in told.get("tunes", {}).items()
-    )  # of a file put together from a run for each model
+    # a file may be put together from a run for each model
+    each = ", ".join(f"{seconds:.0f} s for {name}" for name, seconds in told.get("tunes", {}).items())
     tuned = f"a tune of {each}" if each else f"one tune of {told['tune_s']:.0f} s for all of them"
     lines = [machine(told), f"By `{told.get('command', COMMANDS['recorded'])}`: {tuned}{left}.", ""]
     lines += [

@@ -257,3 +257,42 @@ def test_a_session_keeps_states_and_residuals_apart(keeper: Callable[..., Handed
         assert session.check(candidate, maker).result.reason == ""
     assert set(session._saved) == {"", NAME}
     session.close()
+
+
+def remembers(monkeypatch: pytest.MonkeyPatch, *, stale: bool = False) -> list[str]:
+    """The keeper's backward remembered, and what it was asked; `stale`: what repeats it goes on with the residual of its first call."""
+    module: ModuleType = registry.module(registry.get("keeper"), OP.name)[0]  # type: ignore[assignment]
+    said: list[str] = []
+
+    def remember_backward(call: Call, grads: object, states: tuple[Tensor, ...] | None, needs: frozenset[str], candidate: Candidate) -> object:
+        def again(values: tuple[object, ...], arriving: object, saved: tuple[Tensor, ...] | None) -> object:
+            said.append("again")
+            later = OP.make_call(**dict(zip(OP.parameters, values, strict=True)))
+            return module.run_backward(later, arriving, states if stale else saved, needs, candidate)
+
+        said.append("remember")
+        return module.run_backward(call, grads, states, needs, candidate), again
+
+    monkeypatch.setattr(module, "remember_backward", remember_backward, raising=False)
+    return said
+
+
+def test_a_backward_of_a_residual_is_repeated_with_what_arrives(keeper: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch) -> None:
+    handed = keeper()
+    said = remembers(monkeypatch)
+    calls = [build(OP, replace(case(), seed=seed), "cpu", requires_grad=True) for seed in (0, 1)]
+    for call in calls:
+        step(call, backend="keeper")
+        assert torch.equal(handed[-1][0], norms(call)[0])  # type: ignore[index]
+    assert said == ["remember", "again"]
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_the_gate_examines_what_repeats_a_backward_of_a_residual(keeper: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch, stale: bool) -> None:
+    keeper()
+    said = remembers(monkeypatch, stale=stale)
+    module = registry.module(registry.get("keeper"), OP.name)[0]
+    backward = module.backward_candidates(None, None)[0]  # type: ignore[union-attr]
+    result = gate(bucket(), backward, module, detect("cpu"), "cpu")  # type: ignore[arg-type]
+    assert "again" in said
+    assert result.ok != stale, result.reason

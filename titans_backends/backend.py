@@ -193,5 +193,5 @@ class RememberingBackwardOpModule(TrainableOpModule, Protocol):
     """One that can repeat a backward: facts as above, of the gradients that arrive and the saved states too, and the same needs."""
 
     def remember_backward(
-        self, call: object, grads: Outputs, states: torch.Tensor | None, needs: frozenset[str], candidate: Candidate, /
-    ) -> tuple[Outputs, Callable[[tuple[object, ...], Outputs, torch.Tensor | None], Outputs] | None]: ...
+        self, call: object, grads: Outputs, states: Any, needs: frozenset[str], candidate: Candidate, /
+    ) -> tuple[Outputs, Callable[[tuple[object, ...], Outputs, Any], Outputs] | None]: ...

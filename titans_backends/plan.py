@@ -45,7 +45,7 @@ class Plan:
     ran: bool = field(default=False)
     again: Callable[[tuple[object, ...]], Outputs] | None = field(default=None)
     tries: int = field(default=3)
-    again_backward: dict[object, tuple[Callable[[tuple[object, ...], Outputs, Tensor | None], Outputs] | None]] = field(default_factory=dict)
+    again_backward: dict[object, tuple[Callable[[tuple[object, ...], Outputs, Handed], Outputs] | None]] = field(default_factory=dict)
 
     def run(self, call: Call) -> Outputs:
         """The forward kernel, on the current stream of the inputs' device, outside autocast."""
@@ -95,9 +95,11 @@ class Plan:
         backward, module = self.choice.pair.backward, self.backward_module
         if backward is None or module is None:
             raise BackendRefusedError(f"{self.choice.signature.op}: {self.choice.pair.label} has no backward")
-        if isinstance(states, tuple) or (remembering := registry.remembering_backward(module)) is None:
+        remembering = registry.remembering_backward(module)
+        if remembering is None:
             return module.run_backward(call, grads, states, needs, backward)
-        key = (needs, *[None if x is None else (x.stride(), x.dtype, x.data_ptr() & 15) for x in (*grads, states)])
+        handed = states if isinstance(states, tuple) else (states,)
+        key = (needs, *[None if x is None else (x.stride(), x.dtype, x.data_ptr() & 15) for x in (*grads, *handed)])
         known = self.again_backward.get(key)
         if known is None:
             found, again = remembering.remember_backward(call, grads, states, needs, backward)

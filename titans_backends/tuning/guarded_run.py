@@ -73,15 +73,18 @@ def run_backward(
     before = {name: tensor.clone() for name, tensor in read.items()}
     assert hasattr(module, "run_backward")
     remembering, again = registry.remembering_backward(module) if repeated else None, None
-    if remembering is not None and not isinstance(states, tuple):
+    if remembering is not None:
+        handed = states if isinstance(states, tuple) else (states,)
         with torch.no_grad():
-            others = _others({**given, **{f"grad {index}": grad for index, grad in enumerate((*grads, states)) if grad is not None}})
-            arriving = [others.get(f"grad {index}") for index in range(len(grads) + 1)]
-            first = made.with_tensors(call, {name: others[name] for name in given})
-            again = remembering.remember_backward(first, tuple(arriving[:-1]), arriving[-1], needs, candidate)[1]
+            others = _others({**given, **{f"handed {index}": x for index, x in enumerate((*grads, *handed)) if x is not None}})
+            arriving = tuple(others.get(f"handed {index}") for index in range(len(grads) + len(handed)))
+            first, saved = made.with_tensors(call, {name: others[name] for name in given}), arriving[len(grads) :]
+            again = remembering.remember_backward(first, arriving[: len(grads)], saved if isinstance(states, tuple) else saved[0], needs, candidate)[
+                1
+            ]
     _poison([tuple(tensor.shape) for tensor in given.values() if tensor.is_floating_point()], given[made.operands[0]])
     with torch.no_grad(), _guarded(read, before, where):
-        if again is None or isinstance(states, tuple):
+        if again is None:
             found: object = module.run_backward(call, grads, states, needs, candidate)
         else:
             found = again(made.values(call), grads, states)

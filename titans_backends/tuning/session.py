@@ -221,13 +221,13 @@ class Session:
         trainable = registry.trainable(module)
         assert trainable is not None
         repeating, repeat = registry.remembering_backward(trainable), None
-        if repeating is not None and not isinstance(states, tuple):
+        if repeating is not None:
             with torch.no_grad():
                 _, repeat = repeating.remember_backward(call, grads, states, needs, candidate)
 
         def backward() -> object:
             with torch.no_grad():
-                if repeat is None or isinstance(states, tuple):
+                if repeat is None:
                     return trainable.run_backward(call, grads, states, needs, candidate)
                 return repeat(values, grads, states)
 

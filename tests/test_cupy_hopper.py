@@ -277,7 +277,7 @@ def test_a_missing_fence_and_a_missing_wait_are_seen(without: str, what: str) ->
 
 def test_it_is_offered_where_it_serves_and_nowhere_else() -> None:
     kinds = [(one.variant, one.direction) for one in offered(BASE)]
-    assert {kind: kinds.count(kind) for kind in kinds} == {(variant, way): 2 for variant in ("wgmma", "kept") for way in ("forward", "backward")}
+    assert {kind: kinds.count(kind) for kind in kinds} == {(variant, way): 1 for variant in ("wgmma", "kept") for way in ("forward", "backward")}
     assert offered(replace(BASE, dtype=torch.float16))
     for other in (replace(BASE, dtype=torch.float32), replace(BASE, K=64), replace(BASE, V=64), replace(BASE, K=120, V=120)):
         assert not offered(other), other
@@ -300,3 +300,16 @@ def test_who_keeps_agrees_with_who_takes() -> None:
         [one for one in found(elsewhere, H100) if one.residual] for found in (gated_delta_rule.candidates, gated_delta_rule.backward_candidates)
     )
     assert any(one.agrees(other) for one in forward for other in backward), "the walks of every card keep, too"
+
+
+@pytest.mark.parametrize(
+    ("heads", "invariant", "carriers"),
+    [
+        pytest.param(64, False, [1], id="a processor for each half"),
+        pytest.param(72, False, [2, 1], id="more halves than processors"),
+        pytest.param(72, True, [1], id="whatever the batch"),
+    ],
+)
+def test_two_carriers_are_offered_where_halves_of_heads_wait(heads: int, invariant: bool, carriers: list[int]) -> None:
+    signature = replace(facts(replace(BASE, T=8192, G=8, H=heads)), batch_invariant=invariant)
+    assert [one.param("carriers") for one in delta_hopper.forward_candidates(signature, H100)] == carriers

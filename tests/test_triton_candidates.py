@@ -178,11 +178,11 @@ def test_the_manifest_imports_no_triton() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("heads", [32, 64, 128])
-def test_one_kernel_for_all_gradients_is_offered_and_never_first(heads: int) -> None:
-    """A card decides between it and the three."""
+@pytest.mark.parametrize(("heads", "offers_it"), [(32, True), (64, False), (128, False)])
+def test_one_kernel_for_all_gradients_is_offered_to_narrow_heads_alone_and_never_first(heads: int, offers_it: bool) -> None:
+    """Where a card has found it faster; wider heads have three, in tiles that a card has timed."""
     case = Case("long", B=1, T=8192, G=12, H=12, K=heads, V=heads, dtype=torch.bfloat16)
     given = signature("gated_delta_rule", production("gated_delta_rule", case), regime="training")[1]
     ones = [dict(one.params).get("gradients") == "one" for one in offered_in_regime("gated_delta_rule", given, H100)]
-    assert any(ones)
+    assert any(ones) == offers_it
     assert not ones[0]

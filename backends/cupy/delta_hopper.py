@@ -50,8 +50,6 @@ _GRADIENT_BYTES = 2 * 8 * _SQUARE + 4 * 2 * _SQUARE + 3 * _SQUARE + (2 * 1040 + 
 """Of the last pass: two stages, rows of q and k, as they are and weighed, three squares, lines."""
 _PREPARE_BYTES, _EACH, _FULL = 4 * _SQUARE + 18 * 1024 + (2 * 512 + 2 * 64) * 4, 2, 264
 """Of the first pass; v heads of a q/k head that a block of it may take, and how many such blocks there must be."""
-_CROWDED = 0.75
-"""Heads of all sequences for each processor from which two carriers of a head come first."""
 
 
 def is_offered(signature: Signature, machine: Machine) -> bool:
@@ -60,14 +58,14 @@ def is_offered(signature: Signature, machine: Machine) -> bool:
     return wide and machine.sm == _SM and (machine.shared_memory_bytes or 0) >= _GRADIENT_BYTES
 
 
-def carriers_of(signature: Signature, machine: Machine) -> tuple[int, int]:
-    """Warpgroups that carry a head together, the likelier number first: two read its tiles once, one each fill a card with half the heads."""
-    crowded = signature.dim("N") * signature.dim("H") >= _CROWDED * (machine.sms or _SMS)
-    return (2, 1) if crowded and not signature.batch_invariant else (1, 2)
+def carriers_of(signature: Signature, machine: Machine) -> tuple[int, ...]:
+    """Warpgroups that carry a head together, likelier number first: one while every half of a head finds a processor, then also two, which read its tiles once."""
+    halves = 2 * signature.dim("N") * signature.dim("H")
+    return (1,) if signature.batch_invariant or halves <= (machine.sms or _SMS) else (2, 1)
 
 
 def forward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """One for each number of carriers; none where they are not offered."""
+    """One for each number of carriers that may be faster; none where they are not offered."""
     if not is_offered(signature, machine):
         return []
     files = (PREPARE.source, WALK.source)

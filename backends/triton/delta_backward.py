@@ -226,10 +226,10 @@ def _run_together(
     told, past, seen, taken, gone, asked, shed = lines
     erase = made.lines[1] if x.chunk_decay is not None else None
     args = (x.q, x.k, x.w, x.beta, x.g, x.gate, d_o, *kept, erase, told, past, asked, seen, shed, taken, gone, into["q"], into["k"], into.get("w"))
-    args += (x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.scale)
+    args += (x.cu_seqlens, x.v.shape[1], x.sequences, x.heads, x.group, x.scale)
     for tensor in (x.q, x.k, x.w, x.beta, x.g, x.gate, d_o):
         args += strides(tensor)
-    constants = (x.keys, x.values, tile_width(x.keys), block, int(p["gradient_tile"]), x.group, x.l2norm, p["dot"], stages)
+    constants = (x.keys, x.values, tile_width(x.keys), block, int(p["gradient_tile"]), x.group > 1, x.l2norm, p["dot"], stages)
     TOGETHER(x.slots(block) * (x.heads // x.group), args, constants, int(p["gradient_warps"]), stages)
 
 
@@ -274,10 +274,7 @@ def _run_three(
 
 
 def _lines(places: int, block: int, tiles: int, x: Operands, into: Mapping[str, Tensor], one: bool) -> tuple[Tensor | None, ...]:
-    """Room for the diagonal of the scores, and for what `vectors` reads: told, past, seen, taken, gone, asked and shed, each where something asks for it.
-
-    `one` kernel needs no diagonal.
-    """
+    """Room for the diagonal of the scores, and for what `vectors` reads: told, past, seen, taken, gone, asked and shed, each where asked for; `one`: no diagonal."""
     line, rule, decay, factor = places * block, x.w is None, "g" in into, "chunk_decay" in into
     sizes = (
         line * ("k" in into and not one),

@@ -17,7 +17,7 @@ from titans_backends.signature import Signature
 from .delta_plans import LONG, SMS, shared_bytes
 from .serving import CONSUMER_SHARED_BYTES, copies_rows, dots, narrow_warps, tile_width
 
-__all__ = ["backward_plans", "has_one_kernel", "reverse_bytes", "together_bytes"]
+__all__ = ["backward_plans", "reverse_bytes", "together_bytes"]
 
 
 class _Way(NamedTuple):
@@ -47,7 +47,7 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
     room = machine.shared_memory_bytes or CONSUMER_SHARED_BYTES
     ways = [*_ways(signature.dtype, wide, values), *_LAST_RESORTS]
     if size == 4 or copies_rows(signature):
-        ways += _untimed(signature.dtype, wide, keys, values)
+        ways += _later(signature.dtype, wide, values)
     if fixed:
         ways = [way for way in ways if way.block == grid] or [ways[0]._replace(block=grid)]
     least = 16
@@ -92,12 +92,7 @@ def backward_plans(signature: Signature, machine: Machine, grid: int, *, fixed: 
         dense = [one for one in found if one.param("block") == grid]
         found += [replace(one, variant="saved", saves_states=True) for one in dense[:_MOST_SAVED]]
     few = _is_few(signature, machine, values)
-    return sorted(found, key=lambda one: (has_one_kernel(one), (one.variant == "split") != few))
-
-
-def has_one_kernel(candidate: Candidate) -> bool:
-    """Whether a single kernel makes the gradients of q, k and w: no card has timed it, so that it comes behind all others."""
-    return ("gradients", "one") in candidate.params
+    return sorted(found, key=lambda one: (one.variant == "split") != few)
 
 
 def _ways(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
@@ -113,22 +108,17 @@ def _ways(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
     return []
 
 
-def _untimed(dtype: torch.dtype, wide: int, keys: int, values: int) -> list[_Way]:
-    """What no card has timed yet, and so comes last: one kernel for all inputs, and for wide heads the three with more bytes on their way."""
+def _later(dtype: torch.dtype, wide: int, values: int) -> list[_Way]:
+    """What is seldom the fastest and compiles long: one kernel for all inputs of narrow heads, faster on long sequences; more bytes on their way for wide ones."""
     if wide <= 32:
-        return [_ways(dtype, wide, values)[0]._replace(one=True)]
-    if dtype.itemsize == 4 or wide > 128 or keys <= 32:  # 64 rows of so few keys are two warps' (`narrow_warps`), which would spill 3 kB a thread
-        return []
-    if keys <= 64:
-        one = _Way(64, 32, 4, 3, keys, 32, 4, 3, one=True)
-        return [one, one._replace(gradient_warps=8)]
-    one = _Way(64, 32, 4, 3, keys, 32, 8, 3, one=True)  # what it spills finds room in the cache beside few tiles
-    return [one, one._replace(gradient_stages=5), _Way(64, 32, 4, 3, 64, 64, 4, 3)]
+        first = _ways(dtype, wide, values)[0]
+        return [first._replace(gradient_stages=1 if dtype.itemsize == 2 else 2, one=True)]
+    return [_Way(64, 32, 4, 3, 64, 64, 4, 3)] if 64 < wide <= 128 and dtype.itemsize == 2 else []
 
 
 def together_bytes(stages: int, tile: int, rows: int, keys: int, size: int) -> int:
-    """Shared memory of the one kernel: its loads, or what stands behind its loop; q and k of the block beside either."""
-    return (max(stages * (2 * keys + 3 * rows) * tile, 4 * rows * keys + 2 * rows * rows) + 2 * rows * keys) * size
+    """Shared memory of the one kernel: its loads, or what stands behind its last loop; k of the block beside either."""
+    return (max(stages * (keys + 3 * rows) * tile, 4 * rows * keys + 2 * rows * rows) + rows * keys) * size
 
 
 def _is_few(signature: Signature, machine: Machine, values: int) -> bool:

@@ -20,7 +20,7 @@ from titans_backends.signature import Signature
 
 from ..dual_parts import Found, Parts, joined_candidates
 from . import fast_core, gated_delta_rule, slow_core, uw_transform
-from .delta_backward_plans import backward_plans, has_one_kernel
+from .delta_backward_plans import backward_plans
 from .dual_exact import is_exact
 from .dual_inputs import core_weights, unit_operands
 from .dual_joins import joined_operands, joined_values, scaled_values
@@ -42,21 +42,14 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     if is_exact(signature):
         if signature.option("normalize_final"):
             return []
-        return joined_candidates("triton", _EXACT, {"slow": _raced(backward_plans(plain, machine, GRID)), "fast": fast[:1]}, _MOST + 1)
+        return joined_candidates("triton", _EXACT, {"slow": backward_plans(plain, machine, GRID), "fast": fast[:1]}, _MOST)
     if signature.option("chunk_offset"):
         return []
     inner = transform_signature(plain)
     transforms = {"make": uw_transform.candidates(inner, machine)[:1], "transform": uw_transform.backward_candidates(inner, machine)[:1]}
     if signature.option("memory") == "flat":
         return joined_candidates("triton", "flat", {**transforms, "fast": fast}, _MOST)
-    slow = _raced(slow_core.backward_candidates(plain, machine))
-    return joined_candidates("triton", "recurrent", {**transforms, "slow": slow, "fast": fast[:1]}, _MOST + 1)
-
-
-def _raced(plans: list[Candidate]) -> list[Candidate]:
-    """The first of the slow part's plans, and behind them the first with one kernel for the gradients of q, k and w."""
-    ones = [one for one in plans if has_one_kernel(one)]
-    return [*[one for one in plans if one not in ones][:_MOST], *ones[:1]]
+    return joined_candidates("triton", "recurrent", {**transforms, "slow": slow_core.backward_candidates(plain, machine), "fast": fast[:1]}, _MOST)
 
 
 def run_backward(

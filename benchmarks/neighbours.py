@@ -1,9 +1,9 @@
-"""What it costs a call in a graph to take the eager row's winner instead of the untuned default, from timings that lie in benchmarks/results. Measures nothing.
+"""What it costs a call to take the winner of the other launch instead of the untuned default, from timings that lie in benchmarks/results. Measures nothing.
 
-    python benchmarks/neighbours.py [TIMINGS.yaml ...] [--regime training] [--least-us N]
+    python benchmarks/neighbours.py [TIMINGS.yaml ...] [--launch eager] [--regime training] [--least-us N]
 
-For every bucket of a regime with timings of both launches: the graph time of eager's winner over that of the default, and over the graph's own winner's.
-`cache.neighbour.LEAST_US` and the figures of docs/cache.md come from here.
+For every bucket of a regime with timings of both launches: the time in `--launch` (a graph, or an eager call) of the other one's winner over that of the
+default, and over its own winner's. `cache.neighbour.LEAST_US` and the figures of docs/cache.md come from here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from titans_backends import registry
 from titans_backends.buckets import Bucket, defaults_of, field
 from titans_backends.cache import file
-from titans_backends.cache.neighbour import LEAST_US, eager_bucket
+from titans_backends.cache.neighbour import LEAST_US, other_launch
 from titans_backends.cache.timings import Timings
 from titans_backends.machine import Machine
 from titans_backends.offers import Offer, pairs
@@ -37,17 +37,17 @@ _SHARED_MEMORY = 232_448
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """One bucket of a graph: the eager winner's eager time, and the times in the graph of that winner, of the default and of the graph's winner."""
+    """One bucket: the other launch's winner there, and here that winner's time, the default's and the winner's."""
 
     bucket: Bucket
-    eager_us: float
+    other_us: float
     us: float
     default_us: float
     best_us: float
 
     @property
     def over_default(self) -> float:
-        """How many times the default's time the eager winner takes; 1 where it is the default."""
+        """How many times the default's time the other launch's winner takes; 1 where it is the default."""
         return self.us / self.default_us
 
 
@@ -71,33 +71,33 @@ def _contenders(bucket: Bucket, timings: Timings, machine: Machine) -> tuple[Con
     return tuple(found) if found and found[0].order == 0 else ()
 
 
-def neighbours(timings: Timings, regime: str = "inference") -> list[Neighbour]:
-    """Every bucket of the regime that has both launches; in training a time is of a pair."""
+def neighbours(timings: Timings, regime: str = "inference", launch: str = "graph") -> list[Neighbour]:
+    """Every bucket of the regime and the launch that was timed in the other one too; in training a time is of a pair."""
     device = timings.device
     machine = Machine(device.kind, device.name, device.slug, device.sm, device.sms, _SHARED_MEMORY)
     found = []
     for bucket in timings.rows:
-        eager = eager_bucket(bucket, defaults_of(bucket.op))
-        if eager is None or eager not in timings.rows or field(bucket, "regime") != regime:
+        other, _ = other_launch(bucket, defaults_of(bucket.op))
+        if other not in timings.rows or (field(bucket, "regime"), field(bucket, "launch")) != (regime, launch):
             continue
-        eagerly, captured = _contenders(eager, timings, machine), _contenders(bucket, timings, machine)
-        winner, best = select(eagerly).winner, select(captured).winner
-        again = next((one for one in captured if winner is not None and one.pair == winner.pair), None)
+        there, here = _contenders(other, timings, machine), _contenders(bucket, timings, machine)
+        winner, best = select(there).winner, select(here).winner
+        again = next((one for one in here if winner is not None and one.pair == winner.pair), None)
         if winner is not None and best is not None and again is not None:
-            found.append(Neighbour(bucket, winner.us, again.us, captured[0].us, best.us))
-    return sorted(found, key=lambda one: one.eager_us)
+            found.append(Neighbour(bucket, winner.us, again.us, here[0].us, best.us))
+    return sorted(found, key=lambda one: one.other_us)
 
 
 def told(found: Sequence[Neighbour], least_us: float) -> str:
     """The figures in one line."""
-    speak = [one for one in found if one.eager_us >= least_us]
+    speak = [one for one in found if one.other_us >= least_us]
     if not speak:
         return f"from {least_us:g} us: none of {len(found)} buckets"
     ratios = [one.over_default for one in speak]
     return (
-        f"from {least_us:g} us: {len(speak)} of {len(found)} buckets, {sum(ratio != 1 for ratio in ratios)} where eager's winner is not the default; "
+        f"from {least_us:g} us: {len(speak)} of {len(found)} buckets, {sum(ratio != 1 for ratio in ratios)} where the other launch's winner is not the default; "
         f"over the default {_mean(ratios):.3f} (geometric mean), {statistics.fmean(ratios):.3f} (mean), {max(ratios):.3f} (worst); "
-        f"over the graph's winner {_mean([one.us / one.best_us for one in speak]):.3f} and {max(one.us / one.best_us for one in speak):.3f}, "
+        f"over its own winner {_mean([one.us / one.best_us for one in speak]):.3f} and {max(one.us / one.best_us for one in speak):.3f}, "
         f"the default {_mean([one.default_us / one.best_us for one in speak]):.3f} and {max(one.default_us / one.best_us for one in speak):.3f}"
     )
 
@@ -110,6 +110,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Prints each bucket where the two differ, then the figures with and without the limit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("timings", nargs="*", type=Path, default=sorted(RESULTS.glob("*.timings.yaml")))
+    parser.add_argument("--launch", choices=("graph", "eager"), default="graph", help="of the calls for which the other launch's row speaks")
     parser.add_argument("--regime", choices=("inference", "training"), default="inference")
     parser.add_argument("--least-us", type=float, help=f"default: {LEAST_US:g}, in training twice that")
     given = parser.parse_args(words)
@@ -119,12 +120,15 @@ def main(words: Sequence[str] | None = None) -> int:
         if loaded.table is None:
             print(f"{path}: {loaded.reason or 'there is no such file'}", file=sys.stderr)
             return 1
-        found = neighbours(loaded.table, given.regime)
+        found = neighbours(loaded.table, given.regime, given.launch)
         print(f"{loaded.table.device.name} ({path.name})")
         for one in found:
             if one.over_default != 1:
                 key = ", ".join(f"{name}={value}" for name, value in one.bucket.when if name not in ("launch", "streams"))
-                print(f"  {one.bucket.op} {one.bucket.seq_len} {key}: eager {one.eager_us:.4g} us; graph {one.us:.4g}, default {one.default_us:.4g}")
+                other = "graph" if given.launch == "eager" else "eager"
+                print(
+                    f"  {one.bucket.op} {one.bucket.seq_len} {key}: {other} {one.other_us:.4g} us; {given.launch} {one.us:.4g}, default {one.default_us:.4g}"
+                )
         for least in dict.fromkeys((0.0, limit)):
             print(f"  {told(found, least)}")
     return 0

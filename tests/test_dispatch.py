@@ -203,12 +203,24 @@ def test_an_eager_row_that_is_mostly_the_hosts_time_is_told_and_passed_over() ->
     assert "passed over: below 100 us an eager time is mostly the host's" in found.consulted[-1].answer
 
 
-def test_a_graphs_own_row_comes_before_the_eager_one_and_answers_no_eager_call(user: Path) -> None:
-    graph = bucket_of(replace(signature(), launch="graph"))
-    write(user, "blocks", bucket=graph, us=5.0)
-    assert choose(signature(), tb.detect()).origin == "default"
+def test_a_graphs_own_row_comes_before_the_eager_one(user: Path) -> None:
+    write(user, "blocks", bucket=bucket_of(replace(signature(), launch="graph")), us=5.0)
     found = captured()
     assert (found.origin, found.pair.label) == ("tuned", "eager/chunked inverse=blocks")
+
+
+def test_for_an_eager_call_without_a_row_the_graphs_row_speaks_where_it_is_long(user: Path) -> None:
+    graph = bucket_of(replace(signature(), launch="graph"))
+    write(user, bucket=graph, us=100.0)
+    found = choose(signature(), tb.detect())
+    assert (found.origin, found.pair.label) == ("neighbour", "eager/chunked inverse=solve")
+    assert "neighbour (graph row): exact row, seq_len 70" in found.reason
+    write(user, bucket=graph, us=99.0)
+    passed_over = choose(signature(), tb.detect())
+    assert (passed_over.origin, passed_over.pair.label) == ("default", "eager/chunked inverse=blocks")
+    assert "passed over: below 100 us an eager call waits for its host" in passed_over.consulted[-1].answer
+    write(user, "blocks", us=5.0)  # its own row
+    assert choose(signature(), tb.detect()).origin == "tuned"
 
 
 def test_a_stale_neighbour_is_marked_and_one_whose_source_changed_is_ignored() -> None:
@@ -234,6 +246,6 @@ def test_a_relatives_eager_row_is_no_neighbour(tmp_path: Path, monkeypatch: pyte
 def test_a_pair_speaks_from_twice_the_time() -> None:
     entry = Entry("eager/chunked", 199.0, 0.0, 0.0, backward="eager/chunked")
     bucket = bucket_of(signature())
-    assert silent(Hit("exact", bucket, entry)).startswith("below 200 us")
-    assert not silent(Hit("exact", bucket, replace(entry, us=200.0)))
-    assert not silent(Hit("exact", bucket, replace(entry, backward=None)))
+    assert silent(Hit("exact", bucket, entry), "eager").startswith("below 200 us")
+    assert not silent(Hit("exact", bucket, replace(entry, us=200.0)), "graph")
+    assert not silent(Hit("exact", bucket, replace(entry, backward=None)), "eager")

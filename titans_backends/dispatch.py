@@ -1,4 +1,4 @@
-"""Which kernel serves a signature, and why: scope, verdicts, tuned tables, for a graph the rows of eager calls, defaults, in that order.
+"""Which kernel serves a signature, and why: scope, verdicts, tuned tables, their rows of the other launch, defaults, in that order.
 
 Nothing is measured and nothing is run here. A choice carries everything that `explain` prints; a refusal carries every reason.
 """
@@ -13,7 +13,7 @@ from titans_backends import registry
 from titans_backends.buckets import bucket_of, defaults_of
 from titans_backends.cache.beside import displaces
 from titans_backends.cache.lookup import Hit, Miss, lookup
-from titans_backends.cache.neighbour import NEIGHBOUR, eager_bucket, silent
+from titans_backends.cache.neighbour import Launch, named, other_launch, silent
 from titans_backends.cache.schema import Bucket, Entry
 from titans_backends.cache.source_hash import join_hashes, source_hash
 from titans_backends.cache.staleness import Staleness, grade
@@ -49,7 +49,7 @@ class Consulted:
 class Choice:
     """What runs, and why. `answered`: the table that decided.
 
-    `origin`: forced by name, tuned here, borrowed from a relative's table, by the row of eager calls for a graph, or the untuned default.
+    `origin`: forced by name, tuned here, borrowed from a relative's table, by a neighbour, which is a row of the other launch, or the untuned default.
     """
 
     signature: Signature
@@ -115,26 +115,26 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
 
 
 def _decided(
-    tables: Sequence[Source], bucket: Bucket, available: Sequence[Pair], kind: str, consulted: list[Consulted], *, launched: bool = True
+    tables: Sequence[Source], bucket: Bucket, available: Sequence[Pair], kind: str, consulted: list[Consulted], *, other: Launch | None = None
 ) -> tuple[Consulted, Pair] | None:
-    """The answer that decides, with its pair; every table that was asked is written down. `launched`: False where the call's launch is not the bucket's."""
+    """The answer that decides, with its pair; every table that was asked is written down. `other`: the bucket's launch where the call's is not that."""
     decided: tuple[Consulted, Pair] | None = None
     for source in tables:
         if decided is not None and not _beside(source, decided[0].source):
             break
         answer, pair = consult(source, bucket, available, kind)
-        if not launched:
-            answer, pair = _as_neighbour(answer, pair)
+        if other is not None:
+            answer, pair = _as_neighbour(answer, pair, other)
         consulted.append(answer)
         if pair is not None and (decided is None or _displaces(answer, decided[0])):
             decided = answer, pair
     return decided
 
 
-def _as_neighbour(answer: Consulted, pair: Pair | None) -> tuple[Consulted, Pair | None]:
-    """An eager row's answer to a call in a graph."""
-    why = silent(answer.hit) if answer.hit is not None and pair is not None else ""
-    return replace(answer, answer=f"{NEIGHBOUR}: {answer.answer}" + (f"; passed over: {why}" if why else "")), None if why else pair
+def _as_neighbour(answer: Consulted, pair: Pair | None, launch: Launch) -> tuple[Consulted, Pair | None]:
+    """The answer of a row of that launch to a call of the other."""
+    why = silent(answer.hit, launch) if answer.hit is not None and pair is not None else ""
+    return replace(answer, answer=f"{named(launch)}: {answer.answer}" + (f"; passed over: {why}" if why else "")), None if why else pair
 
 
 def _reasons(given: Sequence[Offer], signature: Signature) -> str:
@@ -212,10 +212,10 @@ def choose(
     if not signature.batch_invariant:  # one candidate whatever the batch and length: no row by streams or length can say which
         decided = _decided(sources(machine), bucket, available, machine.kind, consulted)
         origin = "borrowed" if decided is not None and decided[0].source.kind == "borrowed" else "tuned"
-        eager = eager_bucket(bucket, defaults_of(bucket.op)) if decided is None else None
-        if eager is not None:
+        if decided is None:
+            there, launch = other_launch(bucket, defaults_of(bucket.op))
             asked: list[Consulted] = []
-            decided = _decided([s for s in sources(machine) if s.kind != "borrowed"], eager, available, machine.kind, asked, launched=False)
+            decided = _decided([s for s in sources(machine) if s.kind != "borrowed"], there, available, machine.kind, asked, other=launch)
             consulted += [one for one in asked if one.hit is not None]
             origin = "neighbour"
     if decided is not None:

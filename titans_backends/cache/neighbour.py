@@ -1,34 +1,43 @@
-"""Whether a row of eager calls may answer a call in a captured graph, for which no row of graphs speaks: the last thing asked before the untuned default.
+"""Whether a row of the other launch may answer a call for whose own launch no row speaks: the last thing asked before the untuned default.
 
-Pure. An eager time holds what the host takes beside the kernels; where that is most of it, the row says nothing of a graph.
+Pure. An eager time holds what the host takes beside the kernels, a graph's does not: where the host is most of it, the one says nothing of the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from titans_backends.cache.lookup import Hit
 from titans_backends.cache.schema import Bucket, WhenValue, canonical_when
 
-__all__ = ["LEAST_US", "NEIGHBOUR", "eager_bucket", "silent"]
+__all__ = ["LEAST_US", "Launch", "named", "other_launch", "silent"]
+
+Launch = Literal["eager", "graph"]
 
 LEAST_US = 100.0
-"""A direction's eager median from which it says more of the kernels than of the host. Shorter rows' winners were up to 2.3 times as slow in a graph as the
-untuned default, on an H100; from here on 3 % (`docs/cache.md` has the figures, of inference)."""
+"""A direction's median from which a row says more of the kernels than of the host, whichever way. On an H100 an eager winner from here on costs a graph 6 % over
+the untuned default at worst, and a graph's winner an eager call nothing (`docs/cache.md` has the figures)."""
 
-NEIGHBOUR = "neighbour (eager row)"
-"""What such an answer is called wherever it is told."""
+_WHY: dict[Launch, str] = {
+    "eager": "an eager time is mostly the host's, and says little of a graph",
+    "graph": "an eager call waits for its host, of which a graph's time says nothing",
+}
 
 
-def eager_bucket(bucket: Bucket, defaults: Mapping[str, WhenValue]) -> Bucket | None:
-    """The bucket of the same call launched eagerly; None where it is launched so."""
+def named(launch: Launch) -> str:
+    """What an answer by a row of that launch is called wherever it is told."""
+    return f"neighbour ({launch} row)"
+
+
+def other_launch(bucket: Bucket, defaults: Mapping[str, WhenValue]) -> tuple[Bucket, Launch]:
+    """The bucket of the same call launched the other way, and that way."""
     values = dict(bucket.when)
-    if values.get("launch", defaults.get("launch")) != "graph":
-        return None
-    return Bucket(bucket.op, canonical_when({**values, "launch": "eager"}, defaults), bucket.seq_len)
+    other: Launch = "eager" if values.get("launch", defaults.get("launch")) == "graph" else "graph"
+    return Bucket(bucket.op, canonical_when({**values, "launch": other}, defaults), bucket.seq_len), other
 
 
-def silent(found: Hit) -> str:
-    """Why an eager row says nothing of a graph; empty where it speaks. A training row's time is of two directions."""
+def silent(found: Hit, launch: Launch) -> str:
+    """Why a row of that launch says nothing of the other; empty where it speaks. A training row's time is of two directions."""
     least = LEAST_US * (1 if found.entry.backward is None else 2)
-    return "" if found.entry.us >= least else f"below {least:g} us an eager time is mostly the host's, and says little of a graph"
+    return "" if found.entry.us >= least else f"below {least:g} us {_WHY[launch]}"

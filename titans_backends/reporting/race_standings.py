@@ -17,6 +17,8 @@ from titans_backends.tuning.select import Contender, select
 
 __all__ = ["Standings", "chosen_of", "rule_of", "standings"]
 
+_STEADY = 0.1
+"""How far apart, as a share of the median, the quartiles may lie of a time that two runs are compared by."""
 _APART = 10_000
 """Added to the order of another run's contenders: behind all of the first's, whose first is the default."""
 
@@ -83,10 +85,16 @@ def standings(parts: Mapping[str, Part], runs: Mapping[str, Collection[str]]) ->
 
 
 def _scale(base: Iterable[Entrant], other: Iterable[Entrant], way: Way) -> float | None:
-    """The geometric mean of what both runs measured, the one over the other; None where there is nothing."""
-    mine = {one.label: us for one in base if (us := one.us(way)) is not None}
-    ratios = [mine[one.label] / us for one in other if one.label in mine and (us := one.us(way)) is not None]
+    """The geometric mean of what both runs measured steadily, the one over the other; None where there is nothing."""
+    mine = {one.label: us for one in base if (us := _steady(one, way)) is not None}
+    ratios = [mine[one.label] / us for one in other if one.label in mine and (us := _steady(one, way)) is not None]
     return statistics.geometric_mean(ratios) if ratios else None
+
+
+def _steady(one: Entrant, way: Way) -> float | None:
+    """A time whose samples agree: the median of others says little of the machine."""
+    spread = one.graph_spread if way == "graph" else one.wall_spread
+    return None if (spread or 0.0) > _STEADY else one.us(way)
 
 
 def _scaled(one: Entrant, graph: float, wall: float) -> Entrant:

@@ -1,9 +1,13 @@
 """What it costs a call to take the winner of the other launch instead of the untuned default, from timings that lie in benchmarks/results. Measures nothing.
 
     python benchmarks/neighbours.py [TIMINGS.yaml ...] [--launch eager] [--regime training] [--least-us N]
+    python benchmarks/neighbours.py --lengths [TIMINGS.yaml ...]
 
 For every bucket of a regime with timings of both launches: the time in `--launch` (a graph, or an eager call) of the other one's winner over that of the
 default, and over its own winner's. `cache.neighbour.LEAST_US` and the figures of docs/cache.md come from here.
+
+--lengths: what it costs a call between two lengths that chose differently. Every length that has one on both sides is left out in turn; its neighbours' choices
+were both timed there, so that the better one is known: what the nearer neighbour's costs over it, and what the one costs that `until` says.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from titans_backends import registry
 from titans_backends.buckets import Bucket, defaults_of, field
@@ -22,13 +27,14 @@ from titans_backends.cache import file
 from titans_backends.cache.neighbour import LEAST_US, other_launch
 from titans_backends.cache.timings import Timings
 from titans_backends.machine import Machine
-from titans_backends.offers import Offer, pairs
+from titans_backends.offers import Offer, Pair, pairs
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.select import Contender, combined, select
 from titans_backends.tuning.standing import measurement_of, members
+from titans_backends.tuning.switches import crossing
 from titans_backends.verdict import ACCEPTED
 
-__all__ = ["Neighbour", "neighbours", "told"]
+__all__ = ["Between", "Neighbour", "between", "neighbours", "told", "told_between"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _SHARED_MEMORY = 232_448
@@ -88,6 +94,58 @@ def neighbours(timings: Timings, regime: str = "inference", launch: str = "graph
     return sorted(found, key=lambda one: one.other_us)
 
 
+@dataclass(frozen=True, slots=True)
+class Between:
+    """One length and its neighbours', which chose differently: what the nearer one's choice and the one by crossing cost there over the better of the two."""
+
+    bucket: Bucket
+    ends: tuple[int, int]
+    nearest: float
+    crossing: float
+
+
+def between(timings: Timings) -> list[Between]:
+    """Every length of the timings for which that is known."""
+    device = timings.device
+    machine = Machine(device.kind, device.name, device.slug, device.sm, device.sms, _SHARED_MEMORY)
+    groups: dict[Bucket, list[Bucket]] = {}
+    for bucket in sorted(timings.rows, key=lambda bucket: bucket.seq_len):
+        groups.setdefault(bucket._replace(seq_len=0), []).append(bucket)
+    found = []
+    for group in groups.values():
+        passed = {bucket: _contenders(bucket, timings, machine) for bucket in group}
+        for shorter, bucket, longer in zip(group, group[1:], group[2:], strict=False):
+            one, other = select(passed[shorter]).winner, select(passed[longer]).winner
+            if one is None or other is None or one.pair == other.pair:
+                continue
+            times = [(_us(timings, where, one.pair), _us(timings, where, other.pair)) for where in (shorter, bucket, longer)]
+            if not all(map(all, times)):
+                continue
+            at_shorter, here, at_longer = [cast("tuple[float, float]", each) for each in times]
+            last = crossing(shorter.seq_len, longer.seq_len, at_shorter, at_longer)
+            nearer = bucket.seq_len**2 >= shorter.seq_len * longer.seq_len
+            by_times = nearer if last is None else bucket.seq_len > last
+            found.append(Between(bucket, (shorter.seq_len, longer.seq_len), here[nearer] / min(here) - 1, here[by_times] / min(here) - 1))
+    return found
+
+
+def _us(timings: Timings, bucket: Bucket, pair: Pair) -> float | None:
+    """What a pair took, both directions together; None where one did not pass."""
+    known = {one.identity: one for one in timings.rows[bucket]}
+    found = [known.get(measurement_of(candidate).identity) for candidate in members(pair)]
+    return sum(one.us or 0.0 for one in found if one) if all(one and one.us and one.status == "ok" for one in found) else None
+
+
+def told_between(found: Sequence[Between]) -> str:
+    """The figures in two lines."""
+    lines = []
+    for name in ("nearest", "crossing"):
+        costs = [getattr(one, name) for one in found]
+        near, mean = sum(cost <= 0.05 for cost in costs), statistics.fmean(costs)
+        lines.append(f"  {name}: {len(costs)} lengths, {near} within 5 %, mean {100 * mean:.1f} %, worst {100 * max(costs):.0f} %")
+    return "\n".join(lines) if found else "  no length lies between two that chose differently"
+
+
 def told(found: Sequence[Neighbour], least_us: float) -> str:
     """The figures in one line."""
     speak = [one for one in found if one.other_us >= least_us]
@@ -112,6 +170,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("timings", nargs="*", type=Path, default=sorted(RESULTS.glob("*.timings.yaml")))
     parser.add_argument("--launch", choices=("graph", "eager"), default="graph", help="of the calls for which the other launch's row speaks")
     parser.add_argument("--regime", choices=("inference", "training"), default="inference")
+    parser.add_argument("--lengths", action="store_true", help="what a call between two lengths costs instead")
     parser.add_argument("--least-us", type=float, help=f"default: {LEAST_US:g}, in training twice that")
     given = parser.parse_args(words)
     limit = given.least_us if given.least_us is not None else LEAST_US * (2 if given.regime == "training" else 1)
@@ -120,6 +179,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if loaded.table is None:
             print(f"{path}: {loaded.reason or 'there is no such file'}", file=sys.stderr)
             return 1
+        if given.lengths:
+            print(f"{loaded.table.device.name} ({path.name})\n{told_between(between(loaded.table))}")
+            continue
         found = neighbours(loaded.table, given.regime, given.launch)
         print(f"{loaded.table.device.name} ({path.name})")
         for one in found:

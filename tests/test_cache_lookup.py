@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -42,6 +43,23 @@ def test_nearest_row_in_log2_with_ties_to_the_larger(asked, kind, found):
     hit = find(table((16, 512), (16, 2048), (64, 512), (64, 2048)), *asked)
     assert (hit.kind, (hit.streams, hit.seq_len)) == (kind, found)
     assert hit.entry.us == pytest.approx(found[0] + found[1] / 1e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(("asked", "found"), [(513, 512), (700, 512), (701, 2048), (2047, 2048), (2049, 2048), (4096, 8192)])
+def test_between_two_lengths_the_times_of_both_decide_where_the_shorter_row_has_them(asked, found):
+    tuned = table((16, 512), (16, 2048), (16, 8192))
+    rows = {bucket: replace(entry, until=(2048, 700)) if bucket.seq_len == 512 else entry for bucket, entry in tuned.rows.items()}
+    hit = find(replace(tuned, rows=rows), 16, asked)
+    assert (hit.kind, hit.seq_len) == ("nearest", found)
+    told = "between 512 and 2048 the choice changes after 700, by the times of both at either"
+    assert hit.why == (told if asked < 2048 else "")
+
+
+def test_an_end_at_a_row_that_is_no_neighbour_any_more_says_nothing():
+    tuned = table((16, 512), (16, 1024), (16, 2048))
+    rows = {bucket: replace(entry, until=(2048, 2000)) if bucket.seq_len == 512 else entry for bucket, entry in tuned.rows.items()}
+    assert find(replace(tuned, rows=rows), 16, 900).seq_len == 1024
+    assert find(replace(tuned, rows=rows), 32, 512).seq_len == 512, "other streams, a tuned length"
 
 
 @pytest.mark.parametrize(

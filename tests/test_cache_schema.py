@@ -50,6 +50,7 @@ entries = st.builds(
     next_us=st.none() | microseconds,
     objective=st.sampled_from(["time", "memory"]),
     max_memory_mib=st.none() | microseconds,
+    until=st.none() | st.integers(2, 2**40).flatmap(lambda longer: st.tuples(st.just(longer), st.integers(1, longer - 1))),
     env=st.sampled_from(["a", "no"]),
     source=texts,
 )
@@ -161,7 +162,8 @@ def test_merge_keeps_every_bucket_and_the_newer_wins(older, newer):
     assert set(merged.rows) == {*older.rows, *newer.rows}
     for bucket, entry in merged.rows.items():
         winner = newer if bucket in newer.rows else older
-        assert replace(entry, env="") == replace(winner.rows[bucket], env="")
+        assert replace(entry, env="", until=None) == replace(winner.rows[bucket], env="", until=None)
+        assert entry.until in (None, winner.rows[bucket].until)
         assert merged.environment(entry).same(winner.environment(winner.rows[bucket]))
     assert set(merged.environments) == {entry.env for entry in merged.rows.values()}
     assert diff(merged, merge(merged, newer)) == []
@@ -194,6 +196,26 @@ def test_diff_and_prune_speak_of_buckets():
     assert (empty.rows, empty.environments) == ({}, {})
     assert dump_table(empty, defaults_of).endswith("environments: {}\nops: {}\n")
     assert diff(small(), empty)[0].new is None
+
+
+def test_a_row_forgets_where_it_ends_when_the_row_that_it_ends_at_is_another_tables():
+    (short,) = small().rows
+    long, longest = short._replace(seq_len=2048), short._replace(seq_len=8192)
+    row = small().rows[short]
+    older = replace(small(), rows={short: replace(row, until=(2048, 1180)), long: replace(row, until=(8192, 4000)), longest: row})
+    merged = merge(older, replace(small(), rows={long: replace(row, us=1.0, until=(8192, 3000))}))
+    assert {bucket.seq_len: entry.until for bucket, entry in merged.rows.items()} == {512: None, 2048: None, 8192: None}
+    assert merge(older, replace(older, rows={})).rows[short].until == (2048, 1180)
+    assert merge(replace(older, rows={}), older).rows[long].until == (8192, 4000)
+
+
+@pytest.mark.parametrize("wrong", ["[2048]", "[1180, 2048]", "[2048, 2048]", "[2048, 0]", "2048", "[2048, 1180, 3]"])
+def test_an_end_that_is_none_is_an_error_with_its_line(wrong):
+    text = dump_table(small(until=(2048, 1180)), defaults_of)
+    assert "until: [2048, 1180], env: a" in text
+    assert parse_table(text, "x", defaults_of) == small(until=(2048, 1180))
+    with pytest.raises(SchemaError, match=r"x:\d+: .*(until must be two lengths|expected a)"):
+        parse_table(text.replace("[2048, 1180]", wrong), "x", defaults_of)
 
 
 def test_tables_of_two_devices_do_not_merge():

@@ -56,6 +56,22 @@ def test_the_page_tells_what_the_command_prints(timings: Any, launch: str) -> No
             assert figure in page, f"docs/cache.md lacks {figure} of: {line}"
 
 
+def test_where_times_cross_a_choice_changes_rightly_more_often_than_halfway(timings: Any) -> None:
+    found = neighbours.between(timings)
+    assert len(found) >= 30
+    assert sum(one.crossing for one in found) < 0.5 * sum(one.nearest for one in found)
+    assert sum(one.crossing <= 0.05 for one in found) > 0.8 * len(found)
+
+
+@pytest.mark.parametrize("slug", ["nvidia_h100_80gb_hbm3", "nvidia_h200"])
+def test_the_tuners_page_tells_what_that_costs(slug: str) -> None:
+    page = (ROOT / "docs" / "tuner.md").read_text(encoding="utf-8")
+    table = file.read_timings(neighbours.RESULTS / f"{slug}.timings.yaml", defaults_of).table
+    for line in neighbours.told_between(neighbours.between(table)).splitlines():
+        count, near, mean, worst = re.findall(r"[\d.]+ %|\d+(?= lengths|,? within)", line.replace("within 5 %", "within"))
+        assert f"| {count} | {near} | {mean} | {worst} |" in page, line
+
+
 def test_the_command_prints_both_lines_and_refuses_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert neighbours.main([str(neighbours.RESULTS / "nvidia_h200.timings.yaml")]) == 0
     assert "from 0 us: 19 of 19 buckets" in capsys.readouterr().out

@@ -126,6 +126,16 @@ def test_a_kernel_or_parameter_that_is_gone_is_named(path: Path) -> None:
         assert len(gone(replace(table, rows={bucket: row}))) == 1
 
 
+def test_a_row_ends_between_its_own_length_and_the_next(path: Path) -> None:
+    rows = table_at(path).rows
+    ends = {bucket: entry.until for bucket, entry in rows.items() if entry.until is not None}
+    assert len(ends) > 30
+    for bucket, (longer, last) in ends.items():
+        lengths = sorted(other.seq_len for other in rows if other._replace(seq_len=bucket.seq_len) == bucket)
+        assert lengths[lengths.index(bucket.seq_len) + 1] == longer
+        assert bucket.seq_len <= last < longer
+
+
 def test_every_row_is_of_todays_code(path: Path) -> None:
     table = table_at(path)
     bucket, entry = next(iter(table.rows.items()))

@@ -98,6 +98,11 @@ def test_the_choices_of_neighbours_that_differ_meet_in_the_middle_alone_and_once
     found = lookup(table(output), middle.op, middle.when, 13, defaults_of(middle.op))
     assert isinstance(found, Hit)
     assert found.entry.use == "faulty/short", "without the midpoint it would be the longer one's"
+    ends = {bucket.seq_len: entry.until for bucket, entry in table(output).rows.items()}
+    assert ends[4] is None, "one choice at both"
+    assert ends[12] is not None
+    assert ends[12][0] == 36
+    assert 12 < ends[12][1] < 36, "each is 10 ms the slower at the other's length"
     refining = next(index for index, event in enumerate(heard) if isinstance(event, events.Refining))
     assert heard[refining] == events.Refining((middle,))
     assert [event.bucket.seq_len for event in heard if isinstance(event, events.BucketDone)] == [4, 36, 12]

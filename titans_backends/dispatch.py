@@ -107,6 +107,8 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
     environment = source.table.environment(found.entry)
     staleness = grade(found.bucket, found.entry, environment, current_environment(kind), pair_source(pair, bucket.op))
     where = f"{found.kind} row, seq_len {found.seq_len}, streams {found.streams}: {found.entry.label}, {found.entry.us:.4g} us"
+    if found.why:
+        where += f" ({found.why})"
     if found.entry.tuned_with:
         where += f", tuned with {found.entry.tuned_with}"
     if not staleness.usable:

@@ -1,4 +1,4 @@
-"""Which row of a table answers a call: the exact bucket, else the nearest inside what was tuned, else none, with the reason.
+"""Which row of a table answers a call: the exact bucket, else one of the two beside it inside what was tuned, else none, with the reason.
 
 Pure, and never a guess beyond the measured range: that is the manifests' default to make.
 """
@@ -20,11 +20,13 @@ _ABSENT = "(no such field)"
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A row that answers; its bucket is the tuned one, which `kind` nearest says is not the one that was asked for."""
+    """A row that answers; its bucket is the tuned one, which `kind` nearest says is not the one that was asked for. `why`: what decided between two lengths,
+    where that was not their distance."""
 
     kind: Literal["exact", "nearest"]
     bucket: Bucket
     entry: Entry
+    why: str = ""
 
     @property
     def seq_len(self) -> int:
@@ -66,8 +68,8 @@ class Miss:
 def lookup(table: Table, op: str, when: Mapping[str, WhenValue] | When, seq_len: int, defaults: Mapping[str, WhenValue] | None = None) -> Hit | Miss:
     """The row for a call; `when` is full or canonical, the rows' are canonical for the same `defaults`.
 
-    Streams: the nearest tuned within a factor of 2. Then seq_len: the nearest in log2 between the shortest and the longest tuned
-    there. A tie goes to the larger.
+    Streams: the nearest tuned within a factor of 2. Then seq_len, between the shortest and the longest tuned there: of the two rows beside it the one that
+    the shorter's `until` says, else the nearest in log2. A tie goes to the larger.
     """
     defaults = defaults or {}
     asked = canonical_when(when, defaults)
@@ -94,8 +96,21 @@ def lookup(table: Table, op: str, when: Mapping[str, WhenValue] | When, seq_len:
         return Miss(
             f"seq_len {seq_len} is outside the tuned range, {shortest} to {longest} at streams {_streams(row)}", _closest(asked, tuned, defaults)
         )
-    bucket = Bucket(op, row, _nearest(tuned[row], seq_len))
-    return Hit("nearest", bucket, table.rows[bucket])
+    bucket, why = _beside(table, Bucket(op, row, seq_len), tuned[row])
+    return Hit("nearest", bucket, table.rows[bucket], why)
+
+
+def _beside(table: Table, asked: Bucket, lengths: Collection[int]) -> tuple[Bucket, str]:
+    """The row that speaks for a length inside the tuned ones, and why where their times say so."""
+    if asked.seq_len in lengths:
+        return asked, ""
+    shorter = asked._replace(seq_len=max(length for length in lengths if length < asked.seq_len))
+    longer = asked._replace(seq_len=min(length for length in lengths if length > asked.seq_len))
+    until = table.rows[shorter].until
+    if until is None or until[0] != longer.seq_len:
+        return asked._replace(seq_len=_nearest((shorter.seq_len, longer.seq_len), asked.seq_len)), ""
+    chosen = shorter if asked.seq_len <= until[1] else longer
+    return chosen, f"between {shorter.seq_len} and {longer.seq_len} the choice changes after {until[1]}, by the times of both at either"
 
 
 def _nearest(tuned: Collection[int], asked: int) -> int:

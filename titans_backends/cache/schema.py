@@ -124,7 +124,8 @@ class Entry:
     95 % interval over the median, `next` the runner-up. `doubt`: noise decided, and another may save this share of the time;
     None where nobody may save more than 5 %. `objective` and `max_memory_mib` are what the tune was asked for beside the bucket.
     `env` is a letter of the table's environments, `source` the winner's source hash, for a pair both, joined by "+".
-    `saves_states`: the pair's forward hands chunk-start states to its backward.
+    `saves_states`: the pair's forward hands chunk-start states to its backward. `until`: the next longer row's length, and up to which length this row
+    speaks for a call between the two; where it is None the nearer one in log2 does.
     """
 
     use: str
@@ -140,6 +141,7 @@ class Entry:
     doubt: float | None = None
     objective: Objective = "time"
     max_memory_mib: float | None = None
+    until: tuple[int, int] | None = None
     env: str = ""
     source: str = ""
 
@@ -253,7 +255,15 @@ def merge(older: Table, newer: Table) -> Table:
     taken = {bucket: entry for bucket, entry in older.rows.items() if bucket not in newer.rows}
     joined, renamed = join_environments(_used(older.environments, taken), _used(newer.environments, newer.rows))
     rows = taken | {bucket: replace(entry, env=renamed[entry.env]) for bucket, entry in newer.rows.items()}
-    return Table(newer.device, joined, rows)
+    return Table(newer.device, joined, {bucket: _forgetful(bucket, entry, taken, newer.rows) for bucket, entry in rows.items()})
+
+
+def _forgetful(bucket: Bucket, entry: Entry, taken: Collection[Bucket], newer: Collection[Bucket]) -> Entry:
+    """The entry without its `until` where the row that it looks to is the other table's: its choice may be another than it was then."""
+    if entry.until is None:
+        return entry
+    longer = bucket._replace(seq_len=entry.until[0])
+    return entry if longer in (taken if bucket in taken else newer) else replace(entry, until=None)
 
 
 def diff(old: Table, new: Table) -> list[Change]:

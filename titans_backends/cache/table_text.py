@@ -20,6 +20,7 @@ _HEADER = (
     "titans_backends: which candidate runs where, as measured. Written by `titans-backends tune`, read by every call.",
     "use: the winner; next: the runner-up. us, next_us: medians in microseconds; spread: half-width of the 95 % interval / median.",
     "peak_mib: peak memory beyond the inputs in MiB; source: hash of the winner's code. A field left out of `when` has its op's default.",
+    "until: the next longer row's length, and up to which length this row speaks for a call between the two; without it the nearer one does.",
 )
 _FIELDS = (
     "use",
@@ -35,6 +36,7 @@ _FIELDS = (
     "doubt",
     "objective",
     "max_memory_mib",
+    "until",
     "env",
     "source",
 )
@@ -69,9 +71,18 @@ def _parse_entry(cursor: Cursor, environments: Mapping[str, Environment]) -> Ent
         doubt=found["doubt"].quantity() if "doubt" in found else None,
         objective=cast(Objective, found["objective"].choice(OBJECTIVES)) if "objective" in found else "time",
         max_memory_mib=found["max_memory_mib"].quantity() if "max_memory_mib" in found else None,
+        until=_parse_until(found["until"]) if "until" in found else None,
         env=found["env"].choice(environments),
         source=found["source"].text() if "source" in found else "",
     )
+
+
+def _parse_until(cursor: Cursor) -> tuple[int, int]:
+    """`[2048, 1180]`: towards the row at 2048, up to 1180."""
+    found = [item.integer(1) for item in cursor.items()]
+    if len(found) != 2 or found[1] >= found[0]:
+        raise cursor.error("until must be two lengths, that of the next longer row and a shorter one up to which this row speaks: [2048, 1180]")
+    return found[0], found[1]
 
 
 @functools.lru_cache(maxsize=8192)  # of a large table a tuner changes one row at a time
@@ -91,6 +102,7 @@ def _dump_entry(entry: Entry, _params: str) -> str:
         ("doubt", emit.scalar(entry.doubt) if entry.doubt is not None else ""),
         ("objective", entry.objective if entry.objective != "time" else ""),
         ("max_memory_mib", emit.scalar(entry.max_memory_mib) if entry.max_memory_mib is not None else ""),
+        ("until", emit.flow_list(entry.until) if entry.until is not None else ""),
         ("env", emit.scalar(entry.env)),
         ("source", emit.scalar(entry.source) if entry.source else ""),
     ]

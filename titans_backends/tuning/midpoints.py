@@ -13,7 +13,7 @@ from itertools import pairwise
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import Entry
 from titans_backends.offers import Pair
-from titans_backends.tuning.standing import Standing
+from titans_backends.tuning.standing import Standing, same_choice
 
 __all__ = ["Ends", "Midpoint", "disagreeing", "midpoints"]
 
@@ -57,7 +57,7 @@ def disagreeing(
     found, known = [], {*asked}
     for middle, ends in midpoints(tuple(dict.fromkeys((*asked, *beside)))):
         shorter, longer = (middle._replace(seq_len=length) for length in ends)
-        if not {shorter, longer} & known or shorter not in rows or longer not in rows or _same(rows[shorter], rows[longer]):
+        if not {shorter, longer} & known or shorter not in rows or longer not in rows or same_choice(rows[shorter], rows[longer]):
             continue
         if any(row[:2] == middle[:2] and ends[0] < row.seq_len < ends[1] and row != middle for row in rows):
             continue
@@ -72,15 +72,6 @@ def _gain(standing: Standing, chosen: Pair, other: Pair) -> float:
     """How much longer the other takes there, in logarithms; 0 where it was not timed, or is the faster one."""
     us = {one.pair: one.us for one in standing.contenders()}
     return max(0.0, math.log(us[other] / us[chosen])) if us.get(chosen) and us.get(other) else 0.0
-
-
-def _same(one: Entry, other: Entry) -> bool:
-    """Whether two rows name one choice."""
-    return _choice(one) == _choice(other)
-
-
-def _choice(entry: Entry) -> tuple[object, ...]:
-    return entry.use, tuple(sorted(entry.params)), entry.saves_states, entry.backward, tuple(sorted(entry.backward_params))
 
 
 def _middle(shorter: Bucket, longer: Bucket) -> int:

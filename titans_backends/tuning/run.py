@@ -41,6 +41,7 @@ from titans_backends.tuning.report import Row, TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
 from titans_backends.tuning.standing import REFERENCE, Standing, entry_of, is_training, measurement_of, members, rescaled, without_states
 from titans_backends.tuning.store import Store
+from titans_backends.tuning.switches import switches
 from titans_backends.tuning.timing import RaceRules
 
 __all__ = ["AHEAD_S", "Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_call"]
@@ -69,7 +70,9 @@ def tune(request: TuneRequest, on_event: OnEvent = ignore, host: Host | None = N
         run = _Run(request, on_event, machine, store, child)
         try:
             run.all()
+            run.switch()
         except KeyboardInterrupt as error:
+            run.switch()
             raise TuneInterrupted(run.report()) from error
         finally:
             if run.wrote:
@@ -136,6 +139,20 @@ class _Run:
         if self.request.midpoints and not self.request.doubtful:
             self._refine()
 
+    def switch(self) -> None:
+        """Says up to where each row of the keys that were asked for speaks towards its longer neighbour, where a row was written."""
+        if not self.wrote or self.store.table is None:
+            return
+        keys = {bucket._replace(seq_len=0) for bucket in self.request.buckets}
+        plain = {key: key for key in keys} | {without_states(key): key for key in keys if is_training(key)}
+        changes = switches(
+            self.store.table.rows,
+            lambda bucket: bucket._replace(seq_len=0) in plain,
+            lambda bucket: self._possible(plain[bucket._replace(seq_len=0)]._replace(seq_len=bucket.seq_len)),
+        )
+        if changes:
+            self.store.switch(changes)
+
     def _is_over(self) -> bool:
         """Whether the budget has ended."""
         return self.request.budget_s is not None and time.monotonic() - self.started >= self.request.budget_s
@@ -144,7 +161,9 @@ class _Run:
         """Where two neighbours chose differently, their choices meet in the middle: a call there would get the nearer one's, whichever is the faster."""
         rows = {} if self.store.table is None else self.store.table.rows
         found = disagreeing(self.request.buckets, self.request.beside, rows, self._standing)
-        work = [(one, standing, todo) for one in found if (standing := self._there(one)) is not None and (todo := self._meeting(one, standing))]
+        work = [
+            (one, standing, todo) for one in found if (standing := self._possible(one.bucket)) is not None and (todo := self._meeting(one, standing))
+        ]
         if not work:
             return
         self.store.require_writable()
@@ -157,10 +176,10 @@ class _Run:
             self.refined[one.bucket] = one.ends
             self._measure(len(self.request.buckets) + position, standing, todo, self._race_s(len(work) - position))
 
-    def _there(self, one: Midpoint) -> Standing | None:
-        """What is offered at a midpoint; None where no call is such a bucket's."""
+    def _possible(self, bucket: Bucket) -> Standing | None:
+        """What is offered there; None where no call is such a bucket's."""
         try:
-            return self._standing(one.bucket)
+            return self._standing(bucket)
         except ValueError:
             return None
 

@@ -19,7 +19,7 @@ from titans_backends.offers import Offer, Pair, pairs, source_modules
 from titans_backends.signature import Signature
 from titans_backends.tuning.select import Contender, Objective, Selection, combined, select
 
-__all__ = ["REFERENCE", "Standing", "entry_of", "is_training", "measurement_of", "members", "rescaled", "without_states"]
+__all__ = ["REFERENCE", "Standing", "entry_of", "is_training", "measurement_of", "members", "rescaled", "same_choice", "without_states"]
 
 REFERENCE = "reference/contract"
 """The name under which the contract's plain reference stands among the timings; no backend offers it."""
@@ -175,6 +175,15 @@ def rescaled(older: Mapping[Candidate, Measurement], newer: Mapping[Candidate, M
     ratios = [math.log(now.us / then.us) for now, then in steady or twice]  # type: ignore[operator]
     scale = math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
     return {candidate: replace(one, us=one.us * scale if one.us is not None else None) for candidate, one in older.items() if candidate not in newer}
+
+
+def same_choice(one: Entry, other: Entry) -> bool:
+    """Whether two rows name one choice."""
+    return _choice(one) == _choice(other)
+
+
+def _choice(entry: Entry) -> tuple[object, ...]:
+    return entry.use, tuple(sorted(entry.params)), entry.saves_states, entry.backward, tuple(sorted(entry.backward_params))
 
 
 def without_states(bucket: Bucket) -> Bucket:

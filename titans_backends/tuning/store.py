@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from titans_backends import registry
@@ -70,6 +70,14 @@ class Store:
             self.timings = file.update_timings(timings_path(self.path), changes={bucket: measurements}, **common)  # type: ignore[arg-type]
         if entries:
             self.table = file.update(self.path, changes=entries, **common)  # type: ignore[arg-type]
+
+    def switch(self, changes: Mapping[Bucket, tuple[int, int] | None]) -> None:
+        """Writes up to where rows speak towards their longer neighbours."""
+
+        def changed(table: Table) -> Table:
+            return replace(table, rows={b: replace(e, until=changes[b]) if b in changes else e for b, e in table.rows.items()})
+
+        self.table = file.edit(self.path, changed, device=self.device, defaults_of=defaults_of)
 
 
 def _packages(raced: Sequence[Measurement]) -> frozenset[str]:

@@ -20,6 +20,7 @@ from titans_backends.signature import Signature
 
 from . import delta_hopper
 from .chunks import three_strides
+from .delta_cut import CHAIN, Cut, cut_of
 from .delta_kept import Kept, keeping
 from .delta_prepare import SOURCE as PREPARE_SOURCE
 from .delta_prepare import Factors, Rule, prepare, prepare_bytes, rule_of
@@ -58,10 +59,12 @@ _KEEPING = 2
 
 
 class _Hopper(NamedTuple):
-    """Of Hopper's own kernels: warpgroups that carry a head back together, blocks of the last pass; zeros where those of every card run."""
+    """Of Hopper's own kernels: warpgroups that carry a head back together, blocks of the last pass, segments of a sequence that is cut; zeros where those of every card
+    run, or none is."""
 
     carriers: int
     blocks: int
+    segments: int
 
 
 _OFFERED = 3
@@ -95,9 +98,11 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     if not delta_hopper.is_offered(signature, machine):
         return walks + keeping(walks, signature, _KEEPING)
     walk = next(one for one in walks if one.param("side") == delta_hopper.SIDE)
-    files, blocks = source_names(*_SOURCES, *delta_hopper.BACKWARD_SOURCES), machine.sms or _SMS
-    params = [(*walk.params, ("carriers", carriers), ("blocks", blocks)) for carriers in delta_hopper.carriers_of(signature, machine)]
-    wide = [replace(walk, variant="wgmma", params=each, sources=files) for each in params]
+    blocks, wide = machine.sms or _SMS, []
+    for each in delta_hopper.params_of(signature, machine):
+        files = source_names(*_SOURCES, *delta_hopper.BACKWARD_SOURCES, *((CHAIN.source,) if "segments" in each else ()))
+        params = {**dict(walk.params), "carriers": each["carriers"], "blocks": blocks, **each}
+        wide.append(replace(walk, variant="wgmma", params=tuple(params.items()), sources=files))
     return walks + wide + keeping(wide, signature, len(wide))
 
 
@@ -124,7 +129,9 @@ def run_backward(
     """Gradients of q, k, v, beta, g, gate and the initial state, each like its input, None where `needs` leaves one out. `states`: the residual, if any."""
     way = _Way(*(int(candidate.param(name)) for name in _Way._fields))
     hopper = _Hopper(*(int(dict(candidate.params).get(name, 0)) for name in _Hopper._fields))
-    kept = Kept(*states) if candidate.residual and states is not None else None
+    kept, maps = None, None
+    if candidate.residual and states is not None:
+        kept, maps = Kept(*states[: len(Kept._fields)]), next(iter(states[len(Kept._fields) :]), None)
     into: dict[str, Tensor] = {}
     for name in _INPUTS:
         like = getattr(call, name)
@@ -135,24 +142,36 @@ def run_backward(
         for name, gradient in into.items():
             gradient.copy_(d_final) if name == "initial_state" and d_final is not None else gradient.zero_()
     elif into:
-        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into, hopper, kept)
+        _fill(rule_of(call, way.side), way, None if d_o is None else unit_stride(d_o), d_final, into, hopper, kept, maps)
     return tuple(into.get(name) for name in _INPUTS)
 
 
-def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: dict[str, Tensor], hopper: _Hopper, kept: Kept | None) -> None:
-    """Runs the kernels that the wanted gradients need; `hopper`: zeros where the kernels of every card serve."""
+def _fill(
+    x: Rule,
+    way: _Way,
+    d_o: Tensor | None,
+    d_final: Tensor | None,
+    into: dict[str, Tensor],
+    hopper: _Hopper,
+    kept: Kept | None,
+    maps: Tensor | None,
+) -> None:
+    """Runs the kernels that the wanted gradients need; `hopper`: zeros where the kernels of every card serve; `maps`: of the segments, of a forward that kept."""
     wanted = set(into)
     inputs, back = bool(wanted - {"initial_state", "v"}), bool(wanted - {"q", "gate"})
     own = bool(hopper.carriers) and delta_hopper.serves(x, d_o)
     made = kept.factors if kept is not None else (delta_hopper.prepare if own else prepare)(x, evenly=True)
     errors = updates = leaving = states = None
+    cut = cut_of(x, hopper.segments, maps) if own else None
     if inputs:
         if kept is not None:
             states, updates = kept.states, kept.updates
         else:
             states = torch.empty((x.places, x.values, x.wide_keys), dtype=x.v.dtype, device=x.v.device)
             updates = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
-            if own:
+            if cut is not None:
+                delta_hopper.walk_segments(x, made, cut, states=states, updates=updates)
+            elif own:
                 delta_hopper.walk(x, made, hopper.carriers, states=states, updates=updates)
             else:
                 walk(x, made, way.plan, states=states, updates=updates)
@@ -161,7 +180,9 @@ def _fill(x: Rule, way: _Way, d_o: Tensor | None, d_final: Tensor | None, into: 
         if {"k", "beta", "g"} & wanted:
             errors = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
     if back:
-        _walk_back(x, made, way.plan, d_o, d_final, leaving, errors, into, hopper.carriers)
+        if cut is not None and kept is None and not inputs:
+            delta_hopper.walk(x, made, 2, cut=cut, ends=True)
+        _walk_back(x, made, way.plan, d_o, d_final, leaving, errors, into, hopper.carriers, cut)
     if inputs:
         _gradients(x, way, d_o, (states, leaving, updates, errors), into, hopper.blocks)
 
@@ -182,8 +203,9 @@ def _walk_back(
     errors: Tensor | None,
     into: dict[str, Tensor],
     carriers: int,
+    cut: Cut | None,
 ) -> None:
-    """`carriers`: of Hopper's own walk, 0 for the one of every card."""
+    """`carriers`: of Hopper's own walk, 0 for the one of every card, which does not cut."""
     arriving = x.v if d_o is None else d_o
     operands = (
         x.q, x.k, arriving, made.inverses, made.scores, made.lines, d_final, leaving, errors, into.get("v"), into.get("initial_state"),
@@ -191,7 +213,7 @@ def _walk_back(
     )  # fmt: skip
     numbers = (x.heads, x.group, x.slots.wide, x.tokens, x.slots.each)
     if carriers and delta_hopper.serves(x, d_o):
-        delta_hopper.walk_back(x, carriers, (*operands, *numbers))
+        delta_hopper.walk_back(x, carriers, (*operands, *numbers), cut)
         return
     REVERSE(
         (x.slots.sequences * x.heads * -(-x.values // (16 * plan.walkers)), 1, 1),

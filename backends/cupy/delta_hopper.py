@@ -1,7 +1,7 @@
 """gated_delta_rule by Hopper's own products: both walks with a state in a warpgroup's registers, and the gradients of every input in one pass.
 
 Heads of 128 keys and values in bfloat16 or float16, compute capability 9.0, blocks of 64 tokens, rows that 16-byte copies can take. Kernels in
-cuda/delta_prepare_hopper.cu, delta_walk_hopper.cu, delta_reverse_hopper.cu and delta_gradients_hopper.cu.
+cuda/delta_prepare_hopper.cu, delta_walk_hopper.cu, delta_reverse_hopper.cu and delta_gradients_hopper.cu; few heads in segments by delta_cut.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
 from .chunks import three_strides
+from .delta_cut import CHAIN, Cut, chain, cut_of, segments_of
 from .delta_kept import kept_of
 from .delta_prepare import Factors, Rule, factors_of, rule_of
 from .launch import DTYPES, Arg, Kernel
@@ -30,20 +31,24 @@ __all__ = [
     "forward_candidates",
     "gradients",
     "is_offered",
+    "params_of",
     "prepare",
     "run",
     "serves",
     "walk",
     "walk_back",
+    "walk_segments",
 ]
 
 SIDE = 64
 """Tokens of a block."""
 PREPARE = Kernel("delta_prepare_hopper.cu", "delta_prepare_hopper", "9P15q12if")
-WALK = Kernel("delta_walk_hopper.cu", "delta_walk_hopper", "12P9q5i")
-REVERSE = Kernel("delta_reverse_hopper.cu", "delta_reverse_hopper", "12P9q5i")
+WALK = Kernel("delta_walk_hopper.cu", "delta_walk_hopper", "12P9q6i2P")
+REVERSE = Kernel("delta_reverse_hopper.cu", "delta_reverse_hopper", "12P9q6iP")
 GRADIENTS = Kernel("delta_gradients_hopper.cu", "delta_gradients_hopper", "17P21q10if")
 BACKWARD_SOURCES = (PREPARE.source, WALK.source, REVERSE.source, GRADIENTS.source)
+_WHOLE, _SEGMENTS, _ENDS = range(3)
+"""What a walk takes: cuda/delta_carriers.cuh's CUT."""
 _SM, _WIDTH, _GROUP, _SQUARE, _LINES, _SMS = 90, 128, 128, 8192, 1152, 132
 _STAGES = {1: 3, 2: 2}
 _GRADIENT_BYTES = 2 * 8 * _SQUARE + 4 * 2 * _SQUARE + 3 * _SQUARE + (2 * 1040 + 6 * 64) * 4
@@ -64,12 +69,19 @@ def carriers_of(signature: Signature, machine: Machine) -> tuple[int, ...]:
     return (1,) if signature.batch_invariant or halves <= (machine.sms or _SMS) else (2, 1)
 
 
+def params_of(signature: Signature, machine: Machine) -> list[dict[str, int]]:
+    """Of every candidate: its carriers and, where few heads are cut, in one behind the others the segments of a sequence."""
+    segments = segments_of(signature, machine)
+    return [{"carriers": each} for each in carriers_of(signature, machine)] + [{"carriers": 1, "segments": segments}] * (segments > 0)
+
+
 def forward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
-    """One for each number of carriers that may be faster; none where they are not offered."""
+    """One for each number of carriers that may be faster, and one that cuts; none where they are not offered."""
     if not is_offered(signature, machine):
         return []
     files = (PREPARE.source, WALK.source)
-    return [_candidate("wgmma", files, side=SIDE, carriers=carriers) for carriers in carriers_of(signature, machine)]
+    found = params_of(signature, machine)
+    return [_candidate("wgmma", (*files, CHAIN.source) if "segments" in each else files, side=SIDE, **each) for each in found]
 
 
 def serves(x: Rule, d_o: Tensor | None) -> bool:
@@ -84,12 +96,15 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
     o, final = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device), None
     if call.output_final_state:
         final = torch.empty((x.slots.sequences, x.heads, x.keys, x.values), dtype=torch.float32, device=x.v.device)
-    kept = kept_of(x) if candidate.residual else None
+    kept, cut = kept_of(x) if candidate.residual else None, cut_of(x, int(dict(candidate.params).get("segments", 0)))
     if x.tokens or final is not None:
         made = prepare(x) if kept is None else prepare(x, evenly=True, into=kept.factors)
         states, updates = (None, None) if kept is None else (kept.states, kept.updates)
-        walk(x, made, int(candidate.param("carriers")), o=o, final=final, states=states, updates=updates)
-    return o, final, *(kept or ())
+        if cut is None:
+            walk(x, made, int(candidate.param("carriers")), o=o, final=final, states=states, updates=updates)
+        else:
+            walk_segments(x, made, cut, o=o, final=final, states=states, updates=updates)
+    return o, final, *(kept or ()), *(() if kept is None or cut is None else (cut.maps,))
 
 
 def prepare(x: Rule, *, evenly: bool = False, into: Factors | None = None) -> Factors:
@@ -121,24 +136,58 @@ def walk(
     final: Tensor | None = None,
     states: Tensor | None = None,
     updates: Tensor | None = None,
+    cut: Cut | None = None,
+    ends: bool = False,
 ) -> None:
-    """Walks forward; with `o` it is computed, and `states` `[places, V, K]` at every block's start and `updates` `[B, T, H, V]` may be kept."""
+    """Walks forward; with `o` it is computed, and `states` `[places, V, K]` at every block's start and `updates` `[B, T, H, V]` may be kept.
+
+    `cut`: segments side by side from its `states`; `ends`: for those and its maps alone, by two carriers.
+    """
     outputs, keeps = o is not None, states is not None or updates is not None
+    stages, columns = (3, 1) if ends else (_STAGES[carriers], carriers)
     WALK(
-        *_grid(x, carriers),
-        (("DTYPE", DTYPES[x.v.dtype]), ("CARRIERS", carriers), ("OUTPUTS", outputs), ("KEEPS", keeps)),
+        *_grid(x, carriers, cut, ends),
+        (("DTYPE", DTYPES[x.v.dtype]), ("CARRIERS", carriers), ("OUTPUTS", outputs), ("KEEPS", keeps), ("CUT", _cut(cut, ends))),
         (
             x.q, x.k, x.v, made.inverses, made.scores, made.lines, x.initial, o, states, updates, final, x.slots.cu_seqlens,
             *x.q.stride()[:3], *x.k.stride()[:3], *x.v.stride()[:3], x.heads, x.group, x.slots.wide, x.tokens, x.slots.each,
+            *((0, None, None) if cut is None else (cut.segments, cut.states, cut.maps)),
         ),
-        _STAGES[carriers] * ((3 + carriers + 3 * outputs) * _SQUARE + _LINES) + carriers * (outputs + 3 * keeps) * _SQUARE,
+        stages * ((3 + columns + 3 * outputs) * _SQUARE + _LINES) + carriers * (outputs + 3 * keeps) * _SQUARE,
     )  # fmt: skip
 
 
-def walk_back(x: Rule, carriers: int, values: tuple[Arg, ...]) -> None:
-    """Walks back. `values`: those of the walk of every card, without what says that a gradient of o arrives."""
-    macros = (("DTYPE", DTYPES[x.v.dtype]), ("CARRIERS", carriers))
-    REVERSE(*_grid(x, carriers), macros, values, _STAGES[carriers] * ((6 + carriers) * _SQUARE + _LINES) + carriers * 4 * _SQUARE)
+def walk_segments(
+    x: Rule,
+    made: Factors,
+    cut: Cut,
+    *,
+    o: Tensor | None = None,
+    final: Tensor | None = None,
+    states: Tensor | None = None,
+    updates: Tensor | None = None,
+) -> None:
+    """The same as `walk` in three launches: what every segment does to a state, the states between them, and all segments from theirs."""
+    walk(x, made, 2, cut=cut, ends=True)
+    chain(x, cut, back=False)
+    walk(x, made, 1, o=o, final=final, states=states, updates=updates, cut=cut)
+
+
+def walk_back(x: Rule, carriers: int, values: tuple[Arg, ...], cut: Cut | None = None) -> None:
+    """Walks back. `values`: those of the walk of every card, without what says that a gradient of o arrives; `cut`: with the maps of a walk forward."""
+    if cut is not None:
+        _reverse(x, carriers, (*values[:7], None, None, None, None, *values[11:]), cut, ends=True)
+        chain(x, cut, back=True)
+    _reverse(x, carriers, values, cut)
+
+
+def _reverse(x: Rule, carriers: int, values: tuple[Arg, ...], cut: Cut | None, *, ends: bool = False) -> None:
+    """One walk back; `ends`: for the gradients of the states between segments alone."""
+    macros, values = (
+        (("DTYPE", DTYPES[x.v.dtype]), ("CARRIERS", carriers), ("CUT", _cut(cut, ends))),
+        (*values, *((0, None) if cut is None else (cut.segments, cut.states))),
+    )
+    REVERSE(*_grid(x, carriers, cut, ends), macros, values, _STAGES[carriers] * ((6 + carriers) * _SQUARE + _LINES) + carriers * 4 * _SQUARE)
 
 
 def gradients(x: Rule, blocks: int, values: tuple[Arg, ...]) -> None:
@@ -148,6 +197,11 @@ def gradients(x: Rule, blocks: int, values: tuple[Arg, ...]) -> None:
     GRADIENTS((min(items, blocks), 1, 1), 4 * _GROUP, macros, (*values, items, x.scale), _GRADIENT_BYTES)
 
 
-def _grid(x: Rule, carriers: int) -> tuple[tuple[int, int, int], int]:
-    """Blocks and threads of a walk."""
-    return (x.slots.sequences * x.heads * 2 // carriers, 1, 1), _GROUP * (2 + carriers)
+def _cut(cut: Cut | None, ends: bool) -> int:
+    return _WHOLE if cut is None else _ENDS if ends else _SEGMENTS
+
+
+def _grid(x: Rule, carriers: int, cut: Cut | None, ends: bool) -> tuple[tuple[int, int, int], int]:
+    """Blocks and threads of a walk; forward for `ends` both carriers have the same half of a head."""
+    walked = 1 if cut is None else cut.segments - ends
+    return (x.slots.sequences * walked * x.heads * (2 if ends else 2 // carriers), 1, 1), _GROUP * (2 + carriers)

@@ -15,6 +15,7 @@ from titans_backends.backend import Candidate
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.signature import Signature
 
+from .delta_cut import room
 from .delta_prepare import Factors, Rule, factors_of, rule_of
 
 __all__ = ["Kept", "keeping", "kept_of", "residual"]
@@ -46,8 +47,9 @@ def kept_of(x: Rule) -> Kept:
 
 
 def residual(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor, ...]:
-    """Tensors of the sizes that a backward is handed."""
-    return tuple(kept_of(rule_of(call, int(candidate.param("side")))))
+    """Tensors of the sizes that a backward is handed; of a sequence in segments their maps, too."""
+    x, segments = rule_of(call, int(candidate.param("side"))), int(dict(candidate.params).get("segments", 0))
+    return (*kept_of(x), *((room(x, segments),) if segments else ()))
 
 
 def keeping(candidates: list[Candidate], signature: Signature, most: int) -> list[Candidate]:
@@ -55,4 +57,10 @@ def keeping(candidates: list[Candidate], signature: Signature, most: int) -> lis
     wide = max(signature.dim("K"), signature.dim("V")) >= _NARROWEST
     if signature.op != "gated_delta_rule" or signature.regime != "training" or not signature.may_save or not wide:
         return []
-    return [replace(one, variant="kept", saves_states=True, residual=f"cupy/blocks of {one.param('side')}") for one in candidates[:most]]
+    return [replace(one, variant="kept", saves_states=True, residual=_name(one)) for one in candidates[:most]]
+
+
+def _name(one: Candidate) -> str:
+    """Of what a candidate hands on."""
+    segments = dict(one.params).get("segments")
+    return f"cupy/blocks of {one.param('side')}" + (f" in {segments} segments" if segments else "")

@@ -2,7 +2,8 @@
 // values of a head's state, transposed, in registers, so that every product's left operand comes from registers and a block waits for no other warp. Of the first eight
 // warps four load ahead, two of them a block, and four store what the carriers leave of one.
 //
-// DTYPE: Bfloat or Half; CARRIERS: 1, half of a head's values, or 2, all of them, which read the tiles of their block together.
+// DTYPE: Bfloat or Half; CARRIERS: 1, half of a head's values, or 2, all of them, which read the tiles of their block together; CUT: WHOLE, a sequence is walked from end to
+// end; SEGMENTS, `segments` of it are walked side by side, whose states at their ends on the walk's way are known; ENDS, they are walked for those states alone (delta_chain.cu).
 #ifndef TITANS_DELTA_CARRIERS_CUH
 #define TITANS_DELTA_CARRIERS_CUH
 
@@ -12,7 +13,8 @@
 #include "delta_blocks.cuh"
 #include "hopper_rows.cuh"
 
-constexpr int GROUP = 128, THREADS = GROUP * (2 + CARRIERS), STAGES = CARRIERS == 1 ? 3 : 2, PART = 64;
+enum Cuts { WHOLE = 0, SEGMENTS = 1, ENDS = 2 };
+constexpr int GROUP = 128, THREADS = GROUP * (2 + CARRIERS), STAGES = CARRIERS == 1 || CUT == ENDS ? 3 : 2, PART = 64;
 constexpr int LOADER_REGISTERS = 40, STORER_REGISTERS = 56, CARRIER_REGISTERS = CARRIERS == 1 ? 240 : 208;
 static_assert(GROUP * (LOADER_REGISTERS + STORER_REGISTERS + CARRIERS * CARRIER_REGISTERS) <= 65536, "a processor's registers");
 // Barriers: of a stage; of what a carrier leaves, its state at a block's beginning and all else at the end, so that either is stored while the other is made.
@@ -30,14 +32,29 @@ using Operand = uint32_t[4][4];  // the same of 64 columns, rounded: a product's
 struct Task {
     Blocked here;
     int head, heads, sequence, column;  // column: its first value
-    template <typename P> DEVICE Task(const P& p) {
-        constexpr int HALVES = 2 / CARRIERS;
-        const int stream = blockIdx.x / HALVES;
-        column = blockIdx.x % HALVES * PART, heads = p.heads, head = stream % p.heads, sequence = stream / p.heads;
-        here = find_sequence(Grid{p.cu_seqlens, p.cu_wide, 0, p.tokens, SIDE, 0, p.slots}, sequence);
+    int segment, segments;  // which of its sequence's, and how many it has
+    // OMITTED: the segment that is not walked for its end's state, the first or the last one; HALVES: blocks of threads of a head
+    template <int OMITTED, int HALVES, typename P> DEVICE static Task of(const P& p) {
+        Task task;
+        const int stream = blockIdx.x / HALVES, unit = stream / p.heads, walked = CUT == WHOLE ? 1 : CUT == ENDS ? p.segments - 1 : p.segments;
+        task.column = blockIdx.x % HALVES * PART, task.heads = p.heads, task.head = stream % p.heads;
+        task.sequence = unit / walked, task.segments = CUT == WHOLE ? 1 : p.segments, task.segment = unit % walked + (CUT == ENDS && OMITTED == 0 ? 1 : 0);
+        task.here = find_sequence(Grid{p.cu_seqlens, p.cu_wide, 0, p.tokens, SIDE, 0, p.slots}, task.sequence);
+        if constexpr (CUT != WHOLE) {  // whole blocks, as evenly as they go; none where there are fewer of them than segments
+            Blocked& here = task.here;
+            const int64_t blocks = here.blocks;
+            const int first = static_cast<int>(blocks * task.segment / p.segments), end = static_cast<int>(blocks * (task.segment + 1) / p.segments);
+            const int64_t before = static_cast<int64_t>(first) * SIDE, most = static_cast<int64_t>(end - first) * SIDE;
+            here.start += before, here.count = here.count - before < most ? here.count - before : most, here.first_slot += first, here.blocks = end - first;
+        }
+        return task;
     }
+    DEVICE bool first() const { return segment == 0; }
+    DEVICE bool last() const { return segment == segments - 1; }
     DEVICE int64_t place(int block) const { return static_cast<int64_t>(here.first_slot + block) * heads + head; }
+    // a state of its sequence, and one of its segment or of the one `further`
     DEVICE int64_t state() const { return (static_cast<int64_t>(sequence) * heads + head) * (KEYS * VALUES) + column; }
+    DEVICE int64_t inner(int further) const { return ((static_cast<int64_t>(sequence) * segments + segment + further) * heads + head) * (KEYS * VALUES) + column; }
     DEVICE int length(int block) const {
         const int64_t left = here.count - static_cast<int64_t>(block) * SIDE;
         return left < SIDE ? static_cast<int>(left) : SIDE;
@@ -113,6 +130,12 @@ DEVICE void read_state(Sums& state, const float* from, int key) {
     const int r = lane_id() / 4, c = lane_id() % 4;
 #pragma unroll
     for (int i = 0; i < 32; i++) state[i] = from ? from[(key + i / 4 * 8 + 2 * c + i % 2) * VALUES + r + i / 2 % 2 * 8] : 0.0f;
+}
+// the same of the identity's columns from `column` on: what a state that no token wrote to was
+DEVICE void identity(Sums& state, int key, int column) {
+    const int r = lane_id() / 4, c = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < 32; i++) state[i] = key + i / 4 * 8 + 2 * c + i % 2 == column + r + i / 2 % 2 * 8 ? 1.0f : 0.0f;
 }
 DEVICE void write_state(float* to, int key, const Sums& state) {
     const int r = lane_id() / 4, c = lane_id() % 4;

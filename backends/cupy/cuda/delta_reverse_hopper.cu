@@ -8,7 +8,10 @@
 // them some 1,500: 128 blocks of 1 x 8192 take about 110 us, whatever the number of heads up to 66. It reads 56 KB (q, k, P and A' from the second-level cache for the
 // other half) and writes 32 KB: 8 x 1024, 16/32 heads, 0.46 GB, 140 us of memory.
 //
-// DTYPE; CARRIERS.
+// CUT = SEGMENTS begins each segment but the last at the gradient of the state at its end, in `ends`. CUT = ENDS, of all segments but the first, leaves in the `ends` of the
+// segment before it what it makes of zero, the last one of the gradient of the final state.
+//
+// DTYPE; CARRIERS; CUT.
 #include "delta_carriers.cuh"
 
 // A stage: k and q in two halves of their columns, A', P, columns of dO for each carrier, lines
@@ -25,13 +28,16 @@ struct Params {
     float* d_initial;
     const void* cu_seqlens;
     int64_t q_b, q_t, q_h, k_b, k_t, k_h, o_b, o_t, o_h;
-    int heads, group, cu_wide, tokens, slots;
+    int heads, group, cu_wide, tokens, slots, segments;
+    float* ends;  // [sequences, segments, heads, KEYS, VALUES]
 };
+
+DEVICE Task task_of(const Params& p) { return Task::of<0, 2 / CARRIERS>(p); }
 
 // ---- The loaders take blocks by turns, two warps each: one has the first columns of q and k and A', the other the last ones and P, and both of a block's other rows.
 
 DEVICE void load(const Params& p, unsigned char* memory, int turn, int half) {
-    const Task task(p);
+    const Task task = task_of(p);
     const int64_t shared = task.head / p.group;
     const DTYPE* const k = p.k + task.here.batch * p.k_b + task.here.start * p.k_t + shared * p.k_h;
     const DTYPE* const q = p.q + task.here.batch * p.q_b + task.here.start * p.q_t + shared * p.q_h;
@@ -55,7 +61,7 @@ DEVICE void load(const Params& p, unsigned char* memory, int turn, int half) {
 // ---- The storers of a carrier: what it left of a block, to device memory.
 
 DEVICE void store(const Params& p, const unsigned char* memory, int thread) {
-    const Task task(p);
+    const Task task = task_of(p);
     const int carrier = thread / STORERS, column = task.column + carrier * PART;
     thread %= STORERS;
     const unsigned char* const left = memory + STAGES_BYTES + carrier * LEFT_BYTES;
@@ -81,13 +87,14 @@ DEVICE void store(const Params& p, const unsigned char* memory, int thread) {
 // ---- The carriers.
 
 DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
-    const Task task(p);
+    const Task task = task_of(p);
     const int warp = threadIdx.x / 32 % 4, c = lane_id() % 4;
     unsigned char* const left = memory + STAGES_BYTES + carrier * LEFT_BYTES;
-    const int64_t of_sequence = task.state() + carrier * PART + 16 * warp;
+    const int64_t aside = carrier * PART + 16 * warp, of_sequence = task.state() + aside;
     Sums low, high;  // E^T of keys 0 to 63, and of the others
-    read_state(low, p.d_final ? p.d_final + of_sequence : nullptr, 0);
-    read_state(high, p.d_final ? p.d_final + of_sequence : nullptr, 64);
+    const float* start = task.last() && p.d_final ? p.d_final + of_sequence : nullptr;
+    if (CUT == SEGMENTS && !task.last()) start = p.ends + task.inner(0) + aside;
+    read_state(low, start, 0), read_state(high, start, 64);
 #pragma unroll 1
     for (int step = 0; step < task.here.blocks; step++) {
         const int stage = step % STAGES;
@@ -172,7 +179,9 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
         settled(low), settled(high);
         barrier_arrive(FREED + stage, WITH_LOADERS);
     }
-    if (p.d_initial) write_state(p.d_initial + of_sequence, 0, low), write_state(p.d_initial + of_sequence, 64, high);
+    float* end = p.d_initial && task.first() ? p.d_initial + of_sequence : nullptr;
+    if constexpr (CUT == ENDS) end = p.ends + task.inner(-1) + aside;
+    if (end) write_state(end, 0, low), write_state(end, 64, high);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_reverse_hopper(const __grid_constant__ Params p) {

@@ -8,16 +8,23 @@
 // cores, of which 640 follow one another, with three roundings between them some 1,300: 128 blocks of 1 x 8192 take about 100 us, whatever the number of heads up to 66.
 // It reads 56 KB (q, k, P and A' from the second-level cache for the other half) and writes 8 KB: 8 x 1024, 16/32 heads, 0.3 GB, 90 us of memory.
 //
-// DTYPE; CARRIERS; OUTPUTS: o is computed; KEEPS: states and U are kept.
+// CUT = SEGMENTS begins each segment at its state in `starts`. CUT = ENDS, of all segments but the last, has two carriers with the same columns: one begins at zero, in
+// the first segment at the sequence's own state, and leaves the offset N in the next segment's `starts`; one begins at the identity, without values, and leaves the map M
+// in `maps`: S_out = M S_in + N. Both together: 2 x 2.6 MFLOP a block of tokens, 2 x 640 cycles, 40 KB.
+//
+// DTYPE; CARRIERS; OUTPUTS: o is computed; KEEPS: states and U are kept; CUT.
 #include "delta_carriers.cuh"
 
 // A stage: k in two halves of its columns, A', columns of v for each carrier, and for outputs q and P; lines
-constexpr int K_AT = 0, INVERSE_AT = 2 * SQUARE_BYTES, V_AT = 3 * SQUARE_BYTES, Q_AT = V_AT + CARRIERS * SQUARE_BYTES, SCORES_AT = Q_AT + 2 * SQUARE_BYTES;
-constexpr int STAGE_BYTES = (3 + CARRIERS + 3 * OUTPUTS) * SQUARE_BYTES, STAGES_BYTES = STAGES * STAGE_BYTES;
+constexpr int K_AT = 0, INVERSE_AT = 2 * SQUARE_BYTES, V_AT = 3 * SQUARE_BYTES, V_COLUMNS = CUT == ENDS ? 1 : CARRIERS;
+constexpr int Q_AT = V_AT + V_COLUMNS * SQUARE_BYTES, SCORES_AT = Q_AT + 2 * SQUARE_BYTES;
+constexpr int STAGE_BYTES = (3 + V_COLUMNS + 3 * OUTPUTS) * SQUARE_BYTES, STAGES_BYTES = STAGES * STAGE_BYTES;
 // What a carrier leaves of a block: O by tokens; 64 rows of S^T, 128 keys in two halves, and U by tokens
 constexpr int O_AT = 0, STATES_AT = OUTPUTS * SQUARE_BYTES, UPDATES_AT = STATES_AT + 2 * SQUARE_BYTES, LEFT_BYTES = (OUTPUTS + 3 * KEEPS) * SQUARE_BYTES;
 constexpr int LINES_AT = STAGES_BYTES + CARRIERS * LEFT_BYTES;
 static_assert(LINES_AT + STAGES * LINES_BYTES <= 232448, "a block's shared memory");
+static_assert(CUT != ENDS || (CARRIERS == 2 && !OUTPUTS && !KEEPS), "offsets and maps, and nothing else");
+constexpr bool LEAVES = OUTPUTS || KEEPS;
 
 struct Params {
     const DTYPE *q, *k, *v, *inverses, *scores;
@@ -26,13 +33,16 @@ struct Params {
     float* final;
     const void* cu_seqlens;
     int64_t q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h;
-    int heads, group, cu_wide, tokens, slots;
+    int heads, group, cu_wide, tokens, slots, segments;
+    float *starts, *maps;  // [sequences, segments, heads, KEYS, VALUES]
 };
+
+DEVICE Task task_of(const Params& p) { return Task::of<1, CUT == ENDS ? 2 : 2 / CARRIERS>(p); }
 
 // ---- The loaders take blocks by turns, two warps each: one has the first columns of q and k and A', the other the last ones and P, and both of a block's other rows.
 
 DEVICE void load(const Params& p, unsigned char* memory, int turn, int half) {
-    const Task task(p);
+    const Task task = task_of(p);
     const int64_t shared = task.head / p.group;
     const DTYPE* const k = p.k + task.here.batch * p.k_b + task.here.start * p.k_t + shared * p.k_h;
     const DTYPE* const q = p.q + task.here.batch * p.q_b + task.here.start * p.q_t + shared * p.q_h;
@@ -47,7 +57,7 @@ DEVICE void load(const Params& p, unsigned char* memory, int turn, int half) {
         if constexpr (OUTPUTS) load_rows(to + Q_AT + half * SQUARE_BYTES, q + at * p.q_t + half * 64, p.q_t, length);
         if (half == 0) load_lower(to + INVERSE_AT, p.inverses + place * (SIDE * SIDE));
         else if constexpr (OUTPUTS) load_lower(to + SCORES_AT, p.scores + place * (SIDE * SIDE));
-        if (CARRIERS == 2 || half == 1) load_rows(to + V_AT + half * (CARRIERS - 1) * SQUARE_BYTES, v + at * p.v_t + half * (CARRIERS - 1) * PART, p.v_t, length);
+        if (V_COLUMNS == 2 || half == 1) load_rows(to + V_AT + half * (V_COLUMNS - 1) * SQUARE_BYTES, v + at * p.v_t + half * (V_COLUMNS - 1) * PART, p.v_t, length);
         for (int i = lane_id() + 32 * half; i < LINES / 4; i += 64) cp_async_16(memory + LINES_AT + stage * LINES_BYTES + 16 * i, p.lines + place * LINES + 4 * i, true);
         landed(LOADED + stage, WITH_LOADERS);
     }
@@ -56,7 +66,7 @@ DEVICE void load(const Params& p, unsigned char* memory, int turn, int half) {
 // ---- The storers of a carrier: what it left of a block, to device memory.
 
 DEVICE void store(const Params& p, const unsigned char* memory, int thread) {
-    const Task task(p);
+    const Task task = task_of(p);
     const int carrier = thread / STORERS, column = task.column + carrier * PART;
     thread %= STORERS;
     const unsigned char* const left = memory + STAGES_BYTES + carrier * LEFT_BYTES;
@@ -86,13 +96,19 @@ DEVICE void store(const Params& p, const unsigned char* memory, int thread) {
 // ---- The carriers.
 
 DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
-    const Task task(p);
+    const Task task = task_of(p);
     const int warp = threadIdx.x / 32 % 4, c = lane_id() % 4;
     unsigned char* const left = memory + STAGES_BYTES + carrier * LEFT_BYTES;
-    const int64_t of_sequence = task.state() + carrier * PART + 16 * warp;
+    const bool map = CUT == ENDS && carrier == 1;
+    const int64_t aside = (CUT == ENDS ? 0 : carrier * PART) + 16 * warp, of_sequence = task.state() + aside;
     Sums low, high;  // S^T of keys 0 to 63, and of the others
-    read_state(low, p.initial ? p.initial + of_sequence : nullptr, 0);
-    read_state(high, p.initial ? p.initial + of_sequence : nullptr, 64);
+    const float* start = task.first() && p.initial ? p.initial + of_sequence : nullptr;
+    if (CUT == SEGMENTS && !task.first()) start = p.starts + task.inner(0) + aside;
+    if (map) {
+        identity(low, 0, task.column + 16 * warp), identity(high, 64, task.column + 16 * warp);
+    } else {
+        read_state(low, start, 0), read_state(high, start, 64);
+    }
 #pragma unroll 1
     for (int block = 0; block < task.here.blocks; block++) {
         const int stage = block % STAGES;
@@ -121,7 +137,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
                 barrier_arrive(LEFT + 2 * carrier + STATE, WITH_STORERS);
             }
         }
-        const Part values{from + V_AT + carrier * SQUARE_BYTES};
+        const Part values{from + V_AT + (V_COLUMNS - 1) * carrier * SQUARE_BYTES};
         Operand given;
 #pragma unroll
         for (int s = 0; s < 4; s++) values.columns(given[s][0], given[s][1], given[s][2], given[s][3], 16 * warp, 16 * s);
@@ -132,7 +148,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
             const float2 weight = two(lines + WEIGHT + 8 * n + 2 * c), lost = two(lines + LOST + 8 * n + 2 * c);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float2 own = unpair<DTYPE>(given[n / 2][n % 2 * 2 + i]);
+                const float2 own = unpair<DTYPE>(map ? 0u : given[n / 2][n % 2 * 2 + i]);
                 error[4 * n + 2 * i] = weight.x * own.x - lost.x * error[4 * n + 2 * i];
                 error[4 * n + 2 * i + 1] = weight.y * own.y - lost.y * error[4 * n + 2 * i + 1];
             }
@@ -165,7 +181,7 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
             for (int s = 0; s < 4; s++) product_of<DTYPE, BY_ROWS, true>(out, rounded[s], further(scores, s * FURTHER_IN_ROWS));  // U^T P^T
         }
         products_commit();
-        if (block > 0) barrier_sync(STORED + 2 * carrier + REST, WITH_STORERS);
+        if (LEAVES && block > 0) barrier_sync(STORED + 2 * carrier + REST, WITH_STORERS);
         if constexpr (KEEPS) {
             if (p.updates) leave_turned(left + UPDATES_AT, rounded);
         }
@@ -176,10 +192,12 @@ DEVICE void carry(const Params& p, unsigned char* memory, int carrier) {
             as_operand(rounded, out);
             leave_turned(left + O_AT, rounded);
         }
-        barrier_arrive(LEFT + 2 * carrier + REST, WITH_STORERS);
+        if constexpr (LEAVES) barrier_arrive(LEFT + 2 * carrier + REST, WITH_STORERS);
         barrier_arrive(FREED + stage, WITH_LOADERS);
     }
-    if (p.final) write_state(p.final + of_sequence, 0, low), write_state(p.final + of_sequence, 64, high);
+    float* end = p.final && task.last() ? p.final + of_sequence : nullptr;
+    if constexpr (CUT == ENDS) end = map ? p.maps + task.inner(0) + aside : p.starts + task.inner(1) + aside;
+    if (end) write_state(end, 0, low), write_state(end, 64, high);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk_hopper(const __grid_constant__ Params p) {
@@ -190,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_walk_hopper(const
         load(p, memory, warp / 2, warp % 2);
     } else if (warp < 8) {
         leave_registers<STORER_REGISTERS>();
-        store(p, memory, threadIdx.x - GROUP);
+        if constexpr (LEAVES) store(p, memory, threadIdx.x - GROUP);
     } else {
         take_registers<CARRIER_REGISTERS>();
         carry(p, memory, warp / 4 - 2);

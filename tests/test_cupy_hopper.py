@@ -209,10 +209,10 @@ def test_what_it_does_not_serve_other_kernels_do() -> None:
     [
         *((delta_hopper.PREPARE.source, (("NORMALIZED", each), ("EVENLY", each))) for each in (0, 1)),
         *(
-            (delta_hopper.WALK.source, (("CARRIERS", each), ("OUTPUTS", outputs), ("KEEPS", keeps)))
-            for each, outputs, keeps in ((1, 1, 0), (2, 1, 1), (2, 0, 1))
+            (delta_hopper.WALK.source, (("CARRIERS", each), ("OUTPUTS", outputs), ("KEEPS", keeps), ("CUT", cut)))
+            for each, outputs, keeps, cut in ((1, 1, 0, 0), (2, 1, 1, 0), (2, 0, 1, 0), (1, 1, 1, 1), (2, 0, 0, 2))
         ),
-        *((delta_hopper.REVERSE.source, (("CARRIERS", each),)) for each in (1, 2)),
+        *((delta_hopper.REVERSE.source, (("CARRIERS", each), ("CUT", cut))) for each, cut in ((1, 0), (2, 0), (1, 1), (1, 2))),
         *((delta_hopper.GRADIENTS.source, (("NORMALIZED", each),)) for each in (0, 1)),
     ],
 )

@@ -110,7 +110,7 @@ def test_a_segment_says_what_it_does_to_a_state() -> None:
     ("case", "segments"),
     [
         pytest.param(replace(BASE, T=200), 4, id="grouped, ragged, gates and a state"),
-        pytest.param(replace(BASE, T=200, G=2, keys="correlated", beta="extreme", given=("g",), options={}), 3, id="parallel keys, beta 0 1 2"),
+        pytest.param(replace(BASE, T=200, G=2, keys="correlated", beta="extreme", given=(), options={}), 3, id="parallel keys, beta 0 1 2"),
         pytest.param(replace(BASE, T=131, H=1, dtype=torch.float16, decay="hard", given=("g",)), 5, id="more segments than blocks"),
     ],
 )

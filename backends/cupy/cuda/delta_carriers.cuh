@@ -42,10 +42,10 @@ struct Task {
         task.here = find_sequence(Grid{p.cu_seqlens, p.cu_wide, 0, p.tokens, SIDE, 0, p.slots}, task.sequence);
         if constexpr (CUT != WHOLE) {  // whole blocks, as evenly as they go; none where there are fewer of them than segments
             Blocked& here = task.here;
-            const int64_t blocks = here.blocks;
-            const int first = static_cast<int>(blocks * task.segment / p.segments), end = static_cast<int>(blocks * (task.segment + 1) / p.segments);
-            const int64_t before = static_cast<int64_t>(first) * SIDE, most = static_cast<int64_t>(end - first) * SIDE;
-            here.start += before, here.count = here.count - before < most ? here.count - before : most, here.first_slot += first, here.blocks = end - first;
+            const int each = here.blocks / p.segments, longer = task.segment - (p.segments - here.blocks % p.segments);  // the last ones have one more
+            const int first = task.segment * each + (longer > 0 ? longer : 0);
+            const int64_t before = static_cast<int64_t>(first) * SIDE;
+            here.start += before, here.count -= before, here.first_slot += first, here.blocks = each + (longer >= 0);
         }
         return task;
     }

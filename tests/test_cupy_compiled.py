@@ -37,6 +37,8 @@ SPILLING = {"dual_core": 5120, "gated_delta_rule": 96, "slow_core": 32}
 
 ALSO = {"dual_core": ("flat",)}
 """Variants that are compiled beside an op's first one: other kernels."""
+FEW = {"gated_delta_rule": (2, 8)}
+"""Heads so few that long sequences are cut: other kernels, too."""
 PARTS = {"dual_core": "dual_"}
 """What an op's own files begin with where it is put together from other ops' kernels, which are compiled for those."""
 
@@ -75,6 +77,9 @@ def production(op: str) -> Iterator[Case]:
         case = Case(f"{variant.name}, {size}", B=1, T=tokens, G=32, H=32, K=size, V=size, dtype=dtype, options=variant.options, given=variant.given)
         if offered(op, case, 90):
             yield case
+    if op in FEW:
+        groups, heads = FEW[op]
+        yield Case("few heads", B=1, T=2048, G=groups, H=heads, K=128, V=128, dtype=torch.bfloat16, options=served[0].options, given=served[0].given)
 
 
 def variants(op: str) -> Iterator[Case]:
@@ -178,8 +183,8 @@ def test_every_cuda_file_is_launched_by_a_candidate_that_is_compiled_here() -> N
 def test_no_candidate_asks_for_more_shared_memory_than_a_card_has(op: str) -> None:
     for sm, machine in CARDS.items():
         for variant in CONTRACTS[op].variants:
-            for size, dtype in product((128, 64, 32), (torch.bfloat16, torch.float32)):
+            for (groups, heads), size, dtype in product({(32, 32), FEW.get(op, (32, 32))}, (128, 64, 32), (torch.bfloat16, torch.float32)):
                 tokens = 1 if op == "gated_delta_step" else 2048
-                case = Case("", B=1, T=tokens, G=32, H=32, K=size, V=size, dtype=dtype, options=variant.options, given=variant.given)
+                case = Case("", B=1, T=tokens, G=groups, H=heads, K=size, V=size, dtype=dtype, options=variant.options, given=variant.given)
                 for form in forms(op, case, sm, every=True):
                     assert form.shared <= (machine.shared_memory_bytes or 0), f"{variant.name} on sm_{sm}: {form}"

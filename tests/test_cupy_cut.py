@@ -220,7 +220,7 @@ def segments_offered(case: Case, regime: str = "training", **signature: object) 
     [
         pytest.param(FEW, 8, id="as many as find a processor"),
         pytest.param(replace(FEW, T=2048 + 40), 4, id="of eight blocks at least"),
-        pytest.param(replace(FEW, G=1, H=1), 16, id="as many as a chain is worth"),
+        pytest.param(replace(FEW, G=1, H=1), 15, id="as many as a chain is worth"),
         pytest.param(replace(FEW, B=2), 4, id="two sequences"),
         pytest.param(replace(FEW, T=16384, lengths=(16384 - 7, 7)), 4, id="packed"),
         pytest.param(replace(FEW, T=1024), 0, id="short"),

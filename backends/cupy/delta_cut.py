@@ -27,8 +27,8 @@ _BYTES = 4 * (2 * _SIZE * (_SIZE + 4) + 9 * _SIZE * _COLUMNS)
 _SMS, _SIDE = 132, 64
 _FEWEST, _SHORTEST = 3, 8
 """Segments that pay for walking nearly all of them twice; blocks of one that pay for its step of the chain and the walks' beginnings."""
-_BALANCE = 2.25
-"""A block's two walks, 2.7 us, over a step of the chain, 1.2: segments beyond the root of so many times the blocks cost more between them than they save."""
+_BALANCE = 1.8
+"""A block's two walks, 2.7 us, over a step of the chain, 1.5: segments beyond the root of so many times the blocks cost more between them than they save."""
 
 
 @dataclass(frozen=True, slots=True)

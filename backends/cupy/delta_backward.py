@@ -98,7 +98,8 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     if not delta_hopper.is_offered(signature, machine):
         return walks + keeping(walks, signature, _KEEPING)
     walk = next(one for one in walks if one.param("side") == delta_hopper.SIDE)
-    blocks, wide = machine.sms or _SMS, []
+    wide: list[Candidate] = []
+    blocks = machine.sms or _SMS
     for each in delta_hopper.params_of(signature, machine):
         files = source_names(*_SOURCES, *delta_hopper.BACKWARD_SOURCES, *((CHAIN.source,) if "segments" in each else ()))
         params = {**dict(walk.params), "carriers": each["carriers"], "blocks": blocks, **each}

@@ -1,8 +1,9 @@
 """Few heads of a long sequence on Hopper: every sequence cut into segments of whole blocks, which the walks take side by side (kernel in cuda/delta_chain.cu).
 
 What a segment does to a state is walked first, S_out = M S_in + N, then the states between segments follow one from the other in float32, then all segments are walked
-from theirs; a walk back likewise, with the same M. H100, 1 x 32768, 2/8 heads, by counting: 8 segments of 64 blocks take 64 x (1.2 + 1.9) us, where
-all processors walk and memory binds, and 6 steps of 1.5 between them, where one walk takes 512 x 1.5. A segment, v head and direction costs 64 KB for its state, and 64 KB for M, which training hands on.
+from theirs; a walk back likewise, with the same M. H100, 1 x 32768, 2/8 heads, by counting: 8 segments of 64 blocks take 64 x (1.2 + 1.9) us, where all processors walk
+and memory binds, and 6 steps of 1.5 between them, where one walk takes 512 x 1.5. A segment, v head and direction costs 64 KB for its state, and 64 KB for M, which
+training hands on.
 """
 
 from __future__ import annotations

@@ -62,6 +62,13 @@ def test_an_end_at_a_row_that_is_no_neighbour_any_more_says_nothing():
     assert find(replace(tuned, rows=rows), 32, 512).seq_len == 512, "other streams, a tuned length"
 
 
+def test_an_end_before_its_own_row_says_nothing():
+    tuned = table((16, 512), (16, 2048))
+    rows = {bucket: replace(entry, until=(2048, 100)) if bucket.seq_len == 512 else entry for bucket, entry in tuned.rows.items()}
+    hit = find(replace(tuned, rows=rows), 16, 600)
+    assert (hit.seq_len, hit.why) == (512, "")
+
+
 @pytest.mark.parametrize(
     ("streams", "seq_len", "reason"),
     [

@@ -107,7 +107,7 @@ def _beside(table: Table, asked: Bucket, lengths: Collection[int]) -> tuple[Buck
     shorter = asked._replace(seq_len=max(length for length in lengths if length < asked.seq_len))
     longer = asked._replace(seq_len=min(length for length in lengths if length > asked.seq_len))
     until = table.rows[shorter].until
-    if until is None or until[0] != longer.seq_len:
+    if until is None or until[0] != longer.seq_len or until[1] < shorter.seq_len:  # another row's, or written by hand
         return asked._replace(seq_len=_nearest((shorter.seq_len, longer.seq_len), asked.seq_len)), ""
     chosen = shorter if asked.seq_len <= until[1] else longer
     return chosen, f"between {shorter.seq_len} and {longer.seq_len} the choice changes after {until[1]}, by the times of both at either"

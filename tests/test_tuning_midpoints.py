@@ -24,10 +24,11 @@ from titans_backends.tuning import run as running
 from titans_backends.tuning.midpoints import disagreeing
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
-from titans_backends.tuning.report import TuneReport
+from titans_backends.tuning.report import TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
 from titans_backends.tuning.run import tune
 from titans_backends.tuning.standing import Standing, measurement_of
+from titans_backends.tuning.store import Store
 
 PLUGINS = Path(__file__).parent / "plugins"
 RUN = """    if name in ("late", "later"):
@@ -115,6 +116,49 @@ def test_the_choices_of_neighbours_that_differ_meet_in_the_middle_alone_and_once
     asked, _ = tuned(output, [middle])
     assert raced(output, middle) == {"later", "short", "long", "reference/contract"}
     assert [row.choices for row in asked.rows] == [3]
+
+
+def rewrite(output: Path, until: tuple[int, int] | None, length: int = 12) -> Table:
+    """The table with another `until` in one row, as another process would write it."""
+    rows = {bucket: replace(entry, until=until) if bucket.seq_len == length else entry for bucket, entry in table(output).rows.items()}
+    return file.edit(output, lambda older: replace(older, rows=rows), device=table(output).device, defaults_of=defaults_of)
+
+
+def test_a_tune_that_was_killed_before_its_last_step_is_made_good_by_the_next(output: Path) -> None:
+    tuned(output, at(4, 36))
+    told = table(output).rows[at(12)[0]].until
+    assert told is not None
+    rewrite(output, None)
+    output.chmod(0o444)
+    report, _ = tuned(output, at(4, 36))
+    assert report.nothing_to_do, "a table that cannot be written is no error where all is current"
+    assert table(output).rows[at(12)[0]].until is None
+    output.chmod(0o644)
+    report, _ = tuned(output, at(4, 36))
+    assert report.nothing_to_do
+    assert table(output).rows[at(12)[0]].until == told
+
+
+def test_an_end_is_not_written_over_what_another_process_chose_meanwhile(output: Path) -> None:
+    tuned(output, at(4, 36))
+    told, store = rewrite(output, None), Store.opened(detect("cpu"), output)
+    other = replace(told.rows[at(36)[0]], use="faulty/later")
+    file.edit(output, lambda older: replace(older, rows={**older.rows, at(36)[0]: other}), device=told.device, defaults_of=defaults_of)
+    store.switch({at(12)[0]: (36, 20)})
+    assert table(output).rows[at(12)[0]].until is None
+    store.switch({at(12)[0]: (36, 20)})
+    assert table(output).rows[at(12)[0]].until == (36, 20), "it has seen the other's row by now"
+
+
+def test_an_interruption_is_told_as_one_where_the_file_cannot_be_written_any_more(output: Path) -> None:
+    def interrupted(event: events.Event) -> None:
+        if isinstance(event, events.Refining):
+            output.chmod(0o444)
+            raise KeyboardInterrupt
+
+    with pytest.raises(TuneInterrupted) as stop:
+        tune(TuneRequest(at(4, 36), backends=("faulty",), bucket_s=0.02, output=output), interrupted)
+    assert [row.entry is not None for row in stop.value.report.rows] == [True, True]
 
 
 def test_what_was_not_asked_for_is_left_out_and_an_older_table_is_refined_later(output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from titans_backends import registry
 from titans_backends.backend import Candidate
 from titans_backends.buckets import Bucket, bucket_of
+from titans_backends.cache.file import CacheError
 from titans_backends.cache.schema import Entry
 from titans_backends.cache.timings import Measurement
 from titans_backends.contracts.contract import Call, Contract
@@ -72,7 +74,8 @@ def tune(request: TuneRequest, on_event: OnEvent = ignore, host: Host | None = N
             run.all()
             run.switch()
         except KeyboardInterrupt as error:
-            run.switch()
+            with contextlib.suppress(CacheError):  # what is told is the interruption; the rows stand, and the next tune says up to where they speak
+                run.switch()
             raise TuneInterrupted(run.report()) from error
         finally:
             if run.wrote:
@@ -140,8 +143,9 @@ class _Run:
             self._refine()
 
     def switch(self) -> None:
-        """Says up to where each row of the keys that were asked for speaks towards its longer neighbour, where a row was written."""
-        if not self.wrote or self.store.table is None:
+        """Says up to where each row of the keys that were asked for speaks towards its longer neighbour; of rows that an earlier tune wrote too, which may
+        have been killed before it came to this. A table that cannot be written and is current otherwise is left as it is."""
+        if self.store.table is None:
             return
         keys = {bucket._replace(seq_len=0) for bucket in self.request.buckets}
         plain = {key: key for key in keys} | {without_states(key): key for key in keys if is_training(key)}
@@ -150,8 +154,9 @@ class _Run:
             lambda bucket: bucket._replace(seq_len=0) in plain,
             lambda bucket: self._possible(plain[bucket._replace(seq_len=0)]._replace(seq_len=bucket.seq_len)),
         )
-        if changes:
+        if changes and (self.wrote or self.store.is_writable()):
             self.store.switch(changes)
+            self.wrote = True
 
     def _is_over(self) -> bool:
         """Whether the budget has ended."""

@@ -88,8 +88,8 @@ def test_a_row_ends_where_the_next_ones_choice_becomes_the_faster() -> None:
     assert found({**rows, 2048: row(OTHER, until=(8192, 4000)), 8192: row(OTHER, until=(9000, 8500))}) == {512: (2048, 1024), 2048: None, 8192: None}
 
 
-@pytest.mark.parametrize("changes", [{"objective": "memory"}, {"max_memory_mib": 500.0}, {"use": "eager/gone"}])
-def test_who_was_not_chosen_by_time_alone_or_is_offered_no_more_ends_nowhere(changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("changes", [{"objective": "memory"}, {"max_memory_mib": 500.0}])
+def test_who_was_not_chosen_by_time_alone_ends_nowhere(changes: dict[str, object]) -> None:
     assert found({512: row(ONE, **changes), 2048: row(OTHER)}) == {}
     assert found({512: row(ONE, until=(2048, 600)), 2048: row(OTHER, **changes)}) == {512: None}
 
@@ -102,7 +102,8 @@ def test_a_choice_that_was_not_timed_at_both_lengths_says_nothing() -> None:
 def test_what_was_measured_earlier_stands_where_the_times_are_gone_or_of_other_versions() -> None:
     gone: dict[int, dict[Candidate, float | None]] = {length: {} for length in TIMES}
     rows = {512: row(ONE, until=(2048, 600)), 2048: row(OTHER)}
-    assert found(rows, gone) == {}
+    assert found(rows, gone) == found(rows, refused=2048) == {}
+    assert found({**rows, 2048: row(OTHER, use="eager/gone")}) == {}, "its backend may be disabled today"
     assert found({**rows, 1024: row(ONE)}, {**gone, 1024: {}}) == {512: None}, "another row is the next one"
     assert found({**rows, 2048: row(ONE)}, gone) == {512: None}, "one choice at both"
 

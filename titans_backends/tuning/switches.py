@@ -37,8 +37,8 @@ def switches(
 ) -> dict[Bucket, tuple[int, int] | None]:
     """What `until` is to be in each row that has a longer neighbour and whose key `of` accepts, where that differs from what it is.
 
-    None for neighbours with one choice, for rows that were not chosen by time alone, and where a choice is no longer offered. Where one was not timed at both
-    with what is installed today, what stands there stays: whoever writes one of the two rows drops it.
+    None for neighbours with one choice and for rows that were not chosen by time alone. Where a choice is not offered here today, or was not timed at both
+    with what is installed, what stands there stays: whoever writes one of the two rows drops it.
     """
     lengths: dict[Bucket, list[int]] = {}
     for bucket in rows:
@@ -57,6 +57,16 @@ def switches(
 def _until(one: Bucket, other: Bucket, rows: Mapping[Bucket, Entry], standing: Callable[[Bucket], Standing | None]) -> tuple[int, int] | None:
     if not (_by_time(rows[one]) and _by_time(rows[other])) or same_choice(rows[one], rows[other]):
         return None
+    timed = _timed(one, other, rows, standing)
+    if timed is None:
+        known = rows[one].until
+        return known if known is not None and known[0] == other.seq_len else None
+    last = crossing(one.seq_len, other.seq_len, *timed)
+    return None if last is None else (other.seq_len, last)
+
+
+def _timed(one: Bucket, other: Bucket, rows: Mapping[Bucket, Entry], standing: Callable[[Bucket], Standing | None]) -> tuple[Times, Times] | None:
+    """What both choices take at either length; None where one is not offered here today, or was not timed at both with what is installed."""
     here, there = standing(one), standing(other)
     if here is None or there is None:
         return None
@@ -64,11 +74,7 @@ def _until(one: Bucket, other: Bucket, rows: Mapping[Bucket, Entry], standing: C
     if chosen[0] is None or chosen[1] is None:
         return None
     at_shorter, at_longer = _times(here, chosen[0], chosen[1]), _times(there, chosen[0], chosen[1])
-    if at_shorter is None or at_longer is None:
-        known = rows[one].until
-        return known if known is not None and known[0] == other.seq_len else None
-    last = crossing(one.seq_len, other.seq_len, at_shorter, at_longer)
-    return None if last is None else (other.seq_len, last)
+    return None if at_shorter is None or at_longer is None else (at_shorter, at_longer)
 
 
 def _by_time(entry: Entry) -> bool:

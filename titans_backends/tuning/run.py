@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -149,10 +150,11 @@ class _Run:
             return
         keys = {bucket._replace(seq_len=0) for bucket in self.request.buckets}
         plain = {key: key for key in keys} | {without_states(key): key for key in keys if is_training(key)}
+        possible = functools.cache(self._possible)  # most rows have two neighbours, and in training two rows one standing
         changes = switches(
             self.store.table.rows,
             lambda bucket: bucket._replace(seq_len=0) in plain,
-            lambda bucket: self._possible(plain[bucket._replace(seq_len=0)]._replace(seq_len=bucket.seq_len)),
+            lambda bucket: possible(plain[bucket._replace(seq_len=0)]._replace(seq_len=bucket.seq_len)),
         )
         if changes and (self.wrote or self.store.is_writable()):
             self.store.switch(changes)
@@ -165,7 +167,7 @@ class _Run:
     def _refine(self) -> None:
         """Where two neighbours chose differently, their choices meet in the middle: a call there would get the nearer one's, whichever is the faster."""
         rows = {} if self.store.table is None else self.store.table.rows
-        found = disagreeing(self.request.buckets, self.request.beside, rows, self._standing)
+        found = disagreeing(self.request.buckets, self.request.beside, rows, functools.cache(self._standing))
         work = [
             (one, standing, todo) for one in found if (standing := self._possible(one.bucket)) is not None and (todo := self._meeting(one, standing))
         ]

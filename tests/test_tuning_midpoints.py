@@ -16,7 +16,7 @@ from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file
 from titans_backends.cache.lookup import Hit, lookup
 from titans_backends.cache.paths import timings_path
-from titans_backends.cache.schema import Entry, Table
+from titans_backends.cache.schema import Entry, Table, prune
 from titans_backends.machine import detect
 from titans_backends.offers import offers
 from titans_backends.tuning import events
@@ -36,7 +36,7 @@ RUN = """    if name in ("late", "later"):
 """
 CROSSING = """
     length = call.q.shape[1]
-    timed = call.q.shape == (1, length, 1, 8) and length in (4, 12, 36)
+    timed = call.q.shape == (1, length, 1, 8) and length in (4, 8, 12, 36)
     if timed and (name == "later" or name == "short" and length > 20 or name == "long" and length < 20):
         time.sleep(0.01)
     if timed and length == 12 and name == os.environ.get("FAULTY_AT_12"):
@@ -137,6 +137,29 @@ def test_a_tune_that_was_killed_before_its_last_step_is_made_good_by_the_next(ou
     report, _ = tuned(output, at(4, 36))
     assert report.nothing_to_do
     assert table(output).rows[at(12)[0]].until == told
+
+
+def test_a_row_that_is_gone_comes_back_from_its_measurements(output: Path) -> None:
+    tuned(output, at(4, 36))
+    (middle,), whole = at(12), table(output)
+    file.edit(output, lambda older: prune(older, lambda bucket, _: bucket != middle), device=whole.device, defaults_of=defaults_of)
+    report, heard = tuned(output, at(4, 36))
+    assert report.nothing_to_do
+    assert not [event for event in heard if isinstance(event, events.Refining)], "nothing was left to measure"
+    assert table(output).rows == whole.rows
+
+
+def test_a_row_between_two_that_agree_is_measured_anew_where_no_call_would_take_it_any_more(output: Path) -> None:
+    tuned(output, at(4, 8))
+    (middle,), whole = at(6), table(output)
+    assert [entry.use for entry in whole.rows.values()] == ["faulty/short", "faulty/short"]
+    older = replace(whole.rows[at(4)[0]], use="faulty/later", source="0123456789ab")
+    file.edit(output, lambda found: replace(found, rows={**found.rows, middle: older}), device=whole.device, defaults_of=defaults_of)
+    report, _ = tuned(output, at(4, 8))
+    assert [(row.bucket, row.between, row.choices, row.measured) for row in report.midpoints] == [(middle, (4, 8), 1, True)]
+    row = table(output).rows[middle]
+    assert (row.use, row.source) == ("faulty/short", whole.rows[at(4)[0]].source)
+    assert tuned(output, at(4, 8))[0].nothing_to_do
 
 
 def test_an_end_is_not_written_over_what_another_process_chose_meanwhile(output: Path) -> None:

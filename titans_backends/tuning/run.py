@@ -38,7 +38,7 @@ from titans_backends.tuning.events import (
     ignore,
 )
 from titans_backends.tuning.host import ChildAnswerError, ChildDied, Host, OpenFailed
-from titans_backends.tuning.midpoints import Ends, Midpoint, disagreeing
+from titans_backends.tuning.midpoints import Ends, Midpoint, disagreeing, outlived
 from titans_backends.tuning.problem import signature_of_bucket
 from titans_backends.tuning.report import Row, TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
@@ -167,10 +167,11 @@ class _Run:
     def _refine(self) -> None:
         """Where two neighbours chose differently, their choices meet in the middle: a call there would get the nearer one's, whichever is the faster."""
         rows = {} if self.store.table is None else self.store.table.rows
-        found = disagreeing(self.request.buckets, self.request.beside, rows, functools.cache(self._standing))
-        work = [
-            (one, standing, todo) for one in found if (standing := self._possible(one.bucket)) is not None and (todo := self._meeting(one, standing))
-        ]
+        standing_of = functools.cache(self._possible)
+        found = (*disagreeing(self.request.buckets, self.request.beside, rows, standing_of), *outlived(self.request.buckets, rows, standing_of))
+        standings = [(one, standing) for one in found if (standing := standing_of(one.bucket)) is not None]
+        self._restore(standings)
+        work = [(one, standing, todo) for one, standing in standings if (todo := self._meeting(one, standing))]
         if not work:
             return
         self.store.require_writable()
@@ -182,6 +183,14 @@ class _Run:
                 return
             self.refined[one.bucket] = one.ends
             self._measure(len(self.request.buckets) + position, standing, todo, self._race_s(len(work) - position))
+
+    def _restore(self, standings: Sequence[tuple[Midpoint, Standing]]) -> None:
+        """Writes the rows that are gone, or that a kill kept out, where the measurements of all that was to meet there are current."""
+        for one, standing in standings:
+            known = all(candidate in standing.current for pair in one.choices for candidate in members(pair))
+            if known and not self.request.force and self.store.entry(one.bucket) is None and (entries := self._entries(standing)):
+                self.store.require_writable()
+                self._write(one.bucket, (), entries)
 
     def _possible(self, bucket: Bucket) -> Standing | None:
         """What is offered there; None where no call is such a bucket's."""

@@ -41,10 +41,12 @@ class CpuSampler:
         """Microseconds of one call of a row; what a call returns is freed before the next one returns, as in a loop that rebinds it."""
         new = key not in self._calls
         expected = min(self.once(kernel), self.once(kernel)) if new else self._calls[key]
-        if expected >= _ALONE_US:
-            found = expected if new else self.once(kernel)
-        else:
+        if expected < _ALONE_US:
             found = self._in_a_row(kernel, *row_of(expected))
+        elif new:
+            found = expected
+        else:
+            found = self.once(kernel)
         self._calls[key] = min(expected, found)  # one interrupted call shortens no later row
         return found
 

@@ -1,6 +1,6 @@
 """Lengths between tuned ones: which lie in the middle, in log2, and where the two neighbours chose differently, so that their choices are to meet there.
 
-Pure. A call between two rows gets the nearer one's choice, whichever of the two is the faster there.
+Pure. A call between two rows gets the choice of one of them, by their times or as the nearer one, and neither was measured there.
 """
 
 from __future__ import annotations

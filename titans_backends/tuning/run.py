@@ -165,7 +165,7 @@ class _Run:
         return self.request.budget_s is not None and time.monotonic() - self.started >= self.request.budget_s
 
     def _refine(self) -> None:
-        """Where two neighbours chose differently, their choices meet in the middle: a call there would get the nearer one's, whichever is the faster."""
+        """Where two neighbours chose differently, their choices meet in the middle, where a call would get one of them unmeasured."""
         rows = {} if self.store.table is None else self.store.table.rows
         standing_of = functools.cache(self._possible)
         found = (*disagreeing(self.request.buckets, self.request.beside, rows, standing_of), *outlived(self.request.buckets, rows, standing_of))

@@ -77,7 +77,8 @@ def standings(parts: Mapping[str, Part], runs: Mapping[str, Collection[str]]) ->
         if all(scale is None for scale in found.values()):
             adrift.append(name)
             continue
-        kept: dict[str, float] = {way: 1.0 if scale is None else scale for way, scale in found.items()}
+        either = next(scale for scale in found.values() if scale is not None)
+        kept: dict[str, float] = {way: either if scale is None else scale for way, scale in found.items()}
         scales[name] = {**kept}
         for one in part.entrants:
             if base_has(one.who):

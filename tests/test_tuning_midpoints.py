@@ -204,7 +204,7 @@ def test_a_neighbour_of_an_earlier_tune_counts_where_it_is_named(output: Path) -
 
 
 def test_the_budget_ends_before_the_midpoints_and_what_is_left_is_told(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running._Run, "_is_over", lambda run: len(run.rows) >= 2)
+    monkeypatch.setattr(running._Run, "_is_over", lambda run: len(run.rows.told) >= 2)
     report, heard = tuned(output, at(4, 36), budget_s=60.0)
     assert (report.complete, report.nothing_to_do, report.midpoints, report.unrefined) == (True, False, (), at(12))
     assert heard[-1] == events.Unrefined(at(12))

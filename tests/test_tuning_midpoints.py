@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 import sys
@@ -28,6 +29,7 @@ from titans_backends.tuning.report import TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
 from titans_backends.tuning.run import tune
 from titans_backends.tuning.standing import Standing, measurement_of
+from titans_backends.tuning.timing import RaceRules
 from titans_backends.tuning.store import Store
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -54,6 +56,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_children: Non
     monkeypatch.syspath_prepend(tmp_path / "plugins")
     monkeypatch.setenv("TITANS_BACKENDS_PLUGINS", "faulty")
     monkeypatch.setenv("FAULTY_VARIANTS", "later,short,long")
+    monkeypatch.setattr(running, "RaceRules", functools.partial(RaceRules, at_once_us=1e9))  # one interrupted sample lets nobody go
     importlib.invalidate_caches()
     tb.reset()
     yield tmp_path / "tuned.yaml"

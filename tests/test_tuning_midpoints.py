@@ -29,8 +29,8 @@ from titans_backends.tuning.report import TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
 from titans_backends.tuning.run import tune
 from titans_backends.tuning.standing import Standing, measurement_of
-from titans_backends.tuning.timing import RaceRules
 from titans_backends.tuning.store import Store
+from titans_backends.tuning.timing import RaceRules
 
 PLUGINS = Path(__file__).parent / "plugins"
 RUN = """    if name in ("late", "later"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titans_backends.backend import Backend, Candidate
@@ -42,6 +42,7 @@ def test_the_choice_changes_where_the_lines_cross(at_shorter: tuple[float, float
 positive = st.floats(0.5, 1e6)
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first float of a process may take a second
 @given(st.integers(1, 10**6), st.integers(1, 10**6), positive, positive, st.floats(-2, 2), st.floats(-2, 2))
 def test_of_two_power_laws_the_faster_one_is_taken_everywhere_between(shorter: int, more: int, a: float, b: float, x: float, y: float) -> None:
     longer = shorter + more

@@ -62,6 +62,13 @@ def test_an_end_at_a_row_that_is_no_neighbour_any_more_says_nothing():
     assert find(replace(tuned, rows=rows), 32, 512).seq_len == 512, "other streams, a tuned length"
 
 
+def test_an_end_before_its_own_row_says_nothing():
+    tuned = table((16, 512), (16, 2048))
+    rows = {bucket: replace(entry, until=(2048, 100)) if bucket.seq_len == 512 else entry for bucket, entry in tuned.rows.items()}
+    hit = find(replace(tuned, rows=rows), 16, 600)
+    assert (hit.seq_len, hit.why) == (512, "")
+
+
 @pytest.mark.parametrize(
     ("streams", "seq_len", "reason"),
     [
@@ -86,8 +93,20 @@ def test_a_miss_names_the_closest_keys_field_by_field():
     assert miss.closest[0].differences == (Difference("group", 2, 1), Difference("streams", 16, 32))
 
 
+def test_the_closest_keys_are_sought_when_they_are_read_and_not_by_a_call(monkeypatch):
+    def sought(*_):
+        raise AssertionError("of a table of 1,400 rows that takes 2 ms, twice a first call")
+
+    monkeypatch.setattr("titans_backends.cache.lookup._closest", sought)
+    miss = find(table((8, 512), (32, 512)), 16, 512, group=2)
+    assert miss.reason == "no row with this key"
+    with pytest.raises(AssertionError, match="2 ms"):
+        _ = miss.closest
+
+
 def test_another_op_is_no_answer():
-    assert find(table((16, 512), op="fast_core"), 16, 512) == Miss("no row for slow_core", ())
+    miss = find(table((16, 512), op="fast_core"), 16, 512)
+    assert (miss.reason, miss.closest) == ("no row for slow_core", ())
 
 
 def test_full_and_canonical_keys_find_the_same_row():

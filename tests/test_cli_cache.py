@@ -170,6 +170,18 @@ def test_diff_shows_what_differs(tmp_path: Path) -> None:
     assert (row["seq_len"], row["old"]["median_us"], row["new"]["median_us"]) == (128, 100.0, 900.0)
 
 
+def test_tables_that_differ_in_how_far_a_row_speaks_alone_say_it(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.yaml", {SHORT: entry(), LONG: entry()})
+    second = write(tmp_path / "b.yaml", {SHORT: replace(entry(), until=(128, 90)), LONG: entry()})
+    told = run(app, ["cache", "diff", str(first), str(second)]).stdout
+    assert "1 bucket differs" in told
+    assert told.count("up to 90, then that of 128") == 1
+    (row,) = json.loads(run(app, ["cache", "diff", str(first), str(second), "--json"]).stdout)
+    assert (row["old"]["until"], row["new"]["until"]) == (None, [128, 90])
+    shown = json.loads(run(app, ["cache", "show", str(second), "--json"]).stdout)
+    assert [row["until"] for row in shown] == [[128, 90], None]
+
+
 def test_merge_takes_the_later_files_row_with_the_timings(tmp_path: Path, own_cache: Path) -> None:
     first = write(tmp_path / "a.yaml", {SHORT: entry(1.0), LONG: entry(2.0)})
     second = write(tmp_path / "b.yaml", {LONG: entry(3.0)})

@@ -102,5 +102,5 @@ def test_midpoints_are_announced_and_counted_with_what_was_asked_for() -> None:
                 on_event(event)
             on_event(Unrefined((BUCKET,)))
         said = to.file.getvalue()  # type: ignore[attr-defined]
-        assert "2 midpoints of neighbours that chose differently: their choices alone meet there" in said
+        assert "2 midpoints of neighbours that chose differently, or whose row there holds no longer: their choices alone meet there" in said
         assert ("[2/3] ✓ gated_delta_rule" if not terminal else "2/3") in said

@@ -16,7 +16,7 @@ from titans_backends.buckets import Bucket, bucket_of, defaults_of
 from titans_backends.cache import file, paths
 from titans_backends.cache.lookup import Hit
 from titans_backends.cache.neighbour import silent
-from titans_backends.cache.schema import Device, Entry, device_of
+from titans_backends.cache.schema import Device, Entry, Table, device_of
 from titans_backends.dispatch import choose
 from titans_backends.machine import Machine
 from titans_backends.offers import Pair
@@ -207,6 +207,22 @@ def test_a_graphs_own_row_comes_before_the_eager_one(user: Path) -> None:
     write(user, "blocks", bucket=bucket_of(replace(signature(), launch="graph")), us=5.0)
     found = captured()
     assert (found.origin, found.pair.label) == ("tuned", "eager/chunked inverse=blocks")
+
+
+def test_between_two_rows_the_shorter_ones_end_decides_and_the_choice_says_so(user: Path) -> None:
+    here = bucket_of(signature())
+    write(user, "solve", bucket=here._replace(seq_len=32))
+    write(user, "blocks", bucket=here._replace(seq_len=128))
+
+    def ended(table: Table) -> Table:
+        return replace(table, rows={b: replace(e, until=(128, 70)) if b.seq_len == 32 else e for b, e in table.rows.items()})
+
+    file.edit(user, ended, device=device_of(tb.detect()), defaults_of=defaults_of)
+    tb.reset()
+    found = choose(signature(), tb.detect())  # of 70 tokens: nearer to 128
+    assert (found.origin, found.pair.label) == ("tuned", "eager/chunked inverse=solve")
+    assert "nearest row, seq_len 32" in found.reason
+    assert "(between 32 and 128 the choice changes after 70, by the times of both at either)" in found.reason
 
 
 def test_for_an_eager_call_without_a_row_the_graphs_row_speaks_where_it_is_long(user: Path) -> None:

@@ -97,13 +97,30 @@ def test_a_later_run_stands_on_the_first_ones_scale() -> None:
     assert found.refused == {}
 
 
+def test_what_the_first_run_measures_itself_a_later_one_only_compares_by() -> None:
+    """Another candidate of Triton's among the later run's finalists would win, on a scale that is not its own."""
+    told = two_runs()
+    parts = dict(told.cases[CASE])
+    other = (entrant("triton/other", "triton", 10.0), entrant("triton/scan + flashinfer/prefill", "triton+flashinfer", 120.0))
+    parts["flashinfer"] = replace(
+        parts["flashinfer"],
+        entrants=(*parts["flashinfer"].entrants, *other),
+        contenders=(*parts["flashinfer"].contenders, picked("triton/other", "triton", 10.0, 5)),
+    )
+    found = results.standings(parts)
+    labels = {one.label for one in found.entrants}
+    assert "triton/other" not in labels
+    assert "triton/scan + flashinfer/prefill" in labels
+    assert "triton/other" not in {one.label for one in found.contenders}
+
+
 def test_a_time_whose_samples_disagree_gives_no_scale() -> None:
     """Of both runs one call's eager time; the later one's samples lie 46 % apart."""
     told = two_runs()
     parts = dict(told.cases[CASE])
     noisy = replace(parts["flashinfer"].entrants[0], wall_us=900.0, wall_spread=0.46)
     parts["flashinfer"] = replace(parts["flashinfer"], entrants=(noisy, *parts["flashinfer"].entrants[1:]))
-    assert results.standings(parts).scales == {"flashinfer": {"graph": pytest.approx(2.0), "wall": 1.0}}
+    assert results.standings(parts).scales == {"flashinfer": {"graph": pytest.approx(2.0), "wall": pytest.approx(2.0)}}, "the graph's scale"
 
 
 def test_what_shares_nothing_with_the_first_run_is_left_out_and_said() -> None:

@@ -287,6 +287,23 @@ def test_a_backward_of_a_residual_is_repeated_with_what_arrives(keeper: Callable
     assert said == ["remember", "again"]
 
 
+def test_a_residual_of_other_strides_is_remembered_apart(keeper: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch) -> None:
+    turned: list[bool] = []
+
+    def residual(call: Call) -> tuple[Tensor, ...]:
+        made = norms(call)
+        return (made[0].transpose(0, 1).contiguous().transpose(0, 1), *made[1:]) if turned else made
+
+    keeper(residual)
+    said = remembers(monkeypatch)
+    call = build(OP, replace(case(), B=2), "cpu", requires_grad=True)
+    step(call, backend="keeper")
+    turned.append(True)
+    step(call, backend="keeper")
+    step(call, backend="keeper")
+    assert said == ["remember", "remember", "again"]
+
+
 @pytest.mark.parametrize("stale", [False, True])
 def test_the_gate_examines_what_repeats_a_backward_of_a_residual(keeper: Callable[..., Handed], monkeypatch: pytest.MonkeyPatch, stale: bool) -> None:
     keeper()

@@ -74,6 +74,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return found
 
 
+def test_a_call_of_half_a_second_on_a_cpu_is_made_once_a_sample(world: World) -> None:
+    sampler, long, short = CpuSampler(), world.kernel(600_000.0), world.kernel(100_000.0)
+    assert [sampler.sample("long", long) for _ in range(3)] == [600_000.0] * 3
+    assert world.calls == 4, "two for the first, of which one may have been interrupted"
+    sampler.sample("short", short)
+    assert world.calls == 4 + 4, "two to know how long it takes, one before the row, and the row"
+
+
 def sampled(world: World, sampler: CpuSampler | EagerSampler, kernels: dict[str, Callable[[], None]], rounds: int = 3) -> dict[str, list[float]]:
     """Each of them in turn; between two the host does something else."""
     found: dict[str, list[float]] = {name: [] for name in kernels}

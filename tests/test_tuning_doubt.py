@@ -18,7 +18,7 @@ from titans_backends.cache.paths import timings_path
 from titans_backends.cache.timings import Measurement
 from titans_backends.machine import detect
 from titans_backends.offers import Offer, Pair
-from titans_backends.tuning import doubt, run, select, wire
+from titans_backends.tuning import doubt, rows, run, select, wire
 from titans_backends.tuning.doubt import affordable, contested, deciding, doubt_of, doubtful, room
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
@@ -144,7 +144,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lab]:
     def made(times: Sequence[float], noise: Callable[[random.Random], float], seed: int) -> Lab:
         found = Lab(times, noise, random.Random(seed), {})
         monkeypatch.setattr(FakeHost, "lab", found, raising=False)
-        monkeypatch.setattr(run, "offers", found.offers)
+        monkeypatch.setattr(rows, "offers", found.offers)
         monkeypatch.setattr(doubt, "offers", found.offers)
         return found
 

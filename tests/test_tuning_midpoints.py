@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 import sys
@@ -16,7 +17,7 @@ from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache import file
 from titans_backends.cache.lookup import Hit, lookup
 from titans_backends.cache.paths import timings_path
-from titans_backends.cache.schema import Entry, Table
+from titans_backends.cache.schema import Entry, Table, prune
 from titans_backends.machine import detect
 from titans_backends.offers import offers
 from titans_backends.tuning import events
@@ -24,10 +25,12 @@ from titans_backends.tuning import run as running
 from titans_backends.tuning.midpoints import disagreeing
 from titans_backends.tuning.plan import plan
 from titans_backends.tuning.problem import signature_of_bucket
-from titans_backends.tuning.report import TuneReport
+from titans_backends.tuning.report import TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
 from titans_backends.tuning.run import tune
 from titans_backends.tuning.standing import Standing, measurement_of
+from titans_backends.tuning.store import Store
+from titans_backends.tuning.timing import RaceRules
 
 PLUGINS = Path(__file__).parent / "plugins"
 RUN = """    if name in ("late", "later"):
@@ -35,7 +38,7 @@ RUN = """    if name in ("late", "later"):
 """
 CROSSING = """
     length = call.q.shape[1]
-    timed = call.q.shape == (1, length, 1, 8) and length in (4, 12, 36)
+    timed = call.q.shape == (1, length, 1, 8) and length in (4, 8, 12, 36)
     if timed and (name == "later" or name == "short" and length > 20 or name == "long" and length < 20):
         time.sleep(0.01)
     if timed and length == 12 and name == os.environ.get("FAULTY_AT_12"):
@@ -53,6 +56,7 @@ def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_children: Non
     monkeypatch.syspath_prepend(tmp_path / "plugins")
     monkeypatch.setenv("TITANS_BACKENDS_PLUGINS", "faulty")
     monkeypatch.setenv("FAULTY_VARIANTS", "later,short,long")
+    monkeypatch.setattr(running, "RaceRules", functools.partial(RaceRules, at_once_us=1e9))  # one interrupted sample lets nobody go
     importlib.invalidate_caches()
     tb.reset()
     yield tmp_path / "tuned.yaml"
@@ -117,6 +121,72 @@ def test_the_choices_of_neighbours_that_differ_meet_in_the_middle_alone_and_once
     assert [row.choices for row in asked.rows] == [3]
 
 
+def rewrite(output: Path, until: tuple[int, int] | None, length: int = 12) -> Table:
+    """The table with another `until` in one row, as another process would write it."""
+    rows = {bucket: replace(entry, until=until) if bucket.seq_len == length else entry for bucket, entry in table(output).rows.items()}
+    return file.edit(output, lambda older: replace(older, rows=rows), device=table(output).device, defaults_of=defaults_of)
+
+
+def test_a_tune_that_was_killed_before_its_last_step_is_made_good_by_the_next(output: Path) -> None:
+    tuned(output, at(4, 36))
+    told = table(output).rows[at(12)[0]].until
+    assert told is not None
+    rewrite(output, None)
+    output.chmod(0o444)
+    report, _ = tuned(output, at(4, 36))
+    assert report.nothing_to_do, "a table that cannot be written is no error where all is current"
+    assert table(output).rows[at(12)[0]].until is None
+    output.chmod(0o644)
+    report, _ = tuned(output, at(4, 36))
+    assert report.nothing_to_do
+    assert table(output).rows[at(12)[0]].until == told
+
+
+def test_a_row_that_is_gone_comes_back_from_its_measurements(output: Path) -> None:
+    tuned(output, at(4, 36))
+    (middle,), whole = at(12), table(output)
+    file.edit(output, lambda older: prune(older, lambda bucket, _: bucket != middle), device=whole.device, defaults_of=defaults_of)
+    report, heard = tuned(output, at(4, 36))
+    assert report.nothing_to_do
+    assert not [event for event in heard if isinstance(event, events.Refining)], "nothing was left to measure"
+    assert table(output).rows == whole.rows
+
+
+def test_a_row_between_two_that_agree_is_measured_anew_where_no_call_would_take_it_any_more(output: Path) -> None:
+    tuned(output, at(4, 8))
+    (middle,), whole = at(6), table(output)
+    assert [entry.use for entry in whole.rows.values()] == ["faulty/short", "faulty/short"]
+    older = replace(whole.rows[at(4)[0]], use="faulty/later", source="0123456789ab")
+    file.edit(output, lambda found: replace(found, rows={**found.rows, middle: older}), device=whole.device, defaults_of=defaults_of)
+    report, _ = tuned(output, at(4, 8))
+    assert [(row.bucket, row.between, row.choices, row.measured) for row in report.midpoints] == [(middle, (4, 8), 1, True)]
+    row = table(output).rows[middle]
+    assert (row.use, row.source) == ("faulty/short", whole.rows[at(4)[0]].source)
+    assert tuned(output, at(4, 8))[0].nothing_to_do
+
+
+def test_an_end_is_not_written_over_what_another_process_chose_meanwhile(output: Path) -> None:
+    tuned(output, at(4, 36))
+    told, store = rewrite(output, None), Store.opened(detect("cpu"), output)
+    other = replace(told.rows[at(36)[0]], use="faulty/later")
+    file.edit(output, lambda older: replace(older, rows={**older.rows, at(36)[0]: other}), device=told.device, defaults_of=defaults_of)
+    store.switch({at(12)[0]: (36, 20)})
+    assert table(output).rows[at(12)[0]].until is None
+    store.switch({at(12)[0]: (36, 20)})
+    assert table(output).rows[at(12)[0]].until == (36, 20), "it has seen the other's row by now"
+
+
+def test_an_interruption_is_told_as_one_where_the_file_cannot_be_written_any_more(output: Path) -> None:
+    def interrupted(event: events.Event) -> None:
+        if isinstance(event, events.Refining):
+            output.chmod(0o444)
+            raise KeyboardInterrupt
+
+    with pytest.raises(TuneInterrupted) as stop:
+        tune(TuneRequest(at(4, 36), backends=("faulty",), bucket_s=0.02, output=output), interrupted)
+    assert [row.entry is not None for row in stop.value.report.rows] == [True, True]
+
+
 def test_what_was_not_asked_for_is_left_out_and_an_older_table_is_refined_later(output: Path) -> None:
     report, _ = tuned(output, at(4, 36), midpoints=False)
     assert (report.midpoints, set(table(output).rows)) == ((), {*at(4, 36)})
@@ -137,7 +207,7 @@ def test_a_neighbour_of_an_earlier_tune_counts_where_it_is_named(output: Path) -
 
 
 def test_the_budget_ends_before_the_midpoints_and_what_is_left_is_told(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running._Run, "_is_over", lambda run: len(run.rows) >= 2)
+    monkeypatch.setattr(running._Run, "_is_over", lambda run: len(run.rows.told) >= 2)
     report, heard = tuned(output, at(4, 36), budget_s=60.0)
     assert (report.complete, report.nothing_to_do, report.midpoints, report.unrefined) == (True, False, (), at(12))
     assert heard[-1] == events.Unrefined(at(12))

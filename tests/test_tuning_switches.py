@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titans_backends.backend import Backend, Candidate
@@ -42,6 +42,7 @@ def test_the_choice_changes_where_the_lines_cross(at_shorter: tuple[float, float
 positive = st.floats(0.5, 1e6)
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first float of a process may take a second
 @given(st.integers(1, 10**6), st.integers(1, 10**6), positive, positive, st.floats(-2, 2), st.floats(-2, 2))
 def test_of_two_power_laws_the_faster_one_is_taken_everywhere_between(shorter: int, more: int, a: float, b: float, x: float, y: float) -> None:
     longer = shorter + more
@@ -88,8 +89,8 @@ def test_a_row_ends_where_the_next_ones_choice_becomes_the_faster() -> None:
     assert found({**rows, 2048: row(OTHER, until=(8192, 4000)), 8192: row(OTHER, until=(9000, 8500))}) == {512: (2048, 1024), 2048: None, 8192: None}
 
 
-@pytest.mark.parametrize("changes", [{"objective": "memory"}, {"use": "eager/gone"}])
-def test_who_was_not_chosen_by_time_or_is_offered_no_more_ends_nowhere(changes: dict[str, str]) -> None:
+@pytest.mark.parametrize("changes", [{"objective": "memory"}, {"max_memory_mib": 500.0}])
+def test_who_was_not_chosen_by_time_alone_ends_nowhere(changes: dict[str, object]) -> None:
     assert found({512: row(ONE, **changes), 2048: row(OTHER)}) == {}
     assert found({512: row(ONE, until=(2048, 600)), 2048: row(OTHER, **changes)}) == {512: None}
 
@@ -97,6 +98,15 @@ def test_who_was_not_chosen_by_time_or_is_offered_no_more_ends_nowhere(changes: 
 def test_a_choice_that_was_not_timed_at_both_lengths_says_nothing() -> None:
     assert found({512: row(ONE), 2048: row(OTHER)}, {**TIMES, 2048: {ONE: None, OTHER: 20.0}}) == {}
     assert found({512: row(ONE), 2048: row(OTHER)}, refused=2048) == {}
+
+
+def test_what_was_measured_earlier_stands_where_the_times_are_gone_or_of_other_versions() -> None:
+    gone: dict[int, dict[Candidate, float | None]] = {length: {} for length in TIMES}
+    rows = {512: row(ONE, until=(2048, 600)), 2048: row(OTHER)}
+    assert found(rows, gone) == found(rows, refused=2048) == {}
+    assert found({**rows, 2048: row(OTHER, use="eager/gone")}) == {}, "its backend may be disabled today"
+    assert found({**rows, 1024: row(ONE)}, {**gone, 1024: {}}) == {512: None}, "another row is the next one"
+    assert found({**rows, 2048: row(ONE)}, gone) == {512: None}, "one choice at both"
 
 
 def test_rows_of_other_keys_are_left_alone() -> None:

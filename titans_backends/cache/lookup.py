@@ -59,10 +59,17 @@ class Near:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """No row answers: the reason as a sentence, and the closest ones, the closest first."""
+    """No row answers: the reason as a sentence, and what was asked of which table."""
 
     reason: str
-    closest: tuple[Near, ...]
+    asked: Bucket
+    table: Table
+    defaults: Mapping[str, WhenValue]
+
+    @property
+    def closest(self) -> tuple[Near, ...]:
+        """The op's keys that came close, the closest first; sought where somebody wants to read them, which no call does."""
+        return _closest(self.asked.when, _lengths(self.table, self.asked.op), self.defaults)
 
 
 def lookup(table: Table, op: str, when: Mapping[str, WhenValue] | When, seq_len: int, defaults: Mapping[str, WhenValue] | None = None) -> Hit | Miss:
@@ -76,28 +83,33 @@ def lookup(table: Table, op: str, when: Mapping[str, WhenValue] | When, seq_len:
     exact = Bucket(op, asked, seq_len)
     if exact in table.rows:
         return Hit("exact", exact, table.rows[exact])
+    tuned = _lengths(table, op)
+    if not tuned:
+        return Miss(f"no row for {op}", exact, table, defaults)
+    others = _without_streams(asked)
+    by_streams = {_streams(known): known for known in tuned if _without_streams(known) == others}
+    if not by_streams:
+        return Miss("no row with this key", exact, table, defaults)
+    near = [count for count in by_streams if _ratio(count, _streams(asked)) <= _STREAMS_FACTOR]
+    if not near:
+        known = ", ".join(map(str, sorted(by_streams)))
+        return Miss(f"streams {_streams(asked)} is not within a factor of 2 of a tuned one ({known})", exact, table, defaults)
+    row = by_streams[_nearest(near, _streams(asked))]
+    shortest, longest = min(tuned[row]), max(tuned[row])
+    if not shortest <= seq_len <= longest:
+        told = f"seq_len {seq_len} is outside the tuned range, {shortest} to {longest} at streams {_streams(row)}"
+        return Miss(told, exact, table, defaults)
+    bucket, why = _beside(table, Bucket(op, row, seq_len), tuned[row])
+    return Hit("nearest", bucket, table.rows[bucket], why)
+
+
+def _lengths(table: Table, op: str) -> dict[When, list[int]]:
+    """The tuned lengths of each of an op's keys."""
     tuned: dict[When, list[int]] = {}
     for bucket in table.rows:
         if bucket.op == op:
             tuned.setdefault(bucket.when, []).append(bucket.seq_len)
-    if not tuned:
-        return Miss(f"no row for {op}", ())
-    others = _without_streams(asked)
-    by_streams = {_streams(known): known for known in tuned if _without_streams(known) == others}
-    if not by_streams:
-        return Miss("no row with this key", _closest(asked, tuned, defaults))
-    near = [count for count in by_streams if _ratio(count, _streams(asked)) <= _STREAMS_FACTOR]
-    if not near:
-        known = ", ".join(map(str, sorted(by_streams)))
-        return Miss(f"streams {_streams(asked)} is not within a factor of 2 of a tuned one ({known})", _closest(asked, tuned, defaults))
-    row = by_streams[_nearest(near, _streams(asked))]
-    shortest, longest = min(tuned[row]), max(tuned[row])
-    if not shortest <= seq_len <= longest:
-        return Miss(
-            f"seq_len {seq_len} is outside the tuned range, {shortest} to {longest} at streams {_streams(row)}", _closest(asked, tuned, defaults)
-        )
-    bucket, why = _beside(table, Bucket(op, row, seq_len), tuned[row])
-    return Hit("nearest", bucket, table.rows[bucket], why)
+    return tuned
 
 
 def _beside(table: Table, asked: Bucket, lengths: Collection[int]) -> tuple[Bucket, str]:
@@ -107,7 +119,7 @@ def _beside(table: Table, asked: Bucket, lengths: Collection[int]) -> tuple[Buck
     shorter = asked._replace(seq_len=max(length for length in lengths if length < asked.seq_len))
     longer = asked._replace(seq_len=min(length for length in lengths if length > asked.seq_len))
     until = table.rows[shorter].until
-    if until is None or until[0] != longer.seq_len:
+    if until is None or until[0] != longer.seq_len or until[1] < shorter.seq_len:  # another row's, or written by hand
         return asked._replace(seq_len=_nearest((shorter.seq_len, longer.seq_len), asked.seq_len)), ""
     chosen = shorter if asked.seq_len <= until[1] else longer
     return chosen, f"between {shorter.seq_len} and {longer.seq_len} the choice changes after {until[1]}, by the times of both at either"

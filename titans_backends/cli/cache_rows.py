@@ -72,6 +72,8 @@ def _side(entry: Entry | None) -> list[str | Text]:
     if entry is None:
         return [Text("no row", "dim"), ""]
     told = f"\ntuned with {entry.tuned_with}" if entry.tuned_with else ""
+    if entry.until is not None:
+        told += f"\nup to {entry.until[1]}, then that of {entry.until[0]}"
     return [entry.label.replace(" + ", "\n+ ", 1) + told, numbers.time_us(entry.us)]
 
 
@@ -92,6 +94,7 @@ def _entry_json(entry: Entry, table: Table) -> dict[str, Json]:
         "peak_mib": entry.peak_mib,
         "objective": entry.objective,
         "max_memory_mib": entry.max_memory_mib,
+        "until": None if entry.until is None else list(entry.until),
         "runner_up": entry.next,
         "runner_up_us": entry.next_us,
         "torch": environment.torch,

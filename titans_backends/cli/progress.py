@@ -173,7 +173,8 @@ def finished_line(event: Event) -> Text | None:
         return Text.assemble(("! ", "yellow"), f"backend {event.backend} is {event.state}: {event.reason}")
     if isinstance(event, Refining):
         return Text(
-            f"{numbers.amount(len(event.buckets), 'midpoint')} of neighbours that chose differently: their choices alone meet there", style="dim"
+            f"{numbers.amount(len(event.buckets), 'midpoint')} of neighbours that chose differently, or whose row there holds no longer: their choices alone meet there",
+            style="dim",
         )
     if isinstance(event, (BackendProbed, BucketStarted, CandidateDone, Planned, Remaining, Skipped, Unrefined)):
         return None

@@ -38,7 +38,11 @@ def show_rows(to: Console, rows: Sequence[Row]) -> None:
         say(to, "a runner-up that is faster within the noise does not replace the default, nor a simpler winner", "dim")
     if any(row.between is not None for row in rows):
         to.print()
-        say(to, f"{_MARK} a midpoint, which nobody asked for: its two neighbours chose differently, and their choices alone raced there", "dim")
+        say(
+            to,
+            f"{_MARK} a midpoint, which nobody asked for: its two neighbours chose differently, or its row held no longer, and their choices alone raced there",
+            "dim",
+        )
     doubtful = [row.entry for row in rows if row.entry is not None and row.entry.doubt is not None]
     if doubtful:
         again = " ".join(word for word in ("titans-backends tune --doubtful", doubtful[0].tuned_with) if word)  # one tune has one limit

@@ -64,6 +64,11 @@ def standings(parts: Mapping[str, Part], runs: Mapping[str, Collection[str]]) ->
     if not names:
         return None
     base = parts[names[0]]
+
+    def base_has(who: str) -> bool:
+        """Whether the first run measured the backends of an entrant itself: what a later one adds is what the first one has not."""
+        return set(who.split("+")) <= set(runs[names[0]])
+
     entrants, contenders = {one.label: one for one in base.entrants}, {one.label: one for one in base.contenders}
     refused, scales, adrift = dict(base.refused), dict[str, dict[str, float]](), list[str]()
     for name in names[1:]:
@@ -72,11 +77,16 @@ def standings(parts: Mapping[str, Part], runs: Mapping[str, Collection[str]]) ->
         if all(scale is None for scale in found.values()):
             adrift.append(name)
             continue
-        kept: dict[str, float] = {way: 1.0 if scale is None else scale for way, scale in found.items()}
+        either = next(scale for scale in found.values() if scale is not None)
+        kept: dict[str, float] = {way: either if scale is None else scale for way, scale in found.items()}
         scales[name] = {**kept}
         for one in part.entrants:
+            if base_has(one.who):
+                continue
             entrants.setdefault(one.label, _scaled(one, kept["graph"], kept["wall"]))
         for picked in part.contenders:
+            if base_has(picked.who):
+                continue
             contenders.setdefault(picked.label, replace(picked, us=picked.us * kept["graph"], order=picked.order + _APART))
         refused = {who: why for who, why in refused.items() if who not in runs[name]} | dict(part.refused)
     there = {one.who for one in entrants.values()}

@@ -19,6 +19,8 @@ _ROW_US, _MOST_CALLS = 500.0, 16
 """A row is as many calls as take so long, so many at most."""
 _LONG_US = 5_000.0
 """Such a call is timed alone: neither the host's share nor what a row brings is 2 % of it."""
+_ALONE_US = 500_000.0
+"""Such a call is timed alone on a CPU: what fills its caches is less than 1 % of it, and a sample must be back before a tune's `--timeout`."""
 _FLUSHES, _MOST_FLUSHES, _AHEAD = 2, 16, 1.5
 """How often the cache is overwritten before a cold call, and how much longer than the host's share that is to last."""
 
@@ -37,8 +39,19 @@ class CpuSampler:
 
     def sample(self, key: Hashable, kernel: Kernel) -> float:
         """Microseconds of one call of a row; what a call returns is freed before the next one returns, as in a loop that rebinds it."""
-        expected = self._calls[key] if key in self._calls else min(self.once(kernel), self.once(kernel))
-        before, timed = row_of(expected)
+        new = key not in self._calls
+        expected = min(self.once(kernel), self.once(kernel)) if new else self._calls[key]
+        if expected < _ALONE_US:
+            found = self._in_a_row(kernel, *row_of(expected))
+        elif new:
+            found = expected
+        else:
+            found = self.once(kernel)
+        self._calls[key] = min(expected, found)  # one interrupted call shortens no later row
+        return found
+
+    def _in_a_row(self, kernel: Kernel, before: int, timed: int) -> float:
+        """A call's share of a row."""
         kept = None
         for _ in range(before):
             kept = kernel()
@@ -47,9 +60,7 @@ class CpuSampler:
             kept = kernel()
         stop = time.perf_counter_ns()
         del kept
-        found = (stop - start) / 1e3 / timed
-        self._calls[key] = min(expected, found)  # one interrupted call shortens no later row
-        return found
+        return (stop - start) / 1e3 / timed
 
     def once(self, kernel: Kernel) -> float:
         """Microseconds of a single call, whatever ran before."""

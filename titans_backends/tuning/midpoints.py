@@ -1,6 +1,6 @@
 """Lengths between tuned ones: which lie in the middle, in log2, and where the two neighbours chose differently, so that their choices are to meet there.
 
-Pure. A call between two rows gets the nearer one's choice, whichever of the two is the faster there.
+Pure. A call between two rows gets the choice of one of them, by their times or as the nearer one, and neither was measured there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from titans_backends.cache.schema import Entry
 from titans_backends.offers import Pair
 from titans_backends.tuning.standing import Standing, same_choice
 
-__all__ = ["Ends", "Midpoint", "disagreeing", "midpoints"]
+__all__ = ["Ends", "Midpoint", "disagreeing", "midpoints", "outlived"]
 
 Ends = tuple[int, int]
 """The two neighbouring lengths."""
@@ -48,7 +48,7 @@ def midpoints(buckets: Sequence[Bucket]) -> tuple[tuple[Bucket, Ends], ...]:
 
 
 def disagreeing(
-    asked: Sequence[Bucket], beside: Sequence[Bucket], rows: Mapping[Bucket, Entry], standing: Callable[[Bucket], Standing]
+    asked: Sequence[Bucket], beside: Sequence[Bucket], rows: Mapping[Bucket, Entry], standing: Callable[[Bucket], Standing | None]
 ) -> tuple[Midpoint, ...]:
     """The midpoints of neighbours whose rows name different choices, those that swing most first: between two of `asked`, or one of them and one of `beside`.
 
@@ -62,10 +62,27 @@ def disagreeing(
         if any(row[:2] == middle[:2] and ends[0] < row.seq_len < ends[1] and row != middle for row in rows):
             continue
         here, there = standing(shorter), standing(longer)
+        if here is None or there is None:
+            continue
         one, other = here.named_by(rows[shorter]), there.named_by(rows[longer])
         if one is not None and other is not None and one != other:
             found.append(Midpoint(middle, ends, (one, other), _gain(here, one, other) + _gain(there, other, one)))
     return tuple(sorted(found, key=lambda one: -one.swing))
+
+
+def outlived(asked: Sequence[Bucket], rows: Mapping[Bucket, Entry], standing: Callable[[Bucket], Standing | None]) -> tuple[Midpoint, ...]:
+    """The rows in the middle of two of `asked` that agree today, where the row's own choice is gone or its code has changed since: no call takes such a row,
+    and those that are nearest to it would get the untuned default. What both neighbours chose is to be measured there."""
+    found = []
+    for middle, ends in midpoints(asked):
+        shorter, longer = (rows.get(middle._replace(seq_len=length)) for length in ends)
+        if middle in asked or middle not in rows or shorter is None or longer is None or not same_choice(shorter, longer):
+            continue
+        there = standing(middle)
+        named, chosen = (None, None) if there is None else (there.named_by(rows[middle]), there.named_by(shorter))
+        if there is not None and chosen is not None and (named is None or there.source(named) != rows[middle].source):
+            found.append(Midpoint(middle, ends, (chosen, chosen), 0.0))
+    return tuple(found)
 
 
 def _gain(standing: Standing, chosen: Pair, other: Pair) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,39 +11,36 @@ from dataclasses import dataclass, field, replace
 from titans_backends import registry
 from titans_backends.backend import Candidate
 from titans_backends.buckets import Bucket, bucket_of
-from titans_backends.cache.schema import Entry
+from titans_backends.cache.file import CacheError
 from titans_backends.cache.timings import Measurement
 from titans_backends.contracts.contract import Call, Contract
-from titans_backends.machine import Machine, detect
-from titans_backends.offers import offers, unpaired
+from titans_backends.machine import detect
+from titans_backends.offers import unpaired
 from titans_backends.plans import invalidate
 from titans_backends.signature import Signature
 from titans_backends.tuning.ahead import Limits, Target, compile_ahead, hooked, jobs, processes
 from titans_backends.tuning.bench import Bench
-from titans_backends.tuning.doubt import affordable, contested, deciding, doubt_of
+from titans_backends.tuning.doubt import affordable, contested, deciding
 from titans_backends.tuning.events import (
     BackendProbed,
     BucketDone,
-    BucketFailed,
     BucketStarted,
     CandidateDone,
     OnEvent,
     Planned,
     Refining,
     Remaining,
-    Skipped,
     Unpaired,
     Unrefined,
     ignore,
 )
 from titans_backends.tuning.host import ChildAnswerError, ChildDied, Host, OpenFailed
-from titans_backends.tuning.midpoints import Ends, Midpoint, disagreeing
-from titans_backends.tuning.problem import signature_of_bucket
+from titans_backends.tuning.midpoints import Ends, Midpoint, disagreeing, outlived
 from titans_backends.tuning.report import Row, TuneInterrupted, TuneReport
 from titans_backends.tuning.request import TuneRequest
-from titans_backends.tuning.standing import REFERENCE, Standing, entry_of, is_training, measurement_of, members, rescaled, without_states
+from titans_backends.tuning.rows import Rows
+from titans_backends.tuning.standing import Standing, measurement_of, members, rescaled
 from titans_backends.tuning.store import Store
-from titans_backends.tuning.switches import switches
 from titans_backends.tuning.timing import RaceRules
 
 __all__ = ["AHEAD_S", "Row", "TuneInterrupted", "TuneReport", "TuneRequest", "tune", "tune_call"]
@@ -65,17 +64,18 @@ def tune(request: TuneRequest, on_event: OnEvent = ignore, host: Host | None = N
     for name in request.backends or ():
         registry.get(name)
     machine = detect(request.device)
-    store = Store.opened(machine, request.output)
+    rows = Rows(request, on_event, machine, Store.opened(machine, request.output))
     with Host(request.device) if host is None else host as child:
-        run = _Run(request, on_event, machine, store, child)
+        run = _Run(request, on_event, rows, child)
         try:
             run.all()
-            run.switch()
+            rows.switch()
         except KeyboardInterrupt as error:
-            run.switch()
+            with contextlib.suppress(CacheError):  # what is told is the interruption; the rows stand, and the next tune says up to where they speak
+                rows.switch()
             raise TuneInterrupted(run.report()) from error
         finally:
-            if run.wrote:
+            if rows.wrote:
                 invalidate()
     return run.report()
 
@@ -96,11 +96,8 @@ class _Run:
 
     request: TuneRequest
     say: OnEvent
-    machine: Machine
-    store: Store
+    rows: Rows
     host: Host
-    wrote: bool = False
-    rows: dict[Bucket, Row] = field(default_factory=dict)
     remaining: tuple[Bucket, ...] = ()
     refined: dict[Bucket, Ends] = field(default_factory=dict)
     unrefined: tuple[Bucket, ...] = ()
@@ -114,7 +111,7 @@ class _Run:
         alone = dict[Unpaired, None]()
         settled: list[Standing] = []
         for index, bucket in enumerate(self.request.buckets):
-            standing = self._standing(bucket)
+            standing = self.rows.standing(bucket)
             alone |= dict.fromkeys(Unpaired(bucket.op, c.label, c.direction, reason) for c, reason in unpaired(standing.offers))
             todo = self._todo(standing)
             if todo or not standing.pairs:
@@ -124,10 +121,10 @@ class _Run:
         self.say(Planned(len(self.request.buckets), len(work)))
         for one in alone:
             self.say(one)
-        if work or any(self._outdated(standing) for standing in settled):
-            self.store.require_writable()
+        if work or any(self.rows.outdated(standing) for standing in settled):
+            self.rows.store.require_writable()
         for standing in settled:
-            self._settle(standing)
+            self.rows.settle(standing)
         self._compile_ahead(work)
         self.measuring = time.monotonic()
         for position, (index, standing, todo) in enumerate(work):
@@ -139,34 +136,21 @@ class _Run:
         if self.request.midpoints and not self.request.doubtful:
             self._refine()
 
-    def switch(self) -> None:
-        """Says up to where each row of the keys that were asked for speaks towards its longer neighbour, where a row was written."""
-        if not self.wrote or self.store.table is None:
-            return
-        keys = {bucket._replace(seq_len=0) for bucket in self.request.buckets}
-        plain = {key: key for key in keys} | {without_states(key): key for key in keys if is_training(key)}
-        changes = switches(
-            self.store.table.rows,
-            lambda bucket: bucket._replace(seq_len=0) in plain,
-            lambda bucket: self._possible(plain[bucket._replace(seq_len=0)]._replace(seq_len=bucket.seq_len)),
-        )
-        if changes:
-            self.store.switch(changes)
-
     def _is_over(self) -> bool:
         """Whether the budget has ended."""
         return self.request.budget_s is not None and time.monotonic() - self.started >= self.request.budget_s
 
     def _refine(self) -> None:
-        """Where two neighbours chose differently, their choices meet in the middle: a call there would get the nearer one's, whichever is the faster."""
-        rows = {} if self.store.table is None else self.store.table.rows
-        found = disagreeing(self.request.buckets, self.request.beside, rows, self._standing)
-        work = [
-            (one, standing, todo) for one in found if (standing := self._possible(one.bucket)) is not None and (todo := self._meeting(one, standing))
-        ]
+        """Where two neighbours chose differently, their choices meet in the middle, where a call would get one of them unmeasured."""
+        rows = {} if self.rows.store.table is None else self.rows.store.table.rows
+        standing_of = functools.cache(self.rows.possible)
+        found = (*disagreeing(self.request.buckets, self.request.beside, rows, standing_of), *outlived(self.request.buckets, rows, standing_of))
+        standings = [(one, standing) for one in found if (standing := standing_of(one.bucket)) is not None]
+        self._restore(standings)
+        work = [(one, standing, todo) for one, standing in standings if (todo := self._meeting(one, standing))]
         if not work:
             return
-        self.store.require_writable()
+        self.rows.store.require_writable()
         self.say(Refining(tuple(one.bucket for one, _, _ in work)))
         for position, (one, standing, todo) in enumerate(work):
             if self._is_over():
@@ -176,12 +160,13 @@ class _Run:
             self.refined[one.bucket] = one.ends
             self._measure(len(self.request.buckets) + position, standing, todo, self._race_s(len(work) - position))
 
-    def _possible(self, bucket: Bucket) -> Standing | None:
-        """What is offered there; None where no call is such a bucket's."""
-        try:
-            return self._standing(bucket)
-        except ValueError:
-            return None
+    def _restore(self, standings: Sequence[tuple[Midpoint, Standing]]) -> None:
+        """Writes the rows that are gone, or that a kill kept out, where the measurements of all that was to meet there are current."""
+        for one, standing in standings:
+            known = all(candidate in standing.current for pair in one.choices for candidate in members(pair))
+            if known and not self.request.force and self.rows.store.entry(one.bucket) is None and (entries := self.rows.chosen(standing)):
+                self.rows.store.require_writable()
+                self.rows.write(one.bucket, (), entries)
 
     def _meeting(self, one: Midpoint, standing: Standing) -> list[Candidate]:
         """The neighbours' choices, as far as they are offered there and asked for; nobody where all of them have been measured there."""
@@ -202,13 +187,13 @@ class _Run:
             return
         left = None if request.budget_s is None else max(0.0, request.budget_s - (time.monotonic() - self.started))
         limits = Limits(AHEAD_S if left is None else min(AHEAD_S, left / 2), request.timeout_s)
-        self.say(compile_ahead(todo, Target(self.machine, request.device, request.heads_of), limits, most))
+        self.say(compile_ahead(todo, Target(self.rows.machine, request.device, request.heads_of), limits, most))
 
     def _race_s(self, left: int) -> float:
         """The rounds' budget in each of the buckets that are left: the asked one, or less where the whole would take too long."""
         request = self.request
         wanted = request.bucket_s or (QUICK_BUCKET_S if request.quick else FULL_BUCKET_S)
-        quick = QUICK_S if self.machine.kind == "cpu" else QUICK_GPU_S
+        quick = QUICK_S if self.rows.machine.kind == "cpu" else QUICK_GPU_S
         whole = request.budget_s if request.budget_s is not None else quick if request.quick else None
         since = self.measuring if request.budget_s is None else self.started
         if whole is None:
@@ -217,14 +202,10 @@ class _Run:
 
     def report(self) -> TuneReport:
         """What has been done so far, in the order of the request."""
-        done = tuple(self.rows[bucket] for bucket in self.request.buckets if bucket in self.rows)
-        missing = tuple(bucket for bucket in self.request.buckets if bucket not in self.rows)
-        between = tuple(replace(self.rows[bucket], between=ends) for bucket, ends in self.refined.items() if bucket in self.rows)
-        return TuneReport(self.store.path, done, self.remaining or missing, time.monotonic() - self.started, between, self.unrefined)
-
-    def _standing(self, bucket: Bucket) -> Standing:
-        signature = signature_of_bucket(bucket, self.request.device, self.request.heads_of(bucket))
-        return Standing.of(bucket, signature, offers(signature, self.machine), self.store.measurements(bucket))
+        done = tuple(self.rows.told[bucket] for bucket in self.request.buckets if bucket in self.rows.told)
+        missing = tuple(bucket for bucket in self.request.buckets if bucket not in self.rows.told)
+        between = tuple(replace(self.rows.told[bucket], between=ends) for bucket, ends in self.refined.items() if bucket in self.rows.told)
+        return TuneReport(self.rows.store.path, done, self.remaining or missing, time.monotonic() - self.started, between, self.unrefined)
 
     def _todo(self, standing: Standing) -> list[Candidate]:
         """Who must be measured: the asked backends' candidates and the default's that have no current measurement; with them the yardsticks."""
@@ -240,7 +221,7 @@ class _Run:
                 stale = [c for c in racing if standing.current[c].lacked_memory]
         if not stale:
             return []
-        entry = self.store.entry(standing.bucket)
+        entry = self.rows.store.entry(standing.bucket)
         winner = None if entry is None else standing.named_by(entry)
         yardsticks = {*default, *(members(winner) if winner is not None else ())}
         return [c for c in standing.candidates if c in stale or c in yardsticks]
@@ -261,32 +242,6 @@ class _Run:
             self.probed[backend] = "" if state in ("usable", "importable") else reason or state
             self.say(BackendProbed(backend, state, reason))  # type: ignore[arg-type]
         return self.probed[backend]
-
-    def _outdated(self, standing: Standing) -> bool:
-        """Whether the row is not what the current measurements say, or was chosen by another objective or limit."""
-        chosen = standing.select(self.request.objective, self.request.max_memory_mib)
-        entry = self.store.entry(standing.bucket)
-        if chosen.winner is None:
-            return False
-        if entry is not None and (entry.objective, entry.max_memory_mib) != (self.request.objective, self.request.max_memory_mib):
-            return True
-        named = None if entry is None else standing.named_by(entry)
-        return named != chosen.winner.pair or not self.store.fresh(standing.bucket, standing.source(named))
-
-    def _settle(self, standing: Standing) -> None:
-        """A bucket whose measurements are all current: its row is chosen from them, and written where it is another one."""
-        bucket = standing.bucket
-        entries = self._entries(standing) if self._outdated(standing) else {}
-        if entries:
-            self._write(bucket, (), entries)
-        chosen = standing.select(self.request.objective, self.request.max_memory_mib)
-        entry = self.store.entry(bucket) if chosen.winner is not None else None
-        reference_us = self._reference_us(bucket)
-        if entry is None:
-            self._fail(bucket, chosen.reason, time.monotonic())
-            return
-        self.rows[bucket] = Row(bucket, entry, standing.default_us(), reference_us, choices=len(standing.contenders()))
-        self.say(Skipped(bucket, entry, standing.default_us(), reference_us))
 
     def _measure(self, index: int, standing: Standing, todo: Sequence[Candidate], race_s: float) -> None:
         bucket, begun = standing.bucket, time.monotonic()
@@ -309,18 +264,18 @@ class _Run:
                 wanted = [] if chosen is None else [c for c in members(chosen.pair) if c not in measured]  # a winner was timed today
             reference = bench.reference() if measured != refused and bucket not in self.refined else None
         except OpenFailed as error:
-            self._fail(bucket, f"its inputs could not be made: {error}", begun)
+            self.rows.fail(bucket, f"its inputs could not be made: {error}", begun)
             return
         standing = standing.with_measured(measured)
         kept = [*standing.current.values(), *([reference] if reference is not None else [])]
-        entries = self._entries(standing)
-        self._write(bucket, kept, entries)
+        entries = self.rows.chosen(standing)
+        self.rows.write(bucket, kept, entries)
         reference_us = None if reference is None else reference.us
         if bucket not in entries:
-            self._fail(bucket, standing.select(self.request.objective, self.request.max_memory_mib).reason, begun)
+            self.rows.fail(bucket, standing.select(self.request.objective, self.request.max_memory_mib).reason, begun)
             return
         default_us = standing.default_us()
-        self.rows[bucket] = Row(bucket, entries[bucket], default_us, reference_us, measured=True, choices=len(standing.contenders()))
+        self.rows.told[bucket] = Row(bucket, entries[bucket], default_us, reference_us, measured=True, choices=len(standing.contenders()))
         self.say(BucketDone(bucket, entries[bucket], default_us, reference_us, time.monotonic() - begun))
 
     def _decide(self, bench: Bench, standing: Standing, measured: Mapping[Candidate, Measurement]) -> dict[Candidate, Measurement]:
@@ -344,33 +299,8 @@ class _Run:
         """Forwards that passed earlier and save what backwards may need."""
         return [c for c, one in standing.current.items() if c.direction == "forward" and c.saves_states and one.status == "ok"]
 
-    def _entries(self, standing: Standing) -> dict[Bucket, Entry]:
-        """The bucket's row, and in training the one for calls that may save no states."""
-        found: dict[Bucket, Entry] = {}
-        for bucket, plain in ((standing.bucket, False), (without_states(standing.bucket), True)):
-            if plain and not is_training(standing.bucket):
-                continue
-            chosen = standing.select(self.request.objective, self.request.max_memory_mib, without_states=plain)
-            if chosen.winner is not None:
-                doubt = doubt_of(standing, self.request.objective, self.request.max_memory_mib, without_states=plain)
-                share = None if doubt is None else doubt.share
-                source = standing.source(chosen.winner.pair) or ""
-                found[bucket] = entry_of(chosen, source, share, self.request.objective, self.request.max_memory_mib)
-        return found
-
-    def _write(self, bucket: Bucket, measurements: Sequence[Measurement], entries: dict[Bucket, Entry]) -> None:
-        self.store.write(bucket, measurements, entries)
-        self.wrote = True
-
-    def _fail(self, bucket: Bucket, reason: str, begun: float) -> None:
-        self.rows[bucket] = Row(bucket, None, reason=reason)
-        self.say(BucketFailed(bucket, reason, time.monotonic() - begun))
-
     def _tell(self, bucket: Bucket, candidate: Candidate, one: Measurement) -> None:
         self.say(CandidateDone(bucket, candidate.label, candidate.direction, one.status, one.reason, one.us, one.spread))
-
-    def _reference_us(self, bucket: Bucket) -> float | None:
-        return next((one.us for one in self.store.measurements(bucket) if one.candidate == REFERENCE), None)
 
 
 def _refused(standing: Standing, candidate: Candidate, reason: str) -> Measurement:

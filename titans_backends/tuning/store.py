@@ -16,6 +16,7 @@ from titans_backends.cache.schema import Device, Entry, Environment, Table, devi
 from titans_backends.cache.staleness import grade
 from titans_backends.cache.timings import Measurement, Timings
 from titans_backends.machine import Machine
+from titans_backends.verdict import Verdict
 
 __all__ = ["Store"]
 
@@ -38,9 +39,13 @@ class Store:
         timings = file.read_timings(timings_path(path), defaults_of, device).table
         return cls(path, device, current_environment(machine.kind), table, timings)
 
+    def is_writable(self) -> Verdict:
+        """Whether the rows, and the timings beside them, may be written, with every reason against it."""
+        return file.check_writable(self.path, device=self.device, defaults_of=defaults_of)
+
     def require_writable(self) -> None:
         """CacheError with every reason where a write of the rows, or of the timings beside them, would be refused."""
-        verdict = file.check_writable(self.path, device=self.device, defaults_of=defaults_of)
+        verdict = self.is_writable()
         if not verdict:
             raise CacheError(f"tune: the result could not be written: {verdict}")
 
@@ -72,10 +77,13 @@ class Store:
             self.table = file.update(self.path, changes=entries, **common)  # type: ignore[arg-type]
 
     def switch(self, changes: Mapping[Bucket, tuple[int, int] | None]) -> None:
-        """Writes up to where rows speak towards their longer neighbours."""
+        """Writes up to where rows speak towards their longer neighbours; not where another process has changed one of the two since."""
+        known = {} if self.table is None else self.table.rows
 
         def changed(table: Table) -> Table:
-            return replace(table, rows={b: replace(e, until=changes[b]) if b in changes else e for b, e in table.rows.items()})
+            same = {bucket for bucket, entry in table.rows.items() if known.get(bucket) == entry}
+            wanted = {b: until for b, until in changes.items() if b in same and (until is None or b._replace(seq_len=until[0]) in same)}
+            return replace(table, rows={b: replace(e, until=wanted[b]) if b in wanted else e for b, e in table.rows.items()})
 
         self.table = file.edit(self.path, changed, device=self.device, defaults_of=defaults_of)
 

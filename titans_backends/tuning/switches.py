@@ -37,7 +37,8 @@ def switches(
 ) -> dict[Bucket, tuple[int, int] | None]:
     """What `until` is to be in each row that has a longer neighbour and whose key `of` accepts, where that differs from what it is.
 
-    None for neighbours with one choice, for rows that were not chosen by time alone, and where a choice was not timed at both.
+    None for neighbours with one choice and for rows that were not chosen by time alone. Where a choice is not offered here today, or was not timed at both
+    with what is installed, what stands there stays: whoever writes one of the two rows drops it.
     """
     lengths: dict[Bucket, list[int]] = {}
     for bucket in rows:
@@ -48,14 +49,24 @@ def switches(
         ends = sorted(group)
         for shorter, longer in pairwise(ends):
             one, other = key._replace(seq_len=shorter), key._replace(seq_len=longer)
-            by_time = rows[one].objective == rows[other].objective == "time"
-            last = _last(one, other, rows, standing) if by_time and not same_choice(rows[one], rows[other]) else None
-            found[one] = None if last is None else (longer, last)
+            found[one] = _until(one, other, rows, standing)
         found[key._replace(seq_len=ends[-1])] = None
     return {bucket: until for bucket, until in found.items() if rows[bucket].until != until}
 
 
-def _last(one: Bucket, other: Bucket, rows: Mapping[Bucket, Entry], standing: Callable[[Bucket], Standing | None]) -> int | None:
+def _until(one: Bucket, other: Bucket, rows: Mapping[Bucket, Entry], standing: Callable[[Bucket], Standing | None]) -> tuple[int, int] | None:
+    if not (_by_time(rows[one]) and _by_time(rows[other])) or same_choice(rows[one], rows[other]):
+        return None
+    timed = _timed(one, other, rows, standing)
+    if timed is None:
+        known = rows[one].until
+        return known if known is not None and known[0] == other.seq_len else None
+    last = crossing(one.seq_len, other.seq_len, *timed)
+    return None if last is None else (other.seq_len, last)
+
+
+def _timed(one: Bucket, other: Bucket, rows: Mapping[Bucket, Entry], standing: Callable[[Bucket], Standing | None]) -> tuple[Times, Times] | None:
+    """What both choices take at either length; None where one is not offered here today, or was not timed at both with what is installed."""
     here, there = standing(one), standing(other)
     if here is None or there is None:
         return None
@@ -63,7 +74,12 @@ def _last(one: Bucket, other: Bucket, rows: Mapping[Bucket, Entry], standing: Ca
     if chosen[0] is None or chosen[1] is None:
         return None
     at_shorter, at_longer = _times(here, chosen[0], chosen[1]), _times(there, chosen[0], chosen[1])
-    return None if at_shorter is None or at_longer is None else crossing(one.seq_len, other.seq_len, at_shorter, at_longer)
+    return None if at_shorter is None or at_longer is None else (at_shorter, at_longer)
+
+
+def _by_time(entry: Entry) -> bool:
+    """Whether nothing but time decided: a limit of memory may have kept the faster choice out, between the two lengths as well."""
+    return entry.objective == "time" and entry.max_memory_mib is None
 
 
 def _times(standing: Standing, one: Pair, other: Pair) -> Times | None:

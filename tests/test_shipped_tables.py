@@ -24,7 +24,9 @@ from titans_backends.cache.timings import dump_timings
 from titans_backends.device_names import slug_of
 from titans_backends.machine import Machine
 from titans_backends.offers import source_modules
+from titans_backends.tuning.gate import taken
 from titans_backends.tuning.problem import signature_of_bucket
+from titans_backends.tuning.suite import hostile_cases, suite_key
 
 SHIPPED = paths.shipped_paths()
 
@@ -153,3 +155,24 @@ def test_the_measurements_of_a_shipped_table_are_sound(measured: Path) -> None:
     loaded = file.read_timings(measured, defaults_of)
     assert loaded.table is not None, loaded.problem
     assert dump_timings(loaded.table, defaults_of) == measured.read_text(encoding="utf-8")
+
+
+def test_no_candidate_of_a_shipped_tables_rows_passes_the_gate_unexamined(path: Path) -> None:
+    """Each that a backend offers there takes at least one hostile case."""
+    table = table_at(path)
+    machine, seen, without = machine_of(table), set[tuple[Bucket, Candidate]](), list[str]()
+    for bucket in table.rows:
+        key = suite_key(bucket)
+        cases = list(hostile_cases(key))
+        for backend in (one for one in (registry.get("cupy"), registry.get("triton")) if bucket.op in one.ops):
+            module, verdict = registry.module(backend, bucket.op)
+            assert module is not None, verdict
+            if not module.supports(signature_of_bucket(bucket, machine.kind), machine):
+                continue
+            for candidate in offered(backend.name, bucket, machine):
+                if (key, candidate) not in seen:
+                    seen.add((key, candidate))
+                    if not any(taken(bucket, candidate, module, machine, machine.kind, cases)):
+                        without.append(f"{candidate.label} at {bucket}")
+    assert seen
+    assert without == []

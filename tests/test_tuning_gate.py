@@ -20,10 +20,12 @@ from titans_backends.contracts.case import Case
 from titans_backends.contracts.fused_uw import FusedUW
 from titans_backends.contracts.tolerance import tolerance
 from titans_backends.machine import detect
+from titans_backends.signature import Signature
 from titans_backends.tuning import guarded_run
 from titans_backends.tuning.gate import GateResult, check_backward, gate
 from titans_backends.tuning.ledger import Ledger, Rejected
 from titans_backends.tuning.suite import Exam
+from titans_backends.verdict import ACCEPTED, refused
 
 Run = Callable[..., GateResult]
 
@@ -36,12 +38,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         monkeypatch.delitem(sys.modules, name)
     module = importlib.import_module("faulty.gated_delta_rule")
 
-    def gated(variant: str, direction: str = "forward", module: ModuleType = module, **fields: WhenValue) -> GateResult:
+    def gated(variant: str, direction: str = "forward", module: ModuleType = module, seq_len: int = 20, **fields: WhenValue) -> GateResult:
         monkeypatch.setenv("FAULTY_VARIANTS", variant if direction == "forward" else f"backward:{variant}")
         values: dict[str, WhenValue] = {"dtype": "float32", "head_dim": (8, 4), "streams": 2, "g": True, **fields}
         if direction == "backward":
             values["regime"] = "training"
-        bucket = Bucket("gated_delta_rule", canonical_when(values, defaults_of("gated_delta_rule")), 20)
+        bucket = Bucket("gated_delta_rule", canonical_when(values, defaults_of("gated_delta_rule")), seq_len)
         candidate = Candidate("faulty", variant, direction=direction)  # type: ignore[arg-type]
         found: TrainableOpModule = module  # type: ignore[assignment]
         return gate(bucket, candidate, found, detect("cpu"), "cpu")
@@ -105,8 +107,6 @@ def test_a_candidate_that_writes_to_its_inputs_spoils_nothing_for_the_next(run: 
 
 
 def test_a_case_that_the_backend_refuses_is_skipped_and_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from titans_backends.verdict import ACCEPTED, refused
-
     run("good")
     faulty = sys.modules["faulty.gated_delta_rule"]
 
@@ -118,6 +118,32 @@ def test_a_case_that_the_backend_refuses_is_skipped_and_said(run: Run, monkeypat
     result = run("good")
     assert result.ok
     assert result.skipped == ("strided",)
+
+
+def test_what_pays_at_many_tokens_alone_is_examined_on_few(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate that no hostile case is offered takes those it would be offered for at the bucket's own sizes."""
+
+    def candidates(signature: Signature, machine: object) -> list[Candidate]:
+        return [Candidate("faulty", name) for name in ("good", "wrong") if signature.dim("T") >= 4096]
+
+    def gated(variant: str, seq_len: int) -> GateResult:
+        return run(variant, seq_len=seq_len)
+
+    gated("good", 20)
+    monkeypatch.setattr(sys.modules["faulty.gated_delta_rule"], "candidates", candidates)
+    assert gated("good", 4096) == GateResult("", gated("good", 4096).errors, ())
+    assert gated("good", 4096).errors
+    assert "o is off by" in gated("wrong", 4096).reason
+    assert len(gated("wrong", 2048).skipped) == 4  # nobody offers it there
+    assert gated("wrong", 2048).ok
+
+
+def test_what_pays_at_many_tokens_alone_is_not_asked_for_what_its_backend_refuses(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("good")
+    faulty = sys.modules["faulty.gated_delta_rule"]
+    monkeypatch.setattr(faulty, "candidates", lambda signature, machine: [Candidate("faulty", "wrong")] * (signature.dim("T") >= 4096))
+    monkeypatch.setattr(faulty, "supports", lambda signature, machine: ACCEPTED if signature.dim("T") >= 4096 else refused("too few tokens"))
+    assert len(run("wrong", seq_len=4096).skipped) == 4
 
 
 def test_what_a_module_remembered_runs_on_poisoned_memory_and_not_on_its_first_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,14 +43,14 @@ def prepare(bucket: Bucket, candidate: Candidate, machine: Machine, device: str,
 def _calls(bucket: Bucket, candidate: Candidate, module: OpModule, machine: Machine, device: str, heads: int | None) -> Iterator[Call]:
     from titans_backends.contracts import contract
     from titans_backends.contracts.case import build
-    from titans_backends.tuning.gate import offered
-    from titans_backends.tuning.problem import case_of, signature_of_case
+    from titans_backends.tuning.gate import taken
+    from titans_backends.tuning.problem import case_of
     from titans_backends.tuning.suite import suite_key
 
     yield build(contract(bucket.op), case_of(bucket, heads), "meta")
-    for case, call in _cases(suite_key(bucket)):
-        if offered(candidate, module, signature_of_case(bucket, case, device), machine):
-            yield call
+    known = _cases(suite_key(bucket))
+    takes = taken(bucket, candidate, module, machine, device, [case for case, _ in known], heads)
+    yield from (call for (_, call), taking in zip(known, takes, strict=True) if taking is not None)
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,7 +6,8 @@ where a candidate says that it is deterministic, two runs must give the same bit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from titans_backends.backend import Candidate, OpModule, TrainableOpModule
 from titans_backends.buckets import Bucket
 from titans_backends.contracts import contract as contract_of
+from titans_backends.contracts.case import Case
 from titans_backends.contracts.contract import Call, Contract, state_dtype
 from titans_backends.contracts.tolerance import Tolerance
 from titans_backends.machine import Machine
@@ -22,11 +24,11 @@ from titans_backends.plan import Handed
 from titans_backends.signature import Signature
 from titans_backends.tuning.guarded_run import run_backward, run_forward
 from titans_backends.tuning.ledger import Ledger, Rejected, gradient_floor, limits
-from titans_backends.tuning.problem import signature_of_case
+from titans_backends.tuning.problem import case_of, signature_of_case
 from titans_backends.tuning.slices import Part
 from titans_backends.tuning.suite import Exam, Outputs, suite, suite_key
 
-__all__ = ["GateResult", "check_backward", "check_backward_part", "check_forward", "check_forward_part", "failure", "gate", "offered"]
+__all__ = ["GateResult", "check_backward", "check_backward_part", "check_forward", "check_forward_part", "failure", "gate", "taken"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +45,52 @@ class GateResult:
         return not self.reason
 
 
-def gate(bucket: Bucket, candidate: Candidate, module: OpModule | TrainableOpModule, machine: Machine, device: str) -> GateResult:
-    """Runs a candidate on the hostile cases that its backend accepts. What the candidate raises is its failure, named with the case."""
+def gate(bucket: Bucket, candidate: Candidate, module: OpModule | TrainableOpModule, machine: Machine, device: str, heads: int | None = None) -> GateResult:
+    """Runs a candidate on the hostile cases that it takes. What the candidate raises is its failure, named with the case."""
     made, ledger, skipped = contract_of(bucket.op), Ledger(), []
-    for exam in suite(suite_key(bucket), device):
+    exams = suite(suite_key(bucket), device)
+    takes = taken(bucket, candidate, module, machine, device, [exam.case for exam in exams], heads)
+    for exam, taking in zip(exams, takes, strict=True):
         where = exam.case.name
-        signature = signature_of_case(bucket, exam.case, device)
-        if not offered(candidate, module, signature, machine):
+        if taking is None:
             skipped.append(where)
             continue
-        limit = limits(signature.dtype, machine, signature.float32)
+        limit = limits(taking.dtype, machine, taking.float32)
         try:
             if candidate.direction == "forward":
                 check_forward(made, candidate, module, exam, limit, ledger, where)
             else:
-                maker = next((one for one in module.candidates(signature, machine) if one.agrees(candidate)), None)
+                maker = next((one for one in module.candidates(taking, machine) if one.agrees(candidate)), None)
                 check_backward(made, candidate, module, exam, limit, ledger, where, maker=maker)
         except Rejected as reason:
             return GateResult(str(reason), tuple(ledger.errors.items()), tuple(skipped))
         except Exception as error:  # a candidate's own failure is its result
             return GateResult(failure(error, where), tuple(ledger.errors.items()), tuple(skipped))
     return GateResult("", tuple(ledger.errors.items()), tuple(skipped))
+
+
+def taken(
+    bucket: Bucket,
+    candidate: Candidate,
+    module: OpModule | TrainableOpModule,
+    machine: Machine,
+    device: str,
+    cases: Sequence[Case],
+    heads: int | None = None,
+) -> list[Signature | None]:
+    """For each case of a bucket's, whether a candidate is examined on it: a signature where its backend offers it, or None.
+
+    What pays at many heads or tokens alone may be offered at none of the cases' few: then it takes those whose tensors and options it is offered for at the bucket's own
+    sizes. A kernel has to be right wherever `supports` says yes; `candidates` says what is worth trying.
+    """
+    here = [signature_of_case(bucket, case, device) for case in cases]
+    found = [signature if _offered(candidate, module, signature, machine) else None for signature in here]
+    if any(found):
+        return found
+    own = case_of(bucket, heads)
+    sized = [replace(case, B=own.B, T=own.T, G=own.G, H=own.H, lengths=own.lengths) for case in cases]
+    large = [signature_of_case(bucket, case, device) for case in sized]
+    return [big if module.supports(small, machine) and _offered(candidate, module, big, machine) else None for small, big in zip(here, large, strict=True)]
 
 
 def failure(error: Exception, where: str) -> str:
@@ -74,7 +101,7 @@ def failure(error: Exception, where: str) -> str:
     return f"{'out of memory' if memory else 'raised'} on {where}: {type(error).__name__}{': ' if text else ''}{text}"
 
 
-def offered(candidate: Candidate, module: OpModule | TrainableOpModule, signature: Signature, machine: Machine) -> bool:
+def _offered(candidate: Candidate, module: OpModule | TrainableOpModule, signature: Signature, machine: Machine) -> bool:
     """Whether the backend would run this candidate on another signature: it may refuse a case honestly."""
     if not module.supports(signature, machine):
         return False

@@ -52,10 +52,10 @@ class Checked:
 
 
 @functools.lru_cache(maxsize=512)
-def _gated(key: Bucket, candidate: Candidate, bucket: Bucket, device: str) -> GateResult:
+def _gated(key: Bucket, candidate: Candidate, bucket: Bucket, device: str, heads: int | None) -> GateResult:
     module, _ = registry.module(registry.get(candidate.backend), bucket.op)
     assert module is not None
-    return gate(bucket, candidate, module, detect(device), device)
+    return gate(bucket, candidate, module, detect(device), device, heads)
 
 
 class Session:
@@ -63,7 +63,7 @@ class Session:
 
     def __init__(self, bucket: Bucket, device: str, heads: int | None, *, references: bool = True) -> None:
         set_torch(bucket)
-        self.bucket, self.device = bucket, device
+        self.bucket, self.device, self.heads = bucket, device, heads
         self.contract, self.machine = contract(bucket.op), detect(device)
         self.call: Call = build(self.contract, case_of(bucket, heads), device)
         given = self.contract.tensors(self.call)
@@ -107,7 +107,7 @@ class Session:
             start = time.perf_counter()
             found = self._first_run(candidate, states_from, where)
             compile_s = time.perf_counter() - start
-            result = _gated(suite_key(self.bucket), candidate, self.bucket, self.device)
+            result = _gated(suite_key(self.bucket), candidate, self.bucket, self.device, self.heads)
             if not result.ok:
                 return Checked(result, compile_s=compile_s)
             ledger.errors |= dict(result.errors)

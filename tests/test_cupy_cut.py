@@ -13,7 +13,7 @@ from titans_backends.backends.cupy import delta_cut, delta_hopper, delta_kept, d
 from torch import Tensor
 
 from titans_backends.backend import Candidate
-from titans_backends.contracts.case import Case
+from titans_backends.contracts.case import Case, build
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.launching.remember import _Watch
 
@@ -34,10 +34,17 @@ FEW = replace(BASE, T=8192, G=2, H=8)
 """Heads as a shard has them, on a sequence that is worth cutting."""
 
 
-def cut(case: Case, variant: str, direction: str, segments: int) -> Candidate:
-    """A variant's candidate that cuts."""
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate's number is that of its segments, however short the sequence."""
+    monkeypatch.setattr(delta_cut, "_fitting", lambda processors, heads, tokens: processors)
+    monkeypatch.setattr(delta_cut, "_FEWEST", 1)
+
+
+def cut(case: Case, variant: str, direction: str, number: int) -> Candidate:
+    """A variant's candidate that cuts; with `counted` into so many segments."""
     one = one_of(replace(case, T=64, lengths=None, view="contiguous"), variant, direction)
-    return replace(one, params=(*one.params, ("segments", segments)))
+    return replace(one, params=(*one.params, ("cut_for", number)))
 
 
 def rule(case: Case) -> delta_prepare.Rule:
@@ -78,7 +85,7 @@ def test_the_chain_goes_from_segment_to_segment(segments: int, back: bool) -> No
 
 @compiles
 @emulates
-@pytest.mark.usefixtures("engine", "poisoned")
+@pytest.mark.usefixtures("engine", "poisoned", "counted")
 def test_a_segment_says_what_it_does_to_a_state() -> None:
     """Five blocks in three segments; the last one's blocks are not walked."""
     case = replace(BASE, T=5 * 64 - 7, H=1, keys="correlated", given=("g", "initial_state"))
@@ -105,7 +112,7 @@ def test_a_segment_says_what_it_does_to_a_state() -> None:
 @compiles
 @emulates
 @pytest.mark.slow
-@pytest.mark.usefixtures("engine", "poisoned")
+@pytest.mark.usefixtures("engine", "poisoned", "counted")
 @pytest.mark.parametrize(
     ("case", "segments"),
     [
@@ -126,7 +133,7 @@ def test_a_backward_takes_what_its_forward_kept_of_segments(case: Case, segments
 @compiles
 @emulates
 @pytest.mark.slow
-@pytest.mark.usefixtures("engine", "poisoned")
+@pytest.mark.usefixtures("engine", "poisoned", "counted")
 def test_packed_sequences_are_cut_each_for_itself() -> None:
     """Computed again, normalized; one sequence is empty, one shorter than its segments."""
     case = replace(BASE, T=194, H=1, lengths=(1, 0, 193), options={**FINAL, "qk_l2norm": True})
@@ -139,7 +146,7 @@ def test_packed_sequences_are_cut_each_for_itself() -> None:
 @compiles
 @emulates
 @pytest.mark.slow
-@pytest.mark.usefixtures("engine", "poisoned")
+@pytest.mark.usefixtures("engine", "poisoned", "counted")
 @pytest.mark.parametrize(
     "case",
     [replace(BASE, T=0), replace(BASE, T=140, H=1, dtype=torch.float16, view="misaligned", given=())],
@@ -153,7 +160,7 @@ def test_the_forward_in_segments_for_inference(case: Case) -> None:
 @compiles
 @emulates
 @pytest.mark.slow
-@pytest.mark.usefixtures("engine", "poisoned")
+@pytest.mark.usefixtures("engine", "poisoned", "counted")
 def test_only_the_values_and_the_state_want_gradients() -> None:
     """Nothing of a forward is computed again but the maps."""
     case = replace(BASE, T=200, H=1)
@@ -170,7 +177,7 @@ def test_only_the_values_and_the_state_want_gradients() -> None:
 @compiles
 @emulates
 @pytest.mark.slow
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("engine", "counted")
 def test_barriers_order_what_segments_share() -> None:
     """Five blocks to a segment, more than there are stages."""
     case = replace(BASE, T=16 * 64, G=1, H=1, given=("g",), options={})
@@ -192,6 +199,7 @@ def test_the_chain_spills_nothing(back: int) -> None:
     assert not used.spilled, said
 
 
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("regime", ["inference", "training"])
 def test_a_call_in_segments_can_be_repeated(regime: str) -> None:
     """It takes memory and views of it, and does nothing else with a tensor."""
@@ -210,11 +218,11 @@ def test_a_call_in_segments_can_be_repeated(regime: str) -> None:
         assert len(kept) == len(delta_kept.Kept._fields) + 1
 
 
-def segments_offered(case: Case, regime: str = "training", **signature: object) -> list[int]:
-    """Of every candidate that cuts, both directions."""
+def offered_for(case: Case, regime: str = "training", **signature: object) -> list[int]:
+    """The processors of every candidate that cuts, both directions."""
     asked = replace(facts(case, regime), **signature)  # type: ignore[arg-type]
     found = [*gated_delta_rule.candidates(asked, H100), *(gated_delta_rule.backward_candidates(asked, H100) if regime == "training" else ())]
-    return [int(one.param("segments")) for one in found if "segments" in dict(one.params)]
+    return [int(one.param("cut_for")) for one in found if "cut_for" in dict(one.params)]
 
 
 @pytest.mark.parametrize(
@@ -231,22 +239,43 @@ def segments_offered(case: Case, regime: str = "training", **signature: object) 
     ],
 )
 def test_few_heads_of_long_sequences_are_cut(case: Case, segments: int) -> None:
-    assert segments_offered(case, "inference") == [segments] * (segments > 0)
-    assert segments_offered(case) == [segments] * 4 * (segments > 0)
+    assert offered_for(case, "inference") == [132] * (segments > 0)
+    assert offered_for(case) == [132] * 4 * (segments > 0)
+    if segments:
+        x = delta_prepare.rule_of(build(MADE, case, "meta"), delta_hopper.SIDE)
+        made = delta_cut.cut_of(x, 132)
+        assert made is not None
+        assert made.segments == segments
+        assert made.states.shape == made.maps.shape == (x.slots.sequences * segments, x.heads, 128, 128)
+
+
+def test_a_short_call_is_examined_in_segments() -> None:
+    """The gate's cases are too short to be worth it: they are cut as little as ever is offered."""
+    x = delta_prepare.rule_of(build(MADE, replace(FEW, T=65), "meta"), delta_hopper.SIDE)
+    assert delta_cut.segments_of(x, 132) == 3
+
+
+def test_what_a_table_knows_of_one_length_holds_for_others() -> None:
+    """The same candidates, whose segments the sizes say."""
+    for regime in ("inference", "training"):
+        asked = [facts(replace(FEW, T=length), regime) for length in (2048, 3000, 6000, 65536)]
+        found = [[one for one in gated_delta_rule.candidates(each, H100) if "cut_for" in dict(one.params)] for each in asked]
+        assert found[0]
+        assert all(each == found[0] for each in found)
 
 
 def test_whole_sequences_stay_first_and_a_result_is_that_of_any_batch() -> None:
     found = [one for one in gated_delta_rule.candidates(facts(FEW), H100) if "carriers" in dict(one.params)]
-    assert [(one.variant, "segments" in dict(one.params)) for one in found] == [("wgmma", False), ("wgmma", True), ("kept", False), ("kept", True)]
-    assert not segments_offered(FEW, batch_invariant=True)
+    assert [(one.variant, "cut_for" in dict(one.params)) for one in found] == [("wgmma", False), ("wgmma", True), ("kept", False), ("kept", True)]
+    assert not offered_for(FEW, batch_invariant=True)
 
 
-def test_who_keeps_segments_agrees_with_who_takes_as_many() -> None:
+def test_who_keeps_segments_agrees_with_who_takes_them() -> None:
     asked = facts(FEW)
     forward, backward = (
         [one for one in found(asked, H100) if one.residual] for found in (gated_delta_rule.candidates, gated_delta_rule.backward_candidates)
     )
-    pairs = [(dict(one.params).get("segments"), dict(other.params).get("segments")) for one in forward for other in backward if one.agrees(other)]
-    assert pairs == [(None, None), (8, 8)]
-    other = gated_delta_rule.backward_candidates(facts(replace(FEW, B=2)), H100)
-    assert not any(one.agrees(each) for one in forward if "segments" in dict(one.params) for each in other)
+    pairs = [(dict(one.params).get("cut_for"), dict(other.params).get("cut_for")) for one in forward for other in backward if one.agrees(other)]
+    assert pairs == [(None, None), (132, 132)]
+    other = gated_delta_rule.backward_candidates(asked, replace(H100, sms=114))
+    assert not any(one.agrees(each) for one in forward if "cut_for" in dict(one.params) for each in other)

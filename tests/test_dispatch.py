@@ -140,6 +140,22 @@ def test_a_row_that_names_what_is_not_offered_is_told_and_passed_over(user: Path
     assert "its row names triton/imagined inverse=solve, which is not among the candidates" in str(told)
 
 
+@pytest.mark.parametrize(("nearer", "farther"), [(64, 128), (80, 32)])
+def test_where_the_nearer_rows_choice_is_not_offered_the_other_row_decides(user: Path, nearer: int, farther: int) -> None:
+    at = bucket_of(signature())
+    write(user, bucket=at._replace(seq_len=farther))
+    write(user, bucket=at._replace(seq_len=nearer), use="triton/imagined")
+    told = OP.explain(*ARGUMENTS)
+    assert (told.choice.origin, told.kernel) == ("tuned", "eager/chunked inverse=solve")
+    assert f"nearest row, seq_len {farther}" in told.choice.reason
+    assert f"the row of seq_len {nearer} names triton/imagined inverse=solve, which is not among the candidates for this call" in told.choice.reason
+    write(user, bucket=at._replace(seq_len=nearer))
+    assert f"nearest row, seq_len {nearer}" in OP.explain(*ARGUMENTS).choice.reason
+    for length in (nearer, farther):
+        write(user, bucket=at._replace(seq_len=length), use="triton/imagined")
+    assert OP.explain(*ARGUMENTS).choice.origin == "default"
+
+
 def test_a_miss_shows_the_closest_row_field_by_field(user: Path) -> None:
     other = bucket_of(signature())
     write(user, bucket=other._replace(when=tuple((n, (64, 64) if n == "head_dim" else v) for n, v in other.when)))

@@ -14,7 +14,7 @@ from titans_backends.buckets import bucket_of, defaults_of
 from titans_backends.cache.beside import displaces
 from titans_backends.cache.lookup import Hit, Miss, lookup
 from titans_backends.cache.neighbour import Launch, named, other_launch, silent
-from titans_backends.cache.schema import Bucket, Entry
+from titans_backends.cache.schema import Bucket, Entry, Table
 from titans_backends.cache.source_hash import join_hashes, source_hash
 from titans_backends.cache.staleness import Staleness, grade
 from titans_backends.errors import BackendRefusedError
@@ -98,10 +98,10 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
     found = lookup(source.table, bucket.op, bucket.when, bucket.seq_len, defaults_of(bucket.op))
     if isinstance(found, Miss):
         return Consulted(source, found.reason, miss=found), None
+    found, pair = _offered(source.table, found, available)
     if source.owner and not _own(found.entry, source.owner):
         told = f"its row names {found.entry.label}; a backend's table speaks for its own candidates alone"
         return Consulted(source, told, hit=found), None
-    pair = next((p for p in available if _matches(p, found.entry)), None)
     if pair is None:
         return Consulted(source, f"its row names {found.entry.label}, which is not among the candidates for this call", hit=found), None
     environment = source.table.environment(found.entry)
@@ -114,6 +114,17 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
     if not staleness.usable:
         return Consulted(source, f"{where}; ignored: {staleness.reason}", hit=found, staleness=staleness), None
     return Consulted(source, where, hit=found, staleness=staleness), pair
+
+
+def _offered(table: Table, found: Hit, available: Sequence[Pair]) -> tuple[Hit, Pair | None]:
+    """The pair that a row names; where a call between two lengths is not offered the nearer row's, the other row with its pair."""
+    pair = next((p for p in available if _matches(p, found.entry)), None)
+    if pair is not None or found.other is None:
+        return found, pair
+    entry = table.rows[found.other]
+    pair = next((p for p in available if _matches(p, entry)), None)
+    why = f"the row of seq_len {found.seq_len} names {found.entry.label}, which is not among the candidates for this call"
+    return (found, None) if pair is None else (replace(found, bucket=found.other, entry=entry, why=why, other=None), pair)
 
 
 def _decided(

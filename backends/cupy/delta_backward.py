@@ -59,12 +59,12 @@ _KEEPING = 2
 
 
 class _Hopper(NamedTuple):
-    """Of Hopper's own kernels: warpgroups that carry a head back together, blocks of the last pass, segments of a sequence that is cut; zeros where those of every card
-    run, or none is."""
+    """Of Hopper's own kernels: warpgroups that carry a head back together, blocks of the last pass, processors that few heads are cut for; zeros where those of every
+    card run, or none is."""
 
     carriers: int
     blocks: int
-    segments: int
+    cut_for: int
 
 
 _OFFERED = 3
@@ -101,7 +101,7 @@ def backward_candidates(signature: Signature, machine: Machine) -> list[Candidat
     wide: list[Candidate] = []
     blocks = machine.sms or _SMS
     for each in delta_hopper.params_of(signature, machine):
-        files = source_names(*_SOURCES, *delta_hopper.BACKWARD_SOURCES, *((CHAIN.source,) if "segments" in each else ()))
+        files = source_names(*_SOURCES, *delta_hopper.BACKWARD_SOURCES, *((CHAIN.source,) if "cut_for" in each else ()))
         params = {**dict(walk.params), "carriers": each["carriers"], "blocks": blocks, **each}
         wide.append(replace(walk, variant="wgmma", params=tuple(params.items()), sources=files))
     return walks + wide + keeping(wide, signature, len(wide))
@@ -163,7 +163,7 @@ def _fill(
     own = bool(hopper.carriers) and delta_hopper.serves(x, d_o)
     made = kept.factors if kept is not None else (delta_hopper.prepare if own else prepare)(x, evenly=True)
     errors = updates = leaving = states = None
-    cut = cut_of(x, hopper.segments, maps) if own else None
+    cut = cut_of(x, hopper.cut_for, maps) if own else None
     if inputs:
         if kept is not None:
             states, updates = kept.states, kept.updates

@@ -1,9 +1,12 @@
 """Few heads of a long sequence on Hopper: every sequence cut into segments of whole blocks, which the walks take side by side (kernel in cuda/delta_chain.cu).
 
 What a segment does to a state is walked first, S_out = M S_in + N, then the states between segments follow one from the other in float32, then all segments are walked
-from theirs; a walk back likewise, with the same M. H100, 1 x 32768, 2/8 heads, by counting: 8 segments of 64 blocks take 64 x (1.2 + 1.9) us, where all processors walk
-and memory binds, and 6 steps of 1.5 between them, where one walk takes 512 x 1.5. A segment, v head and direction costs 64 KB for its state, and 64 KB for M, which
+from theirs; a walk back likewise, with the same M. H100, 1 x 32768, 2/8 heads: 8 segments of 64 blocks take 64 x (1.3 + 1.7) us, where all processors walk
+and memory binds, and 6 steps of 2.7 between them, where one walk takes 512 x 1.4. A segment, v head and direction costs 64 KB for its state, and 64 KB for M, which
 training hands on.
+
+A candidate names the processors that it is cut for, not the segments: how many these are is found from a call's sizes, so that what a table knows of one length holds
+for others.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from titans_backends.signature import Signature
 from .delta_prepare import Rule
 from .launch import Kernel
 
-__all__ = ["CHAIN", "Cut", "chain", "cut_of", "room", "segments_of"]
+__all__ = ["CHAIN", "Cut", "chain", "cut_of", "processors_of", "room", "segments_of"]
 
 CHAIN = Kernel("delta_chain.cu", "delta_chain", "2P2i")
 _SIZE, _COLUMNS, _THREADS = 128, 8, 256
@@ -29,7 +32,8 @@ _SMS, _SIDE = 132, 64
 _FEWEST, _SHORTEST = 3, 8
 """Segments that pay for walking nearly all of them twice; blocks of one that pay for its step of the chain and the walks' beginnings."""
 _BALANCE = 1.8
-"""A block's two walks, 2.7 us of few heads, over a step of the chain, 1.5: segments beyond the root of so many times the blocks cost more between them than they save."""
+"""A block's two walks, 2.7 us of few heads, over a step of the chain, 1.5 (8 heads: 3 over 2.7):
+segments beyond the root of so many times the blocks cost more between them than they save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +48,23 @@ class Cut:
     maps: Tensor
 
 
-def segments_of(signature: Signature, machine: Machine) -> int:
-    """Segments of a sequence that are likely to be the fastest, 0 where none are: every half of a head of each finds a processor."""
-    if signature.batch_invariant:
-        return 0
-    sequences = signature.dim("N")
-    halves, tokens = 2 * sequences * signature.dim("H"), signature.dim("T") // (max(sequences, 1) if signature.packed else 1)
+def processors_of(signature: Signature, machine: Machine) -> int:
+    """The processors to cut sequences for, 0 where whole ones are likely to be the fastest."""
+    found, sequences = machine.sms or _SMS, signature.dim("N")
+    tokens = signature.dim("T") // (max(sequences, 1) if signature.packed else 1)
+    return 0 if signature.batch_invariant or _fitting(found, sequences * signature.dim("H"), tokens) < _FEWEST else found
+
+
+def segments_of(x: Rule, processors: int) -> int:
+    """Segments of each of a call's sequences; at least as many as are ever offered, so that short calls are examined as long ones run."""
+    tokens = x.tokens // (max(x.slots.sequences, 1) if x.slots.cu_seqlens is not None else 1)
+    return max(_FEWEST, _fitting(processors, x.slots.sequences * x.heads, tokens))
+
+
+def _fitting(processors: int, heads: int, tokens: int) -> int:
+    """Segments of so many tokens that are likely to be the fastest: every half of a head of each finds a processor."""
     blocks = tokens // _SIDE
-    found = min((machine.sms or _SMS) // max(halves, 1), blocks // _SHORTEST, math.isqrt(int(_BALANCE * blocks)))
-    return found if found >= _FEWEST else 0
+    return min(processors // max(2 * heads, 1), blocks // _SHORTEST, math.isqrt(int(_BALANCE * blocks)))
 
 
 def room(x: Rule, segments: int) -> Tensor:
@@ -60,9 +72,12 @@ def room(x: Rule, segments: int) -> Tensor:
     return torch.empty((x.slots.sequences * segments, x.heads, _SIZE, _SIZE), dtype=torch.float32, device=x.v.device)
 
 
-def cut_of(x: Rule, segments: int, maps: Tensor | None = None) -> Cut | None:
-    """Room for what a walk needs, with `maps` that another one made; None for `segments` 0."""
-    return Cut(segments, room(x, segments), room(x, segments) if maps is None else maps) if segments else None
+def cut_of(x: Rule, processors: int, maps: Tensor | None = None) -> Cut | None:
+    """Room for what a walk needs that is cut for so many processors, with `maps` that another one made; None for 0."""
+    if not processors:
+        return None
+    segments = segments_of(x, processors)
+    return Cut(segments, room(x, segments), room(x, segments) if maps is None else maps)
 
 
 def chain(x: Rule, cut: Cut, *, back: bool) -> None:

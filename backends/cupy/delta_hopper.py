@@ -17,7 +17,7 @@ from titans_backends.machine import Machine
 from titans_backends.signature import Signature
 
 from .chunks import three_strides
-from .delta_cut import CHAIN, Cut, chain, cut_of, segments_of
+from .delta_cut import CHAIN, Cut, chain, cut_of, processors_of
 from .delta_kept import kept_of
 from .delta_prepare import Factors, Rule, factors_of, rule_of
 from .launch import DTYPES, Arg, Kernel
@@ -70,9 +70,9 @@ def carriers_of(signature: Signature, machine: Machine) -> tuple[int, ...]:
 
 
 def params_of(signature: Signature, machine: Machine) -> list[dict[str, int]]:
-    """Of every candidate: its carriers and, where few heads are cut, in one behind the others the segments of a sequence."""
-    segments = segments_of(signature, machine)
-    return [{"carriers": each} for each in carriers_of(signature, machine)] + [{"carriers": 1, "segments": segments}] * (segments > 0)
+    """Of every candidate: its carriers and, where few heads are cut, in one behind the others the processors that they are cut for."""
+    processors = processors_of(signature, machine)
+    return [{"carriers": each} for each in carriers_of(signature, machine)] + [{"carriers": 1, "cut_for": processors}] * (processors > 0)
 
 
 def forward_candidates(signature: Signature, machine: Machine) -> list[Candidate]:
@@ -81,7 +81,7 @@ def forward_candidates(signature: Signature, machine: Machine) -> list[Candidate
         return []
     files = (PREPARE.source, WALK.source)
     found = params_of(signature, machine)
-    return [_candidate("wgmma", (*files, CHAIN.source) if "segments" in each else files, side=SIDE, **each) for each in found]
+    return [_candidate("wgmma", (*files, CHAIN.source) if "cut_for" in each else files, side=SIDE, **each) for each in found]
 
 
 def serves(x: Rule, d_o: Tensor | None) -> bool:
@@ -96,7 +96,7 @@ def run(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor | None, ...]
     o, final = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device), None
     if call.output_final_state:
         final = torch.empty((x.slots.sequences, x.heads, x.keys, x.values), dtype=torch.float32, device=x.v.device)
-    kept, cut = kept_of(x) if candidate.residual else None, cut_of(x, int(dict(candidate.params).get("segments", 0)))
+    kept, cut = kept_of(x) if candidate.residual else None, cut_of(x, int(dict(candidate.params).get("cut_for", 0)))
     if x.tokens or final is not None:
         made = prepare(x) if kept is None else prepare(x, evenly=True, into=kept.factors)
         states, updates = (None, None) if kept is None else (kept.states, kept.updates)

@@ -15,7 +15,7 @@ from titans_backends.backend import Candidate
 from titans_backends.contracts.gated_delta_rule import GatedDeltaRule
 from titans_backends.signature import Signature
 
-from .delta_cut import room
+from .delta_cut import room, segments_of
 from .delta_prepare import Factors, Rule, factors_of, rule_of
 
 __all__ = ["Kept", "keeping", "kept_of", "residual"]
@@ -48,8 +48,8 @@ def kept_of(x: Rule) -> Kept:
 
 def residual(call: GatedDeltaRule, candidate: Candidate) -> tuple[Tensor, ...]:
     """Tensors of the sizes that a backward is handed; of a sequence in segments their maps, too."""
-    x, segments = rule_of(call, int(candidate.param("side"))), int(dict(candidate.params).get("segments", 0))
-    return (*kept_of(x), *((room(x, segments),) if segments else ()))
+    x, processors = rule_of(call, int(candidate.param("side"))), int(dict(candidate.params).get("cut_for", 0))
+    return (*kept_of(x), *((room(x, segments_of(x, processors)),) if processors else ()))
 
 
 def keeping(candidates: list[Candidate], signature: Signature, most: int) -> list[Candidate]:
@@ -62,5 +62,5 @@ def keeping(candidates: list[Candidate], signature: Signature, most: int) -> lis
 
 def _name(one: Candidate) -> str:
     """Of what a candidate hands on."""
-    segments = dict(one.params).get("segments")
-    return f"cupy/blocks of {one.param('side')}" + (f" in {segments} segments" if segments else "")
+    processors = dict(one.params).get("cut_for")
+    return f"cupy/blocks of {one.param('side')}" + (f", cut for {processors}" if processors else "")

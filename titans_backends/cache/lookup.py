@@ -21,12 +21,13 @@ _ABSENT = "(no such field)"
 @dataclass(frozen=True, slots=True)
 class Hit:
     """A row that answers; its bucket is the tuned one, which `kind` nearest says is not the one that was asked for. `why`: what decided between two lengths,
-    where that was not their distance."""
+    where that was not their distance. `other`: the row on the other side of the length that was asked for."""
 
     kind: Literal["exact", "nearest"]
     bucket: Bucket
     entry: Entry
     why: str = ""
+    other: Bucket | None = None
 
     @property
     def seq_len(self) -> int:
@@ -99,8 +100,8 @@ def lookup(table: Table, op: str, when: Mapping[str, WhenValue] | When, seq_len:
     if not shortest <= seq_len <= longest:
         told = f"seq_len {seq_len} is outside the tuned range, {shortest} to {longest} at streams {_streams(row)}"
         return Miss(told, exact, table, defaults)
-    bucket, why = _beside(table, Bucket(op, row, seq_len), tuned[row])
-    return Hit("nearest", bucket, table.rows[bucket], why)
+    bucket, other, why = _beside(table, Bucket(op, row, seq_len), tuned[row])
+    return Hit("nearest", bucket, table.rows[bucket], why, other)
 
 
 def _lengths(table: Table, op: str) -> dict[When, list[int]]:
@@ -112,17 +113,18 @@ def _lengths(table: Table, op: str) -> dict[When, list[int]]:
     return tuned
 
 
-def _beside(table: Table, asked: Bucket, lengths: Collection[int]) -> tuple[Bucket, str]:
-    """The row that speaks for a length inside the tuned ones, and why where their times say so."""
+def _beside(table: Table, asked: Bucket, lengths: Collection[int]) -> tuple[Bucket, Bucket | None, str]:
+    """The row that speaks for a length inside the tuned ones, the one on its other side, and why where their times say so."""
     if asked.seq_len in lengths:
-        return asked, ""
+        return asked, None, ""
     shorter = asked._replace(seq_len=max(length for length in lengths if length < asked.seq_len))
     longer = asked._replace(seq_len=min(length for length in lengths if length > asked.seq_len))
     until = table.rows[shorter].until
     if until is None or until[0] != longer.seq_len or until[1] < shorter.seq_len:  # another row's, or written by hand
-        return asked._replace(seq_len=_nearest((shorter.seq_len, longer.seq_len), asked.seq_len)), ""
-    chosen = shorter if asked.seq_len <= until[1] else longer
-    return chosen, f"between {shorter.seq_len} and {longer.seq_len} the choice changes after {until[1]}, by the times of both at either"
+        near = asked._replace(seq_len=_nearest((shorter.seq_len, longer.seq_len), asked.seq_len))
+        return near, longer if near == shorter else shorter, ""
+    chosen, other = (shorter, longer) if asked.seq_len <= until[1] else (longer, shorter)
+    return chosen, other, f"between {shorter.seq_len} and {longer.seq_len} the choice changes after {until[1]}, by the times of both at either"
 
 
 def _nearest(tuned: Collection[int], asked: int) -> int:

@@ -45,7 +45,9 @@ class GateResult:
         return not self.reason
 
 
-def gate(bucket: Bucket, candidate: Candidate, module: OpModule | TrainableOpModule, machine: Machine, device: str, heads: int | None = None) -> GateResult:
+def gate(
+    bucket: Bucket, candidate: Candidate, module: OpModule | TrainableOpModule, machine: Machine, device: str, heads: int | None = None
+) -> GateResult:
     """Runs a candidate on the hostile cases that it takes. What the candidate raises is its failure, named with the case."""
     made, ledger, skipped = contract_of(bucket.op), Ledger(), []
     exams = suite(suite_key(bucket), device)
@@ -90,7 +92,9 @@ def taken(
     own = case_of(bucket, heads)
     sized = [replace(case, B=own.B, T=own.T, G=own.G, H=own.H, lengths=own.lengths) for case in cases]
     large = [signature_of_case(bucket, case, device) for case in sized]
-    return [big if module.supports(small, machine) and _offered(candidate, module, big, machine) else None for small, big in zip(here, large, strict=True)]
+    return [
+        big if module.supports(small, machine) and _offered(candidate, module, big, machine) else None for small, big in zip(here, large, strict=True)
+    ]
 
 
 def failure(error: Exception, where: str) -> str:

@@ -20,6 +20,7 @@ from titans_backends.cache.staleness import Staleness, grade
 from titans_backends.errors import BackendRefusedError
 from titans_backends.machine import Machine
 from titans_backends.offers import Offer, Pair, offers, pairs, source_modules
+from titans_backends.siblings import sibling
 from titans_backends.signature import Signature
 from titans_backends.tables import Source, current_environment, sources
 
@@ -101,12 +102,14 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
     if source.owner and not _own(found.entry, source.owner):
         told = f"its row names {found.entry.label}; a backend's table speaks for its own candidates alone"
         return Consulted(source, told, hit=found), None
-    pair = next((p for p in available if _matches(p, found.entry)), None)
+    pair = next((p for p in available if _matches(p, found.entry)), None) or sibling(found.entry, available)
     if pair is None:
         return Consulted(source, f"its row names {found.entry.label}, which is not among the candidates for this call", hit=found), None
     environment = source.table.environment(found.entry)
     staleness = grade(found.bucket, found.entry, environment, current_environment(kind), pair_source(pair, bucket.op))
     where = f"{found.kind} row, seq_len {found.seq_len}, streams {found.streams}: {found.entry.label}, {found.entry.us:.4g} us"
+    if not _matches(pair, found.entry):
+        where += f" (not among the candidates for this call, for which its backend offers the same variant as {pair.label})"
     if found.why:
         where += f" ({found.why})"
     if found.entry.tuned_with:

@@ -146,6 +146,56 @@ def test_what_pays_at_many_tokens_alone_is_not_asked_for_what_its_backend_refuse
     assert len(run("wrong", seq_len=4096).skipped) == 4
 
 
+def test_what_pays_at_large_sizes_alone_is_asked_for_with_the_heads_and_lengths_of_the_timed_call(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same key is of two sequences of four heads, and of eight of one; packed, the cases' own lengths are of other sequences."""
+    run("good")
+    faulty = sys.modules["faulty.gated_delta_rule"]
+    met = list[tuple[int, int]]()
+
+    def candidates(signature: Signature, machine: object) -> list[Candidate]:
+        met.append((signature.dim("N"), signature.dim("H")))
+        return [Candidate("faulty", "wrong")] * (signature.dim("T") >= 4096 and met[-1] == (8, 1))
+
+    monkeypatch.setattr(faulty, "candidates", candidates)
+    for packed in (False, True):
+        values: dict[str, WhenValue] = {"dtype": "float32", "head_dim": (8, 4), "streams": 8, "g": True, "packed": packed}
+        bucket = Bucket("gated_delta_rule", canonical_when(values, defaults_of("gated_delta_rule")), 4096)
+        asked = (bucket, Candidate("faulty", "wrong"), faulty, detect("cpu"), "cpu")
+        assert "o is off by" in gate(*asked, heads=1).reason  # type: ignore[arg-type]
+        assert met[-1] == (8, 1)
+        assert gate(*asked, heads=4).ok  # type: ignore[arg-type]
+        assert met[-1] == (2, 4)
+
+
+def test_what_pays_at_many_tokens_alone_takes_the_residual_of_what_pays_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maker is no more offered for the cases' few tokens than it is."""
+    run("good", "backward")
+    faulty = sys.modules["faulty.gated_delta_rule"]
+    handed, forward = list[object](), faulty.run
+    kept = {"saves_states": True, "residual": "kept"}
+
+    def run_backward(
+        call: object, grads: object, states: object, needs: object, candidate: Candidate, real: Callable[..., object] = faulty.run_backward
+    ) -> object:
+        handed.append(states)
+        return real(call, grads, states, needs, candidate)
+
+    monkeypatch.setattr(faulty, "candidates", lambda signature, machine: [Candidate("faulty", "good", **kept)] * (signature.dim("T") >= 4096))
+    monkeypatch.setattr(
+        faulty,
+        "backward_candidates",
+        lambda signature, machine: [Candidate("faulty", "good", direction="backward", **kept)] * (signature.dim("T") >= 4096),
+    )
+    monkeypatch.setattr(faulty, "run", lambda call, candidate: (*forward(call, candidate), torch.ones(3)))
+    monkeypatch.setattr(faulty, "run_backward", run_backward)
+    values: dict[str, WhenValue] = {"dtype": "float32", "head_dim": (8, 4), "streams": 2, "g": True, "regime": "training"}
+    bucket = Bucket("gated_delta_rule", canonical_when(values, defaults_of("gated_delta_rule")), 4096)
+    result = gate(bucket, Candidate("faulty", "good", direction="backward", **kept), faulty, detect("cpu"), "cpu")  # type: ignore[arg-type]
+    assert (result.reason, result.skipped) == ("", ())
+    assert handed
+    assert all(isinstance(one, tuple) and len(one) == 1 for one in handed)
+
+
 def test_what_a_module_remembered_runs_on_poisoned_memory_and_not_on_its_first_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     contract, done = CONTRACTS["fused_uw"], list[str]()
     call = contract.make_call(torch.eye(4), torch.ones(4, 4), torch.ones(4, 4))

@@ -20,6 +20,7 @@ from titans_backends.cache.staleness import Staleness, grade
 from titans_backends.errors import BackendRefusedError
 from titans_backends.machine import Machine
 from titans_backends.offers import Offer, Pair, offers, pairs, source_modules
+from titans_backends.siblings import sibling
 from titans_backends.signature import Signature
 from titans_backends.tables import Source, current_environment, sources
 
@@ -107,6 +108,8 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
     environment = source.table.environment(found.entry)
     staleness = grade(found.bucket, found.entry, environment, current_environment(kind), pair_source(pair, bucket.op))
     where = f"{found.kind} row, seq_len {found.seq_len}, streams {found.streams}: {found.entry.label}, {found.entry.us:.4g} us"
+    if not _matches(pair, found.entry):
+        where += f" (not among the candidates for this call, for which its backend offers the same variant as {pair.label})"
     if found.why:
         where += f" ({found.why})"
     if found.entry.tuned_with:
@@ -117,8 +120,8 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
 
 
 def _offered(table: Table, found: Hit, available: Sequence[Pair]) -> tuple[Hit, Pair | None]:
-    """The pair that a row names; where a call between two lengths is not offered the nearer row's, the other row with its pair."""
-    pair = next((p for p in available if _matches(p, found.entry)), None)
+    """What a row names, else its variants with the numbers that the call is offered, else what the row on the other side of the length names."""
+    pair = next((p for p in available if _matches(p, found.entry)), None) or sibling(found.entry, available)
     if pair is not None or found.other is None:
         return found, pair
     entry = table.rows[found.other]

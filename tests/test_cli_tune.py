@@ -195,6 +195,13 @@ def test_a_budget_that_ends_early_is_status_1_and_says_how_to_go_on(monkeypatch:
     assert result.exit_code == 1
     assert "1 bucket left" in result.stdout
     assert "titans-backends tune --op fused_uw --seq-lens 64,128 --heads 1 --head-dim 16 --device cpu --budget 5" in result.stdout
+    assert "--force" not in result.stdout
+
+
+def test_a_forced_tune_that_ends_early_says_what_going_on_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ending(monkeypatch, lambda request, _: report(request, done=1), "--budget", "5", "--force")
+    assert "--device cpu --budget 5\n" in result.stdout
+    assert "it measures what is not current; with --force it begins with the first bucket again" in result.stdout
 
 
 def test_where_nothing_won_no_file_is_named_and_a_time_that_ran_out_is_told_its_option(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,11 +146,11 @@ class TuneSession:
             say(to, Text(f"{numbers.amount(len(without), 'bucket')} without a winner; the table says why. What to do: {what}", "yellow"))
         if report.remaining:
             say(to, Text(f"the budget ended with {numbers.amount(len(report.remaining), 'bucket')} left. Go on with:", "yellow"))
-            command(to, self.again + self._budget())
+            self._go_on(to)
             return
         if report.unrefined:
             say(to, Text(f"the budget ended with {numbers.amount(len(report.unrefined), 'midpoint')} left. Go on with:", "yellow"))
-            command(to, self.again + self._budget())
+            self._go_on(to)
         if not rows:
             return
         op = report.rows[0].bucket.op if report.rows else "gated_delta_rule"
@@ -165,10 +165,12 @@ class TuneSession:
             err,
             f"interrupted: {kept} of {numbers.amount(len(self.request.buckets), 'bucket')} have a row in {report.path}, and are kept. Go on with:",
         )
-        command(err, self.again + self._budget())
+        self._go_on(err)
 
-    def _budget(self) -> str:
-        return f" --budget {self.request.budget_s:g}" if self.request.budget_s is not None else ""
+    def _go_on(self, to: Console) -> None:
+        command(to, self.again + (f" --budget {self.request.budget_s:g}" if self.request.budget_s is not None else ""))
+        if self.request.force:
+            say(to, "it measures what is not current; with --force it begins with the first bucket again")
 
 
 def show_dry_run(request: TuneRequest, machine: Machine, as_json: bool, from_file: Path | None = None) -> None:

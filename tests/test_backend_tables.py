@@ -169,5 +169,8 @@ def test_rows_of_two_tables_are_compared_within_one_bucket_alone() -> None:
     assert not displaces(hit("exact", 512, 9.0, 0.08), hit("exact", 512, 10.0, 0.04))  # within the noise of both
     assert displaces(hit("exact", 512, 99.0), hit("nearest", 256, 10.0))
     assert not displaces(hit("nearest", 512, 1.0), hit("exact", 256, 10.0))
+    untimed = replace(hit("exact", 512, 9.0), by_sibling=True)  # not the time of what would run
+    assert not displaces(untimed, hit("exact", 512, 10.0))
+    assert displaces(hit("exact", 512, 99.0), untimed)
     assert displaces(hit("nearest", 512, 9.0), hit("nearest", 512, 10.0))
     assert not displaces(hit("nearest", 512, 9.0), hit("nearest", 256, 10.0))  # of two lengths, no comparison

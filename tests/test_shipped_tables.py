@@ -26,6 +26,7 @@ from titans_backends.machine import Machine
 from titans_backends.offers import source_modules
 from titans_backends.tuning.gate import taken
 from titans_backends.tuning.problem import signature_of_bucket
+from titans_backends.tuning.standing import measurement_of
 from titans_backends.tuning.suite import hostile_cases, suite_key
 
 SHIPPED = paths.shipped_paths()
@@ -155,6 +156,23 @@ def test_the_measurements_of_a_shipped_table_are_sound(measured: Path) -> None:
     loaded = file.read_timings(measured, defaults_of)
     assert loaded.table is not None, loaded.problem
     assert dump_timings(loaded.table, defaults_of) == measured.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("measured", MEASURED, ids=lambda path: path.stem)
+def test_what_was_measured_hands_on_by_the_name_of_today(measured: Path) -> None:
+    """By that name a report pairs both directions: one that is measured again would find no partner among the older ones."""
+    loaded = file.read_timings(measured, defaults_of)
+    tables = [table_at(path) for path in SHIPPED if path.stem == measured.name.removesuffix(".timings.yaml")]
+    assert loaded.table is not None
+    wrong, seen = list[str](), 0
+    for bucket, timed in loaded.table.rows.items():
+        for one in (one for one in timed if one.residual.startswith("cupy/") and tables):
+            known = {measurement_of(each).identity: each.residual for each in offered("cupy", bucket, machine_of(tables[0]))}
+            seen += one.identity in known
+            if known.get(one.identity, one.residual) != one.residual:
+                wrong.append(f"{bucket.op} at {bucket.seq_len}: {one.label} hands on {one.residual!r}, today {known[one.identity]!r}")
+    assert seen or not tables
+    assert wrong == []
 
 
 def test_no_candidate_of_a_shipped_tables_rows_passes_the_gate_unexamined(path: Path) -> None:

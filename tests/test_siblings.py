@@ -12,9 +12,11 @@ from titans_backends import dispatch, registry, tables
 from titans_backends.backend import Candidate
 from titans_backends.buckets import Bucket, defaults_of
 from titans_backends.cache.schema import Entry, canonical_when
+from titans_backends.cache.staleness import Staleness
 from titans_backends.dispatch import Choice
 from titans_backends.machine import Machine
 from titans_backends.offers import Pair
+from titans_backends.plans import _tuned_here
 from titans_backends.siblings import sibling
 from titans_backends.tuning.problem import signature_of_bucket
 
@@ -103,3 +105,14 @@ def test_shipped_rows_of_few_heads_speak_for_other_sizes_and_cards(seq_len: int,
         assert candidate is None or candidate.param("cut_for") == processors
     said = f"not among the candidates for this call, for which its backend offers the same variant as {choice.pair.label}"
     assert (said in choice.reason) == (processors != 132)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_what_a_sibling_stands_for_is_still_to_be_tuned() -> None:
+    """A call inside `autotune()` measures it: the row is of its bucket, but its numbers are another card's."""
+    for processors in (132, 114):
+        choice = asked(8192, replace(H100, sms=processors))
+        assert choice.answered is not None
+        assert choice.answered.hit is not None
+        assert choice.answered.hit.kind == "exact"
+        assert _tuned_here(replace(choice, answered=replace(choice.answered, staleness=Staleness("fresh")))) == (processors == 132)

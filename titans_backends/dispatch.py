@@ -108,7 +108,7 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
     environment = source.table.environment(found.entry)
     staleness = grade(found.bucket, found.entry, environment, current_environment(kind), pair_source(pair, bucket.op))
     where = f"{found.kind} row, seq_len {found.seq_len}, streams {found.streams}: {found.entry.label}, {found.entry.us:.4g} us"
-    if not _matches(pair, found.entry):
+    if found.by_sibling:
         where += f" (not among the candidates for this call, for which its backend offers the same variant as {pair.label})"
     if found.why:
         where += f" ({found.why})"
@@ -121,9 +121,12 @@ def consult(source: Source, bucket: Bucket, available: Sequence[Pair], kind: str
 
 def _offered(table: Table, found: Hit, available: Sequence[Pair]) -> tuple[Hit, Pair | None]:
     """What a row names, else its variants with the numbers that the call is offered, else what the row on the other side of the length names."""
-    pair = next((p for p in available if _matches(p, found.entry)), None) or sibling(found.entry, available)
-    if pair is not None or found.other is None:
+    pair = next((p for p in available if _matches(p, found.entry)), None)
+    if pair is not None:
         return found, pair
+    pair = sibling(found.entry, available)
+    if pair is not None or found.other is None:
+        return replace(found, by_sibling=pair is not None), pair
     entry = table.rows[found.other]
     pair = next((p for p in available if _matches(p, entry)), None)
     why = f"the row of seq_len {found.seq_len} names {found.entry.label}, which is not among the candidates for this call"

@@ -269,9 +269,9 @@ def _expect_residual(plan: Plan, outputs: Outputs) -> None:
 
 
 def _tuned_here(choice: Choice) -> bool:
-    """Whether a row of exactly this bucket, fresh, decided; or a name did, so that there is nothing to tune."""
+    """Whether a row of exactly this bucket, fresh, decided, and what it names runs; or a name did, so that there is nothing to tune."""
     answered = choice.answered
-    exact = answered is not None and answered.hit is not None and answered.hit.kind == "exact"
+    exact = answered is not None and answered.hit is not None and answered.hit.exact
     fresh = answered is not None and answered.staleness is not None and answered.staleness.kind == "fresh"
     return choice.origin == "forced" or choice.signature.batch_invariant or (choice.origin == "tuned" and exact and fresh)
 

@@ -16,10 +16,10 @@ GAIN = 0.03
 def displaces(later: Hit, earlier: Hit) -> bool:
     """Whether the later table's row takes the place of the earlier one's.
 
-    A row of exactly this bucket goes before a nearest one. Times are compared only where both are of one bucket.
+    A row of exactly this bucket goes before a nearest one, and before one for which a sibling stands. Times are compared only where both are of one bucket.
     """
-    if later.kind != earlier.kind:
-        return later.kind == "exact"
+    if later.exact != earlier.exact:
+        return later.exact
     if later.bucket != earlier.bucket:
         return False
     slowest = later.entry.us * (1 + later.entry.spread)

@@ -21,13 +21,20 @@ _ABSENT = "(no such field)"
 @dataclass(frozen=True, slots=True)
 class Hit:
     """A row that answers; its bucket is the tuned one, which `kind` nearest says is not the one that was asked for. `why`: what decided between two lengths,
-    where that was not their distance. `other`: the row on the other side of the length that was asked for."""
+    where that was not their distance. `other`: the row on the other side of the length that was asked for. `by_sibling`: the call is offered the row's variants with
+    other numbers alone, which nobody timed."""
 
     kind: Literal["exact", "nearest"]
     bucket: Bucket
     entry: Entry
     why: str = ""
     other: Bucket | None = None
+    by_sibling: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether what the row names was timed at the bucket that was asked for, and runs."""
+        return self.kind == "exact" and not self.by_sibling
 
     @property
     def seq_len(self) -> int:

@@ -250,9 +250,10 @@ def test_few_heads_of_long_sequences_are_cut(case: Case, segments: int) -> None:
 
 
 def test_a_short_call_is_examined_in_segments() -> None:
-    """The gate's cases are too short to be worth it: they are cut as little as ever is offered."""
-    x = delta_prepare.rule_of(build(MADE, replace(FEW, T=65), "meta"), delta_hopper.SIDE)
-    assert delta_cut.segments_of(x, 132) == 3
+    """The gate's cases are too short to be worth it, and cut as long calls of few heads are."""
+    for case, segments in ((replace(FEW, T=65), 8), (replace(FEW, T=200, B=2), 4), (replace(FEW, T=200, G=1, H=1), 8), (replace(FEW, T=65, H=64), 3)):
+        x = delta_prepare.rule_of(build(MADE, case, "meta"), delta_hopper.SIDE)
+        assert delta_cut.segments_of(x, 132) == segments
 
 
 def test_what_a_table_knows_of_one_length_holds_for_others() -> None:

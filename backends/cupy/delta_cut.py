@@ -29,8 +29,8 @@ CHAIN = Kernel("delta_chain.cu", "delta_chain", "2P2i")
 _SIZE, _COLUMNS, _THREADS = 128, 8, 256
 _BYTES = 4 * (2 * _SIZE * (_SIZE + 4) + 9 * _SIZE * _COLUMNS)
 _SMS, _SIDE = 132, 64
-_FEWEST, _SHORTEST = 3, 8
-"""Segments that pay for walking nearly all of them twice; blocks of one that pay for its step of the chain and the walks' beginnings."""
+_FEWEST, _SHORTEST, _EXAMINED = 3, 8, 8
+"""Segments that pay for walking nearly all of them twice; blocks of one that pay for its step of the chain and the walks' beginnings; segments at most of an exam."""
 _BALANCE = 1.8
 """A block's two walks, 2.7 us of few heads, over a step of the chain, 1.5 (8 heads: 3 over 2.7):
 segments beyond the root of so many times the blocks cost more between them than they save."""
@@ -56,9 +56,11 @@ def processors_of(signature: Signature, machine: Machine) -> int:
 
 
 def segments_of(x: Rule, processors: int) -> int:
-    """Segments of each of a call's sequences; at least as many as are ever offered, so that short calls are examined as long ones run."""
-    tokens = x.tokens // (max(x.slots.sequences, 1) if x.slots.cu_seqlens is not None else 1)
-    return max(_FEWEST, _fitting(processors, x.slots.sequences * x.heads, tokens))
+    """Segments of each of a call's sequences. One that is too short to be worth it is examined alone: in up to eight then, so that the chain takes steps as it does where
+    they are long."""
+    tokens, heads = x.tokens // (max(x.slots.sequences, 1) if x.slots.cu_seqlens is not None else 1), x.slots.sequences * x.heads
+    found = _fitting(processors, heads, tokens)
+    return found if found >= _FEWEST else min(_EXAMINED, max(_FEWEST, processors // max(2 * heads, 1)))
 
 
 def _fitting(processors: int, heads: int, tokens: int) -> int:
